@@ -1,0 +1,59 @@
+"""Low-rank adapters: W' = W + s * B A, with A and B stored as rank rows a [R, D_in] and b [R, D_out].
+
+`AdapterSpec` says which matrices of the model are adapted. A starts Kaiming-uniform with a = sqrt(5), that is
+U(+-1 / sqrt(D_in)), for every allocated rank; B starts at zero, so an adapted model starts as its base. The scale is
+constant: it does not depend on the active rank, which keeps growth function-preserving.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Which modules carry low-rank factors; static and hashable."""
+
+    paths: frozenset[str] = frozenset()  # module paths, such as segment_0/layer_0/attention/q
+    scale: float = 1.0
+    dropout: float = 0.0
+    rank: int = 0  # of plain LoRA
+    max_rank: int = 0  # of every expert
+    train_router: bool = False
+
+
+NO_ADAPTER = AdapterSpec()
+
+
+def lora_delta(x_BTD: jax.Array, a_RD: jax.Array, b_RF: jax.Array, scale: float) -> jax.Array:
+    """s * (x A^T) B in the dtype of x."""
+    return ((x_BTD @ a_RD.astype(x_BTD.dtype).T) * scale).astype(x_BTD.dtype) @ b_RF.astype(x_BTD.dtype)
+
+
+def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Kaiming-uniform with a = sqrt(5) over the last axis: U(+-1 / sqrt(D_in)), f32."""
+    bound = shape[-1] ** -0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def drop_inputs(x_BTD: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    keep = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape)
+    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
+
+
+class PlainLora(nn.Module):
+    """One pair of factors for one matrix."""
+
+    features: int
+    adapter: AdapterSpec
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        rank, width = self.adapter.rank, x_BTD.shape[-1]
+        a_RD = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (rank, width))).value
+        b_RF = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)).value
+        if self.adapter.dropout > 0 and self.has_rng("dropout"):
+            x_BTD = drop_inputs(x_BTD, self.adapter.dropout, self.make_rng("dropout"))
+        return lora_delta(x_BTD, a_RD, b_RF, self.adapter.scale)

@@ -1,0 +1,42 @@
+"""Allocation policies by their config name."""
+
+from drlora_jax.allocation.base import CapacityShapes, CapacityState, Event, Policy, StepStats, masks_from_ranks
+from drlora_jax.allocation.dr_lora import dr_lora
+from drlora_jax.allocation.uniform import uniform
+from drlora_jax.config import TrainConfig
+
+__all__ = [
+    "CapacityShapes",
+    "CapacityState",
+    "Event",
+    "Policy",
+    "StepStats",
+    "make_policy",
+    "masks_from_ranks",
+]
+
+
+def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -> Policy:
+    """The policy that a config names, for a model's shapes and the number of steps its schedule is made for."""
+    section = config.allocation
+    if section.kind == "uniform":
+        return uniform(shapes, rank=section.r_target)
+    warmup_ratio = config.train.warmup_ratio if section.warmup_ratio is None else section.warmup_ratio
+    return dr_lora(
+        shapes,
+        total_steps=total_steps,
+        r_init=section.r_init,
+        r_target=section.r_target,
+        interval=section.interval,
+        p_grow=section.p_grow,
+        gamma=section.gamma,
+        frequency_decay=section.frequency_decay,
+        importance_decay=section.importance_decay,
+        warmup_ratio=warmup_ratio,
+        last_event=section.last_event,
+        frequency=section.frequency,
+        importance=section.importance,
+        score=section.saliency,
+        released=section.released,
+        seed=config.run.seed,
+    )

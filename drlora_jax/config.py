@@ -1,0 +1,404 @@
+"""What a run is: frozen dataclasses, checked where they are made.
+
+A config file is Python with one function, `get_config() -> TrainConfig`; `load_config` runs it and applies
+`section.field=value` overrides. Every field is typed; unknown names, wrong types, values out of range and
+contradictions are refused here, before anything touches a device. A run stores its config as data
+(`to_dict`) and restores it as data (`from_dict`): a run directory is never executed.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import pathlib
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from drlora_jax.errors import UserError
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _positive(section: str, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        _require(value > 0, f"{section}.{name} must be greater than 0, got {value}.")
+
+
+def _fraction(section: str, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        _require(0 <= value < 1, f"{section}.{name} must be in [0, 1), got {value}.")
+
+
+class _Section:
+    """A part of the config: types are checked first, then what `check` of the section says."""
+
+    def __post_init__(self):
+        section = type(self).__name__.removesuffix("Section").lower()
+        kinds = typing.get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            _check_type(f"{section}.{item.name}", getattr(self, item.name), kinds[item.name])
+        self.check()
+
+    def check(self):
+        """Ranges and contradictions inside this section."""
+
+
+@dataclass(frozen=True)
+class RunSection(_Section):
+    dir: str = "runs/default"
+    seed: int = 0
+    log_every: int = 10  # steps
+    checkpoint_every: int = 100  # steps; growth events, the last step and SIGTERM save as well
+    keep_last: int = 2  # newest checkpoints kept, besides the best by eval loss
+
+    def check(self):
+        _require(bool(self.dir), "run.dir must name a directory, got an empty string.")
+        _require(self.seed >= 0, f"run.seed must be 0 or more, got {self.seed}.")
+        counts = {"log_every": self.log_every, "checkpoint_every": self.checkpoint_every}
+        _positive("run", counts | {"keep_last": self.keep_last})
+
+
+@dataclass(frozen=True)
+class ModelSection(_Section):
+    path: str = "bundled:tiny_moe"  # a directory, a hub name, or bundled:NAME
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of base weights and activations
+    remat: Literal["none", "full"] = "none"
+
+    def check(self):
+        _require(bool(self.path), "model.path must name a model, got an empty string.")
+
+
+@dataclass(frozen=True)
+class DataSection(_Section):
+    path: tuple[str, ...] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` name
+    eval_path: tuple[str, ...] = ()
+    split: str = "train"  # of a `datasets` name
+    eval_split: str = "validation"
+    format: Literal["auto", "prompt_response", "alpaca", "chat", "text"] = "auto"
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    messages_field: str = "messages"
+    text_field: str = "text"
+    template: str = "auto"  # a name of drlora_jax/data/templates.py, or `tokenizer` for its own
+    loss_on: Literal["response", "all"] = "response"
+    bad_rows: Literal["stop", "skip"] = "stop"
+    too_long: Literal["truncate", "skip", "stop", "split"] = "truncate"
+    max_rows: int | None = None  # of the training set, for experiments
+    shuffle: bool = True
+    pack: bool = True  # several documents in one row, with segment ids
+
+    def check(self):
+        if self.max_rows is not None:
+            _positive("data", {"max_rows": self.max_rows})
+        _require(
+            self.too_long != "split" or self.format == "text",
+            'data.too_long="split" cuts documents, so it needs data.format="text", '
+            f'got data.format="{self.format}".',
+        )
+
+
+@dataclass(frozen=True)
+class TrainSection(_Section):
+    steps: int | None = None  # optimizer steps; exactly one of steps and epochs
+    epochs: int | None = None
+    batch_size: int = 8  # rows an optimizer step, over all devices and micro-batches
+    micro_batches: int = 1  # the batch is computed in this many parts
+    sequence_length: int = 512  # tokens a row
+    learning_rate: float = 2e-5
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = 0.03  # of all steps
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    balance_loss: float = 0.0  # weight of the load-balance loss; 0: off
+    z_loss: float = 0.0  # weight of the mean squared logsumexp of the router logits; 0: off
+    eval_every: int = 100  # steps
+    eval_batches: int | None = None  # None: the whole held-out set
+
+    def check(self):
+        _require(
+            (self.steps is None) != (self.epochs is None),
+            f"Set exactly one of train.steps and train.epochs, got {self.steps} and {self.epochs}.",
+        )
+        counts = ("steps", "epochs", "batch_size", "micro_batches", "sequence_length", "eval_every", "eval_batches")
+        given = {name: getattr(self, name) for name in counts}
+        _positive("train", {name: value for name, value in given.items() if value is not None})
+        _positive("train", {"learning_rate": self.learning_rate, "epsilon": self.epsilon})
+        _fraction("train", {"warmup_ratio": self.warmup_ratio, "beta1": self.beta1, "beta2": self.beta2})
+        for name in ("weight_decay", "balance_loss", "z_loss"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name} must be 0 or more, got {value}.")
+        _require(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"train.max_grad_norm must be greater than 0 or None, got {self.max_grad_norm}.",
+        )
+        _require(
+            self.batch_size % self.micro_batches == 0,
+            f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batches ({self.micro_batches}).",
+        )
+
+
+@dataclass(frozen=True)
+class AdapterSection(_Section):
+    kind: Literal["expert_lora", "lora"] = "expert_lora"
+    targets: tuple[str, ...] = ("up", "down")  # roles, or regular expressions over parameter paths
+    scale: float = 2.0  # alpha / rank: constant, whatever rank is active
+    dropout: float = 0.1  # on the input of every low-rank product, in training
+    rank: int | None = None  # of plain LoRA (attention, dense FFN); None: allocation.r_target
+    router: Literal["frozen", "after_warmup"] = "frozen"
+    router_learning_rate: float | None = None  # None: train.learning_rate
+    freeze_idle_experts: bool = True  # no tokens in a step: factors and moments stay as they are
+
+    def check(self):
+        _require(bool(self.targets), "adapter.targets must name at least one projection, got none.")
+        fused = "gate_up" in self.targets and {"gate", "up"} & set(self.targets)
+        _require(not fused, f"adapter.targets has gate_up next to gate or up: one or the other, got {self.targets}.")
+        _require(self.scale > 0, f"adapter.scale must be greater than 0, got {self.scale}.")
+        _fraction("adapter", {"dropout": self.dropout})
+        _require(self.rank is None or self.rank > 0, f"adapter.rank must be greater than 0, got {self.rank}.")
+        if self.router_learning_rate is not None:
+            _positive("adapter", {"router_learning_rate": self.router_learning_rate})
+
+
+@dataclass(frozen=True)
+class AllocationSection(_Section):
+    kind: Literal["uniform", "dr_lora"] = "dr_lora"
+    r_init: int = 8  # active ranks of every expert at the start (dr_lora)
+    r_target: int = 16  # mean active rank at the end: the budget of a layer is experts * r_target
+    r_max: int = 32  # allocated ranks of every expert
+    interval: int = 200  # optimizer steps between growth events
+    p_grow: float = 0.1  # an expert gains at most ceil(p_grow * (r_max - r_init)) ranks an event
+    gamma: float = 1.2  # saliency = f * g / (rank + 1) ** gamma
+    frequency_decay: float = 0.9  # of the routing-frequency EMA, an optimizer step
+    importance_decay: float = 0.9  # of the rank-importance EMA
+    frequency: Literal["weight", "count"] = "weight"
+    importance: Literal["gate_abs", "gate_sq", "elementwise_product"] = "gate_abs"
+    saliency: Literal["product", "frequency", "importance", "random"] = "product"
+    warmup_ratio: float | None = None  # of all steps, before the first event; None: train.warmup_ratio
+    last_event: int | None = None  # no growth after this step; None: total steps - interval
+    released: bool = False  # what the authors' released code does, where it differs from the paper
+
+    def check(self):
+        _require(
+            0 <= self.r_init <= self.r_target <= self.r_max and self.r_max > 0,
+            "allocation needs 0 <= r_init <= r_target <= r_max, "
+            f"got {self.r_init}, {self.r_target}, {self.r_max}.",
+        )
+        _positive("allocation", {"interval": self.interval, "p_grow": self.p_grow})
+        _require(self.gamma >= 0, f"allocation.gamma must be 0 or more, got {self.gamma}.")
+        decays = {"frequency_decay": self.frequency_decay, "importance_decay": self.importance_decay}
+        _fraction("allocation", decays)
+        if self.warmup_ratio is not None:
+            _fraction("allocation", {"warmup_ratio": self.warmup_ratio})
+        _require(
+            self.last_event is None or self.last_event > 0,
+            f"allocation.last_event must be greater than 0, got {self.last_event}.",
+        )
+        _require(
+            not self.released or (self.importance == "gate_abs" and self.saliency == "product"),
+            "allocation.released=True fixes importance=gate_abs and saliency=product, "
+            f"got {self.importance} and {self.saliency}.",
+        )
+
+
+@dataclass(frozen=True)
+class MeshSection(_Section):
+    data: int = -1  # -1: whatever devices remain
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def check(self):
+        sizes = dataclasses.astuple(self)
+        _require(
+            all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes must be positive, at most one -1 (the rest of the devices), got {sizes}.",
+        )
+        _require(
+            self.tensor == 1,
+            f"mesh.tensor={self.tensor}: tensor parallelism is not available; use mesh.data, mesh.fsdp and mesh.expert.",
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=lambda: TrainSection(steps=100))
+    adapter: AdapterSection = field(default_factory=AdapterSection)
+    allocation: AllocationSection = field(default_factory=AllocationSection)
+    mesh: MeshSection = field(default_factory=MeshSection)
+
+    def __post_init__(self):
+        _require(
+            self.adapter.kind != "lora" or self.allocation.kind == "uniform",
+            "adapter.kind=lora has no experts to share ranks among: "
+            f"set allocation.kind=uniform, got {self.allocation.kind}.",
+        )
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """Plain nested dict, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict) -> TrainConfig:
+    """The inverse of `to_dict`; checks names, types and ranges like any other config."""
+    sections = {}
+    for section, fields in values.items():
+        cls = _section_class(section)
+        kwargs = {}
+        for name, value in fields.items():
+            _field_type(section, name)  # refuses unknown names
+            kwargs[name] = tuple(value) if isinstance(value, list) else value
+        sections[section] = cls(**kwargs)
+    return TrainConfig(**sections)
+
+
+def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """Runs the config file's `get_config()` and applies `section.field=value` overrides.
+
+    Args:
+      path: a Python file, or `bundled:NAME` for a config that the package carries.
+      overrides: strings like `train.steps=100`; values are read by the field's type.
+    """
+    file = config_file(path)
+    spec = importlib.util.spec_from_file_location("drlora_config", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file raises is the user's mistake, named with the file
+        raise UserError(f"The config file {file} does not run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"The config file {file} has no function get_config(); it must return a TrainConfig.")
+    config = module.get_config()
+    if not isinstance(config, TrainConfig):
+        raise UserError(f"get_config() in {file} must return a TrainConfig, got {type(config).__name__}.")
+    return apply_overrides(config, overrides)
+
+
+def config_file(path: str) -> pathlib.Path:
+    """Where a config lies: a path, or `bundled:NAME` (installed with the package, or in the clone)."""
+    if not path.startswith("bundled:"):
+        file = pathlib.Path(path)
+        if not file.is_file():
+            raise UserError(f"--config {path}: no such file. Give a Python file, or bundled:tiny.")
+        return file
+    name = path.removeprefix("bundled:")
+    package = pathlib.Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / f"{name}.py").is_file():
+            return folder / f"{name}.py"
+    raise UserError(f"--config {path}: the package has no config of that name; one of them is bundled:tiny.")
+
+
+def apply_overrides(config: TrainConfig, overrides: typing.Sequence[str]) -> TrainConfig:
+    """Returns a config with `section.field=value` strings applied; refuses unknown names and wrong types."""
+    changes: dict[str, dict] = {}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator or name.count(".") != 1:
+            raise UserError(f"Override {override!r} must look like section.field=value, for example train.steps=100.")
+        section, key = name.split(".")
+        changes.setdefault(section, {})[key] = _parse(name, text, _field_type(section, key))
+    # Setting one of steps and epochs on the command line replaces the other one of the file.
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if changes.get("train", {}).get(one) is not None and other not in changes["train"]:
+            changes["train"][other] = None
+    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    return dataclasses.replace(config, **sections)
+
+
+def all_fields() -> list[tuple[str, str, object]]:
+    """(name, type, default) of every config field, for `--help`."""
+    rows = []
+    default = TrainConfig()
+    for section in dataclasses.fields(TrainConfig):
+        for item in dataclasses.fields(_section_class(section.name)):
+            name = f"{section.name}.{item.name}"
+            value = getattr(getattr(default, section.name), item.name)
+            rows.append((name, _type_name(_field_type(section.name, item.name)), value))
+    return rows
+
+
+def _section_class(section: str) -> type:
+    classes = typing.get_type_hints(TrainConfig)
+    if section not in classes:
+        raise UserError(f"Unknown config section {section!r}{_suggest(section, classes)}")
+    return classes[section]
+
+
+def _field_type(section: str, name: str):
+    hints = typing.get_type_hints(_section_class(section))
+    if name not in hints:
+        every = [row for row in (f"{s}.{n}" for s in typing.get_type_hints(TrainConfig)
+                                 for n in typing.get_type_hints(_section_class(s)))]
+        raise UserError(f"Unknown config field {section}.{name}{_suggest(f'{section}.{name}', every)}")
+    return hints[name]
+
+
+def _suggest(name: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}."
+
+
+def _options(kind) -> tuple:
+    """The alternatives of a union, or the type alone."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
+def _type_name(kind) -> str:
+    names = []
+    for option in _options(kind):
+        if typing.get_origin(option) is Literal:
+            names.append(" | ".join(typing.get_args(option)))
+        elif typing.get_origin(option) is tuple:
+            names.append("a,b,...")
+        else:
+            names.append("none" if option is type(None) else option.__name__)
+    return " | ".join(names)
+
+
+def _matches(value, option) -> bool:
+    if typing.get_origin(option) is Literal:
+        return value in typing.get_args(option)
+    if typing.get_origin(option) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if option is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, option)
+
+
+def _check_type(name: str, value, kind) -> None:
+    if not any(_matches(value, option) for option in _options(kind)):
+        raise UserError(f"{name} must be {_type_name(kind)}, got {value!r}.")
+
+
+def _parse(name: str, text: str, kind):
+    """Reads a command-line value by the field's type."""
+    for option in _options(kind):
+        if option is type(None) and text.lower() in ("none", "null"):
+            return None
+        if option is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if typing.get_origin(option) is tuple:
+            return tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+        if option is str or (typing.get_origin(option) is Literal and text in typing.get_args(option)):
+            return text
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+    raise UserError(f"{name} must be {_type_name(kind)}, got {text!r}.")

@@ -1,0 +1,18 @@
+"""Imports of heavy packages where they are needed: reading JSON lines needs none of them."""
+
+import importlib
+import types
+
+from drlora_jax.errors import UserError
+
+
+def load_package(name: str, purpose: str) -> types.ModuleType:
+    """Imports a package, or says which pip command gives it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        # The reason is kept: an installed package with a broken dependency fails here as well.
+        package = name.partition(".")[0]
+        raise UserError(
+            f"{purpose} needs the package {package} ({error}): pip install {package}"
+        ) from error

@@ -1,0 +1,255 @@
+"""Reads a Hugging Face model directory: `config.json` and `.safetensors`, nothing else, and executes nothing.
+
+The key table is strict: a tensor that no rule maps, a rule without its tensor, a wrong shape or dtype each is an error
+that names the key. Weights are streamed leaf by leaf and layer by layer into device buffers.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from drlora_jax.errors import UserError
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.families import Slot, key_table, parse_config
+
+READABLE_DTYPES = ("F32", "BF16", "F16")
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
+
+
+class TensorInfo(NamedTuple):
+    file: pathlib.Path
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+
+
+def find_model(path: str) -> pathlib.Path:
+    """The directory that `model.path` means: a directory, `bundled:NAME`, or a hub name (downloaded)."""
+    if path.startswith("bundled:"):
+        folder = pathlib.Path(__file__).parents[1] / "bundled"
+        directory = folder / path.removeprefix("bundled:")
+        if not (directory / "config.json").is_file():
+            known = sorted(f"bundled:{file.parent.name}" for file in folder.glob("*/config.json"))
+            raise UserError(f"model.path={path}: the package has no such model; it has {', '.join(known)}.")
+        return directory
+    directory = pathlib.Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise UserError(f"model.path={path} is a file; give the directory that has config.json.")
+    if path.count("/") != 1 or path.startswith((".", "/")):
+        near = difflib.get_close_matches(directory.name, _names_in(directory.parent), n=1)
+        hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
+        raise UserError(f"model.path={path}: no such directory.{hint}")
+    return _download(path)
+
+
+def _names_in(folder: pathlib.Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def _download(name: str) -> pathlib.Path:
+    import huggingface_hub
+
+    try:
+        # Weights, configs and tokenizer files only: nothing that could be executed.
+        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; all mean that the model can not be had
+        raise UserError(
+            f"model.path={name} is no directory here, and the hub did not give it ({type(error).__name__}). "
+            "Give a local directory."
+        ) from error
+
+
+def read_config_json(directory: pathlib.Path) -> dict:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(f"{directory} has no config.json; is it a Hugging Face model directory?")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def read_model_config(directory: pathlib.Path) -> ModelConfig:
+    """The architecture, with `tie_embeddings` as the weights on disk have it."""
+    return parse_config(read_config_json(directory))
+
+
+# --------------------------------------------------------------------------------------------- headers
+
+
+def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
+    """Every tensor of the directory; with an index, exactly the tensors and files it lists."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(directory):
+        with _open(file) as handle:
+            for key in handle.keys():
+                if key in tensors:
+                    raise UserError(f"{key} is in both {tensors[key].file.name} and {file.name} of {directory}.")
+                part = handle.get_slice(key)
+                tensors[key] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+    return tensors
+
+
+def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    index = directory / "model.safetensors.index.json"
+    files = sorted(directory.glob("*.safetensors"))
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is not a safetensors index: {type(error).__name__}: {error}") from error
+        for name in names:
+            if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(f"{index}: {name!r} must be the plain name of a .safetensors file of this directory.")
+            if not (directory / name).is_file():
+                raise UserError(f"{directory}: the shard {name} that the index names is missing.")
+        files = [directory / name for name in names]
+    if not files:
+        others = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix))
+        found = f" It has {', '.join(others[:3])}: pickle files are not read, convert them." if others else ""
+        raise UserError(f"{directory} has no .safetensors weights.{found}")
+    return files
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path) -> Iterator:
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise UserError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def fingerprint(directory: pathlib.Path) -> str:
+    """sha256 over the names, shapes and dtypes of all tensors and a sample of their bytes."""
+    digest = hashlib.sha256()
+    for file in _weight_files(directory):
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb") as handle:
+            for start in range(0, size, max(1, size // 64)):
+                handle.seek(start)
+                digest.update(handle.read(65536))
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- weights
+
+
+def match_keys(config: ModelConfig, tensors: dict[str, TensorInfo], abstract: dict) -> dict[str, Slot]:
+    """The slot of every tensor on disk, after checking names, shapes and dtypes.
+
+    Args:
+      abstract: our parameter tree of `jax.ShapeDtypeStruct`.
+    """
+    layout = "fused" if any(key.endswith("mlp.experts.gate_up_proj") for key in tensors) else "experts"
+    table = key_table(config, layout)
+    on_disk = {key for key in tensors if not key.endswith(IGNORED_SUFFIXES)}
+    missing, unmapped = sorted(table.keys() - on_disk), sorted(on_disk - table.keys())
+    if missing:
+        raise UserError(f"The weights lack {_some(missing)} ({config.family}, layout {layout}).")
+    if unmapped:
+        raise UserError(f"The weights have tensors that {config.family} does not: {_some(unmapped)}.")
+    for key, slot in table.items():
+        expected = _disk_shape(slot, abstract)
+        if tensors[key].shape != expected:
+            raise UserError(f"{key} has shape {list(tensors[key].shape)}, config.json makes it {list(expected)}.")
+        if tensors[key].dtype not in READABLE_DTYPES:
+            readable = ", ".join(READABLE_DTYPES)
+            raise UserError(f"{key} has dtype {tensors[key].dtype}; readable are {readable}.")
+    return table
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def leaf_at(tree: dict, path: tuple[str, ...]):
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _disk_shape(slot: Slot, abstract: dict) -> tuple[int, ...]:
+    shape = list(leaf_at(abstract, slot.path).shape[len(slot.index) :])
+    if slot.half is not None:
+        shape[-1] //= 2
+    if slot.transpose:
+        shape[-2:] = shape[-1], shape[-2]
+    return tuple(shape)
+
+
+def load_params(config: ModelConfig, directory: pathlib.Path, abstract: dict) -> dict:
+    """The parameter tree with the weights of the directory.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct`; with `sharding` set, leaves are placed accordingly.
+
+    The host holds one layer of one leaf at a time.
+    """
+    tensors = read_headers(directory)
+    table = match_keys(config, tensors, abstract)
+    pieces: dict[tuple[str, ...], dict[int | None, list[tuple[str, Slot]]]] = {}
+    for key, slot in table.items():
+        layer = slot.index[0] if slot.index else None
+        pieces.setdefault(slot.path, {}).setdefault(layer, []).append((key, slot))
+    with contextlib.ExitStack() as stack:
+        handles = {file: stack.enter_context(_open(file)) for file in {info.file for info in tensors.values()}}
+
+        def read(key):
+            return handles[tensors[key].file].get_tensor(key)
+
+        tree: dict = {}
+        for path, by_layer in pieces.items():
+            node = tree
+            for name in path[:-1]:
+                node = node.setdefault(name, {})
+            node[path[-1]] = _load_leaf(leaf_at(abstract, path), by_layer, read)
+    return tree
+
+
+def _load_leaf(leaf: jax.ShapeDtypeStruct, by_layer: dict, read) -> jax.Array:
+    if None in by_layer:
+        host = np.empty(leaf.shape, leaf.dtype)
+        _fill(host, by_layer[None], read, skip=0)
+        return jax.device_put(host, leaf.sharding)
+    buffer = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+    for layer, entries in sorted(by_layer.items()):
+        host = np.empty(leaf.shape[1:], leaf.dtype)
+        _fill(host, entries, read, skip=1)
+        buffer = _write_layer(buffer, host, layer)
+    return buffer
+
+
+def _write_layer_impl(buffer, layer, index):
+    return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, axis=0)
+
+
+_write_layer = jax.jit(_write_layer_impl, donate_argnums=0)
+
+
+def _fill(host: np.ndarray, entries: list[tuple[str, Slot]], read, *, skip: int) -> None:
+    """Copies tensors into their places of one leaf, or of one layer of it (`skip` = 1 leading index)."""
+    for key, slot in entries:
+        value = read(key)
+        if slot.transpose:
+            value = np.swapaxes(value, -1, -2)
+        target = host[slot.index[skip:]]
+        if slot.half is not None:
+            width = target.shape[-1] // 2
+            target = target[..., slot.half * width : (slot.half + 1) * width]
+        target[...] = value.astype(host.dtype)

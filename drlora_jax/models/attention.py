@@ -1,0 +1,58 @@
+"""The attention block: projections, norms of queries and keys, rotary positions, packed causal attention."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.models.architecture import AttentionConfig
+from drlora_jax.models.layers import Projection, RmsNorm, rotate
+from drlora_jax.ops.attention import attend
+
+
+class Attention(nn.Module):
+    config: AttentionConfig
+    location: str
+    dtype: jnp.dtype
+    adapter: AdapterSpec
+    norm_epsilon: float
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT, positions_BT):
+        config = self.config
+
+        def project(role, features, has_bias, inputs):
+            path = f"{self.location}/{role}"
+            return Projection(features, path, self.dtype, self.adapter, has_bias, name=role)(inputs)
+
+        def heads(role, count):
+            """Projects, normalises and clips, [B, T, count, H]."""
+            y = project(role, count * config.head_dim, config.has_qkv_bias, x_BTD)
+            is_normed = role != "v"
+            if is_normed and config.qk_norm == "full":
+                y = RmsNorm(self.norm_epsilon, self.dtype, name=f"{role}_norm")(y)
+            if config.clip_qkv is not None:
+                y = jnp.clip(y, -config.clip_qkv, config.clip_qkv)
+            y = y.reshape(*y.shape[:2], count, config.head_dim)
+            if is_normed and config.qk_norm == "head":
+                y = RmsNorm(self.norm_epsilon, self.dtype, name=f"{role}_norm")(y)
+            return y
+
+        q_BTNH = rotate(heads("q", config.num_heads), positions_BT, config.rope)
+        k_BTGH = rotate(heads("k", config.num_kv_heads), positions_BT, config.rope)
+        v_BTGH = heads("v", config.num_kv_heads)
+        sinks_N = None
+        if config.has_sinks:
+            sinks_N = self.param("sinks", nn.initializers.zeros, (config.num_heads,), self.dtype)
+        out_BTNH = attend(
+            q_BTNH,
+            k_BTGH,
+            v_BTGH,
+            segment_ids_BT=segment_ids_BT,
+            positions_BT=positions_BT,
+            scale=config.scale,
+            window=config.window,
+            soft_cap=config.soft_cap,
+            sinks_N=sinks_N,
+        )
+        out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1)
+        return project("o", x_BTD.shape[-1], config.has_output_bias, out_BTD)

@@ -1,0 +1,198 @@
+"""Model families as data: how to read a Hugging Face `config.json`, and which tensor on disk goes where.
+
+A `Slot` says where a tensor lies in our parameter tree: the leaf, the index into its leading axes (repeat, expert), the
+columns of a fused gate|up matrix, and whether the matrix is transposed (torch keeps (out, in)). The key table of a model
+maps every tensor name on disk to its slot, in one of two layouts: `experts` (one 2-D tensor an expert, as on the hub) and
+`fused` (one 3-D tensor a layer, as transformers 5 holds them in memory).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from drlora_jax.errors import UserError
+from drlora_jax.models.architecture import (
+    AttentionConfig,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    RoutingConfig,
+    SegmentConfig,
+)
+
+Layout = Literal["experts", "fused"]
+
+
+class Slot(NamedTuple):
+    path: tuple[str, ...]  # of the leaf in `params`
+    index: tuple[int, ...] = ()  # into the leaf's leading axes
+    half: int | None = None  # 0: gate columns, 1: up columns of a fused leaf
+    transpose: bool = False  # swap the last two axes
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names on disk that differ between families; `{e}` is the expert."""
+
+    parse: Callable[[dict], ModelConfig]
+    router: str
+    experts: dict[str, str]  # gate, up, down
+    fused_router: str = "mlp.gate.weight"
+
+    def layer_keys(self, layer: LayerConfig, layout: Layout) -> dict[str, Slot]:
+        """Names below `model.layers.{l}.` with slots below the layer's path and index."""
+        attention = layer.attention
+        keys = {
+            "input_layernorm.weight": Slot(("attention_norm", "scale")),
+            "post_attention_layernorm.weight": Slot(("ffn_norm", "scale")),
+        }
+        for role in "qkvo":
+            keys[f"self_attn.{role}_proj.weight"] = Slot(("attention", role, "kernel"), transpose=True)
+            if attention.has_output_bias if role == "o" else attention.has_qkv_bias:
+                keys[f"self_attn.{role}_proj.bias"] = Slot(("attention", role, "bias"))
+        if attention.qk_norm != "none":
+            for role in "qk":
+                keys[f"self_attn.{role}_norm.weight"] = Slot(("attention", f"{role}_norm", "scale"))
+        return keys | self._moe_keys(layer.ffn, layout)
+
+    def _moe_keys(self, moe: MoeConfig, layout: Layout) -> dict[str, Slot]:
+        if layout == "fused":
+            return {
+                self.fused_router: Slot(("moe", "router"), transpose=True),
+                "mlp.experts.gate_up_proj": Slot(("moe", "gate_up"), transpose=True),
+                "mlp.experts.down_proj": Slot(("moe", "down"), transpose=True),
+            }
+        keys = {self.router: Slot(("moe", "router"), transpose=True)}
+        for expert in range(moe.routing.num_experts):
+            names = {role: name.format(e=expert) for role, name in self.experts.items()}
+            keys[names["gate"]] = Slot(("moe", "gate_up"), (expert,), 0, True)
+            keys[names["up"]] = Slot(("moe", "gate_up"), (expert,), 1, True)
+            keys[names["down"]] = Slot(("moe", "down"), (expert,), None, True)
+        return keys
+
+
+def key_table(config: ModelConfig, layout: Layout) -> dict[str, Slot]:
+    """Every tensor name of a model on disk -> its slot."""
+    family = FAMILIES[config.family]
+    table = {
+        "model.embed_tokens.weight": Slot(("embedding",)),
+        "model.norm.weight": Slot(("final_norm", "scale")),
+    }
+    if not config.tie_embeddings:
+        table["lm_head.weight"] = Slot(("head",), transpose=True)
+    number = 0
+    for segment_index, segment in enumerate(config.segments):
+        for repeat in range(segment.repeats):
+            for unit_index, layer in enumerate(segment.unit):
+                place = (f"segment_{segment_index}", f"layer_{unit_index}")
+                for key, slot in family.layer_keys(layer, layout).items():
+                    slot = slot._replace(path=(*place, *slot.path), index=(repeat, *slot.index))
+                    table[f"model.layers.{number}.{key}"] = slot
+                number += 1
+    return table
+
+
+# --------------------------------------------------------------------------------------------- config.json
+
+
+def parse_config(values: dict) -> ModelConfig:
+    """ModelConfig from the values of a `config.json`; refuses what is not supported, by name."""
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        raise UserError(
+            f"config.json: model_type {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}."
+        )
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"config.json: the weights are quantised ({method}); use an unquantised checkpoint.")
+    try:
+        return FAMILIES[family].parse(values)
+    except KeyError as error:
+        raise UserError(f"config.json: the field {error} is missing for model_type {family!r}.") from None
+
+
+def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
+    parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}.")
+    theta = parameters.get("rope_theta", values.get("rope_theta", default_theta))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return RopeConfig(tuple((1.0 / np.float32(theta) ** exponents).astype(np.float32).tolist()))
+
+
+def _attention(values: dict, default_theta: float) -> AttentionConfig:
+    heads = values["num_attention_heads"]
+    head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    has_bias = bool(values.get("attention_bias", False))
+    return AttentionConfig(
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=_rope(values, head_dim, default_theta),
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+    )
+
+
+def _experts(values: dict) -> int:
+    """The number of experts goes by three names."""
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if name in values:
+            return values[name]
+    raise KeyError("num_local_experts")
+
+
+def _require_silu(values: dict) -> None:
+    if values.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {values['hidden_act']!r} is not supported; only silu is.")
+
+
+def _uniform_stack(values: dict, layer: LayerConfig) -> ModelConfig:
+    """A model of equal layers: one segment."""
+    return ModelConfig(
+        family=values["model_type"],
+        vocab_size=values["vocab_size"],
+        width=values["hidden_size"],
+        segments=(SegmentConfig((layer,), values["num_hidden_layers"]),),
+        norm_epsilon=values.get("rms_norm_eps", 1e-5),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+    )
+
+
+def _parse_mixtral(values: dict) -> ModelConfig:
+    _require_silu(values)
+    attention = replace(_attention(values, 1e6), window=values.get("sliding_window") or None)
+    # Mixtral always divides the chosen weights by their sum.
+    routing = RoutingConfig(_experts(values), values["num_experts_per_tok"], normalize=True)
+    return _uniform_stack(values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing)))
+
+
+def _parse_olmoe(values: dict) -> ModelConfig:
+    _require_silu(values)
+    attention = replace(_attention(values, 1e4), qk_norm="full", clip_qkv=values.get("clip_qkv"))
+    normalize = bool(values.get("norm_topk_prob", False))
+    routing = RoutingConfig(_experts(values), values["num_experts_per_tok"], normalize=normalize)
+    return _uniform_stack(values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing)))
+
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        parse=_parse_mixtral,
+        router="block_sparse_moe.gate.weight",
+        experts={
+            "gate": "block_sparse_moe.experts.{e}.w1.weight",
+            "up": "block_sparse_moe.experts.{e}.w3.weight",
+            "down": "block_sparse_moe.experts.{e}.w2.weight",
+        },
+    ),
+    "olmoe": Family(
+        parse=_parse_olmoe,
+        router="mlp.gate.weight",
+        experts={role: f"mlp.experts.{{e}}.{role}_proj.weight" for role in ("gate", "up", "down")},
+    ),
+}

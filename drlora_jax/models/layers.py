@@ -1,0 +1,67 @@
+"""Norms, rotary positions and the projection that every weight matrix outside the experts is.
+
+Legend of the letters in names: B batch, T query position, S key position, D model width, N query heads, G key-value
+heads, H head width, E experts, K experts per token, P routed slots (B * T * K), F expert hidden, R ranks, L layers,
+V vocabulary.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from drlora_jax.adapters.lora import AdapterSpec, PlainLora
+from drlora_jax.models.architecture import RopeConfig
+
+kernel_init = nn.initializers.normal(0.02)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) in f32, cast to the dtype of x, times the scale."""
+    x_f32 = x_BTD.astype(jnp.float32)
+    x_f32 = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + epsilon)
+    return scale_D * x_f32.astype(x_BTD.dtype)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.Array:
+    """Rotary embedding of the first 2 * len(inverse_frequencies) dimensions; angles in f32."""
+    frequencies = jnp.asarray(rope.inverse_frequencies, jnp.float32)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    cos = (jnp.cos(angles) * rope.attention_factor).astype(x_BTNH.dtype)
+    sin = (jnp.sin(angles) * rope.attention_factor).astype(x_BTNH.dtype)
+    width = 2 * frequencies.size
+    turned, rest = x_BTNH[..., :width], x_BTNH[..., width:]
+    if rope.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+class RmsNorm(nn.Module):
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        scale_D = self.param("scale", nn.initializers.ones, (x_BTD.shape[-1],), self.dtype)
+        return rms_norm(x_BTD, scale_D, self.epsilon)
+
+
+class Projection(nn.Module):
+    """x @ kernel (+ bias) (+ plain LoRA where the adapter says so)."""
+
+    features: int
+    location: str  # of this module in the parameter tree: what adapter targets are matched with
+    dtype: jnp.dtype
+    adapter: AdapterSpec
+    has_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        kernel = self.param("kernel", kernel_init, (x_BTD.shape[-1], self.features), self.dtype)
+        y_BTF = x_BTD @ kernel
+        if self.has_bias:
+            y_BTF = y_BTF + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        if self.location in self.adapter.paths:
+            y_BTF = y_BTF + PlainLora(self.features, self.adapter, name="lora")(x_BTD)
+        return y_BTF

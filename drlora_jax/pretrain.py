@@ -1,0 +1,181 @@
+"""`python -m drlora_jax.pretrain`: trains all weights of a small MoE from scratch.
+
+Architecture and tokenizer come from `model.path`, its weights are not read. Each file of `data.path` is a domain, and
+every batch has equal parts of all of them. Resumes from its last checkpoint; ends with a Hugging Face directory
+<run.dir>/model and <run.dir>/pretrain.json (held-out loss and expert load by domain).
+"""
+
+import json
+import pathlib
+import signal
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from drlora_jax import cli
+from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.config import DataSection, TrainConfig, load_config
+from drlora_jax.data.documents import load_documents
+from drlora_jax.data.loader import Batch, Loader, count_tokens, eval_batches, split_micro_batches
+from drlora_jax.data.tokenize import load_tokenizer
+from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
+from drlora_jax.interop.hf_read import find_model, read_config_json, read_model_config
+from drlora_jax.interop.hf_write import write_model
+from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.optimizer import make_optimizer
+from drlora_jax.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
+
+
+class Domain(NamedTuple):
+    name: str
+    loader: Loader
+    heldout: list
+
+
+def main(argv=None) -> int:
+    args = cli.parse_arguments("drlora_jax.pretrain", __doc__, argv)
+    config = load_config(args.config, args.overrides)
+    if config.train.steps is None:
+        raise UserError("Pretraining counts steps: set train.steps, not train.epochs.")
+    directory = find_model(config.model.path)
+    model_config = read_model_config(directory)
+    tokenizer = load_tokenizer(directory)
+    domains = load_domains(config, tokenizer)
+
+    options = DecoderOptions(base_grad=True, remat=config.model.remat)
+    model = Decoder(model_config, options)
+    tx, schedule = make_optimizer(config.train, config.train.steps)
+    params = init_params(model, config.run.seed)
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(domains)} domains")
+    if args.dry_run:
+        return EXIT_DONE
+    is_done = train(config, model, tx, schedule, params, domains)
+    if is_done:
+        params, _ = restore_or_start(config, tx, params)[0]
+        report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
+        out = pathlib.Path(config.run.dir)
+        write_model(out / "model", model_config, params, read_config_json(directory), ml_dtypes.bfloat16)
+        tokenizer.save_pretrained(out / "model")
+        (out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {out / 'model'}")
+    return EXIT_DONE if is_done else EXIT_RESUMABLE
+
+
+def load_domains(config: TrainConfig, tokenizer) -> list[Domain]:
+    """One loader a file of `data.path`, with the held-out batches of the file at the same place of `eval_path`."""
+    paths, heldout_paths = config.data.path, config.data.eval_path
+    if not paths or len(paths) != len(heldout_paths):
+        raise UserError(f"data.path and data.eval_path need a file each for every domain, got {paths}, {heldout_paths}.")
+    if config.train.batch_size % len(paths):
+        raise UserError(f"train.batch_size ({config.train.batch_size}) must be a multiple of {len(paths)} domains.")
+    return [_load_domain(config, tokenizer, *pair) for pair in zip(paths, heldout_paths, strict=True)]
+
+
+def _load_domain(config: TrainConfig, tokenizer, path: str, heldout_path: str) -> Domain:
+    length, rows = config.train.sequence_length, config.train.batch_size
+
+    def read(path):
+        section = DataSection(path=(path,), format="text", too_long="split", loss_on="all")
+        return load_documents(section, tokenizer, length).documents
+
+    pad_id = tokenizer.pad_token_id
+    heldout = eval_batches(read(heldout_path), sequence_length=length, batch_size=rows, pad_id=pad_id)
+    loader = Loader(
+        read(path),
+        sequence_length=length,
+        batch_size=rows // len(config.data.path),
+        seed=config.run.seed,
+        pad_id=pad_id,
+    )
+    return Domain(pathlib.Path(path).stem, loader, list(heldout))
+
+
+def init_params(model: Decoder, seed: int) -> dict:
+    tokens_BT = jnp.zeros((1, 8), jnp.int32)
+    init = jax.jit(lambda key: model.init(key, tokens_BT, tokens_BT, tokens_BT)["params"])
+    return init(jax.random.key(seed))
+
+
+def restore_or_start(config: TrainConfig, tx, params):
+    """((params, opt_state), steps done) of the newest checkpoint, or of a fresh start."""
+    checkpoints = Checkpoints(pathlib.Path(config.run.dir) / "checkpoints", keep_last=config.run.keep_last)
+    step = checkpoints.latest_step()
+    state = (params, jax.jit(tx.init)(params))
+    if step is not None:
+        sharding = SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+        state, _ = checkpoints.restore(step, abstract)
+    checkpoints.close()
+    return state, step or 0
+
+
+def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: list[Domain]) -> bool:
+    """Runs to the last step; False if SIGTERM stopped it (its state is saved)."""
+    section = config.train
+    auxiliary = AuxiliaryWeights(section.balance_loss, section.z_loss)
+    train_step = jax.jit(make_pretrain_step(model, tx, auxiliary), donate_argnums=(0, 1))
+    (params, opt_state), step = restore_or_start(config, tx, params)
+    run_dir = pathlib.Path(config.run.dir)
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=config.run.keep_last)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    tokens, since = 0, time.perf_counter()
+    while step < section.steps and not stop:
+        batch = mixed_batch(domains, step)
+        params, opt_state, metrics = train_step(params, opt_state, split_micro_batches(batch, section.micro_batches))
+        step += 1
+        tokens += count_tokens(batch)
+        if step % config.run.log_every == 0:
+            loss = float(metrics["loss"])
+            if not np.isfinite(loss):
+                raise RunError(f"The loss is {loss} at step {step}; lower train.learning_rate.")
+            rate = tokens / (time.perf_counter() - since)
+            _log(run_dir, step=step, loss=loss, learning_rate=float(schedule(step - 1)), tokens_per_second=rate)
+            tokens, since = 0, time.perf_counter()
+        if step % section.eval_every == 0:
+            heldout = evaluate(config, model, params, domains)
+            _log(run_dir, step=step, heldout={name: values["loss"] for name, values in heldout.items()})
+            tokens, since = 0, time.perf_counter()
+        if step % config.run.checkpoint_every == 0 or step == section.steps or stop:
+            checkpoints.save(step, (params, opt_state), {})
+    checkpoints.close()
+    return step == section.steps
+
+
+def mixed_batch(domains: list[Domain], step: int) -> Batch:
+    """Equal parts of every domain, a pure function of the step."""
+    parts = [domain.loader.batch(step * domain.loader.batch_size) for domain in domains]
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def evaluate(config: TrainConfig, model: Decoder, params, domains: list[Domain]) -> dict:
+    """By domain: held-out loss in nats a token, tokens, and each layer's share of choices by expert."""
+    layers, experts = len(model.config.moe_layers), model.config.moe.routing.num_experts
+    eval_step = jax.jit(make_eval_step(model))
+    mask_LER = jnp.ones((layers, experts, 0))
+    report = {}
+    for domain in domains:
+        nll, targets, count_LE = 0.0, 0.0, np.zeros((layers, experts))
+        for batch in domain.heldout:
+            batch_nll, batch_targets, stats = eval_step(params, {}, mask_LER, batch)
+            nll, targets = nll + float(batch_nll), targets + float(batch_targets)
+            count_LE += np.asarray(stats.count_E)
+        load = (count_LE / count_LE.sum(axis=1, keepdims=True)).round(4)
+        report[domain.name] = {"loss": nll / targets, "tokens": int(targets), "load": load.tolist()}
+    return report
+
+
+def _log(run_dir: pathlib.Path, **values) -> None:
+    line = json.dumps(values)
+    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)

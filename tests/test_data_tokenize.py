@@ -1,0 +1,253 @@
+"""Tokens and target masks of documents, and whole data sets, with a tiny byte-level tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drlora_jax.config import DataSection
+from drlora_jax.data.documents import load_documents
+from drlora_jax.data.templates import Segment
+from drlora_jax.data.tokenize import (
+    check_vocabulary,
+    encode_document,
+    encode_prompt,
+    load_tokenizer,
+)
+from drlora_jax.errors import UserError
+
+CORPUS = ["the answer is 42.", "Question: how many? Answer: the number is four.", "a b  c\n\nd é"]
+BOS, EOS = 0, 1
+
+
+def make_tokenizer(*, adds_bos=False, adds_eos=False, chat_template=None, eos_token="</s>"):
+    """Byte-level BPE with merges across spaces, as the tokenizers of most models have."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(CORPUS * 3, trainer)
+    if adds_bos or adds_eos:
+        single = "<s> " * adds_bos + "$A" + " </s>" * adds_eos
+        core.post_processor = tokenizers.processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token=eos_token, chat_template=chat_template
+    )
+
+
+TOKENIZER = make_tokenizer()
+TEXT = st.text(alphabet="the answ\n.é€4:", max_size=12)
+SEGMENTS = st.lists(st.builds(Segment, TEXT, st.booleans()), max_size=5)
+
+
+def _owners(segments) -> list[bool]:
+    """For every byte of the text, whether it belongs to a response."""
+    return [s.is_response for s in segments for _ in s.text.encode()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(segments=SEGMENTS)
+def test_responses_byte_by_byte(segments):
+    document = encode_document(segments, TOKENIZER, "response")
+    text = "".join(segment.text for segment in segments)
+    ids = TOKENIZER(text, add_special_tokens=False).input_ids
+    assert document.tokens.tolist() == [*ids, EOS]
+    assert document.tokens.dtype == np.int32 and document.is_target.dtype == bool
+    # A byte-level token has one letter for each of its bytes.
+    owners, start = _owners(segments), 0
+    for i, token in enumerate(TOKENIZER.convert_ids_to_tokens(ids)):
+        own = owners[start : start + len(token)]
+        start += len(token)
+        if all(own) and not _is_cut(segments, start - len(token), start):
+            assert document.is_target[i] == (i > 0)
+        if not any(own):
+            assert not document.is_target[i]
+        if len(set(own)) == 2:
+            assert not document.is_target[i]
+    assert start == len(owners)
+    assert document.is_target[-1] == (len(document.tokens) > 1)
+
+
+def _is_cut(segments, start: int, end: int) -> bool:
+    """Whether the bytes start..end lie in two segments: two responses meet, either is right."""
+    borders = np.cumsum([len(segment.text.encode()) for segment in segments])
+    return bool(((borders > start) & (borders < end)).any())
+
+
+def test_token_across_the_border_is_no_target():
+    segments = [Segment("Answer: ", False), Segment("the end", True)]
+    document = encode_document(segments, TOKENIZER, "response")
+    tokens = TOKENIZER.convert_ids_to_tokens(document.tokens)
+    across = tokens.index("Ġthe")
+    assert not document.is_target[across]
+    assert document.is_target[across + 1 :].all()
+
+
+def test_loss_on_all():
+    document = encode_document([Segment("the answer", False)], TOKENIZER, "all")
+    assert not document.is_target[0] and document.is_target[1:].all()
+
+
+@pytest.mark.parametrize("text", ["the answer", "<s>the answer"])
+def test_bos_is_there_exactly_if_the_tokenizer_adds_it(text):
+    def bos_count(tokenizer) -> int:
+        tokens = encode_document([Segment(text, True)], tokenizer, "response").tokens.tolist()
+        assert tokens[:-1] == encode_prompt(text, tokenizer)
+        return tokens.count(BOS)
+
+    assert bos_count(make_tokenizer(adds_bos=True)) == 1
+    assert bos_count(make_tokenizer(adds_bos=True, adds_eos=True)) == 1
+    assert bos_count(make_tokenizer()) == text.count("<s>")
+    assert bos_count(make_tokenizer(adds_eos=True)) == text.count("<s>")
+
+
+def test_end_that_is_also_bos_is_not_put_in_front():
+    tokenizer = make_tokenizer(adds_eos=True)
+    tokenizer.bos_token = "</s>"
+    assert EOS not in encode_prompt("the answer", tokenizer)
+
+
+def test_end_is_there_once_and_learned():
+    for text in ("the", "the</s>"):
+        document = encode_document(
+            [Segment("a", False), Segment(text, True)], TOKENIZER, "response"
+        )
+        assert document.tokens.tolist().count(EOS) == 1
+        assert document.tokens[-1] == EOS and document.is_target[-1]
+
+
+def test_tokenizer_without_end_is_refused():
+    with pytest.raises(UserError, match="no eos token"):
+        encode_document([Segment("a", True)], make_tokenizer(eos_token=None), "response")
+
+
+def test_without_offsets_segments_are_tokenised_apart(monkeypatch):
+    tokenizer = make_tokenizer()
+    segments = [Segment("the answer", False), Segment(" is", True)]
+    whole = encode_document(segments, tokenizer, "response")
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    apart = encode_document(segments, tokenizer, "response")
+    np.testing.assert_array_equal(apart.tokens, whole.tokens)
+    np.testing.assert_array_equal(apart.is_target, whole.is_target)
+
+
+def test_load_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer: none of tokenizer.json"):
+        load_tokenizer(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded("the answer é").input_ids == TOKENIZER("the answer é").input_ids
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="The tokenizer of .* does not load"):
+        load_tokenizer(tmp_path)
+
+
+def test_vocabulary_counts_added_tokens():
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    check_vocabulary(tokenizer, size)
+    tokenizer.add_tokens(["<extra>"])
+    with pytest.raises(UserError, match=f"largest token id is {size}, but the model has {size} "):
+        check_vocabulary(tokenizer, size)
+
+
+def _load(tmp_path, rows, *, length=32, evaluation=False, **options):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataSection(**({"path": (str(path),), "eval_path": (str(path),)} | options))
+    return load_documents(config, TOKENIZER, length, evaluation=evaluation)
+
+
+GOOD = {"prompt": "how many?", "response": "four"}
+LONG = {"prompt": "a", "response": "x y z " * 20}
+
+
+def test_data_set_and_its_report(tmp_path):
+    documents, report = _load(tmp_path, [GOOD, GOOD | {"response": "42."}])
+    text = "how many?\nfour"
+    assert documents[0].tokens.tolist() == [*TOKENIZER(text).input_ids, EOS]
+    assert (report.rows_read, report.rows_kept, report.documents) == (2, 2, 2)
+    assert report.tokens == sum(len(each.tokens) for each in documents)
+    assert report.target_tokens == sum(each.is_target.sum() for each in documents)
+    assert report.lines()[1] == "format prompt_response (found from the first row), template plain"
+    assert not any("warning" in line or "skipped" in line for line in report.lines())
+
+
+def test_own_field_names(tmp_path):
+    options = {"prompt_field": "question", "response_field": "answer"}
+    documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)
+    assert len(documents) == 1 and report.format == "prompt_response"
+
+
+def test_bad_rows(tmp_path):
+    rows = [GOOD, {"prompt": "a"}, GOOD, GOOD | {"response": ""}, GOOD | {"response": 3}]
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:2: field 'response' is missing, .*bad_rows=skip"
+    ):
+        _load(tmp_path, rows)
+    documents, report = _load(tmp_path, rows, bad_rows="skip")
+    assert len(documents) == report.rows_kept == 2
+    assert report.skipped == {"missing field": 1, "empty response": 1, "wrong type": 1}
+    lines = report.lines()
+    assert lines[-1] == "warning: 3 of 5 rows (60.0 %) were skipped"
+    assert any("missing field (first: " in line and "rows.jsonl:2: field" in line for line in lines)
+
+
+def test_nothing_left(tmp_path):
+    with pytest.raises(UserError, match="no row is left of 2: 2 empty response"):
+        _load(tmp_path, [GOOD | {"response": ""}] * 2, bad_rows="skip")
+
+
+def test_too_long(tmp_path):
+    documents, report = _load(tmp_path, [GOOD, LONG], too_long="truncate")
+    assert [len(each.tokens) for each in documents][1] == 32
+    assert report.truncated == 1 and EOS not in documents[1].tokens
+    assert "truncated 1 rows to train.sequence_length" in report.lines()
+    documents, report = _load(tmp_path, [GOOD, LONG], too_long="skip")
+    assert len(documents) == 1 and report.skipped == {"too long": 1}
+    with pytest.raises(
+        UserError, match=r"jsonl:2: \d+ tokens, but train.sequence_length is 32; rai"
+    ):
+        _load(tmp_path, [GOOD, LONG], too_long="stop")
+    with pytest.raises(UserError, match="no target token left in the first 32 of"):
+        _load(tmp_path, [{"prompt": LONG["response"], "response": "b"}])
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 31])
+def test_split_predicts_every_token_once(tmp_path, length):
+    rows = [{"text": LONG["response"]}]
+    (whole,), _ = _load(tmp_path, rows, length=1000, format="text")
+    windows, report = _load(tmp_path, rows, length=length, format="text", too_long="split")
+    assert report.split == report.rows_kept == 1 and report.documents == len(windows)
+    assert max(len(each.tokens) for each in windows) == length
+    targets = np.concatenate([each.tokens[each.is_target] for each in windows])
+    np.testing.assert_array_equal(targets, whole.tokens[1:])
+
+
+def test_limits_and_sets(tmp_path):
+    rows = [GOOD, GOOD, {"prompt": "bad"}]
+    assert len(_load(tmp_path, rows, max_rows=2).documents) == 2
+    with pytest.raises(UserError, match="jsonl:3"):  # the limit is of the training set
+        _load(tmp_path, rows, max_rows=2, evaluation=True)
+    with pytest.raises(UserError, match="data.eval_path is empty"):
+        _load(tmp_path, rows, eval_path=(), evaluation=True)
+    with pytest.raises(UserError, match="data.path is empty"):
+        _load(tmp_path, rows, path=())
+    with pytest.raises(UserError, match="sequence_length must be at least 2, got 1"):
+        _load(tmp_path, rows, length=1)
+
+
+def test_format_not_found_names_the_row(tmp_path):
+    with pytest.raises(UserError, match="jsonl:1: data.format=auto cannot tell"):
+        _load(tmp_path, [{"a": "b"}])
