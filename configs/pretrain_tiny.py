@@ -3,9 +3,10 @@
     python tools/build_corpus.py --source DIR && python tools/train_tokenizer.py
     python -m drlora_jax.pretrain --config configs/pretrain_tiny.py
 
-Four domains in equal parts of every batch: stories, books, Python source, mathematics. `model.path` gives architecture
-and tokenizer only. About 70 minutes on two CPU cores for 20 M tokens; the result is <run.dir>/model, a Hugging Face
-directory in bfloat16. The losses it reached are in drlora_jax/bundled/tiny_moe/README.md.
+Four domains in equal parts of every batch: stories, books, Python source, mathematics. `model.path`
+gives architecture and tokenizer only. About 70 minutes on two CPU cores for 20 M tokens; the result
+is <run.dir>/model, a Hugging Face directory in bfloat16. The losses it reached are in
+drlora_jax/bundled/tiny_moe/README.md.
 """
 
 from drlora_jax.config import DataSection, ModelSection, RunSection, TrainConfig, TrainSection

@@ -1,8 +1,10 @@
-"""Orbax, and nothing but Orbax, on runs: what is saved, how many are kept, how a run finds its newest state.
+"""Orbax, and nothing but Orbax, on runs: what is saved, how many are kept, how a run finds its
+newest state.
 
-A checkpoint is one pytree of arrays (the train state, or parameters and optimizer state in pretraining) and one small
-JSON of host values: ranks' history is in `ranks.jsonl`, positions and counters are here. Saving is asynchronous; Orbax
-renames a finished checkpoint into place, so a killed run leaves the previous one.
+A checkpoint is one pytree of arrays (the train state, or parameters and optimizer state in
+pretraining) and one small JSON of host values: ranks' history is in `ranks.jsonl`, positions and
+counters are here. Saving is asynchronous; Orbax renames a finished checkpoint into place, so a
+killed run leaves the previous one.
 """
 
 import pathlib
@@ -15,7 +17,7 @@ from drlora_jax.errors import RunError
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; keeps the newest `keep_last` and the best by eval loss."""
+    """The checkpoints of one run: the newest `keep_last` and the best by eval loss are kept."""
 
     def __init__(self, directory: pathlib.Path, *, keep_last: int):
         policies = ocp.training.preservation_policies
@@ -39,17 +41,24 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, host: dict, *, eval_loss: float | None = None) -> None:
-        """Copies the state to the host, then writes in the background; surfaces the failure of an earlier save."""
+        """Copies the state to the host, then writes in the background; surfaces the failure of an
+        earlier save.
+        """
         if step in self.steps():
             return
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
-            self._checkpointer.save_async(step, state, metrics=metrics, custom_metadata=host, force=True)
+            self._checkpointer.save_async(
+                step, state, metrics=metrics, custom_metadata=host, force=True
+            )
         except OSError as error:
-            raise RunError(f"The checkpoint of step {step} could not be written: {error}") from error
+            raise RunError(
+                f"The checkpoint of step {step} could not be written: {error}"
+            ) from error
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
-        """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host values.
+        """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
+        values.
 
         Orbax casts a leaf of another dtype silently, so dtypes and shapes are compared first.
         """
@@ -61,7 +70,8 @@ class Checkpoints:
             expected = (tuple(leaf.shape), str(leaf.dtype))
             if found.get(_name(path)) != expected:
                 raise RunError(
-                    f"Checkpoint {step}: {_name(path)} is {found.get(_name(path))}, this run needs {expected}."
+                    f"Checkpoint {step}: {_name(path)} is {found.get(_name(path))}, this run needs "
+                    f"{expected}."
                 )
         return self._checkpointer.load(step, abstract), metadata.custom_metadata
 
@@ -75,4 +85,7 @@ class Checkpoints:
 
 def _name(path) -> str:
     """A leaf's path as text, the same for dicts, tuples and named tuples."""
-    return "/".join(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)
+    return "/".join(
+        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+        for part in path
+    )

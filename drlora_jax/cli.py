@@ -11,21 +11,29 @@ from drlora_jax.errors import EXIT_FAILED, EXIT_USER_MISTAKE, RunError, UserErro
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """`--config FILE.py [--dry-run] [section.field=value ...]`; `--help` lists every field."""
-    fields = "\n".join(f"  {name} ({kind}) = {value!r}" for name, kind, value in config_lib.all_fields())
+    fields = "\n".join(
+        f"  {name} ({kind}) = {value!r}" for name, kind, value in config_lib.all_fields()
+    )
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
         epilog=f"fields, with their types and defaults:\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a Python file with get_config(), or bundled:NAME")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    parser.add_argument(
+        "--config", required=True, help="a Python file with get_config(), or bundled:NAME"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan and stop"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser.parse_args(argv)
 
 
 def run_and_exit(main: Callable[[], int]) -> None:
-    """Runs `main` and exits with its code; user mistakes and failed runs end with one message, no traceback."""
+    """Runs `main` and exits with its code; user mistakes and failed runs end with one message, no
+    traceback.
+    """
     # XLA and Orbax report on standard error below our own messages unless told otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:

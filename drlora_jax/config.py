@@ -1,9 +1,9 @@
 """What a run is: frozen dataclasses, checked where they are made.
 
-A config file is Python with one function, `get_config() -> TrainConfig`; `load_config` runs it and applies
-`section.field=value` overrides. Every field is typed; unknown names, wrong types, values out of range and
-contradictions are refused here, before anything touches a device. A run stores its config as data
-(`to_dict`) and restores it as data (`from_dict`): a run directory is never executed.
+A config file is Python with one function, `get_config() -> TrainConfig`; `load_config` runs it and
+applies `section.field=value` overrides. Every field is typed; unknown names, wrong types, values
+out of range and contradictions are refused here, before anything touches a device. A run stores its
+config as data (`to_dict`) and restores it as data (`from_dict`): a run directory is never executed.
 """
 
 import dataclasses
@@ -74,7 +74,9 @@ class ModelSection(_Section):
 
 @dataclass(frozen=True)
 class DataSection(_Section):
-    path: tuple[str, ...] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` name
+    path: tuple[
+        str, ...
+    ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` name
     eval_path: tuple[str, ...] = ()
     split: str = "train"  # of a `datasets` name
     eval_split: str = "validation"
@@ -126,11 +128,21 @@ class TrainSection(_Section):
             (self.steps is None) != (self.epochs is None),
             f"Set exactly one of train.steps and train.epochs, got {self.steps} and {self.epochs}.",
         )
-        counts = ("steps", "epochs", "batch_size", "micro_batches", "sequence_length", "eval_every", "eval_batches")
+        counts = (
+            "steps",
+            "epochs",
+            "batch_size",
+            "micro_batches",
+            "sequence_length",
+            "eval_every",
+            "eval_batches",
+        )
         given = {name: getattr(self, name) for name in counts}
         _positive("train", {name: value for name, value in given.items() if value is not None})
         _positive("train", {"learning_rate": self.learning_rate, "epsilon": self.epsilon})
-        _fraction("train", {"warmup_ratio": self.warmup_ratio, "beta1": self.beta1, "beta2": self.beta2})
+        _fraction(
+            "train", {"warmup_ratio": self.warmup_ratio, "beta1": self.beta1, "beta2": self.beta2}
+        )
         for name in ("weight_decay", "balance_loss", "z_loss"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} must be 0 or more, got {value}.")
@@ -140,7 +152,8 @@ class TrainSection(_Section):
         )
         _require(
             self.batch_size % self.micro_batches == 0,
-            f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batches ({self.micro_batches}).",
+            f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batches "
+            f"({self.micro_batches}).",
         )
 
 
@@ -158,10 +171,17 @@ class AdapterSection(_Section):
     def check(self):
         _require(bool(self.targets), "adapter.targets must name at least one projection, got none.")
         fused = "gate_up" in self.targets and {"gate", "up"} & set(self.targets)
-        _require(not fused, f"adapter.targets has gate_up next to gate or up: one or the other, got {self.targets}.")
+        _require(
+            not fused,
+            f"adapter.targets has gate_up next to gate or up: one or the other, got "
+            f"{self.targets}.",
+        )
         _require(self.scale > 0, f"adapter.scale must be greater than 0, got {self.scale}.")
         _fraction("adapter", {"dropout": self.dropout})
-        _require(self.rank is None or self.rank > 0, f"adapter.rank must be greater than 0, got {self.rank}.")
+        _require(
+            self.rank is None or self.rank > 0,
+            f"adapter.rank must be greater than 0, got {self.rank}.",
+        )
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})
 
@@ -180,7 +200,9 @@ class AllocationSection(_Section):
     frequency: Literal["weight", "count"] = "weight"
     importance: Literal["gate_abs", "gate_sq", "elementwise_product"] = "gate_abs"
     saliency: Literal["product", "frequency", "importance", "random"] = "product"
-    warmup_ratio: float | None = None  # of all steps, before the first event; None: train.warmup_ratio
+    warmup_ratio: float | None = (
+        None  # of all steps, before the first event; None: train.warmup_ratio
+    )
     last_event: int | None = None  # no growth after this step; None: total steps - interval
     released: bool = False  # what the authors' released code does, where it differs from the paper
 
@@ -192,7 +214,10 @@ class AllocationSection(_Section):
         )
         _positive("allocation", {"interval": self.interval, "p_grow": self.p_grow})
         _require(self.gamma >= 0, f"allocation.gamma must be 0 or more, got {self.gamma}.")
-        decays = {"frequency_decay": self.frequency_decay, "importance_decay": self.importance_decay}
+        decays = {
+            "frequency_decay": self.frequency_decay,
+            "importance_decay": self.importance_decay,
+        }
         _fraction("allocation", decays)
         if self.warmup_ratio is not None:
             _fraction("allocation", {"warmup_ratio": self.warmup_ratio})
@@ -222,7 +247,8 @@ class MeshSection(_Section):
         )
         _require(
             self.tensor == 1,
-            f"mesh.tensor={self.tensor}: tensor parallelism is not available; use mesh.data, mesh.fsdp and mesh.expert.",
+            f"mesh.tensor={self.tensor}: tensor parallelism is not available; use mesh.data, "
+            f"mesh.fsdp and mesh.expert.",
         )
 
 
@@ -276,18 +302,26 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # whatever a user's file raises is the user's mistake, named with the file
-        raise UserError(f"The config file {file} does not run: {type(error).__name__}: {error}") from error
+    except (
+        Exception
+    ) as error:  # whatever a user's file raises is the user's mistake, named with the file
+        raise UserError(
+            f"The config file {file} does not run: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, "get_config"):
-        raise UserError(f"The config file {file} has no function get_config(); it must return a TrainConfig.")
+        raise UserError(
+            f"The config file {file} has no function get_config(); it must return a TrainConfig."
+        )
     config = module.get_config()
     if not isinstance(config, TrainConfig):
-        raise UserError(f"get_config() in {file} must return a TrainConfig, got {type(config).__name__}.")
+        raise UserError(
+            f"get_config() in {file} must return a TrainConfig, got {type(config).__name__}."
+        )
     return apply_overrides(config, overrides)
 
 
 def config_file(path: str) -> pathlib.Path:
-    """Where a config lies: a path, or `bundled:NAME` (installed with the package, or in the clone)."""
+    """Where a config lies: a path, or `bundled:NAME` (with the package, or in the clone)."""
     if not path.startswith("bundled:"):
         file = pathlib.Path(path)
         if not file.is_file():
@@ -298,23 +332,33 @@ def config_file(path: str) -> pathlib.Path:
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
-    raise UserError(f"--config {path}: the package has no config of that name; one of them is bundled:tiny.")
+    raise UserError(
+        f"--config {path}: the package has no config of that name; one of them is bundled:tiny."
+    )
 
 
 def apply_overrides(config: TrainConfig, overrides: typing.Sequence[str]) -> TrainConfig:
-    """Returns a config with `section.field=value` strings applied; refuses unknown names and wrong types."""
+    """Returns a config with `section.field=value` strings applied; refuses unknown names and wrong
+    types.
+    """
     changes: dict[str, dict] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or name.count(".") != 1:
-            raise UserError(f"Override {override!r} must look like section.field=value, for example train.steps=100.")
+            raise UserError(
+                f"Override {override!r} must look like section.field=value, for example "
+                f"train.steps=100."
+            )
         section, key = name.split(".")
         changes.setdefault(section, {})[key] = _parse(name, text, _field_type(section, key))
     # Setting one of steps and epochs on the command line replaces the other one of the file.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if changes.get("train", {}).get(one) is not None and other not in changes["train"]:
             changes["train"][other] = None
-    sections = {name: dataclasses.replace(getattr(config, name), **values) for name, values in changes.items()}
+    sections = {
+        name: dataclasses.replace(getattr(config, name), **values)
+        for name, values in changes.items()
+    }
     return dataclasses.replace(config, **sections)
 
 
@@ -340,9 +384,17 @@ def _section_class(section: str) -> type:
 def _field_type(section: str, name: str):
     hints = typing.get_type_hints(_section_class(section))
     if name not in hints:
-        every = [row for row in (f"{s}.{n}" for s in typing.get_type_hints(TrainConfig)
-                                 for n in typing.get_type_hints(_section_class(s)))]
-        raise UserError(f"Unknown config field {section}.{name}{_suggest(f'{section}.{name}', every)}")
+        every = [
+            row
+            for row in (
+                f"{s}.{n}"
+                for s in typing.get_type_hints(TrainConfig)
+                for n in typing.get_type_hints(_section_class(s))
+            )
+        ]
+        raise UserError(
+            f"Unknown config field {section}.{name}{_suggest(f'{section}.{name}', every)}"
+        )
     return hints[name]
 
 
@@ -394,7 +446,9 @@ def _parse(name: str, text: str, kind):
             return text.lower() == "true"
         if typing.get_origin(option) is tuple:
             return tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
-        if option is str or (typing.get_origin(option) is Literal and text in typing.get_args(option)):
+        if option is str or (
+            typing.get_origin(option) is Literal and text in typing.get_args(option)
+        ):
             return text
         if option in (int, float):
             try:

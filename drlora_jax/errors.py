@@ -1,8 +1,8 @@
 """The two ways a run ends badly, and the exit codes that scripts may rely on.
 
-A `UserError` is found before any device work: one message (what, where, got, what to do), exit code 2.
-A `RunError` is found while running, its reason is the last line printed, exit code 1.
-A run that was stopped but can go on (SIGTERM saved its state) exits with `EXIT_RESUMABLE`.
+A `UserError` is found before any device work: one message (what, where, got, what to do), exit code
+2. A `RunError` is found while running, its reason is the last line printed, exit code 1. A run that
+was stopped but can go on (SIGTERM saved its state) exits with `EXIT_RESUMABLE`.
 """
 
 EXIT_DONE = 0
@@ -12,7 +12,9 @@ EXIT_RESUMABLE = 75
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: config, path, model directory, data. Shown without a traceback."""
+    """A mistake in what the user gave: config, path, model directory, data. Shown without a
+    traceback.
+    """
 
 
 class RunError(RuntimeError):

@@ -7,7 +7,9 @@ from drlora_jax.config import TrainSection
 
 
 def make_schedule(section: TrainSection, total_steps: int, peak: float) -> optax.Schedule:
-    """Linear warm-up over `warmup_ratio` of the steps, then linear, cosine or constant; 0 at the end of a decay."""
+    """Linear warm-up over `warmup_ratio` of the steps, then linear, cosine or constant; 0 at the
+    end of a decay.
+    """
     warmup = int(section.warmup_ratio * total_steps)
     decay = max(1, total_steps - warmup)
     after = {
@@ -33,7 +35,9 @@ def make_optimizer(
     schedule = make_schedule(section, total_steps, section.learning_rate)
     rate = optax.scale_by_learning_rate(schedule)
     if router_learning_rate is not None:
-        router_rate = optax.scale_by_learning_rate(make_schedule(section, total_steps, router_learning_rate))
+        router_rate = optax.scale_by_learning_rate(
+            make_schedule(section, total_steps, router_learning_rate)
+        )
         rate = optax.partition({"lora": rate, "router": router_rate}, label_leaves)
     parts = [
         optax.scale_by_adam(section.beta1, section.beta2, section.epsilon),
@@ -47,4 +51,6 @@ def make_optimizer(
 
 def label_leaves(tree):
     """`router` for router deltas, `lora` for every other leaf."""
-    return jax.tree.map_with_path(lambda path, _: "router" if path[-1].key == "router_delta" else "lora", tree)
+    return jax.tree.map_with_path(
+        lambda path, _: "router" if path[-1].key == "router_delta" else "lora", tree
+    )

@@ -1,8 +1,9 @@
 """`python -m drlora_jax.pretrain`: trains all weights of a small MoE from scratch.
 
-Architecture and tokenizer come from `model.path`, its weights are not read. Each file of `data.path` is a domain, and
-every batch has equal parts of all of them. Resumes from its last checkpoint; ends with a Hugging Face directory
-<run.dir>/model and <run.dir>/pretrain.json (held-out loss and expert load by domain).
+Architecture and tokenizer come from `model.path`, its weights are not read. Each file of
+`data.path` is a domain, and every batch has equal parts of all of them. Resumes from its last
+checkpoint; ends with a Hugging Face directory <run.dir>/model and <run.dir>/pretrain.json (held-out
+loss and expert load by domain).
 """
 
 import json
@@ -51,7 +52,9 @@ def main(argv=None) -> int:
     model = Decoder(model_config, options)
     tx, schedule = make_optimizer(config.train, config.train.steps)
     params = init_params(model, config.run.seed)
-    print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(domains)} domains")
+    print(
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(domains)} domains"
+    )
     if args.dry_run:
         return EXIT_DONE
     is_done = train(config, model, tx, schedule, params, domains)
@@ -59,7 +62,9 @@ def main(argv=None) -> int:
         params, _ = restore_or_start(config, tx, params)[0]
         report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
         out = pathlib.Path(config.run.dir)
-        write_model(out / "model", model_config, params, read_config_json(directory), ml_dtypes.bfloat16)
+        write_model(
+            out / "model", model_config, params, read_config_json(directory), ml_dtypes.bfloat16
+        )
         tokenizer.save_pretrained(out / "model")
         (out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out / 'model'}")
@@ -67,13 +72,23 @@ def main(argv=None) -> int:
 
 
 def load_domains(config: TrainConfig, tokenizer) -> list[Domain]:
-    """One loader a file of `data.path`, with the held-out batches of the file at the same place of `eval_path`."""
+    """One loader a file of `data.path`, with the held-out batches of the file at the same place of
+    `eval_path`.
+    """
     paths, heldout_paths = config.data.path, config.data.eval_path
     if not paths or len(paths) != len(heldout_paths):
-        raise UserError(f"data.path and data.eval_path need a file each for every domain, got {paths}, {heldout_paths}.")
+        raise UserError(
+            f"data.path and data.eval_path need a file each for every domain, got {paths}, "
+            f"{heldout_paths}."
+        )
     if config.train.batch_size % len(paths):
-        raise UserError(f"train.batch_size ({config.train.batch_size}) must be a multiple of {len(paths)} domains.")
-    return [_load_domain(config, tokenizer, *pair) for pair in zip(paths, heldout_paths, strict=True)]
+        raise UserError(
+            f"train.batch_size ({config.train.batch_size}) must be a multiple of {len(paths)} "
+            f"domains."
+        )
+    return [
+        _load_domain(config, tokenizer, *pair) for pair in zip(paths, heldout_paths, strict=True)
+    ]
 
 
 def _load_domain(config: TrainConfig, tokenizer, path: str, heldout_path: str) -> Domain:
@@ -84,7 +99,9 @@ def _load_domain(config: TrainConfig, tokenizer, path: str, heldout_path: str) -
         return load_documents(section, tokenizer, length).documents
 
     pad_id = tokenizer.pad_token_id
-    heldout = eval_batches(read(heldout_path), sequence_length=length, batch_size=rows, pad_id=pad_id)
+    heldout = eval_batches(
+        read(heldout_path), sequence_length=length, batch_size=rows, pad_id=pad_id
+    )
     loader = Loader(
         read(path),
         sequence_length=length,
@@ -103,12 +120,16 @@ def init_params(model: Decoder, seed: int) -> dict:
 
 def restore_or_start(config: TrainConfig, tx, params):
     """((params, opt_state), steps done) of the newest checkpoint, or of a fresh start."""
-    checkpoints = Checkpoints(pathlib.Path(config.run.dir) / "checkpoints", keep_last=config.run.keep_last)
+    checkpoints = Checkpoints(
+        pathlib.Path(config.run.dir) / "checkpoints", keep_last=config.run.keep_last
+    )
     step = checkpoints.latest_step()
     state = (params, jax.jit(tx.init)(params))
     if step is not None:
         sharding = SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+        )
         state, _ = checkpoints.restore(step, abstract)
     checkpoints.close()
     return state, step or 0
@@ -127,7 +148,9 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
     tokens, since = 0, time.perf_counter()
     while step < section.steps and not stop:
         batch = mixed_batch(domains, step)
-        params, opt_state, metrics = train_step(params, opt_state, split_micro_batches(batch, section.micro_batches))
+        params, opt_state, metrics = train_step(
+            params, opt_state, split_micro_batches(batch, section.micro_batches)
+        )
         step += 1
         tokens += count_tokens(batch)
         if step % config.run.log_every == 0:
@@ -135,11 +158,21 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
             if not np.isfinite(loss):
                 raise RunError(f"The loss is {loss} at step {step}; lower train.learning_rate.")
             rate = tokens / (time.perf_counter() - since)
-            _log(run_dir, step=step, loss=loss, learning_rate=float(schedule(step - 1)), tokens_per_second=rate)
+            _log(
+                run_dir,
+                step=step,
+                loss=loss,
+                learning_rate=float(schedule(step - 1)),
+                tokens_per_second=rate,
+            )
             tokens, since = 0, time.perf_counter()
         if step % section.eval_every == 0:
             heldout = evaluate(config, model, params, domains)
-            _log(run_dir, step=step, heldout={name: values["loss"] for name, values in heldout.items()})
+            _log(
+                run_dir,
+                step=step,
+                heldout={name: values["loss"] for name, values in heldout.items()},
+            )
             tokens, since = 0, time.perf_counter()
         if step % config.run.checkpoint_every == 0 or step == section.steps or stop:
             checkpoints.save(step, (params, opt_state), {})
@@ -154,7 +187,9 @@ def mixed_batch(domains: list[Domain], step: int) -> Batch:
 
 
 def evaluate(config: TrainConfig, model: Decoder, params, domains: list[Domain]) -> dict:
-    """By domain: held-out loss in nats a token, tokens, and each layer's share of choices by expert."""
+    """By domain: held-out loss in nats a token, tokens, and each layer's share of choices by
+    expert.
+    """
     layers, experts = len(model.config.moe_layers), model.config.moe.routing.num_experts
     eval_step = jax.jit(make_eval_step(model))
     mask_LER = jnp.ones((layers, experts, 0))

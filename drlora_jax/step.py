@@ -1,13 +1,14 @@
-"""One optimizer step, as pure functions: loss, gradients, importance of every rank, masked update, statistics.
+"""One optimizer step, as pure functions: loss, gradients, importance of every rank, masked update,
+statistics.
 
-    step = make_train_step(model, tx, policy, ...)        build once
-    state, metrics = jax.jit(step)(params, state, batch)   params are frozen, the mask is an array of the state
+    step = make_train_step(model, tx, policy, ...)        build once state, metrics =
+    jax.jit(step)(params, state, batch)   params are frozen, the mask is an array of the state
 
-The rank mask enters multiplied with a gate of ones, and the gradient with respect to that gate is the importance of
-every rank, measured in the same backward pass. A growth event only replaces the values of `state.mask_LER`, so the step
-compiles once. The loss is sum of NLL / number of target tokens over the whole batch, in nats; micro-batches and devices
-add up to exactly that.
-Letters: M micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
+The rank mask enters multiplied with a gate of ones, and the gradient with respect to that gate is
+the importance of every rank, measured in the same backward pass. A growth event only replaces the
+values of `state.mask_LER`, so the step compiles once. The loss is sum of NLL / number of target
+tokens over the whole batch, in nats; micro-batches and devices add up to exactly that. Letters: M
+micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from drlora_jax.ops.grouped import ROLES
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. `params` are apart: frozen, never donated, never in a checkpoint."""
+    """Everything a step changes. `params` are apart: frozen, not donated, not saved."""
 
     step: jax.Array  # i32, optimizer steps done
     lora: Any
@@ -51,7 +52,15 @@ class AuxiliaryWeights(NamedTuple):
 # --------------------------------------------------------------------------------------------- loss
 
 
-def batch_loss(model: Decoder, variables: dict, batch: Batch, weights: AuxiliaryWeights, *, key=None, head_grad=False):
+def batch_loss(
+    model: Decoder,
+    variables: dict,
+    batch: Batch,
+    weights: AuxiliaryWeights,
+    *,
+    key=None,
+    head_grad=False,
+):
     """(sum of NLL, auxiliary loss a token) and the routing statistics of one micro-batch [B, T].
 
     Args:
@@ -60,7 +69,9 @@ def batch_loss(model: Decoder, variables: dict, batch: Batch, weights: Auxiliary
       head_grad: whether embedding and head are trained (pretraining).
     """
     rngs = None if key is None else {"dropout": key}
-    hidden_BTD, stats = model.apply(variables, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, rngs=rngs)
+    hidden_BTD, stats = model.apply(
+        variables, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, rngs=rngs
+    )
     config = model.config
     nll = summed_nll(
         hidden_BTD.reshape(-1, config.width),
@@ -74,11 +85,14 @@ def batch_loss(model: Decoder, variables: dict, batch: Batch, weights: Auxiliary
     return LossTerms(nll, auxiliary_loss(stats, tokens, weights)), stats
 
 
-def auxiliary_loss(stats: RoutingStats | None, tokens: jax.Array, weights: AuxiliaryWeights) -> jax.Array:
+def auxiliary_loss(
+    stats: RoutingStats | None, tokens: jax.Array, weights: AuxiliaryWeights
+) -> jax.Array:
     """Load-balance and z loss of one micro-batch.
 
-    balance = E * sum_e (C_e / n) (P_e / n), pooled over all MoE layers and valid tokens (n = tokens * layers): choices
-    C_e and softmax probabilities P_e. Perfect balance gives the experts per token. z = mean logsumexp(logits) ** 2.
+    balance = E * sum_e (C_e / n) (P_e / n), pooled over all MoE layers and valid tokens (n = tokens
+    * layers): choices C_e and softmax probabilities P_e. Perfect balance gives the experts per
+    token. z = mean logsumexp(logits) ** 2.
     """
     if stats is None or weights == AuxiliaryWeights():
         return jnp.zeros(())
@@ -89,12 +103,15 @@ def auxiliary_loss(stats: RoutingStats | None, tokens: jax.Array, weights: Auxil
     return weights.balance * balance + weights.z * jnp.sum(stats.log_z_squared) / rows
 
 
-# --------------------------------------------------------------------------------------------- masks and gates
+# ---------------------------------------------------------------------------------------------
+# masks and gates
 
 
 def expert_roles(config: ModelConfig, adapter: AdapterSpec) -> tuple[str, ...]:
     """Roles with factors on the routed experts, in the order of the P axis."""
-    return tuple(role for role in ROLES if any(path.endswith(f"/moe/{role}") for path in adapter.paths))
+    return tuple(
+        role for role in ROLES if any(path.endswith(f"/moe/{role}") for path in adapter.paths)
+    )
 
 
 def gates_tree(config: ModelConfig, roles: tuple[str, ...], gate_LPER: jax.Array) -> dict:
@@ -106,7 +123,9 @@ def gates_tree(config: ModelConfig, roles: tuple[str, ...], gate_LPER: jax.Array
     return tree if roles else {}
 
 
-def lora_like(config: ModelConfig, lora: dict, expert_LE: jax.Array, mask_LER: jax.Array, router: jax.Array) -> dict:
+def lora_like(
+    config: ModelConfig, lora: dict, expert_LE: jax.Array, mask_LER: jax.Array, router: jax.Array
+) -> dict:
     """A tree like `lora` of what multiplies or selects each leaf, broadcastable to it.
 
     Expert factors get mask_LER (times expert_LE), router deltas get `router`, plain LoRA gets True.
@@ -123,14 +142,18 @@ def lora_like(config: ModelConfig, lora: dict, expert_LE: jax.Array, mask_LER: j
     return jax.tree.map_with_path(leaf, lora)
 
 
-def elementwise_importance(config: ModelConfig, roles: tuple[str, ...], lora: dict, grads: dict) -> jax.Array:
+def elementwise_importance(
+    config: ModelConfig, roles: tuple[str, ...], lora: dict, grads: dict
+) -> jax.Array:
     """(sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank, f32 [L, P, E, R]."""
 
     def of_layer(segment, layer):
         rows = []
         for role in roles:
             factors, grad = (tree[segment][layer]["moe"][f"{role}_lora"] for tree in (lora, grads))
-            a_side, b_side = (jnp.sum(jnp.abs(factors[side] * grad[side]), axis=-1) for side in ("a", "b"))
+            a_side, b_side = (
+                jnp.sum(jnp.abs(factors[side] * grad[side]), axis=-1) for side in ("a", "b")
+            )
             rows.append(a_side * b_side)
         return jnp.stack(rows, axis=1)  # [repeats, P, E, R]
 
@@ -140,7 +163,8 @@ def elementwise_importance(config: ModelConfig, roles: tuple[str, ...], lora: di
     return stack_layers(list(segments.values()))
 
 
-# --------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------------
+# optimizer
 
 
 class Hold(NamedTuple):
@@ -151,19 +175,29 @@ class Hold(NamedTuple):
 
 
 def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: Hold):
-    """`tx.update` and `apply_updates` that leave held leaves alone, moments included. Returns (lora, opt_state)."""
+    """`tx.update` and `apply_updates` that leave held leaves alone, moments included. Returns
+    (lora, opt_state).
+    """
     updates, new_state = tx.update(grads, opt_state, lora)
     keep = optax.tree_map_params(
-        tx, lambda _, trains: trains, new_state, hold.trains, transform_non_params=lambda _: jnp.asarray(True)
+        tx,
+        lambda _, trains: trains,
+        new_state,
+        hold.trains,
+        transform_non_params=lambda _: jnp.asarray(True),
     )
     opt_state = jax.tree.map(jnp.where, keep, new_state, opt_state)
     updates = jax.tree.map(
-        lambda update, trains, active: jnp.where(trains & active, update, 0), updates, hold.trains, hold.active
+        lambda update, trains, active: jnp.where(trains & active, update, 0),
+        updates,
+        hold.trains,
+        hold.active,
     )
     return optax.apply_updates(lora, updates), opt_state
 
 
-# --------------------------------------------------------------------------------------------- steps
+# ---------------------------------------------------------------------------------------------
+# steps
 
 
 class StepOptions(NamedTuple):
@@ -172,7 +206,9 @@ class StepOptions(NamedTuple):
     router_start: int = 0  # steps before a trained router moves
 
 
-def make_train_step(model: Decoder, tx: optax.GradientTransformation, policy: Policy, options: StepOptions) -> Callable:
+def make_train_step(
+    model: Decoder, tx: optax.GradientTransformation, policy: Policy, options: StepOptions
+) -> Callable:
     """A pure `step(params, state, batch [M, B, T]) -> (state, metrics)` for fine-tuning."""
     config, adapter = model.config, model.options.adapter
     roles = expert_roles(config, adapter)
@@ -182,13 +218,19 @@ def make_train_step(model: Decoder, tx: optax.GradientTransformation, policy: Po
 
         def loss_fn(lora, gate_LPER):
             masked_LPER = gate_LPER * state.mask_LER[:, None]
-            variables = {"params": params, "lora": lora, "rank_mask": gates_tree(config, roles, masked_LPER)}
+            variables = {
+                "params": params,
+                "lora": lora,
+                "rank_mask": gates_tree(config, roles, masked_LPER),
+            }
             terms, stats = batch_loss(model, variables, batch, options.auxiliary, key=key)
             return terms.nll / targets + share * terms.auxiliary, (terms, stats)
 
         layers, experts, ranks = state.mask_LER.shape
         ones_LPER = jnp.ones((layers, len(roles), experts, ranks), jnp.float32)
-        (_, measured), grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(state.lora, ones_LPER)
+        (_, measured), grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
+            state.lora, ones_LPER
+        )
         return grads, measured
 
     def step(params, state: TrainState, batch: Batch):
@@ -199,7 +241,9 @@ def make_train_step(model: Decoder, tx: optax.GradientTransformation, policy: Po
         def accumulate(total, inputs):
             index, micro, share = inputs
             micro_key = jax.random.fold_in(key, index)
-            (grads, gate_grad), (terms, stats) = micro_batch(params, state, micro_key, micro, share, targets)
+            (grads, gate_grad), (terms, stats) = micro_batch(
+                params, state, micro_key, micro, share, targets
+            )
             return jax.tree.map(jnp.add, total, grads), (gate_grad, terms, stats)
 
         zeros = jax.tree.map(jnp.zeros_like, state.lora)
@@ -211,8 +255,14 @@ def make_train_step(model: Decoder, tx: optax.GradientTransformation, policy: Po
         is_used_LE = jnp.ones(state.mask_LER.shape[:2], bool)
         stats = state.stats
         if stats_ML is not None:
-            elementwise = elementwise_importance(config, roles, state.lora, grads) if policy.needs_elementwise else None
-            measured = StepStats(gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M)
+            elementwise = (
+                elementwise_importance(config, roles, state.lora, grads)
+                if policy.needs_elementwise
+                else None
+            )
+            measured = StepStats(
+                gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M
+            )
             stats = policy.accumulate(state.stats, measured)
             if options.freeze_idle_experts:
                 is_used_LE = jnp.sum(measured.count_MLE, axis=0) > 0
@@ -220,14 +270,18 @@ def make_train_step(model: Decoder, tx: optax.GradientTransformation, policy: Po
         every_rank = jnp.ones_like(state.mask_LER)
         hold = Hold(
             trains=lora_like(config, state.lora, is_used_LE, every_rank, moves_router),
-            active=lora_like(config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router),
+            active=lora_like(
+                config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
+            ),
         )
         lora, opt_state = held_update(tx, grads, state.opt_state, state.lora, hold)
         metrics = {
             "loss": jnp.sum(terms_M.nll) / targets,
             "auxiliary_loss": jnp.sum(terms_M.auxiliary * shares_M),
             "grad_norm": optax.global_norm(grads),
-            "weight_LE": None if measured is None else jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M),
+            "weight_LE": None
+            if measured is None
+            else jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M),
         }
         new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats, state.key)
         return new_state, metrics
@@ -236,7 +290,9 @@ def make_train_step(model: Decoder, tx: optax.GradientTransformation, policy: Po
 
 
 def make_eval_step(model: Decoder) -> Callable:
-    """A pure `step(params, lora, mask_LER, batch [B, T]) -> (sum of NLL, target tokens, routing statistics)`."""
+    """A pure `step(params, lora, mask_LER, batch [B, T]) -> (sum of NLL, target tokens, routing
+    statistics)`.
+    """
     config = model.config
     roles = expert_roles(config, model.options.adapter)
 
@@ -244,15 +300,23 @@ def make_eval_step(model: Decoder) -> Callable:
         gate_LPER = jnp.broadcast_to(
             mask_LER[:, None], (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
         )
-        variables = {"params": params, "lora": lora, "rank_mask": gates_tree(config, roles, gate_LPER)}
+        variables = {
+            "params": params,
+            "lora": lora,
+            "rank_mask": gates_tree(config, roles, gate_LPER),
+        }
         terms, stats = batch_loss(model, variables, batch, AuxiliaryWeights())
         return terms.nll, jnp.sum(batch.target_mask_BT), stats
 
     return step
 
 
-def make_pretrain_step(model: Decoder, tx: optax.GradientTransformation, auxiliary: AuxiliaryWeights) -> Callable:
-    """A pure `step(params, opt_state, batch [M, B, T]) -> (params, opt_state, metrics)` that trains all of `params`."""
+def make_pretrain_step(
+    model: Decoder, tx: optax.GradientTransformation, auxiliary: AuxiliaryWeights
+) -> Callable:
+    """A pure `step(params, opt_state, batch [M, B, T]) -> (params, opt_state, metrics)` that trains
+    all of `params`.
+    """
 
     def step(params, opt_state, batch: Batch):
         targets = jnp.maximum(jnp.sum(batch.target_mask_BT), 1.0)

@@ -1,8 +1,10 @@
-"""Low-rank adapters: W' = W + s * B A, with A and B stored as rank rows a [R, D_in] and b [R, D_out].
+"""Low-rank adapters: W' = W + s * B A, with A and B stored as rank rows a [R, D_in] and b [R,
+D_out].
 
-`AdapterSpec` says which matrices of the model are adapted. A starts Kaiming-uniform with a = sqrt(5), that is
-U(+-1 / sqrt(D_in)), for every allocated rank; B starts at zero, so an adapted model starts as its base. The scale is
-constant: it does not depend on the active rank, which keeps growth function-preserving.
+`AdapterSpec` says which matrices of the model are adapted. A starts Kaiming-uniform with a =
+sqrt(5), that is U(+-1 / sqrt(D_in)), for every allocated rank; B starts at zero, so an adapted
+model starts as its base. The scale is constant: it does not depend on the active rank, which keeps
+growth function-preserving.
 """
 
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ NO_ADAPTER = AdapterSpec()
 
 def lora_delta(x_BTD: jax.Array, a_RD: jax.Array, b_RF: jax.Array, scale: float) -> jax.Array:
     """s * (x A^T) B in the dtype of x."""
-    return ((x_BTD @ a_RD.astype(x_BTD.dtype).T) * scale).astype(x_BTD.dtype) @ b_RF.astype(x_BTD.dtype)
+    return ((x_BTD @ a_RD.astype(x_BTD.dtype).T) * scale).astype(x_BTD.dtype) @ b_RF.astype(
+        x_BTD.dtype
+    )
 
 
 def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -52,8 +56,12 @@ class PlainLora(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         rank, width = self.adapter.rank, x_BTD.shape[-1]
-        a_RD = self.variable("lora", "a", lambda: init_a(self.make_rng("params"), (rank, width))).value
-        b_RF = self.variable("lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)).value
+        a_RD = self.variable(
+            "lora", "a", lambda: init_a(self.make_rng("params"), (rank, width))
+        ).value
+        b_RF = self.variable(
+            "lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)
+        ).value
         if self.adapter.dropout > 0 and self.has_rng("dropout"):
             x_BTD = drop_inputs(x_BTD, self.adapter.dropout, self.make_rng("dropout"))
         return lora_delta(x_BTD, a_RD, b_RF, self.adapter.scale)

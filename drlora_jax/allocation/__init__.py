@@ -1,6 +1,13 @@
 """Allocation policies by their config name."""
 
-from drlora_jax.allocation.base import CapacityShapes, CapacityState, Event, Policy, StepStats, masks_from_ranks
+from drlora_jax.allocation.base import (
+    CapacityShapes,
+    CapacityState,
+    Event,
+    Policy,
+    StepStats,
+    masks_from_ranks,
+)
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import TrainConfig
@@ -17,11 +24,15 @@ __all__ = [
 
 
 def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -> Policy:
-    """The policy that a config names, for a model's shapes and the number of steps its schedule is made for."""
+    """The policy that a config names, for a model's shapes and the number of steps its schedule is
+    made for.
+    """
     section = config.allocation
     if section.kind == "uniform":
         return uniform(shapes, rank=section.r_target)
-    warmup_ratio = config.train.warmup_ratio if section.warmup_ratio is None else section.warmup_ratio
+    warmup_ratio = (
+        config.train.warmup_ratio if section.warmup_ratio is None else section.warmup_ratio
+    )
     return dr_lora(
         shapes,
         total_steps=total_steps,

@@ -1,8 +1,9 @@
 """What an allocation policy is: who decides the active ranks, and when.
 
-A policy is four functions over plain values; a new method is one file with a factory that checks its arguments and
-returns a `Policy`. `accumulate` runs inside the jitted step (jnp); everything else runs on the host, in NumPy.
-Letters: L MoE layers, P adapted projections, E experts, R allocated ranks, M micro-batches.
+A policy is four functions over plain values; a new method is one file with a factory that checks
+its arguments and returns a `Policy`. `accumulate` runs inside the jitted step (jnp); everything
+else runs on the host, in NumPy. Letters: L MoE layers, P adapted projections, E experts, R
+allocated ranks, M micro-batches.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,9 @@ class CapacityState(NamedTuple):
 class StepStats(NamedTuple):
     """What one optimizer step measured, summed over all devices."""
 
-    gate_grad_MLPER: jax.Array  # f32, d loss / d gate of every rank, by micro-batch; 0 where inactive
+    gate_grad_MLPER: (
+        jax.Array
+    )  # f32, d loss / d gate of every rank, by micro-batch; 0 where inactive
     elementwise_LPER: jax.Array | None  # f32, sum|A dA| * sum|B dB|; only if the policy asks for it
     count_MLE: jax.Array  # f32, times each expert was chosen by valid tokens
     weight_MLE: jax.Array  # f32, combine weight each expert got

@@ -2,19 +2,22 @@
 
 Per layer l and expert i, over optimizer steps t:
 
-    frequency    f <- beta f + (1 - beta) w,   w = sum of combine weights over valid tokens / valid tokens
-    importance   I_k <- beta I_k + (1 - beta) |dL/dc_k| for every rank k, only when the expert got tokens;
+    frequency    f <- beta f + (1 - beta) w,   w = sum of combine weights over valid tokens / valid
+    tokens importance   I_k <- beta I_k + (1 - beta) |dL/dc_k| for every rank k, only when the
+    expert got tokens;
                  g = mean over projections of the mean over active ranks of I_k
     saliency     S = f g / (r + 1) ** gamma, with f and g divided by their sums over the layer
 
-Events come every `interval` steps from the end of warm-up. At an event each layer hands out a quota of ranks greedily by
-saliency, at most `cap` to one expert, until the layer's budget N * r_target is met. Then the importance starts anew;
-the frequency goes on. A young average is divided by 1 - beta ** updates, expert by expert, so that an expert that was
-updated less often since the reset is not scored lower for it.
+Events come every `interval` steps from the end of warm-up. At an event each layer hands out a quota
+of ranks greedily by saliency, at most `cap` to one expert, until the layer's budget N * r_target is
+met. Then the importance starts anew; the frequency goes on. A young average is divided by 1 - beta
+** updates, expert by expert, so that an expert that was updated less often since the reset is not
+scored lower for it.
 
-`released` does what the authors' code does instead: ranks are counted in module slots (quota and target times the
-projections, one step counted once per expert), frequency is a decayed sum of counts, the importance EMA is applied twice
-a micro-batch and is not de-biased, and sums are floored at 1e-6 absolute. It may end a little above the budget.
+`released` does what the authors' code does instead: ranks are counted in module slots (quota and
+target times the projections, one step counted once per expert), frequency is a decayed sum of
+counts, the importance EMA is applied twice a micro-batch and is not de-biased, and sums are floored
+at 1e-6 absolute. It may end a little above the budget.
 """
 
 import math
@@ -60,7 +63,8 @@ def make_schedule(
     r_max: int,
     p_grow: float,
 ) -> Schedule:
-    """When events happen and what one hands out; `slots` = experts, or experts * projections if released.
+    """When events happen and what one hands out; `slots` = experts, or experts * projections if
+    released.
 
     Raises UserError when no event fits into the run although ranks are to grow.
     """
@@ -70,21 +74,32 @@ def make_schedule(
     needed = slots * (r_target - r_init)
     if needed and not count:
         raise UserError(
-            f"allocation: no growth event fits: warm-up ends at step {first}, the last event may be at step {last} "
+            f"allocation: no growth event fits: warm-up ends at step {first}, the last event may "
+            f"be at step {last} "
             f"of {total_steps}. Lower allocation.interval ({interval}) or raise train.steps."
         )
     quota = math.ceil(needed / count) if count else 0
     return Schedule(first, interval, count, quota, max(1, math.ceil(p_grow * (r_max - r_init))))
 
 
-def grow(ranks_E, saliency_E, *, quota: int, target: int, cap: int, max_rank: int, slots_per_rank: int = 1):
+def grow(
+    ranks_E,
+    saliency_E,
+    *,
+    quota: int,
+    target: int,
+    cap: int,
+    max_rank: int,
+    slots_per_rank: int = 1,
+):
     """One layer's event: greedy by saliency, ties by expert index. Returns the new ranks.
 
     Args:
       ranks_E: i32 [E]. saliency_E: f32 [E]; NaN never wins.
       quota, target: what may be handed out, and the layer's goal, in slots.
-      slots_per_rank: slots one rank counts for when the layer is compared with its target. What an expert gains is
-        taken off the quota rank by rank; the released code mixes the two units, consistent units have 1.
+      slots_per_rank: slots one rank counts for when the layer is compared with its target. What an
+        expert gains is taken off the quota rank by rank; the released code mixes the two units,
+        consistent units have 1.
     """
     ranks_E = ranks_E.copy()
     left = min(quota, target - slots_per_rank * int(ranks_E.sum()))
@@ -100,9 +115,12 @@ def grow(ranks_E, saliency_E, *, quota: int, target: int, cap: int, max_rank: in
 def saliency(frequency_LE, importance_LE, ranks_LE, gamma: float, floor: float = 0.0):
     """f g / (r + 1) ** gamma with f and g as shares of their layer, [L, E].
 
-    A layer whose f (or g) is all zero has no preference: equal shares. `floor` is the released code's absolute 1e-6.
+    A layer whose f (or g) is all zero has no preference: equal shares. `floor` is the released
+    code's absolute 1e-6.
     """
-    frequency_LE, importance_LE = (_layer_shares(value, floor) for value in (frequency_LE, importance_LE))
+    frequency_LE, importance_LE = (
+        _layer_shares(value, floor) for value in (frequency_LE, importance_LE)
+    )
     return (frequency_LE + floor) * (importance_LE + floor) / (ranks_LE + 1.0) ** gamma
 
 
@@ -177,14 +195,17 @@ def dr_lora(
             return _accumulate_released(stats, step, frequency_decay, importance_decay)
         use_LE = jnp.sum(step.weight_MLE if frequency == "weight" else step.count_MLE, axis=0)
         use_LE = use_LE / jnp.maximum(jnp.sum(step.tokens_M), 1.0)
-        # The sign is dropped once, after the sum over micro-batches and devices: the gate gradient is linear.
+        # The sign is dropped once, after the sum over micro-batches and devices: the gate gradient
+        # is linear.
         if importance == "elementwise_product":
             rank_importance = step.elementwise_LPER
         else:
             rank_importance = jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
             rank_importance = rank_importance**2 if importance == "gate_sq" else rank_importance
         is_used_LE = jnp.sum(step.count_MLE, axis=0) > 0
-        updated = importance_decay * stats.importance_LPER + (1 - importance_decay) * rank_importance
+        updated = (
+            importance_decay * stats.importance_LPER + (1 - importance_decay) * rank_importance
+        )
         return Stats(
             frequency_LE=frequency_decay * stats.frequency_LE + (1 - frequency_decay) * use_LE,
             importance_LPER=jnp.where(is_used_LE[:, None, :, None], updated, stats.importance_LPER),
@@ -196,7 +217,9 @@ def dr_lora(
         if score == "random":
             return np.random.default_rng([seed, step]).random(ranks_LE.shape)
         importance_LPER = np.asarray(stats.importance_LPER, np.float64)
-        mean_LPE = importance_LPER.sum(axis=-1) / np.maximum(ranks_LE, 1)[:, None, :]  # inactive ranks hold 0
+        mean_LPE = (
+            importance_LPER.sum(axis=-1) / np.maximum(ranks_LE, 1)[:, None, :]
+        )  # inactive ranks hold 0
         g_LE, f_LE = mean_LPE.mean(axis=1), np.asarray(stats.frequency_LE)
         if not released:
             bias_LE = 1.0 - importance_decay ** np.asarray(stats.updates_LE, np.float64)
@@ -209,11 +232,15 @@ def dr_lora(
 
     def update(state: CapacityState, stats: Stats, step: int):
         saliency_LE = score_experts(state, stats, step)
-        ranks_LE = np.stack([grow_layer(*layer) for layer in zip(state.ranks_LE, saliency_LE, strict=True)])
+        ranks_LE = np.stack(
+            [grow_layer(*layer) for layer in zip(state.ranks_LE, saliency_LE, strict=True)]
+        )
         if (ranks_LE != state.ranks_LE).any():
             zeros = np.zeros_like
             stats = Stats(
-                np.asarray(stats.frequency_LE), zeros(stats.importance_LPER), zeros(stats.updates_LE)
+                np.asarray(stats.frequency_LE),
+                zeros(stats.importance_LPER),
+                zeros(stats.updates_LE),
             )
         state = CapacityState(ranks_LE.astype(np.int32), state.events + 1)
         return state, stats, Event(saliency_LE.astype(np.float32))
@@ -224,21 +251,29 @@ def dr_lora(
         init=lambda: CapacityState(np.full((shapes.layers, shapes.experts), r_init, np.int32)),
         init_stats=init_stats,
         accumulate=accumulate,
-        is_event=lambda step: schedule.first <= step <= last and (step - schedule.first) % interval == 0,
+        is_event=lambda step: (
+            schedule.first <= step <= last and (step - schedule.first) % interval == 0
+        ),
         update=update,
         budget=shapes.experts * r_target,
         needs_elementwise=importance == "elementwise_product",
         describe=(
-            f"dr_lora: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), {schedule.count} events at "
-            f"steps {schedule.first} to {last}, {schedule.quota} {'slots' if released else 'ranks'} a layer and event, "
+            f"dr_lora: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), "
+            f"{schedule.count} events at "
+            f"steps {schedule.first} to {last}, {schedule.quota} "
+            f"{'slots' if released else 'ranks'} a layer and event, "
             f"at most {schedule.cap} an expert"
             + (" (as released: may end a little above the budget)" if released else "")
         ),
     )
 
 
-def _accumulate_released(stats: Stats, step: StepStats, frequency_decay: float, importance_decay: float) -> Stats:
-    """Counts without (1 - beta), and two EMA updates a micro-batch with the absolute value of its own gradient."""
+def _accumulate_released(
+    stats: Stats, step: StepStats, frequency_decay: float, importance_decay: float
+) -> Stats:
+    """Counts without (1 - beta), and two EMA updates a micro-batch with the absolute value of its
+    own gradient.
+    """
 
     def micro_batch(carry, inputs):
         importance_LPER, updates_LE = carry
@@ -247,7 +282,10 @@ def _accumulate_released(stats: Stats, step: StepStats, frequency_decay: float, 
         for _ in range(2):  # once for the A side and once for the B side, which are equal
             updated = importance_decay * updated + (1 - importance_decay) * jnp.abs(gate_grad_LPER)
         is_used_LE = count_LE > 0
-        return (jnp.where(is_used_LE[:, None, :, None], updated, importance_LPER), updates_LE + is_used_LE), None
+        return (
+            jnp.where(is_used_LE[:, None, :, None], updated, importance_LPER),
+            updates_LE + is_used_LE,
+        ), None
 
     carry = (stats.importance_LPER, stats.updates_LE)
     carry, _ = jax.lax.scan(micro_batch, carry, (step.gate_grad_MLPER, step.count_MLE))
@@ -255,15 +293,22 @@ def _accumulate_released(stats: Stats, step: StepStats, frequency_decay: float, 
     return Stats(frequency_LE, *carry)
 
 
-def _check_reachable(grow_layer, schedule: Schedule, shapes, r_init: int, target: int, slots_per_rank: int):
-    """Plays the schedule with the same preference at every event: no other order saturates experts sooner."""
+def _check_reachable(
+    grow_layer, schedule: Schedule, shapes, r_init: int, target: int, slots_per_rank: int
+):
+    """Plays the schedule with the same preference at every event: no other order saturates experts
+    sooner.
+    """
     ranks_E = np.full(shapes.experts, r_init, np.int32)
     for _ in range(schedule.count):
         ranks_E = grow_layer(ranks_E, -np.arange(shapes.experts, dtype=np.float32))
     reached = slots_per_rank * int(ranks_E.sum())
     if reached < target:
         raise UserError(
-            f"allocation: the budget can not be reached: {schedule.count} events of {schedule.quota} ranks, at most "
-            f"{schedule.cap} an expert and {shapes.max_rank} in all, give {reached / slots_per_rank:g} of "
-            f"{target / slots_per_rank:g} ranks a layer. Raise allocation.p_grow or r_max, or lower interval."
+            f"allocation: the budget can not be reached: {schedule.count} events of "
+            f"{schedule.quota} ranks, at most "
+            f"{schedule.cap} an expert and {shapes.max_rank} in all, give "
+            f"{reached / slots_per_rank:g} of "
+            f"{target / slots_per_rank:g} ranks a layer. Raise allocation.p_grow or r_max, or "
+            f"lower interval."
         )

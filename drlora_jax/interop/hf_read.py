@@ -1,7 +1,9 @@
-"""Reads a Hugging Face model directory: `config.json` and `.safetensors`, nothing else, and executes nothing.
+"""Reads a Hugging Face model directory: `config.json` and `.safetensors`, nothing else, and
+executes nothing.
 
-The key table is strict: a tensor that no rule maps, a rule without its tensor, a wrong shape or dtype each is an error
-that names the key. Weights are streamed leaf by leaf and layer by layer into device buffers.
+The key table is strict: a tensor that no rule maps, a rule without its tensor, a wrong shape or
+dtype each is an error that names the key. Weights are streamed leaf by leaf and layer by layer into
+device buffers.
 """
 
 import contextlib
@@ -32,13 +34,17 @@ class TensorInfo(NamedTuple):
 
 
 def find_model(path: str) -> pathlib.Path:
-    """The directory that `model.path` means: a directory, `bundled:NAME`, or a hub name (downloaded)."""
+    """The directory that `model.path` means: a directory, `bundled:NAME`, or a hub name
+    (downloaded).
+    """
     if path.startswith("bundled:"):
         folder = pathlib.Path(__file__).parents[1] / "bundled"
         directory = folder / path.removeprefix("bundled:")
         if not (directory / "config.json").is_file():
             known = sorted(f"bundled:{file.parent.name}" for file in folder.glob("*/config.json"))
-            raise UserError(f"model.path={path}: the package has no such model; it has {', '.join(known)}.")
+            raise UserError(
+                f"model.path={path}: the package has no such model; it has {', '.join(known)}."
+            )
         return directory
     directory = pathlib.Path(path)
     if directory.is_dir():
@@ -63,9 +69,12 @@ def _download(name: str) -> pathlib.Path:
         # Weights, configs and tokenizer files only: nothing that could be executed.
         patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many kinds; all mean that the model can not be had
+    except (
+        Exception
+    ) as error:  # the hub client raises many kinds; all mean that the model can not be had
         raise UserError(
-            f"model.path={name} is no directory here, and the hub did not give it ({type(error).__name__}). "
+            f"model.path={name} is no directory here, and the hub did not give it "
+            f"({type(error).__name__}). "
             "Give a local directory."
         ) from error
 
@@ -88,7 +97,8 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
     return parse_config(read_config_json(directory))
 
 
-# --------------------------------------------------------------------------------------------- headers
+# ---------------------------------------------------------------------------------------------
+# headers
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
@@ -98,7 +108,9 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
         with _open(file) as handle:
             for key in handle.keys():
                 if key in tensors:
-                    raise UserError(f"{key} is in both {tensors[key].file.name} and {file.name} of {directory}.")
+                    raise UserError(
+                        f"{key} is in both {tensors[key].file.name} and {file.name} of {directory}."
+                    )
                 part = handle.get_slice(key)
                 tensors[key] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
     return tensors
@@ -109,18 +121,31 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     files = sorted(directory.glob("*.safetensors"))
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not a safetensors index: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{index} is not a safetensors index: {type(error).__name__}: {error}"
+            ) from error
         for name in names:
             if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: {name!r} must be the plain name of a .safetensors file of this directory.")
+                raise UserError(
+                    f"{index}: {name!r} must be the plain name of a .safetensors file of this "
+                    f"directory."
+                )
             if not (directory / name).is_file():
                 raise UserError(f"{directory}: the shard {name} that the index names is missing.")
         files = [directory / name for name in names]
     if not files:
-        others = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix))
-        found = f" It has {', '.join(others[:3])}: pickle files are not read, convert them." if others else ""
+        others = sorted(
+            file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix)
+        )
+        found = (
+            f" It has {', '.join(others[:3])}: pickle files are not read, convert them."
+            if others
+            else ""
+        )
         raise UserError(f"{directory} has no .safetensors weights.{found}")
     return files
 
@@ -147,27 +172,37 @@ def fingerprint(directory: pathlib.Path) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------- weights
+# ---------------------------------------------------------------------------------------------
+# weights
 
 
-def match_keys(config: ModelConfig, tensors: dict[str, TensorInfo], abstract: dict) -> dict[str, Slot]:
+def match_keys(
+    config: ModelConfig, tensors: dict[str, TensorInfo], abstract: dict
+) -> dict[str, Slot]:
     """The slot of every tensor on disk, after checking names, shapes and dtypes.
 
     Args:
       abstract: our parameter tree of `jax.ShapeDtypeStruct`.
     """
-    layout = "fused" if any(key.endswith("mlp.experts.gate_up_proj") for key in tensors) else "experts"
+    layout = (
+        "fused" if any(key.endswith("mlp.experts.gate_up_proj") for key in tensors) else "experts"
+    )
     table = key_table(config, layout)
     on_disk = {key for key in tensors if not key.endswith(IGNORED_SUFFIXES)}
     missing, unmapped = sorted(table.keys() - on_disk), sorted(on_disk - table.keys())
     if missing:
         raise UserError(f"The weights lack {_some(missing)} ({config.family}, layout {layout}).")
     if unmapped:
-        raise UserError(f"The weights have tensors that {config.family} does not: {_some(unmapped)}.")
+        raise UserError(
+            f"The weights have tensors that {config.family} does not: {_some(unmapped)}."
+        )
     for key, slot in table.items():
         expected = _disk_shape(slot, abstract)
         if tensors[key].shape != expected:
-            raise UserError(f"{key} has shape {list(tensors[key].shape)}, config.json makes it {list(expected)}.")
+            raise UserError(
+                f"{key} has shape {list(tensors[key].shape)}, config.json makes it "
+                f"{list(expected)}."
+            )
         if tensors[key].dtype not in READABLE_DTYPES:
             readable = ", ".join(READABLE_DTYPES)
             raise UserError(f"{key} has dtype {tensors[key].dtype}; readable are {readable}.")
@@ -175,7 +210,9 @@ def match_keys(config: ModelConfig, tensors: dict[str, TensorInfo], abstract: di
 
 
 def _some(names: list[str], count: int = 3) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    return ", ".join(names[:count]) + (
+        f" and {len(names) - count} more" if len(names) > count else ""
+    )
 
 
 def leaf_at(tree: dict, path: tuple[str, ...]):
@@ -208,7 +245,10 @@ def load_params(config: ModelConfig, directory: pathlib.Path, abstract: dict) ->
         layer = slot.index[0] if slot.index else None
         pieces.setdefault(slot.path, {}).setdefault(layer, []).append((key, slot))
     with contextlib.ExitStack() as stack:
-        handles = {file: stack.enter_context(_open(file)) for file in {info.file for info in tensors.values()}}
+        handles = {
+            file: stack.enter_context(_open(file))
+            for file in {info.file for info in tensors.values()}
+        }
 
         def read(key):
             return handles[tensors[key].file].get_tensor(key)
@@ -243,7 +283,9 @@ _write_layer = jax.jit(_write_layer_impl, donate_argnums=0)
 
 
 def _fill(host: np.ndarray, entries: list[tuple[str, Slot]], read, *, skip: int) -> None:
-    """Copies tensors into their places of one leaf, or of one layer of it (`skip` = 1 leading index)."""
+    """Copies tensors into their places of one leaf, or of one layer of it (`skip` = 1 leading
+    index).
+    """
     for key, slot in entries:
         value = read(key)
         if slot.transpose:

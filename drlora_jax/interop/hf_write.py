@@ -12,11 +12,16 @@ from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table
 
 
-def write_model(directory: pathlib.Path, config: ModelConfig, params: dict, config_json: dict, dtype) -> None:
+def write_model(
+    directory: pathlib.Path, config: ModelConfig, params: dict, config_json: dict, dtype
+) -> None:
     """Writes `config.json` and `model.safetensors` with every tensor cast to `dtype`."""
     directory.mkdir(parents=True, exist_ok=True)
     host = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
-    tensors = {key: _take(leaf_at(host, slot.path), slot) for key, slot in key_table(config, "experts").items()}
+    tensors = {
+        key: _take(leaf_at(host, slot.path), slot)
+        for key, slot in key_table(config, "experts").items()
+    }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     values = config_json | {"dtype": np.dtype(dtype).name}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
-"""What a decoder is made of, as data: every family is a value of these classes, not code of its own.
+"""What a decoder is made of, as data: every family is a value of these classes, not code of its
+own.
 
-The stack is a list of segments. A segment scans over `repeats` copies of a unit of one or more layers, so dense first
-layers are one segment and alternating windows are a unit of two.
+The stack is a list of segments. A segment scans over `repeats` copies of a unit of one or more
+layers, so dense first layers are one segment and alternating windows are a unit of two.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ class AttentionConfig:
     has_sinks: bool = False
     has_qkv_bias: bool = False
     has_output_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"  # full: over all heads at once, before the split
+    qk_norm: Literal["none", "head", "full"] = (
+        "none"  # full: over all heads at once, before the split
+    )
     clip_qkv: float | None = None
 
 
@@ -89,12 +92,19 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         """Model layer index of every MoE layer, in order: the L axis of masks and statistics."""
         layers = [layer for segment in self.segments for layer in segment.unit * segment.repeats]
-        return tuple(index for index, layer in enumerate(layers) if isinstance(layer.ffn, MoeConfig))
+        return tuple(
+            index for index, layer in enumerate(layers) if isinstance(layer.ffn, MoeConfig)
+        )
 
     @property
     def moe(self) -> MoeConfig | None:
         """The MoE configuration that all MoE layers share; None for a dense model."""
-        found = {layer.ffn for segment in self.segments for layer in segment.unit if isinstance(layer.ffn, MoeConfig)}
+        found = {
+            layer.ffn
+            for segment in self.segments
+            for layer in segment.unit
+            if isinstance(layer.ffn, MoeConfig)
+        }
         if len(found) > 1:
             raise ValueError(f"MoE layers of one model must be alike, got {found}.")
         return found.pop() if found else None

@@ -1,4 +1,6 @@
-"""The attention block: projections, norms of queries and keys, rotary positions, packed causal attention."""
+"""The attention block: projections, norms of queries and keys, rotary positions, packed causal
+attention.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp

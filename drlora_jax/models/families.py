@@ -1,9 +1,11 @@
-"""Model families as data: how to read a Hugging Face `config.json`, and which tensor on disk goes where.
+"""Model families as data: how to read a Hugging Face `config.json`, and which tensor on disk goes
+where.
 
-A `Slot` says where a tensor lies in our parameter tree: the leaf, the index into its leading axes (repeat, expert), the
-columns of a fused gate|up matrix, and whether the matrix is transposed (torch keeps (out, in)). The key table of a model
-maps every tensor name on disk to its slot, in one of two layouts: `experts` (one 2-D tensor an expert, as on the hub) and
-`fused` (one 3-D tensor a layer, as transformers 5 holds them in memory).
+A `Slot` says where a tensor lies in our parameter tree: the leaf, the index into its leading axes
+(repeat, expert), the columns of a fused gate|up matrix, and whether the matrix is transposed (torch
+keeps (out, in)). The key table of a model maps every tensor name on disk to its slot, in one of two
+layouts: `experts` (one 2-D tensor an expert, as on the hub) and `fused` (one 3-D tensor a layer, as
+transformers 5 holds them in memory).
 """
 
 from collections.abc import Callable
@@ -50,7 +52,9 @@ class Family:
             "post_attention_layernorm.weight": Slot(("ffn_norm", "scale")),
         }
         for role in "qkvo":
-            keys[f"self_attn.{role}_proj.weight"] = Slot(("attention", role, "kernel"), transpose=True)
+            keys[f"self_attn.{role}_proj.weight"] = Slot(
+                ("attention", role, "kernel"), transpose=True
+            )
             if attention.has_output_bias if role == "o" else attention.has_qkv_bias:
                 keys[f"self_attn.{role}_proj.bias"] = Slot(("attention", role, "bias"))
         if attention.qk_norm != "none":
@@ -95,7 +99,8 @@ def key_table(config: ModelConfig, layout: Layout) -> dict[str, Slot]:
     return table
 
 
-# --------------------------------------------------------------------------------------------- config.json
+# ---------------------------------------------------------------------------------------------
+# config.json
 
 
 def parse_config(values: dict) -> ModelConfig:
@@ -103,22 +108,29 @@ def parse_config(values: dict) -> ModelConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(
-            f"config.json: model_type {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}."
+            f"config.json: model_type {family!r} is not supported; supported: "
+            f"{', '.join(sorted(FAMILIES))}."
         )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"config.json: the weights are quantised ({method}); use an unquantised checkpoint.")
+        raise UserError(
+            f"config.json: the weights are quantised ({method}); use an unquantised checkpoint."
+        )
     try:
         return FAMILIES[family].parse(values)
     except KeyError as error:
-        raise UserError(f"config.json: the field {error} is missing for model_type {family!r}.") from None
+        raise UserError(
+            f"config.json: the field {error} is missing for model_type {family!r}."
+        ) from None
 
 
 def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
     parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
-        raise UserError(f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}.")
+        raise UserError(
+            f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}."
+        )
     theta = parameters.get("rope_theta", values.get("rope_theta", default_theta))
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return RopeConfig(tuple((1.0 / np.float32(theta) ** exponents).astype(np.float32).tolist()))
@@ -149,7 +161,9 @@ def _experts(values: dict) -> int:
 
 def _require_silu(values: dict) -> None:
     if values.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act {values['hidden_act']!r} is not supported; only silu is.")
+        raise UserError(
+            f"config.json: hidden_act {values['hidden_act']!r} is not supported; only silu is."
+        )
 
 
 def _uniform_stack(values: dict, layer: LayerConfig) -> ModelConfig:
@@ -169,7 +183,9 @@ def _parse_mixtral(values: dict) -> ModelConfig:
     attention = replace(_attention(values, 1e6), window=values.get("sliding_window") or None)
     # Mixtral always divides the chosen weights by their sum.
     routing = RoutingConfig(_experts(values), values["num_experts_per_tok"], normalize=True)
-    return _uniform_stack(values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing)))
+    return _uniform_stack(
+        values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing))
+    )
 
 
 def _parse_olmoe(values: dict) -> ModelConfig:
@@ -177,7 +193,9 @@ def _parse_olmoe(values: dict) -> ModelConfig:
     attention = replace(_attention(values, 1e4), qk_norm="full", clip_qkv=values.get("clip_qkv"))
     normalize = bool(values.get("norm_topk_prob", False))
     routing = RoutingConfig(_experts(values), values["num_experts_per_tok"], normalize=normalize)
-    return _uniform_stack(values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing)))
+    return _uniform_stack(
+        values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing))
+    )
 
 
 FAMILIES: dict[str, Family] = {

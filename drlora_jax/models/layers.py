@@ -1,8 +1,8 @@
 """Norms, rotary positions and the projection that every weight matrix outside the experts is.
 
-Legend of the letters in names: B batch, T query position, S key position, D model width, N query heads, G key-value
-heads, H head width, E experts, K experts per token, P routed slots (B * T * K), F expert hidden, R ranks, L layers,
-V vocabulary.
+Legend of the letters in names: B batch, T query position, S key position, D model width, N query
+heads, G key-value heads, H head width, E experts, K experts per token, P routed slots (B * T * K),
+F expert hidden, R ranks, L layers, V vocabulary.
 """
 
 import flax.linen as nn

@@ -1,7 +1,8 @@
 """Routing and the mixture-of-experts FFN.
 
-The router runs in f32 whatever the model's dtype: in bf16 several per cent of the tokens choose other experts.
-Routing statistics are plain outputs, summed over valid tokens, so that they add over micro-batches and shards.
+The router runs in f32 whatever the model's dtype: in bf16 several per cent of the tokens choose
+other experts. Routing statistics are plain outputs, summed over valid tokens, so that they add over
+micro-batches and shards.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,18 @@ class Routing(NamedTuple):
     weight_TK: jax.Array  # f32, what multiplies the expert's output
 
 
-def choose_experts(logits_TE: jax.Array, config: RoutingConfig, bias_E: jax.Array | None = None) -> Routing:
-    """Top-k experts and their combine weights from f32 router logits; ties go to the lower index."""
+def choose_experts(
+    logits_TE: jax.Array, config: RoutingConfig, bias_E: jax.Array | None = None
+) -> Routing:
+    """Top-k experts and combine weights from f32 router logits; ties go to the lower index."""
     if config.score == "softmax_of_top_k":
         top_TK, expert_TK = jax.lax.top_k(logits_TE, config.experts_per_token)
         return Routing(expert_TK, jax.nn.softmax(top_TK, axis=-1) * config.scaling)
-    score_TE = jax.nn.sigmoid(logits_TE) if config.score == "sigmoid" else jax.nn.softmax(logits_TE, axis=-1)
+    score_TE = (
+        jax.nn.sigmoid(logits_TE)
+        if config.score == "sigmoid"
+        else jax.nn.softmax(logits_TE, axis=-1)
+    )
     choice_TE = score_TE if bias_E is None else score_TE + bias_E
     if config.num_groups > 1:
         choice_TE = _limit_to_groups(choice_TE, config)
@@ -97,7 +104,9 @@ class Moe(nn.Module):
             for role in ROLES
             if f"{self.location}/{role}" in self.adapter.paths
         }
-        spec = ExpertSpec(self.config.activation, self.adapter.scale, self.adapter.dropout, self.base_grad)
+        spec = ExpertSpec(
+            self.config.activation, self.adapter.scale, self.adapter.dropout, self.base_grad
+        )
         is_dropping = bool(lora) and self.adapter.dropout > 0 and self.has_rng("dropout")
         y_TD = self.expert_mlp(
             x_TD,
@@ -117,7 +126,9 @@ class Moe(nn.Module):
         shape_DE = (x_TD.shape[-1], routing.num_experts)
         kernel_DE = self.param("router", kernel_init, shape_DE, self.dtype).astype(jnp.float32)
         if self.adapter.train_router:
-            kernel_DE = kernel_DE + self.variable("lora", "router_delta", lambda: jnp.zeros(shape_DE)).value
+            kernel_DE = (
+                kernel_DE + self.variable("lora", "router_delta", lambda: jnp.zeros(shape_DE)).value
+            )
         bias_E = None
         if routing.has_selection_bias:
             bias_E = self.param("selection_bias", nn.initializers.zeros, shape_DE[1:], jnp.float32)

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
-from drlora_jax.models.architecture import DenseFfnConfig, LayerConfig, ModelConfig, MoeConfig, SegmentConfig
+from drlora_jax.models.architecture import (
+    DenseFfnConfig,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+    SegmentConfig,
+)
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
 from drlora_jax.models.moe import Moe, RoutingStats
@@ -27,7 +33,9 @@ from drlora_jax.ops.grouped import ACTIVATIONS, expert_mlp
 class DecoderOptions:
     """How a decoder is run, apart from what it is."""
 
-    dtype: jnp.dtype = jnp.float32  # of base weights and activations; routers, norms and softmax are f32 always
+    dtype: jnp.dtype = (
+        jnp.float32
+    )  # of base weights and activations; routers, norms and softmax are f32 always
     adapter: AdapterSpec = NO_ADAPTER
     expert_mlp: Callable = expert_mlp  # ops.grouped.expert_mlp, or the same over a mesh
     base_grad: bool = False  # gradients of the expert weights themselves (pretraining)
@@ -43,7 +51,9 @@ class DenseFfn(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         def project(role, features, inputs):
-            return Projection(features, f"{self.location}/{role}", self.dtype, self.adapter, name=role)(inputs)
+            return Projection(
+                features, f"{self.location}/{role}", self.dtype, self.adapter, name=role
+            )(inputs)
 
         gate = project("gate", self.config.hidden_dim, x_BTD)
         up = project("up", self.config.hidden_dim, x_BTD)
@@ -72,10 +82,14 @@ class Block(nn.Module):
         y_BTD, stats = norm("ffn_norm")(x_BTD), None
         if isinstance(self.layer.ffn, MoeConfig):
             run, base_grad = self.options.expert_mlp, self.options.base_grad
-            moe = Moe(self.layer.ffn, f"{self.location}/moe", dtype, adapter, run, base_grad, name="moe")
+            moe = Moe(
+                self.layer.ffn, f"{self.location}/moe", dtype, adapter, run, base_grad, name="moe"
+            )
             y_BTD, stats = moe(y_BTD, segment_ids_BT)
         else:
-            y_BTD = DenseFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")(y_BTD)
+            y_BTD = DenseFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")(
+                y_BTD
+            )
         return x_BTD + y_BTD, stats
 
 
@@ -100,13 +114,17 @@ class Unit(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to final hidden states, with the routing statistics of every MoE layer ([L, ...], None if dense)."""
+    """Tokens to final hidden states, with the routing statistics of every MoE layer ([L, ...], None
+    if dense).
+    """
 
     config: ModelConfig
     options: DecoderOptions
 
     @nn.compact
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT) -> tuple[jax.Array, RoutingStats | None]:
+    def __call__(
+        self, tokens_BT, segment_ids_BT, positions_BT
+    ) -> tuple[jax.Array, RoutingStats | None]:
         config, dtype = self.config, self.options.dtype
         shape_VD = (config.vocab_size, config.width)
         x_BTD = self.param("embedding", kernel_init, shape_VD, dtype)[tokens_BT]
@@ -137,31 +155,43 @@ def head_weights(config: ModelConfig, params: dict) -> jax.Array:
 
 def logits(config: ModelConfig, params: dict, hidden_BTD: jax.Array) -> jax.Array:
     """Next-token logits, f32 [B, T, V]."""
-    logits_BTV = jnp.matmul(hidden_BTD, head_weights(config, params), preferred_element_type=jnp.float32)
+    logits_BTV = jnp.matmul(
+        hidden_BTD, head_weights(config, params), preferred_element_type=jnp.float32
+    )
     if config.logit_soft_cap is not None:
         logits_BTV = config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap)
     return logits_BTV
 
 
 def stack_layers(per_segment: list[list]):
-    """Segment by segment trees with a leading [repeats], in unit order, to one tree with a leading [L]."""
+    """Segment by segment trees with a leading [repeats], in unit order, to one tree with a leading
+    [L].
+    """
     stacked = [jax.tree.map(_interleave, *units) for units in per_segment if units]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked) if stacked else None
 
 
 def _interleave(*units):
-    """[repeats, ...] of each layer of a unit to [repeats * len(units), ...] in the order of the stack."""
+    """[repeats, ...] of each layer of a unit to [repeats * len(units), ...] in the order of the
+    stack.
+    """
     both = jnp.stack(units, axis=1)
     return both.reshape(-1, *both.shape[2:])
 
 
 def split_layers(config: ModelConfig, array_L) -> dict[tuple[str, str], jax.Array]:
-    """The inverse of `stack_layers`: (segment, layer) of every MoE layer to its slice [repeats, ...]."""
+    """The inverse of `stack_layers`: (segment, layer) of every MoE layer to its slice [repeats,
+    ...].
+    """
     slices, start = {}, 0
     for index, segment in enumerate(config.segments):
-        layers = [f"layer_{i}" for i, layer in enumerate(segment.unit) if isinstance(layer.ffn, MoeConfig)]
+        layers = [
+            f"layer_{i}" for i, layer in enumerate(segment.unit) if isinstance(layer.ffn, MoeConfig)
+        ]
         size = segment.repeats * len(layers)
-        part = array_L[start : start + size].reshape(segment.repeats, len(layers), *array_L.shape[1:])
+        part = array_L[start : start + size].reshape(
+            segment.repeats, len(layers), *array_L.shape[1:]
+        )
         slices |= {(f"segment_{index}", name): part[:, i] for i, name in enumerate(layers)}
         start += size
     return slices

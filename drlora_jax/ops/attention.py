@@ -1,8 +1,9 @@
 """Causal attention over packed rows.
 
-A query sees keys of its own document (`segment_ids`) at or before its position, inside the window if there is one.
-Positions restart in every document, so comparing them is the causal mask. Padding has segment 0 and sees padding only.
-Letters: B batch, T query, S key, N query heads, G key-value heads, H head width, V value width.
+A query sees keys of its own document (`segment_ids`) at or before its position, inside the window
+if there is one. Positions restart in every document, so comparing them is the causal mask. Padding
+has segment 0 and sees padding only. Letters: B batch, T query, S key, N query heads, G key-value
+heads, H head width, V value width.
 """
 
 import jax
@@ -38,17 +39,25 @@ def attend(
 
     rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
     if jax.default_backend() == "cpu":
-        # Row by row the scores stay in cache, and the backward pass recomputes them: 2.4 times faster than batched.
+        # Row by row the scores stay in cache, and the backward pass recomputes them: 2.4 times
+        # faster than batched.
         return jax.lax.map(jax.checkpoint(attend_row), rows)
     return jax.vmap(attend_row)(rows)
 
 
-def _attend_row(q_TNH, k_SGH, v_SGV, segment_ids_T, positions_T, *, scale, window, soft_cap, sinks_N):
+def _attend_row(
+    q_TNH, k_SGH, v_SGV, segment_ids_T, positions_T, *, scale, window, soft_cap, sinks_N
+):
     """Attention within one row, [T, N, V]."""
     repeats = q_TNH.shape[1] // k_SGH.shape[1]
     # Heads repeated and in front: XLA's CPU products over (group, member) pairs take twice as long.
     k_NSH, v_NSV = (jnp.repeat(x.transpose(1, 0, 2), repeats, axis=0) for x in (k_SGH, v_SGV))
-    scores = jnp.einsum("NTH,NSH->NTS", q_TNH.transpose(1, 0, 2), k_NSH, preferred_element_type=jnp.float32) * scale
+    scores = (
+        jnp.einsum(
+            "NTH,NSH->NTS", q_TNH.transpose(1, 0, 2), k_NSH, preferred_element_type=jnp.float32
+        )
+        * scale
+    )
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     age_TS = positions_T[:, None] - positions_T[None, :]
@@ -62,5 +71,7 @@ def _attend_row(q_TNH, k_SGH, v_SGV, segment_ids_T, positions_T, *, scale, windo
         sinks = sinks_N.astype(jnp.float32)[:, None, None]
         top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sinks)
         weights_NTS = jnp.exp(scores - top)
-        weights_NTS = weights_NTS / (jnp.sum(weights_NTS, axis=-1, keepdims=True) + jnp.exp(sinks - top))
+        weights_NTS = weights_NTS / (
+            jnp.sum(weights_NTS, axis=-1, keepdims=True) + jnp.exp(sinks - top)
+        )
     return jnp.einsum("NTS,NSV->TNV", weights_NTS.astype(v_NSV.dtype), v_NSV)

@@ -1,8 +1,8 @@
 """Sum of next-token negative log-likelihoods without a [tokens, vocabulary] array.
 
-The head is applied to chunks of tokens. With a frozen head the gradient of the hidden states is computed in the same
-forward chunk (two matrix products instead of three), and the backward pass only scales it. With a trained head
-(pretraining) each chunk is recomputed in the backward pass.
+The head is applied to chunks of tokens. With a frozen head the gradient of the hidden states is
+computed in the same forward chunk (two matrix products instead of three), and the backward pass
+only scales it. With a trained head (pretraining) each chunk is recomputed in the backward pass.
 Letters: T tokens, D model, V vocabulary, C chunks.
 """
 
@@ -35,7 +35,11 @@ def summed_nll(
     hidden_TD = jnp.pad(hidden_TD, ((0, pad), (0, 0)))
     targets_T, mask_T = jnp.pad(targets_T, (0, pad)), jnp.pad(mask_T, (0, pad))
     size = min(CHUNK_TOKENS, hidden_TD.shape[0])
-    chunks = (hidden_TD.reshape(-1, size, hidden_TD.shape[1]), targets_T.reshape(-1, size), mask_T.reshape(-1, size))
+    chunks = (
+        hidden_TD.reshape(-1, size, hidden_TD.shape[1]),
+        targets_T.reshape(-1, size),
+        mask_T.reshape(-1, size),
+    )
     if not head_grad:
         return _frozen_head_nll(soft_cap, *chunks, lax.stop_gradient(head_DV))
     chunk_nll = jax.checkpoint(functools.partial(_chunk_nll, soft_cap))
@@ -59,7 +63,9 @@ def _frozen_head_nll(soft_cap, hidden_CTD, targets_CT, mask_CT, head_DV):
 def _frozen_head_forward(soft_cap, hidden_CTD, targets_CT, mask_CT, head_DV):
     def chunk(inputs):
         hidden_TD, targets_T, mask_T = inputs
-        return jax.value_and_grad(functools.partial(_chunk_nll, soft_cap))(hidden_TD, targets_T, mask_T, head_DV)
+        return jax.value_and_grad(functools.partial(_chunk_nll, soft_cap))(
+            hidden_TD, targets_T, mask_T, head_DV
+        )
 
     nll_C, d_hidden_CTD = lax.map(chunk, (hidden_CTD, targets_CT, mask_CT))
     return jnp.sum(nll_C), (d_hidden_CTD, mask_CT, head_DV)

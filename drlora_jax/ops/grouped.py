@@ -6,18 +6,23 @@ One call computes, for every token t and each of its K experts e with combine we
     h  = p * act(gu_gate) * gu_up
     y  = h W_down + s * (gate_down * (drop(h) A_down^T)) B_down      summed over the K experts
 
-The combine weight is folded into h, so the sum over experts is a plain sum and the weight's gradient needs no stored
-expert output. The base weights are frozen unless `base_grad`. The cotangent of a rank gate is sum_rows z * dz: with a
-gate of one it is DR-LoRA's per-rank importance before the absolute value (sum_j A_kj dA_kj = sum_i B_ik dB_ik).
+The combine weight is folded into h, so the sum over experts is a plain sum and the weight's
+gradient needs no stored expert output. The base weights are frozen unless `base_grad`. The
+cotangent of a rank gate is sum_rows z * dz: with a gate of one it is DR-LoRA's per-rank importance
+before the absolute value (sum_j A_kj dA_kj = sum_i B_ik dB_ik).
 
 Two backends with the same numbers:
-  block  sorts the (token, expert) slots by expert and walks each group in blocks of rows with a dynamic trip count.
-         Dropless, any group sizes, cost insensitive to skew; the backward pass recomputes a block and pulls back
-         through it. `lax.ragged_dot` is not used: on CPU, and by default on NVIDIA, it is a dense expansion.
-  dense  runs every expert on every token (E / K times the work). The reference of the tests, and the fall-back on
+  block  sorts the (token, expert) slots by expert and walks each group in blocks of rows with a
+  dynamic trip count.
+         Dropless, any group sizes, cost insensitive to skew; the backward pass recomputes a block
+         and pulls back through it. `lax.ragged_dot` is not used: on CPU, and by default on NVIDIA,
+         it is a dense expansion.
+  dense  runs every expert on every token (E / K times the work). The reference of the tests, and
+  the fall-back on
          platforms where the block loop has no fast path.
 
-Letters: T tokens, K experts per token, P = T * K slots, E experts, D model, F expert hidden, R ranks.
+Letters: T tokens, K experts per token, P = T * K slots, E experts, D model, F expert hidden, R
+  ranks.
 """
 
 import functools
@@ -27,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK_ROWS = 256  # rows a block: 64 beat 128 and 256 on CPU, where the last block of a group is partly idle
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 256
 
 INPUT_ROLES = ("gate", "up", "gate_up")
 ROLES = (*INPUT_ROLES, "down")
@@ -35,7 +40,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, 
 
 
 class RoleLora(NamedTuple):
-    """Low-rank factors of one projection of all experts, as rank rows; `gate` multiplies each rank."""
+    """Factors of one projection of all experts, as rank rows; `gate` multiplies each rank."""
 
     a_ERD: jax.Array  # f32 [E, R, D_in]
     b_ERF: jax.Array  # f32 [E, R, D_out]
@@ -52,7 +57,9 @@ class ExpertSpec(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Randomness that does not depend on how tokens are sorted or sharded: one stream per (role, slot)."""
+    """Randomness that does not depend on how tokens are sorted or sharded: one stream per (role,
+    slot).
+    """
 
     key: jax.Array
     first_slot: jax.Array | int = 0  # number of this shard's first slot in the whole batch
@@ -74,7 +81,8 @@ def expert_mlp(
 
     Args:
       x_TD: tokens, f32 or bf16 [T, D].
-      expert_TK: i32 [T, K]; an index outside [0, E) means: not computed here (padding, an expert of another device).
+      expert_TK: i32 [T, K]; an index outside [0, E) means: not computed here (padding, an expert of
+        another device).
       weight_TK: combine weights, f32 [T, K].
       w_gate_up_EDF: [E, D, 2F], gate columns first. w_down_EFD: [E, F, D].
       lora: role -> factors; roles `gate`, `up` (or `gate_up`) and `down`; may be empty.
@@ -105,7 +113,9 @@ def _drop(x_BD, slots_B, role: str, spec: ExpertSpec, dropout: Dropout):
     if spec.dropout == 0.0:
         return x_BD
     key = jax.random.fold_in(dropout.key, ROLES.index(role))
-    draw = jax.vmap(lambda slot: jax.random.bits(jax.random.fold_in(key, slot), x_BD.shape[1:], jnp.uint16))
+    draw = jax.vmap(
+        lambda slot: jax.random.bits(jax.random.fold_in(key, slot), x_BD.shape[1:], jnp.uint16)
+    )
     # 16 bits decide: half the generator's work, and a rate exact to 1 / 65536.
     keep_BD = draw(slots_B) >= round(spec.dropout * 65536)
     return jnp.where(keep_BD, x_BD / (1.0 - spec.dropout), 0).astype(x_BD.dtype)
@@ -142,7 +152,8 @@ def _expert_rows(spec, slots_B, dropout, x_BD, p_B, weights, lora):
     return y_BD
 
 
-# --------------------------------------------------------------------------------------------- dense reference
+# ---------------------------------------------------------------------------------------------
+# dense reference
 
 
 def _dense_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout):
@@ -161,11 +172,22 @@ def _dense_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout):
     return lax.scan(one_expert, jnp.zeros_like(x_TD), experts)[0]
 
 
-# --------------------------------------------------------------------------------------------- block loop
+# ---------------------------------------------------------------------------------------------
+# block loop
+
+
+def _block_rows(num_slots: int, num_experts: int) -> int:
+    """Rows a block: about a quarter of the mean group, because the last block of a group is partly
+    idle.
+    """
+    quarter = num_slots // (4 * num_experts)
+    return min(MAX_BLOCK_ROWS, max(MIN_BLOCK_ROWS, 1 << max(quarter, 1).bit_length() - 1))
 
 
 class _Plan(NamedTuple):
-    """Slots sorted by expert; arrays over slots have a tail of one block, so that the last block may run over."""
+    """Slots sorted by expert; arrays over slots have a tail of one block, so that the last block
+    may run over.
+    """
 
     order_P: jax.Array  # sorted position -> slot
     token_P: jax.Array  # sorted position -> token, with tail
@@ -175,16 +197,20 @@ class _Plan(NamedTuple):
     size_E: jax.Array
 
 
-def _make_plan(expert_TK, num_experts: int, first_slot) -> _Plan:
+def _make_plan(expert_TK, num_experts: int, block_rows: int, first_slot) -> _Plan:
     num_slots = expert_TK.size
     expert_P = expert_TK.reshape(-1)
     elsewhere_P = (expert_P < 0) | (expert_P >= num_experts)
-    expert_P = jnp.where(elsewhere_P, num_experts, expert_P)  # sorted behind all groups, never visited
+    expert_P = jnp.where(
+        elsewhere_P, num_experts, expert_P
+    )  # sorted behind all groups, never visited
     order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
     size_E = jnp.bincount(expert_P, length=num_experts + 1)[:num_experts].astype(jnp.int32)
     start_E = jnp.cumsum(size_E) - size_E
-    place_P = jnp.zeros(num_slots, jnp.int32).at[order_P].set(jnp.arange(num_slots, dtype=jnp.int32))
-    tailed_P = jnp.pad(order_P, (0, BLOCK_ROWS))
+    place_P = (
+        jnp.zeros(num_slots, jnp.int32).at[order_P].set(jnp.arange(num_slots, dtype=jnp.int32))
+    )
+    tailed_P = jnp.pad(order_P, (0, block_rows))
     return _Plan(
         order_P=order_P,
         token_P=tailed_P // expert_TK.shape[1],
@@ -195,41 +221,59 @@ def _make_plan(expert_TK, num_experts: int, first_slot) -> _Plan:
     )
 
 
-def _block(array, start):
-    return lax.dynamic_slice_in_dim(array, start, BLOCK_ROWS)
-
-
 def _write_block(array, block, start):
     return lax.dynamic_update_slice_in_dim(array, block.astype(array.dtype), start, axis=0)
 
 
-def _is_inside(index, size):
-    """Which rows of block number `index` belong to a group of `size` rows."""
-    return index * BLOCK_ROWS + jnp.arange(BLOCK_ROWS) < size
+class _Walk:
+    """What one block of one expert's group is made of; `row` is its first sorted position."""
 
+    def __init__(self, expert_TK, weight_TK, num_experts: int, first_slot):
+        self._rows = _block_rows(expert_TK.size, num_experts)
+        self.plan = _make_plan(expert_TK, num_experts, self._rows, first_slot)
+        self._weight_P = jnp.pad(weight_TK.reshape(-1)[self.plan.order_P], (0, self._rows))
 
-def _num_blocks(size):
-    return (size + BLOCK_ROWS - 1) // BLOCK_ROWS
+    def num_blocks(self, size):
+        return (size + self._rows - 1) // self._rows
+
+    def row(self, start, index):
+        return start + index * self._rows
+
+    def is_inside(self, index, size):
+        """Which rows of a block belong to a group of `size` rows."""
+        return index * self._rows + jnp.arange(self._rows) < size
+
+    def tokens(self, row):
+        return lax.dynamic_slice_in_dim(self.plan.token_P, row, self._rows)
+
+    def slots(self, row):
+        return lax.dynamic_slice_in_dim(self.plan.slot_P, row, self._rows)
+
+    def weights(self, row, index, size):
+        """Combine weights, 0 past the end of the group."""
+        weight_B = lax.dynamic_slice_in_dim(self._weight_P, row, self._rows)
+        return jnp.where(self.is_inside(index, size), weight_B, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _block_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout):
-    plan = _make_plan(expert_TK, weights[0].shape[0], dropout.first_slot)
-    weight_P = jnp.pad(weight_TK.reshape(-1)[plan.order_P], (0, BLOCK_ROWS))
+    walk = _Walk(expert_TK, weight_TK, weights[0].shape[0], dropout.first_slot)
 
     def one_expert(y_PD, inputs):
         start, size, weights_e, lora_e = inputs
 
         def one_block(index, y_PD):
-            row = start + index * BLOCK_ROWS
-            p_B = jnp.where(_is_inside(index, size), _block(weight_P, row), 0)
-            x_BD = x_TD[_block(plan.token_P, row)]
-            y_BD = _expert_rows(spec, _block(plan.slot_P, row), dropout, x_BD, p_B, weights_e, lora_e)
-            # Rows past the group's end are zero here; the next group, which starts there, writes them anew.
+            row = walk.row(start, index)
+            x_BD = x_TD[walk.tokens(row)]
+            p_B = walk.weights(row, index, size)
+            y_BD = _expert_rows(spec, walk.slots(row), dropout, x_BD, p_B, weights_e, lora_e)
+            # Rows past the group's end are zero here; the next group, which starts there, writes
+            # them anew.
             return _write_block(y_PD, y_BD, row)
 
-        return lax.fori_loop(0, _num_blocks(size), one_block, y_PD), None
+        return lax.fori_loop(0, walk.num_blocks(size), one_block, y_PD), None
 
+    plan = walk.plan
     y_PD = jnp.zeros((plan.token_P.size, x_TD.shape[1]), x_TD.dtype)
     y_PD, _ = lax.scan(one_expert, y_PD, (plan.start_E, plan.size_E, weights, lora))
     return jnp.sum(y_PD[plan.place_TK], axis=1)
@@ -242,8 +286,7 @@ def _block_mlp_forward(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
 
 def _block_mlp_backward(spec, saved, dy_TD):
     x_TD, expert_TK, weight_TK, weights, lora, dropout = saved
-    plan = _make_plan(expert_TK, weights[0].shape[0], dropout.first_slot)
-    weight_P = jnp.pad(weight_TK.reshape(-1)[plan.order_P], (0, BLOCK_ROWS))
+    walk = _Walk(expert_TK, weight_TK, weights[0].shape[0], dropout.first_slot)
 
     def one_expert(carry, inputs):
         start, size, weights_e, lora_e = inputs
@@ -251,29 +294,34 @@ def _block_mlp_backward(spec, saved, dy_TD):
 
         def one_block(index, carry):
             dx_PD, dp_P, sums = carry
-            row = start + index * BLOCK_ROWS
-            tokens_B = _block(plan.token_P, row)
-            inside_B = _is_inside(index, size)
-            p_B = jnp.where(inside_B, _block(weight_P, row), 0)
+            row = walk.row(start, index)
+            tokens_B, p_B = walk.tokens(row), walk.weights(row, index, size)
 
             def rows(x_BD, p_B, trained):
                 lora_b, weights_b = trained
                 weights_b = weights_b if spec.base_grad else weights_e
-                return _expert_rows(spec, _block(plan.slot_P, row), dropout, x_BD, p_B, weights_b, lora_b)
+                return _expert_rows(spec, walk.slots(row), dropout, x_BD, p_B, weights_b, lora_b)
 
             _, pull = jax.vjp(rows, x_TD[tokens_B], p_B, trained_e)
             dx_BD, dp_B, grads = pull(dy_TD[tokens_B])
-            # p = 0 on rows past the end makes their share of every sum exactly zero; dp itself is not.
+            # p = 0 on rows past the end makes their share of every sum exactly zero; dp itself is
+            # not.
+            dp_B = jnp.where(walk.is_inside(index, size), dp_B, 0)
             sums = jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), sums, grads)
-            dx_PD = _write_block(dx_PD, dx_BD, row)
-            return dx_PD, _write_block(dp_P, jnp.where(inside_B, dp_B, 0), row), sums
+            return _write_block(dx_PD, dx_BD, row), _write_block(dp_P, dp_B, row), sums
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), trained_e)
-        dx_PD, dp_P, sums = lax.fori_loop(0, _num_blocks(size), one_block, (*carry, zeros))
+        dx_PD, dp_P, sums = lax.fori_loop(0, walk.num_blocks(size), one_block, (*carry, zeros))
         return (dx_PD, dp_P), sums
 
-    carry = (jnp.zeros((plan.token_P.size, x_TD.shape[1]), x_TD.dtype), jnp.zeros(plan.token_P.size, jnp.float32))
-    (dx_PD, dp_P), (d_lora, d_weights) = lax.scan(one_expert, carry, (plan.start_E, plan.size_E, weights, lora))
+    plan = walk.plan
+    carry = (
+        jnp.zeros((plan.token_P.size, x_TD.shape[1]), x_TD.dtype),
+        jnp.zeros(plan.token_P.size, jnp.float32),
+    )
+    (dx_PD, dp_P), (d_lora, d_weights) = lax.scan(
+        one_expert, carry, (plan.start_E, plan.size_E, weights, lora)
+    )
     dx_TD = jnp.sum(dx_PD[plan.place_TK], axis=1)
     dp_TK = dp_P[plan.place_TK]
     if spec.base_grad:
