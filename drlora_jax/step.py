@@ -23,8 +23,13 @@ from drlora_jax.allocation.base import Policy, StepStats
 from drlora_jax.data.loader import Batch
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.moe import RoutingStats
-from drlora_jax.models.transformer import Decoder, head_weights, split_layers, stack_layers
-from drlora_jax.ops.cross_entropy import summed_nll
+from drlora_jax.models.transformer import (
+    Decoder,
+    dummy_tokens,
+    head_weights,
+    split_layers,
+    stack_layers,
+)
 from drlora_jax.ops.grouped import ROLES
 
 
@@ -36,7 +41,6 @@ class TrainState(NamedTuple):
     opt_state: Any
     mask_LER: jax.Array  # f32, derived from the ranks on the host
     stats: Any  # the policy's
-    key: jax.Array  # of dropout
 
 
 class LossTerms(NamedTuple):
@@ -47,6 +51,12 @@ class LossTerms(NamedTuple):
 class AuxiliaryWeights(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
+
+
+def init_lora(model: Decoder, key: jax.Array) -> dict:
+    """The `lora` collection before the first step: random A, zero B, zero router deltas."""
+    # The base weights of this init are never read, so the compiler leaves them out.
+    return model.init(key, *dummy_tokens()).get("lora", {})
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -73,7 +83,7 @@ def batch_loss(
         variables, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, rngs=rngs
     )
     config = model.config
-    nll = summed_nll(
+    nll = model.options.ops.summed_nll(
         hidden_BTD.reshape(-1, config.width),
         head_weights(config, variables["params"]),
         batch.targets_BT.reshape(-1),
@@ -107,7 +117,7 @@ def auxiliary_loss(
 # masks and gates
 
 
-def expert_roles(config: ModelConfig, adapter: AdapterSpec) -> tuple[str, ...]:
+def expert_roles(adapter: AdapterSpec) -> tuple[str, ...]:
     """Roles with factors on the routed experts, in the order of the P axis."""
     return tuple(
         role for role in ROLES if any(path.endswith(f"/moe/{role}") for path in adapter.paths)
@@ -204,6 +214,7 @@ class StepOptions(NamedTuple):
     auxiliary: AuxiliaryWeights = AuxiliaryWeights()
     freeze_idle_experts: bool = True
     router_start: int = 0  # steps before a trained router moves
+    seed: int = 0  # of dropout
 
 
 def make_train_step(
@@ -211,7 +222,7 @@ def make_train_step(
 ) -> Callable:
     """A pure `step(params, state, batch [M, B, T]) -> (state, metrics)` for fine-tuning."""
     config, adapter = model.config, model.options.adapter
-    roles = expert_roles(config, adapter)
+    roles = expert_roles(adapter)
 
     def micro_batch(params, state, key, batch, share, targets):
         """Gradients of this micro-batch's part of the loss, and what it measured."""
@@ -236,7 +247,7 @@ def make_train_step(
     def step(params, state: TrainState, batch: Batch):
         tokens_M = jnp.sum(batch.segment_ids_BT > 0, axis=(1, 2)).astype(jnp.float32)
         targets = jnp.maximum(jnp.sum(batch.target_mask_BT), 1.0)
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
 
         def accumulate(total, inputs):
             index, micro, share = inputs
@@ -283,7 +294,7 @@ def make_train_step(
             if measured is None
             else jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M),
         }
-        new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats, state.key)
+        new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats)
         return new_state, metrics
 
     return step
@@ -294,7 +305,7 @@ def make_eval_step(model: Decoder) -> Callable:
     statistics)`.
     """
     config = model.config
-    roles = expert_roles(config, model.options.adapter)
+    roles = expert_roles(model.options.adapter)
 
     def step(params, lora, mask_LER, batch: Batch):
         gate_LPER = jnp.broadcast_to(

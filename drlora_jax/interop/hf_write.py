@@ -1,4 +1,4 @@
-"""Writes base weights as a Hugging Face directory, in the layout of the hub (one tensor an expert)."""
+"""Writes base weights as a Hugging Face directory, in the hub's layout (one tensor an expert)."""
 
 import json
 import pathlib

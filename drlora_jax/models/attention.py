@@ -2,13 +2,14 @@
 attention.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.models.architecture import AttentionConfig
 from drlora_jax.models.layers import Projection, RmsNorm, rotate
-from drlora_jax.ops.attention import attend
 
 
 class Attention(nn.Module):
@@ -17,6 +18,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     adapter: AdapterSpec
     norm_epsilon: float
+    attend: Callable  # ops.attention.attend, or the same over a mesh
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, positions_BT):
@@ -45,7 +47,7 @@ class Attention(nn.Module):
         sinks_N = None
         if config.has_sinks:
             sinks_N = self.param("sinks", nn.initializers.zeros, (config.num_heads,), self.dtype)
-        out_BTNH = attend(
+        out_BTNH = self.attend(
             q_BTNH,
             k_BTGH,
             v_BTGH,

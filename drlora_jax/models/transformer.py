@@ -7,7 +7,6 @@
 Collections: `params` (the base), `lora` (trained factors), `rank_mask` (gates of the active ranks).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,8 @@ from drlora_jax.models.architecture import (
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
 from drlora_jax.models.moe import Moe, RoutingStats
-from drlora_jax.ops.grouped import ACTIVATIONS, expert_mlp
+from drlora_jax.ops import Ops
+from drlora_jax.ops.grouped import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DecoderOptions:
         jnp.float32
     )  # of base weights and activations; routers, norms and softmax are f32 always
     adapter: AdapterSpec = NO_ADAPTER
-    expert_mlp: Callable = expert_mlp  # ops.grouped.expert_mlp, or the same over a mesh
+    ops: Ops = Ops()  # on one device, or over a mesh
     base_grad: bool = False  # gradients of the expert weights themselves (pretraining)
     remat: Literal["none", "full"] = "none"
 
@@ -77,11 +77,14 @@ class Block(nn.Module):
             return RmsNorm(epsilon, dtype, name=name)
 
         path = f"{self.location}/attention"
-        attention = Attention(self.layer.attention, path, dtype, adapter, epsilon, name="attention")
+        attend = self.options.ops.attend
+        attention = Attention(
+            self.layer.attention, path, dtype, adapter, epsilon, attend, name="attention"
+        )
         x_BTD = x_BTD + attention(norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT)
         y_BTD, stats = norm("ffn_norm")(x_BTD), None
         if isinstance(self.layer.ffn, MoeConfig):
-            run, base_grad = self.options.expert_mlp, self.options.base_grad
+            run, base_grad = self.options.ops.expert_mlp, self.options.base_grad
             moe = Moe(
                 self.layer.ffn, f"{self.location}/moe", dtype, adapter, run, base_grad, name="moe"
             )
@@ -146,6 +149,17 @@ class Decoder(nn.Module):
         if not config.tie_embeddings:
             self.param("head", kernel_init, shape_VD[::-1], dtype)
         return x_BTD, stack_layers(per_segment)
+
+
+def dummy_tokens() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Arguments that a decoder can be initialised with: parameters do not depend on the tokens."""
+    tokens_BT = jnp.zeros((1, 8), jnp.int32)
+    return tokens_BT, tokens_BT, tokens_BT
+
+
+def abstract_params(model: Decoder) -> dict:
+    """Shapes and dtypes of `params`, without making them."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *dummy_tokens())["params"])
 
 
 def head_weights(config: ModelConfig, params: dict) -> jax.Array:

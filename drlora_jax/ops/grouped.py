@@ -125,7 +125,7 @@ def _low_rank(x_BD, slots_B, role, factors: RoleLora, spec, dropout):
     """s * (gate * (drop(x) A^T)) B for one expert."""
     a_RD, b_RF, gate_R = factors
     z_BR = _matmul(_drop(x_BD, slots_B, role, spec, dropout), a_RD.astype(x_BD.dtype).T)
-    z_BR = (z_BR * (spec.scale * gate_R)).astype(x_BD.dtype)
+    z_BR = (z_BR * (spec.scale * gate_R)[None]).astype(x_BD.dtype)
     return _matmul(z_BR, b_RF.astype(x_BD.dtype))
 
 

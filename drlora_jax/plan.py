@@ -1,0 +1,76 @@
+"""What a run will cost, before it starts: memory by part, and the FLOPs that MFU is measured
+against.
+"""
+
+import jax
+
+from drlora_jax.models.architecture import ModelConfig, MoeConfig
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Weights that one token is multiplied with: chosen experts only, no input embedding."""
+    total = config.width * config.vocab_size
+    for segment in config.segments:
+        for layer in segment.unit:
+            attention = layer.attention
+            heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+            per_layer = heads * attention.head_dim * config.width
+            if isinstance(layer.ffn, MoeConfig):
+                routing = layer.ffn.routing
+                per_layer += config.width * routing.num_experts
+                per_layer += 3 * routing.experts_per_token * config.width * layer.ffn.expert_dim
+            else:
+                per_layer += 3 * config.width * layer.ffn.hidden_dim
+            total += segment.repeats * per_layer
+    return total
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """4 N_active + 3.5 A: forward and input gradients of a frozen base, and causal attention A = 2
+    S heads width.
+    """
+    attention = sum(
+        2 * sequence_length * layer.attention.num_heads * layer.attention.head_dim * segment.repeats
+        for segment in config.segments
+        for layer in segment.unit
+    )
+    return 4.0 * active_parameters(config) + 3.5 * attention
+
+
+def memory_lines(params, state, compiled) -> list[str]:
+    """Bytes on one device: base, adapters, moments, and what the compiled step needs besides."""
+    lora, moments = _bytes(state.lora), _bytes(state.opt_state)
+    lines = [
+        f"memory      base {_size(_bytes(params))}, factors {_size(lora)}, moments "
+        f"{_size(moments)}, "
+        f"masks and statistics {_size(_bytes((state.mask_LER, state.stats)))}"
+    ]
+    analysis = compiled.memory_analysis()
+    if analysis is not None:
+        peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+        peak += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        lines.append(
+            f"            the compiled step adds {_size(analysis.temp_size_in_bytes)}; "
+            f"{_size(peak)} in all on each device"
+        )
+    return lines
+
+
+def _bytes(tree) -> int:
+    """On one device: what its shard of every leaf takes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        size = leaf.dtype.itemsize
+        for dimension in shape:
+            size *= dimension
+        total += size
+    return total
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.2f} GiB"

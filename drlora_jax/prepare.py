@@ -1,0 +1,166 @@
+"""From a config to a job: everything that is checked before a device is touched."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
+from drlora_jax.allocation import CapacityShapes, Policy, make_policy
+from drlora_jax.config import AdapterSection, TrainConfig
+from drlora_jax.data.documents import load_documents
+from drlora_jax.data.loader import Batch, Loader, eval_batches
+from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
+from drlora_jax.errors import UserError
+from drlora_jax.interop.hf_read import (
+    find_model,
+    fingerprint,
+    match_keys,
+    read_headers,
+    read_model_config,
+)
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.parallel.mesh import resolve_sizes
+from drlora_jax.run_dir import RunDirectory
+from drlora_jax.step import expert_roles
+
+
+class Job(NamedTuple):
+    """A checked run."""
+
+    config: TrainConfig
+    run_dir: RunDirectory
+    is_new: bool
+    directory: object  # pathlib.Path of the base
+    fingerprint: str
+    model_config: ModelConfig
+    adapter: AdapterSpec
+    policy: Policy
+    loader: Loader
+    eval_batches: list[Batch]
+    mesh_sizes: tuple[int, ...]
+    total_steps: int
+    schedule_steps: int  # what the growth schedule is made for, fixed when the run is created
+    lines: list[str]  # what to tell before step 1
+
+
+def prepare(config: TrainConfig) -> Job:
+    """Reads and checks everything a run needs; raises UserError for what the user can mend."""
+    directory = find_model(config.model.path)
+    model_config = read_model_config(directory)
+    abstract = abstract_params(
+        Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
+    )
+    match_keys(model_config, read_headers(directory), abstract)
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    adapter = make_adapter(config, model_config)
+    sizes = resolve_sizes(config.mesh, jax.device_count())
+    check_mesh(config, model_config, sizes)
+
+    loader, heldout, data_lines = _read_data(config, tokenizer)
+    total_steps = config.train.steps or math.ceil(
+        loader.total_rows(config.train.epochs) / config.train.batch_size
+    )
+    run_dir, base = RunDirectory(config.run.dir), fingerprint(directory)
+    stored = run_dir.stored()
+    if stored is not None:
+        run_dir.check_same(stored, config, base)
+    schedule_steps = stored["schedule_steps"] if stored else total_steps
+    policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
+    rows = coverage(model_config, adapter, config.adapter.targets)
+    lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
+    return Job(
+        config=config,
+        run_dir=run_dir,
+        is_new=stored is None,
+        directory=directory,
+        fingerprint=base,
+        model_config=model_config,
+        adapter=adapter,
+        policy=policy,
+        loader=loader,
+        eval_batches=heldout,
+        mesh_sizes=sizes,
+        total_steps=total_steps,
+        schedule_steps=schedule_steps,
+        lines=lines,
+    )
+
+
+def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
+    section: AdapterSection = config.adapter
+    return AdapterSpec(
+        paths=resolve_targets(model_config, section.kind, section.targets),
+        scale=section.scale,
+        dropout=section.dropout,
+        rank=section.rank or config.allocation.r_target,
+        max_rank=config.allocation.r_max,
+        train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
+    )
+
+
+def capacity_shapes(
+    config: TrainConfig, model_config: ModelConfig, adapter: AdapterSpec
+) -> CapacityShapes:
+    """The axes of ranks, masks and statistics; a dense model has no layers of them."""
+    moe = model_config.moe
+    return CapacityShapes(
+        layers=len(model_config.moe_layers),
+        projections=len(expert_roles(adapter)),
+        experts=moe.routing.num_experts if moe else 0,
+        max_rank=config.allocation.r_max,
+    )
+
+
+def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int, ...]) -> None:
+    data, fsdp, expert, _ = sizes
+    rows = config.train.batch_size // config.train.micro_batches
+    if rows % (data * fsdp * expert):
+        raise UserError(
+            f"train.batch_size / train.micro_batches ({rows} rows) must be a multiple of mesh.data "
+            f"x mesh.fsdp x "
+            f"mesh.expert ({data} x {fsdp} x {expert})."
+        )
+    moe = model_config.moe
+    if moe and moe.routing.num_experts % expert:
+        raise UserError(
+            f"mesh.expert={expert} must divide the number of experts ({moe.routing.num_experts})."
+        )
+
+
+def _read_data(config: TrainConfig, tokenizer) -> tuple[Loader, list[Batch], list[str]]:
+    if not config.data.path:
+        raise UserError(
+            "data.path names no training data; set data.path=FILE.jsonl or a datasets name."
+        )
+    section, length = config.train, config.train.sequence_length
+    training = load_documents(config.data, tokenizer, length)
+    pad_id = (
+        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    )
+    loader = Loader(
+        training.documents,
+        sequence_length=length,
+        batch_size=section.batch_size,
+        seed=config.run.seed,
+        pad_id=pad_id,
+        shuffle=config.data.shuffle,
+        pack=config.data.pack,
+    )
+    lines = training.report.lines()
+    if not config.data.eval_path:
+        return loader, [], [*lines, "data.eval_path is not set: no held-out loss is measured"]
+    heldout = load_documents(config.data, tokenizer, length, evaluation=True)
+    batches = eval_batches(
+        heldout.documents,
+        sequence_length=length,
+        batch_size=section.batch_size // section.micro_batches,
+        pad_id=pad_id,
+        pack=config.data.pack,
+        limit=section.eval_batches,
+    )
+    return loader, list(batches), [*lines, *heldout.report.lines()]

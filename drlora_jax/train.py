@@ -1,0 +1,344 @@
+"""`python -m drlora_jax.train --config FILE.py [section.field=value ...]`: fine-tunes a model.
+
+Config -> checked job -> mesh -> base weights -> state -> loop. Growth events happen between steps,
+on the host; the step is compiled once, ahead of time, and can not recompile. Exit codes: 0 done (or
+already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a signal with its state
+saved.
+"""
+
+import signal
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from drlora_jax import cli
+from drlora_jax.allocation import CapacityState, masks_from_ranks
+from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.config import load_config
+from drlora_jax.data.loader import count_tokens, split_micro_batches
+from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
+from drlora_jax.interop.hf_read import load_params
+from drlora_jax.metrics import Progress, Throughput
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.optimizer import make_optimizer
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.plan import flops_per_token, memory_lines
+from drlora_jax.prepare import Job, prepare
+from drlora_jax.step import (
+    AuxiliaryWeights,
+    StepOptions,
+    TrainState,
+    init_lora,
+    make_eval_step,
+    make_train_step,
+)
+
+
+def main(argv=None) -> int:
+    args = cli.parse_arguments("python -m drlora_jax.train", __doc__, argv)
+    job = prepare(load_config(args.config, args.overrides))
+    print("\n".join(job.lines), flush=True)
+    run = build(job)
+    if args.dry_run:
+        compiled, _ = compile_step(run)
+        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
+        print("dry run: everything checks out, nothing was written")
+        return EXIT_DONE
+    return train(run)
+
+
+class Run(NamedTuple):
+    """A job on its mesh: functions and abstract values, nothing allocated yet."""
+
+    job: Job
+    mesh: Any
+    model: Decoder
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    step: Any  # jitted
+    eval_step: Any  # jitted
+    abstract_params: dict
+    abstract_state: TrainState
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: arrays and host values. The mask is derived from the ranks; the data
+    position is step * batch_size and the dropout key is made of seed and step."""
+
+    step: Any
+    lora: Any
+    opt_state: Any
+    stats: Any
+    ranks_LE: Any
+
+
+def build(job: Job) -> Run:
+    """Mesh, model, optimizer and jitted functions of a job."""
+    config = job.config
+    mesh = mesh_lib.make_mesh(job.mesh_sizes)
+    options = DecoderOptions(
+        dtype=jnp.dtype(config.model.dtype),
+        adapter=job.adapter,
+        ops=sharded_ops(mesh),
+        remat=config.model.remat,
+    )
+    model = Decoder(job.model_config, options)
+    router_rate = config.adapter.router_learning_rate if job.adapter.train_router else None
+    tx, schedule = make_optimizer(config.train, job.total_steps, router_learning_rate=router_rate)
+    params = abstract_params(model)
+    params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
+    state = jax.eval_shape(lambda: _initial_state(job, model, tx))
+    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    warmup = int(config.train.warmup_ratio * job.total_steps)
+    step_options = StepOptions(
+        auxiliary=AuxiliaryWeights(config.train.balance_loss, config.train.z_loss),
+        freeze_idle_experts=config.adapter.freeze_idle_experts,
+        router_start=warmup,
+        seed=config.run.seed,
+    )
+    return Run(
+        job=job,
+        mesh=mesh,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        step=jax.jit(
+            make_train_step(model, tx, job.policy, step_options),
+            donate_argnums=1,
+            out_shardings=(_shardings(state), mesh_lib.replicated(mesh)),
+        ),
+        eval_step=jax.jit(make_eval_step(model)),
+        abstract_params=params,
+        abstract_state=state,
+    )
+
+
+def _initial_state(job: Job, model: Decoder, tx) -> TrainState:
+    lora = init_lora(model, jax.random.key(job.config.run.seed))
+    mask_LER = jnp.asarray(masks_from_ranks(job.policy.init().ranks_LE, job.adapter.max_rank))
+    return TrainState(
+        jnp.zeros((), jnp.int32), lora, tx.init(lora), mask_LER, job.policy.init_stats()
+    )
+
+
+def state_shardings(mesh, tx, state: TrainState) -> TrainState:
+    """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
+    lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        lora,
+        transform_non_params=lambda _: mesh_lib.replicated(mesh),
+    )
+    return TrainState(
+        step=mesh_lib.replicated(mesh),
+        lora=lora,
+        opt_state=opt_state,
+        mask_LER=mesh_lib.shardings_for(mesh, state.mask_LER, "mask_LER"),
+        stats=mesh_lib.shardings_for(mesh, state.stats, "stats"),
+    )
+
+
+def _shardings(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def compile_step(run: Run):
+    """The train step compiled ahead of time, and the seconds it took."""
+    section, start = run.job.config.train, time.perf_counter()
+    micro, length = section.batch_size // section.micro_batches, section.sequence_length
+    batch = split_micro_batches(run.job.loader.batch(0), section.micro_batches)
+    rows = mesh_lib.rows(run.mesh, leading=1)
+    abstract = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(
+            (section.micro_batches, micro, length), array.dtype, sharding=rows
+        ),
+        batch,
+    )
+    compiled = run.step.lower(run.abstract_params, run.abstract_state, abstract).compile()
+    return compiled, time.perf_counter() - start
+
+
+# --------------------------------------------------------------------------------------------- loop
+
+
+class Position(NamedTuple):
+    """Where a run is."""
+
+    state: TrainState
+    capacity: CapacityState
+    tokens: int  # non-padding tokens so far
+
+
+def train(run: Run) -> int:
+    """Creates or resumes the run and takes its steps; returns the exit code."""
+    job, config = run.job, run.job.config
+    checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
+    done = checkpoints.latest_step() or 0
+    if done >= job.total_steps:
+        print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
+        return EXIT_DONE
+    if job.is_new:
+        job.run_dir.create(config, job.fingerprint, job.schedule_steps)
+    job.run_dir.cut_back(done)
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda received, _: stop.append(received))
+
+    compiled, seconds = compile_step(run)
+    print("\n".join(["", *memory_lines(run.abstract_params, run.abstract_state, compiled)]))
+    print(
+        f"compiled in {seconds:.1f} s; {'resuming' if done else 'starting'} at step {done}\n",
+        flush=True,
+    )
+    params = load_params(job.model_config, job.directory, run.abstract_params)
+    position = restore(run, checkpoints, done) if done else start(run)
+    code = _loop(run, compiled, params, position, checkpoints, stop)
+    checkpoints.close()
+    return code
+
+
+def start(run: Run) -> Position:
+    """The state before step 1, made on its shardings."""
+    make = jax.jit(
+        lambda: _initial_state(run.job, run.model, run.tx),
+        out_shardings=_shardings(run.abstract_state),
+    )
+    return Position(make(), run.job.policy.init(), 0)
+
+
+def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
+    """The state after `step`, on this run's mesh."""
+    abstract = run.abstract_state
+    ranks = jax.ShapeDtypeStruct(
+        abstract.mask_LER.shape[:2], jnp.int32, sharding=mesh_lib.replicated(run.mesh)
+    )
+    wanted = Checkpoint(abstract.step, abstract.lora, abstract.opt_state, abstract.stats, ranks)
+    saved, host = checkpoints.restore(step, wanted)
+    capacity = CapacityState(np.array(saved.ranks_LE))
+    mask_LER = _place_mask(run, capacity)
+    state = TrainState(saved.step, saved.lora, saved.opt_state, mask_LER, saved.stats)
+    return Position(state, capacity, host["tokens"])
+
+
+def save(
+    run: Run, checkpoints: Checkpoints, position: Position, step: int, eval_loss: float | None
+) -> None:
+    state, ranks_LE = position.state, jnp.asarray(position.capacity.ranks_LE)
+    arrays = Checkpoint(state.step, state.lora, state.opt_state, state.stats, ranks_LE)
+    checkpoints.save(step, arrays, {"tokens": position.tokens}, eval_loss=eval_loss)
+
+
+def _place_mask(run: Run, capacity: CapacityState):
+    # Same shape, dtype and sharding as ever: a new mask is new values, not a new program.
+    mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
+    return jax.device_put(mask_LER, run.abstract_state.mask_LER.sharding)
+
+
+def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: list[int]) -> int:
+    job, section = run.job, run.job.config.train
+    step = int(position.state.step)
+    progress = Progress(job.total_steps, step)
+    meter = Throughput(flops_per_token(job.model_config, section.sequence_length))
+    rows = mesh_lib.rows(run.mesh, leading=1)
+    if step == 0 and job.eval_batches:
+        row = {"step": 0, "eval_loss": evaluate(run, params, position.state)}
+        job.run_dir.log_metrics(row)
+        progress.show(row)
+    meter.resume()
+    while step < job.total_steps and not stop:
+        batch = job.loader.batch(step * section.batch_size)
+        device_batch = jax.device_put(split_micro_batches(batch, section.micro_batches), rows)
+        state, metrics = compiled(params, position.state, device_batch)
+        step += 1
+        position = Position(state, position.capacity, position.tokens + count_tokens(batch))
+        meter.add(count_tokens(batch))
+        progress.advance()
+        is_last = step == job.total_steps or bool(stop)
+        if job.policy.is_event(step):
+            position = grow(run, position, step)
+            progress.note(_describe_ranks(step, position.capacity))
+        is_evaluated = bool(job.eval_batches) and (
+            step % section.eval_every == 0 or step == job.total_steps
+        )
+        eval_loss = None
+        if is_evaluated or is_last or step % job.config.run.log_every == 0:
+            row = _metrics_row(run, step, position, metrics) | meter.take()
+            meter.pause()
+            if is_evaluated:
+                eval_loss = evaluate(run, params, position.state)
+                row["eval_loss"] = eval_loss
+            job.run_dir.log_metrics(row)
+            progress.show(row)
+            meter.resume()
+        if is_evaluated or is_last or step % job.config.run.checkpoint_every == 0:
+            meter.pause()
+            save(run, checkpoints, position, step, eval_loss)
+            meter.resume()
+    progress.close()
+    if step == job.total_steps:
+        progress.note(f"done: {job.run_dir.path}")
+        return EXIT_DONE
+    progress.note(
+        f"stopped by signal {stop[0]} at step {step}, saved; the same command goes on from here"
+    )
+    return EXIT_RESUMABLE
+
+
+def grow(run: Run, position: Position, step: int) -> Position:
+    """A growth event: statistics to the host, new ranks, new mask values back."""
+    job, state = run.job, position.state
+    stats = jax.device_get(state.stats)
+    capacity, stats, event = job.policy.update(position.capacity, stats, step)
+    job.run_dir.log_ranks(
+        step, job.model_config.moe_layers, capacity.ranks_LE, event.saliency_LE, job.policy.budget
+    )
+    stats = jax.device_put(stats, _shardings(run.abstract_state.stats))
+    state = state._replace(mask_LER=_place_mask(run, capacity), stats=stats)
+    return Position(state, capacity, position.tokens)
+
+
+def evaluate(run: Run, params, state: TrainState) -> float:
+    """Held-out loss in nats a target token."""
+    rows = mesh_lib.rows(run.mesh)
+    nll, targets = 0.0, 0.0
+    for batch in run.job.eval_batches:
+        measured = run.eval_step(params, state.lora, state.mask_LER, jax.device_put(batch, rows))
+        nll, targets = nll + float(measured[0]), targets + float(measured[1])
+    return nll / max(targets, 1.0)
+
+
+def _metrics_row(run: Run, step: int, position: Position, metrics: dict) -> dict:
+    loss = float(metrics["loss"])
+    if not np.isfinite(loss):
+        raise RunError(
+            f"the loss is {loss} at step {step}; lower train.learning_rate "
+            f"({run.job.config.train.learning_rate}) and start anew, or resume from an earlier "
+            f"checkpoint."
+        )
+    row = {
+        "step": step,
+        "loss": loss,
+        "tokens": position.tokens,
+        "learning_rate": float(run.schedule(step - 1)),
+        "grad_norm": float(metrics["grad_norm"]),
+    }
+    if run.job.config.train.balance_loss or run.job.config.train.z_loss:
+        row["auxiliary_loss"] = float(metrics["auxiliary_loss"])
+    return row
+
+
+def _describe_ranks(step: int, capacity: CapacityState) -> str:
+    ranks_LE = capacity.ranks_LE
+    return f"step {step}: ranks grow to a mean of {ranks_LE.mean():.2f}, from {ranks_LE.min()} to "
+    f"{ranks_LE.max()}"
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)

@@ -1,0 +1,154 @@
+"""Logits and weights against `transformers`: stored results everywhere, live ones where it has torch."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from oracles.stored import (
+    LAYOUTS,
+    VARIANTS,
+    copy_model,
+    load_arrays,
+    make_rows,
+    stored_positions,
+)
+from safetensors.numpy import load_file, save_file
+
+from drlora_jax.interop.hf_read import find_model, load_params, read_model_config
+from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.ops.grouped import expert_mlp
+
+MAX_ABS, MAX_KL = 1e-4, 1e-5
+ROW_NAMES = ("plain", "padded", "packed")
+
+
+def load(path):
+    """Model and parameters by the public path."""
+    directory = find_model(str(path))
+    model = Decoder(read_model_config(directory), DecoderOptions())
+    tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens, tokens, tokens)["params"]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract
+    )
+    return model, load_params(model.config, directory, abstract)
+
+
+def our_logits(model, params, rows, **options):
+    model = model.clone(options=dataclasses.replace(model.options, **options))
+
+    @jax.jit
+    def run(params, *rows):
+        hidden_BTD, _ = model.apply({"params": params}, *rows)
+        return logits(model.config, params, hidden_BTD)
+
+    return np.asarray(run(params, rows.tokens, rows.segments, rows.positions))
+
+
+def log_softmax(x_NV):
+    x_NV = x_NV.astype(np.float64)
+    x_NV = x_NV - x_NV.max(axis=-1, keepdims=True)
+    return x_NV - np.log(np.exp(x_NV).sum(axis=-1, keepdims=True))
+
+
+def errors(expected_NV, got_NV) -> tuple[float, float]:
+    """(largest absolute difference, largest KL of a token)."""
+    expected, got = log_softmax(expected_NV), log_softmax(got_NV)
+    kl_N = np.sum(np.exp(expected) * (expected - got), axis=-1)
+    return float(np.abs(expected_NV - got_NV).max()), float(kl_N.max())
+
+
+def assert_close(expected_NV, got_NV, name: str):
+    max_abs, kl = errors(expected_NV, got_NV)
+    print(f"{name}: {len(expected_NV)} tokens, max abs {max_abs:.1e}, KL {kl:.1e}")
+    assert max_abs <= MAX_ABS, name
+    assert kl <= MAX_KL, name
+
+
+def assert_bit_equal(params, others):
+    assert jax.tree.structure(params) == jax.tree.structure(others)
+    for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(others), strict=True):
+        np.testing.assert_array_equal(leaf, other, strict=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_stored_ones(tmp_path, variant):
+    rows, is_stored = make_rows(), stored_positions()
+    got_BTV = our_logits(*load(copy_model(variant, "experts", tmp_path)), rows)
+    expected_NV = load_arrays(variant)["logits"]
+    for index, name in enumerate(ROW_NAMES):
+        of_row = np.nonzero(is_stored)[0] == index
+        assert_close(expected_NV[of_row], got_BTV[index][is_stored[index]], f"{variant} {name}")
+
+
+def test_dense_backend_gives_the_same_logits(tmp_path):
+    dense = functools.partial(expert_mlp, backend="dense")
+    model, params = load(copy_model("olmoe", "experts", tmp_path))
+    got_BTV = our_logits(model, params, make_rows(), expert_mlp=dense)
+    assert_close(load_arrays("olmoe")["logits"], got_BTV[stored_positions()], "olmoe dense")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_every_layout_and_sharding_gives_the_same_bits(tmp_path, family):
+    single = copy_model(family, "experts", tmp_path / "single")
+    _, params = load(single)
+    assert_bit_equal(params, load(copy_model(family, "fused", tmp_path / "fused"))[1])
+    for layout in LAYOUTS:
+        tensors = load_file(tmp_path / ("fused" if layout == "fused" else "single") / WEIGHTS)
+        for has_index in (True, False):
+            sharded = tmp_path / f"{layout}_{has_index}"
+            write_shards(sharded, tensors, (single / "config.json").read_text(), has_index)
+            assert_bit_equal(params, load(sharded)[1])
+
+
+WEIGHTS = "model.safetensors"
+
+
+def write_shards(folder, tensors, config: str, has_index: bool):
+    """Three shards with the tensors dealt round, so the experts of one layer lie in all of them."""
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    weight_map = {
+        key: f"model-{1 + number % 3:05}-of-00003.safetensors"
+        for number, key in enumerate(sorted(tensors))
+    }
+    for name in set(weight_map.values()):
+        save_file({key: tensors[key] for key in tensors if weight_map[key] == name}, folder / name)
+    if has_index:
+        index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+# ------------------------------------------------------------------------------------------- live
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """The generator; it needs torch, which exists for some Pythons only."""
+    pytest.importorskip("torch", reason="live comparison; the stored results are compared above")
+    return import_oracle()
+
+
+def import_oracle():
+    from oracles import make_oracles
+
+    return make_oracles
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_live_ones(tmp_path, oracle, variant):
+    rows = make_rows()
+    layout = "fused" if variant == "olmoe" else "experts"  # the library reads both
+    directory = copy_model(variant, layout, tmp_path)
+    live_BTV = oracle.all_logits(oracle.load_model(directory), rows)
+    stored_NV = load_arrays(variant)["logits"]
+    assert np.abs(live_BTV[stored_positions()] - stored_NV).max() <= 2e-5
+    got_BTV = our_logits(*load(directory), rows)
+    for index, name in enumerate(ROW_NAMES):
+        is_valid_T = rows.segments[index] > 0
+        assert_close(live_BTV[index][is_valid_T], got_BTV[index][is_valid_T], f"{variant} {name}")
