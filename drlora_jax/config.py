@@ -9,6 +9,7 @@ config as data (`to_dict`) and restores it as data (`from_dict`): a run director
 import dataclasses
 import difflib
 import importlib.util
+import math
 import pathlib
 import types
 import typing
@@ -300,6 +301,7 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
     except UserError:
         raise
     except (
@@ -312,7 +314,6 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
         raise UserError(
             f"The config file {file} has no function get_config(); it must return a TrainConfig."
         )
-    config = module.get_config()
     if not isinstance(config, TrainConfig):
         raise UserError(
             f"get_config() in {file} must return a TrainConfig, got {type(config).__name__}."
@@ -324,8 +325,8 @@ def config_file(path: str) -> pathlib.Path:
     """Where a config lies: a path, or `bundled:NAME` (with the package, or in the clone)."""
     if not path.startswith("bundled:"):
         file = pathlib.Path(path)
-        if not file.is_file():
-            raise UserError(f"--config {path}: no such file. Give a Python file, or bundled:tiny.")
+        if not file.is_file() or file.suffix != ".py":
+            raise UserError(f"--config {path}: no such Python file. Give NAME.py, or bundled:tiny.")
         return file
     name = path.removeprefix("bundled:")
     package = pathlib.Path(__file__).parent
@@ -426,7 +427,8 @@ def _matches(value, option) -> bool:
     if typing.get_origin(option) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if option is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, option)

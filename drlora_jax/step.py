@@ -189,7 +189,7 @@ def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: 
     (lora, opt_state).
     """
     updates, new_state = tx.update(grads, opt_state, lora)
-    keep = optax.tree_map_params(
+    keep = optax.tree.map_params(
         tx,
         lambda _, trains: trains,
         new_state,
@@ -289,7 +289,7 @@ def make_train_step(
         metrics = {
             "loss": jnp.sum(terms_M.nll) / targets,
             "auxiliary_loss": jnp.sum(terms_M.auxiliary * shares_M),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "weight_LE": None
             if measured is None
             else jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M),
@@ -346,7 +346,7 @@ def make_pretrain_step(
         metrics = {
             "loss": jnp.sum(terms_M.nll) / targets,
             "auxiliary_loss": jnp.mean(terms_M.auxiliary),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return optax.apply_updates(params, updates), opt_state, metrics
 

@@ -129,7 +129,7 @@ def _initial_state(job: Job, model: Decoder, tx) -> TrainState:
 def state_shardings(mesh, tx, state: TrainState) -> TrainState:
     """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
     lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
-    opt_state = optax.tree_map_params(
+    opt_state = optax.tree.map_params(
         tx,
         lambda _, sharding: sharding,
         state.opt_state,
@@ -336,8 +336,8 @@ def _metrics_row(run: Run, step: int, position: Position, metrics: dict) -> dict
 
 def _describe_ranks(step: int, capacity: CapacityState) -> str:
     ranks_LE = capacity.ranks_LE
-    return f"step {step}: ranks grow to a mean of {ranks_LE.mean():.2f}, from {ranks_LE.min()} to "
-    f"{ranks_LE.max()}"
+    low, high = ranks_LE.min(), ranks_LE.max()
+    return f"step {step}: ranks grow to a mean of {ranks_LE.mean():.2f}, from {low} to {high}"
 
 
 if __name__ == "__main__":

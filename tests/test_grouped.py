@@ -42,7 +42,9 @@ def _part(role, hidden):
 
 def reference(inputs, dy, activation):
     """(y, gradients of everything) of sum(y * dy), one token and one of its experts at a time."""
-    x, expert, p, w_gate_up, w_down, lora = jax.tree.map(lambda v: np.asarray(v, np.float64), inputs)
+    x, expert, p, w_gate_up, w_down, lora = jax.tree.map(
+        lambda v: np.asarray(v, np.float64), inputs
+    )
     hidden, y = w_down.shape[1], np.zeros_like(x)
     dx, dp, d_gate_up, d_down = map(np.zeros_like, (x, p, w_gate_up, w_down))
     d_lora = {role: [np.zeros_like(v) for v in factors] for role, factors in lora.items()}
@@ -90,12 +92,14 @@ def reference(inputs, dy, activation):
 # ---------------------------------------------------------------------------------------- inputs
 
 
-def make_inputs(expert_TK, num_experts, roles=("up", "down"), *, width=8, hidden=6, ranks=4, seed=0):
-    """Random inputs; experts have 0, 1, ..., `ranks` active ranks in turn, inactive rows of B are 0."""
+def make_inputs(
+    expert_TK, num_experts, roles=("up", "down"), *, width=8, hidden=6, ranks=4, seed=0
+):
+    """Random inputs; experts have 0, 1, ..., `ranks` active ranks, inactive rows of B are 0."""
     rng = np.random.default_rng(seed)
 
-    def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-2] if len(shape) > 2 else 1), "f4")
+    def normal(*shape, fan_in=1):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(fan_in), jnp.float32)
 
     shapes = {"gate": (width, hidden), "up": (width, hidden)}
     shapes |= {"gate_up": (width, 2 * hidden), "down": (hidden, width)}
@@ -104,12 +108,12 @@ def make_inputs(expert_TK, num_experts, roles=("up", "down"), *, width=8, hidden
     lora = {}
     for role in roles:
         d_in, d_out = shapes[role]
-        b_ERF = normal(num_experts, ranks, d_out) * mask_ER[..., None]
-        lora[role] = RoleLora(normal(num_experts, ranks, d_in), b_ERF, mask_ER)
+        b_ERF = normal(num_experts, ranks, d_out, fan_in=ranks) * mask_ER[..., None]
+        lora[role] = RoleLora(normal(num_experts, ranks, d_in, fan_in=d_in), b_ERF, mask_ER)
     weight_TK = jnp.asarray(rng.uniform(0.1, 1.0, expert_TK.shape), jnp.float32)
-    x_TD = jnp.asarray(rng.normal(size=(len(expert_TK), width)), jnp.float32)
-    w_gate_up_EDF = normal(num_experts, width, 2 * hidden)
-    w_down_EFD = normal(num_experts, hidden, width)
+    x_TD = normal(len(expert_TK), width)
+    w_gate_up_EDF = normal(num_experts, width, 2 * hidden, fan_in=width)
+    w_down_EFD = normal(num_experts, hidden, width, fan_in=hidden)
     return x_TD, jnp.asarray(expert_TK), weight_TK, w_gate_up_EDF, w_down_EFD, lora
 
 
@@ -126,7 +130,11 @@ def groups(*sizes):
     return np.random.default_rng(2).permutation(experts)[:, None].astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "backend"))
+# Compiling is most of the time of this file; code without LLVM's optimisation computes the same.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "backend"), compiler_options=QUICK)
 def value_and_pull(inputs, dy, spec, backend, dropout=None):
     """(y, gradients) in the order of `reference`."""
     x_TD, expert_TK, *rest = inputs
@@ -156,7 +164,8 @@ CASES = {
     "one_expert": (choose(7, 1, 1), 1, ("up", "down"), TRAINED),
     "one_expert_blocks_of_128": (choose(531, 1, 1), 1, ("down",), SPEC),
     "all_to_one_of_5": (np.full((131, 1), 3, np.int32), 5, ("gate", "up", "down"), TRAINED),
-    "empty_groups": (choose(33, 2, 5) // 2 * 2, 5, ("up", "down"), SPEC),
+    # Experts 1 and 3 get nothing.
+    "empty_groups": (np.array([0, 2, 4], np.int32)[choose(33, 2, 3)], 5, ("up", "down"), SPEC),
     "at_block_borders": (groups(64, 128, 63, 65, 1, 0), 6, ("gate", "up", "down"), TRAINED),
     "60_experts_gelu": (
         choose(37, 4, 60),
@@ -172,8 +181,6 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     expert_TK, num_experts, roles, spec = CASES[name]
-    if name == "empty_groups":  # experts 1 and 3 get nothing; no token has one expert twice
-        expert_TK = np.array([0, 2, 4], np.int32)[choose(33, 2, 3)]
     inputs = make_inputs(expert_TK, num_experts, roles)
     dy = random_like(inputs[0])
     y, grads = reference(inputs, np.asarray(dy, np.float64), spec.activation)
@@ -217,10 +224,9 @@ def test_tokens_computed_elsewhere(backend):
     assert not np.any(np.asarray(got_grads[1])[is_elsewhere_TK])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_slot_computed_here(backend):
+def test_no_slot_computed_here():
     inputs = make_inputs(np.full((9, 2), 3, np.int32), 3)
-    y, grads = value_and_pull(inputs, random_like(inputs[0]), TRAINED, backend)
+    y, grads = value_and_pull(inputs, random_like(inputs[0]), TRAINED, "block")
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((y, grads)))
 
 
@@ -249,7 +255,7 @@ def test_rank_gates(backend):
 
 def test_growth_keeps_outputs_bit_equal():
     """A rank that opens with B = 0 changes nothing."""
-    inputs = make_inputs(choose(50, 2, 7), 7)
+    inputs = make_inputs(choose(50, 2, 7), 7, ("gate", "up", "down"))
     grown = {
         role: factors._replace(gate_ER=jnp.ones_like(factors.gate_ER))
         for role, factors in inputs[-1].items()
@@ -282,7 +288,7 @@ def plain_dense(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora):
 
 
 def test_bfloat16_is_as_good_as_a_plain_dense_computation():
-    inputs = list(make_inputs(choose(96, 2, 4), 4, width=32, hidden=48, ranks=4))
+    inputs = list(make_inputs(choose(96, 1, 2), 2, width=32, hidden=48, ranks=4))
     for index in (0, 3, 4):
         inputs[index] = inputs[index].astype(jnp.bfloat16)
     dy = random_like(inputs[0])
@@ -297,7 +303,7 @@ def test_bfloat16_is_as_good_as_a_plain_dense_computation():
             for g, e in zip(got, expected, strict=True)
         ]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def plain_and_pull(x_TD, expert_TK, *rest):
         y_TD, pull = jax.vjp(lambda x_TD, *rest: plain_dense(x_TD, expert_TK, *rest), x_TD, *rest)
         return y_TD, pull(dy)
@@ -313,18 +319,15 @@ def test_bfloat16_is_as_good_as_a_plain_dense_computation():
 
 def make_transparent(tokens, width, rate):
     """A model whose output is drop(h) of a constant h: identity factors on `down`, no base."""
-    ones = jnp.ones((tokens, 1), jnp.float32)
-    eye = jnp.eye(width)[None]
+    eye_ERF = jnp.eye(width)[None]
     inputs = (
-        ones,
+        jnp.ones((tokens, width)) / width,
         jnp.zeros((tokens, 1), jnp.int32),
-        ones,
-        jnp.ones((1, 1, 2 * width)),
+        jnp.ones((tokens, 1)),
+        jnp.ones((1, width, 2 * width)),
         jnp.zeros((1, width, width)),
-        {"down": RoleLora(eye, eye, jnp.ones((1, width)))},
+        {"down": RoleLora(eye_ERF, eye_ERF, jnp.ones((1, width)))},
     )
-    x_TD = jnp.ones((tokens, width)) / width
-    inputs = (x_TD, *inputs[1:3], jnp.ones((1, width, 2 * width)), *inputs[4:])
     return inputs, ExpertSpec(dropout=rate), float(jax.nn.silu(1.0))
 
 
@@ -332,8 +335,13 @@ def make_transparent(tokens, width, rate):
 def test_dropout_rate_and_scale(backend):
     rate, tokens, width = 0.3, 300, 16
     inputs, spec, full = make_transparent(tokens, width, rate)
-    y_TD = expert_mlp(*inputs, spec, dropout=Dropout(jax.random.key(7)), backend=backend)
-    y_TD = np.asarray(y_TD)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(key):
+        dropout = None if key is None else Dropout(key)
+        return expert_mlp(*inputs, spec, dropout=dropout, backend=backend)
+
+    y_TD = np.asarray(run(jax.random.key(7)))
     is_kept = y_TD != 0
     np.testing.assert_allclose(y_TD[is_kept], full / (1 - rate), rtol=1e-5)
     deviation = np.sqrt(rate * (1 - rate) / y_TD.size)
@@ -341,8 +349,7 @@ def test_dropout_rate_and_scale(backend):
     # Every column and every token has its own draws.
     assert np.all(np.abs((~is_kept).mean(axis=0) - rate) < 5 * deviation * np.sqrt(width))
     assert len({row.tobytes() for row in is_kept}) > 0.95 * tokens
-    evaluated = expert_mlp(*inputs, spec, backend=backend)
-    np.testing.assert_allclose(evaluated, full, rtol=1e-5)
+    np.testing.assert_allclose(run(None), full, rtol=1e-5)
 
 
 def test_dropout_is_the_same_in_both_backends():
@@ -352,10 +359,6 @@ def test_dropout_is_the_same_in_both_backends():
     block, dense = (value_and_pull(inputs, dy, spec, name, dropout) for name in BACKENDS)
     for one, other in zip(jax.tree.leaves(block), jax.tree.leaves(dense), strict=True):
         assert relative_error(one, other) <= 1e-5
-    evaluated, _ = value_and_pull(inputs, dy, spec, "block")
-    undropped, _ = value_and_pull(inputs, dy, SPEC, "block")
-    np.testing.assert_array_equal(evaluated, undropped)
-    assert relative_error(block[0], evaluated) > 0.01
     other_key, _ = value_and_pull(inputs, dy, spec, "dense", Dropout(jax.random.key(4), 11))
     assert relative_error(other_key, block[0]) > 0.01
 
@@ -367,7 +370,7 @@ def test_dropout_does_not_depend_on_where_a_token_lies(backend):
     inputs = make_inputs(choose(24, 2, 5), 5)
     key, rest = jax.random.key(3), inputs[3:]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def run(x_TD, expert_TK, weight_TK, first_slot):
         dropout = Dropout(key, first_slot)
         per_token = (x_TD, expert_TK, weight_TK)
@@ -384,10 +387,14 @@ def test_dropout_does_not_depend_on_where_a_token_lies(backend):
 
 
 def test_block_backend_has_no_ragged_dot_and_no_dense_expansion():
-    """`lax.ragged_dot` is a dense expansion on CPU; so would be any array over tokens and experts."""
+    """`lax.ragged_dot` is a dense expansion on CPU; so is any array over tokens and experts."""
     tokens, experts = 200, 9
     inputs = make_inputs(choose(tokens, 2, experts), experts)
-    text = str(jax.make_jaxpr(lambda *args: value_and_pull(*args, TRAINED, "block"))(inputs, inputs[0]))
+    text = str(
+        jax.make_jaxpr(lambda *args: value_and_pull.__wrapped__(*args, TRAINED, "block"))(
+            inputs, inputs[0]
+        )
+    )
     assert "ragged_dot" not in text
     assert f"[{experts},{tokens}," not in text and f"[{tokens},{experts}," not in text
 

@@ -7,7 +7,9 @@ device buffers.
 """
 
 import contextlib
+import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import pathlib
@@ -25,6 +27,9 @@ from drlora_jax.models.families import Slot, key_table, parse_config
 
 READABLE_DTYPES = ("F32", "BF16", "F16")
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
+HEAD = "lm_head.weight"
+WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
+SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
 
 
 class TensorInfo(NamedTuple):
@@ -51,31 +56,28 @@ def find_model(path: str) -> pathlib.Path:
         return directory
     if directory.exists():
         raise UserError(f"model.path={path} is a file; give the directory that has config.json.")
+    near = difflib.get_close_matches(directory.name, _names_in(directory.parent), n=1)
+    hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
     if path.count("/") != 1 or path.startswith((".", "/")):
-        near = difflib.get_close_matches(directory.name, _names_in(directory.parent), n=1)
-        hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
         raise UserError(f"model.path={path}: no such directory.{hint}")
-    return _download(path)
+    return _download(path, hint)
 
 
 def _names_in(folder: pathlib.Path) -> list[str]:
     return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, hint: str) -> pathlib.Path:
     import huggingface_hub
 
+    # Weights, configs and tokenizer files only: nothing that could be executed.
+    patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
     try:
-        # Weights, configs and tokenizer files only: nothing that could be executed.
-        patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
         return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except (
-        Exception
-    ) as error:  # the hub client raises many kinds; all mean that the model can not be had
+    except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise UserError(
             f"model.path={name} is no directory here, and the hub did not give it "
-            f"({type(error).__name__}). "
-            "Give a local directory."
+            f"({type(error).__name__}). Give a local directory.{hint}"
         ) from error
 
 
@@ -93,8 +95,14 @@ def read_config_json(directory: pathlib.Path) -> dict:
 
 
 def read_model_config(directory: pathlib.Path) -> ModelConfig:
-    """The architecture, with `tie_embeddings` as the weights on disk have it."""
-    return parse_config(read_config_json(directory))
+    """The architecture, with `tie_embeddings` as the weights on disk have it, if there are any.
+
+    A config may say tied although the file has a head of its own; then the file is right.
+    """
+    config = parse_config(read_config_json(directory))
+    if config.tie_embeddings and any(directory.glob("*.safetensors")):
+        return dataclasses.replace(config, tie_embeddings=HEAD not in read_headers(directory))
+    return config
 
 
 # ---------------------------------------------------------------------------------------------
@@ -104,7 +112,8 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
 def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
     """Every tensor of the directory; with an index, exactly the tensors and files it lists."""
     tensors: dict[str, TensorInfo] = {}
-    for file in _weight_files(directory):
+    weight_map = _read_index(directory)
+    for file in _weight_files(directory, weight_map):
         with _open(file) as handle:
             for key in handle.keys():
                 if key in tensors:
@@ -113,30 +122,51 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
                     )
                 part = handle.get_slice(key)
                 tensors[key] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+    if weight_map is not None:
+        _check_index(directory, weight_map, tensors)
     return tensors
 
 
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
+    """Tensor name -> file name, as the index says; None where there is no index."""
     index = directory / "model.safetensors.index.json"
-    files = sorted(directory.glob("*.safetensors"))
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+    if not index.is_file():
+        return None
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{index} is not a safetensors index: {type(error).__name__}: {error}"
+        ) from error
+    for name in sorted(names, key=str):
+        is_plain = isinstance(name, str) and pathlib.PurePath(name).name == name
+        if not is_plain or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index} is not a safetensors index: {type(error).__name__}: {error}"
-            ) from error
-        for name in names:
-            if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(
-                    f"{index}: {name!r} must be the plain name of a .safetensors file of this "
-                    f"directory."
-                )
-            if not (directory / name).is_file():
-                raise UserError(f"{directory}: the shard {name} that the index names is missing.")
-        files = [directory / name for name in names]
+                f"{index}: {name!r} must be the plain name of a .safetensors file of this "
+                "directory."
+            )
+        if not (directory / name).is_file():
+            raise UserError(f"{directory}: the shard {name} that the index names is missing.")
+    return weight_map
+
+
+def _check_index(directory, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
+    found = {key: info.file.name for key, info in tensors.items()}
+    for key in sorted(found.keys() | weight_map.keys()):
+        if key.endswith(IGNORED_SUFFIXES) or found.get(key) == weight_map.get(key):
+            continue
+        raise UserError(
+            f"{directory}: the index has {key} in {weight_map.get(key, 'no file')}, but it is in "
+            f"{found.get(key, 'no file')}."
+        )
+
+
+def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) -> list[pathlib.Path]:
+    if weight_map is not None:
+        files = [directory / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(directory.glob("*.safetensors"))
     if not files:
         others = sorted(
             file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix)
@@ -160,15 +190,25 @@ def _open(file: pathlib.Path) -> Iterator:
 
 
 def fingerprint(directory: pathlib.Path) -> str:
-    """sha256 over the names, shapes and dtypes of all tensors and a sample of their bytes."""
+    """sha256 over the sizes and bytes of the weight files.
+
+    Of a file above 64 MiB only the header (names, shapes, dtypes), the end and evenly spaced
+    samples enter, so that hundreds of gigabytes take seconds: enough to tell models apart, not to
+    find a flipped bit.
+    """
     digest = hashlib.sha256()
-    for file in _weight_files(directory):
+    for file in _weight_files(directory, _read_index(directory)):
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
         with file.open("rb") as handle:
-            for start in range(0, size, max(1, size // 64)):
+            if size <= WHOLE_BYTES:
+                digest.update(handle.read())
+                continue
+            header_size = handle.read(8)  # the format: u64 length, header, data
+            digest.update(handle.read(min(int.from_bytes(header_size, "little"), size)))
+            for start in (*range(0, size, size // SAMPLES), size - SAMPLE_BYTES):
                 handle.seek(start)
-                digest.update(handle.read(65536))
+                digest.update(handle.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
@@ -267,19 +307,28 @@ def _load_leaf(leaf: jax.ShapeDtypeStruct, by_layer: dict, read) -> jax.Array:
         host = np.empty(leaf.shape, leaf.dtype)
         _fill(host, by_layer[None], read, skip=0)
         return jax.device_put(host, leaf.sharding)
-    buffer = jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+    buffer = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+    write_layer, layer_sharding = _layer_writer(leaf.sharding)
     for layer, entries in sorted(by_layer.items()):
         host = np.empty(leaf.shape[1:], leaf.dtype)
         _fill(host, entries, read, skip=1)
-        buffer = _write_layer(buffer, host, layer)
+        # Placed before the call, so that no device holds more than its part of the layer.
+        buffer = write_layer(buffer, jax.device_put(host, layer_sharding), layer)
     return buffer
 
 
-def _write_layer_impl(buffer, layer, index):
-    return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, axis=0)
+@functools.cache
+def _layer_writer(sharding: jax.sharding.Sharding | None):
+    """A function that writes one layer in place, and the sharding of such a layer."""
 
+    def write_layer(buffer, layer, index):
+        return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, axis=0)
 
-_write_layer = jax.jit(_write_layer_impl, donate_argnums=0)
+    of_layer = sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
+        of_layer = jax.sharding.NamedSharding(sharding.mesh, spec)
+    return jax.jit(write_layer, donate_argnums=0, out_shardings=sharding), of_layer
 
 
 def _fill(host: np.ndarray, entries: list[tuple[str, Slot]], read, *, skip: int) -> None:

@@ -103,25 +103,93 @@ def key_table(config: ModelConfig, layout: Layout) -> dict[str, Slot]:
 # config.json
 
 
+COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
+NUMBERS = ("rms_norm_eps", "rope_theta", "clip_qkv")
+SWITCHES = ("attention_bias", "norm_topk_prob", "tie_word_embeddings")
+OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
+
+
 def parse_config(values: dict) -> ModelConfig:
     """ModelConfig from the values of a `config.json`; refuses what is not supported, by name."""
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(
             f"config.json: model_type {family!r} is not supported; supported: "
             f"{', '.join(sorted(FAMILIES))}."
         )
+    _check_types(values)
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
         raise UserError(
             f"config.json: the weights are quantised ({method}); use an unquantised checkpoint."
         )
     try:
-        return FAMILIES[family].parse(values)
+        config = FAMILIES[family].parse(values)
     except KeyError as error:
         raise UserError(
             f"config.json: the field {error} is missing for model_type {family!r}."
         ) from None
+    _check_sizes(config)
+    return config
+
+
+def _check_types(values: dict) -> None:
+    """Refuses a field that can not be what its name says; null passes, as an absent field does."""
+
+    def check(names, rule: str, is_right: Callable) -> None:
+        for name in names:
+            if values.get(name) is not None and not is_right(values[name]):
+                raise UserError(f"config.json: {name} must be {rule}, got {values[name]!r}.")
+
+    def is_number(value, kinds=(int, float)):
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    check(COUNTS, "a whole number above 0", lambda value: is_number(value, int) and value > 0)
+    check(("sliding_window",), "a whole number", lambda value: is_number(value, int) and value >= 0)
+    check(NUMBERS, "a number above 0", lambda value: is_number(value) and 0 < value < float("inf"))
+    check(SWITCHES, "true or false", lambda value: isinstance(value, bool))
+    check(OBJECTS, "an object", lambda value: isinstance(value, dict))
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    for segment in config.segments:
+        for layer in segment.unit:
+            attention = layer.attention
+            if attention.num_heads % attention.num_kv_heads:
+                raise UserError(
+                    f"config.json: num_attention_heads ({attention.num_heads}) must be a multiple "
+                    f"of num_key_value_heads ({attention.num_kv_heads})."
+                )
+            if attention.head_dim % 2:
+                raise UserError(f"config.json: head_dim must be even, got {attention.head_dim}.")
+            if isinstance(layer.ffn, MoeConfig):
+                _check_routing(layer.ffn.routing)
+
+
+def _check_routing(routing: RoutingConfig) -> None:
+    if routing.experts_per_token > routing.num_experts:
+        raise UserError(
+            f"config.json: num_experts_per_tok ({routing.experts_per_token}) is more than the "
+            f"experts there are ({routing.num_experts})."
+        )
+
+
+def _required(values: dict, name: str):
+    if values.get(name) is None:
+        raise KeyError(name)
+    return values[name]
 
 
 def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
@@ -131,14 +199,22 @@ def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
         raise UserError(
             f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}."
         )
-    theta = parameters.get("rope_theta", values.get("rope_theta", default_theta))
+    _check_types({"rope_theta": parameters.get("rope_theta")})
+    theta = parameters.get("rope_theta") or values.get("rope_theta") or default_theta
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return RopeConfig(tuple((1.0 / np.float32(theta) ** exponents).astype(np.float32).tolist()))
 
 
 def _attention(values: dict, default_theta: float) -> AttentionConfig:
-    heads = values["num_attention_heads"]
-    head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    heads, width = _required(values, "num_attention_heads"), _required(values, "hidden_size")
+    head_dim = values.get("head_dim")
+    if head_dim is None:
+        if width % heads:
+            raise UserError(
+                f"config.json: hidden_size ({width}) must be a multiple of num_attention_heads "
+                f"({heads}) where there is no head_dim."
+            )
+        head_dim = width // heads
     has_bias = bool(values.get("attention_bias", False))
     return AttentionConfig(
         num_heads=heads,
@@ -154,7 +230,7 @@ def _attention(values: dict, default_theta: float) -> AttentionConfig:
 def _experts(values: dict) -> int:
     """The number of experts goes by three names."""
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if name in values:
+        if values.get(name) is not None:
             return values[name]
     raise KeyError("num_local_experts")
 
@@ -170,10 +246,10 @@ def _uniform_stack(values: dict, layer: LayerConfig) -> ModelConfig:
     """A model of equal layers: one segment."""
     return ModelConfig(
         family=values["model_type"],
-        vocab_size=values["vocab_size"],
-        width=values["hidden_size"],
-        segments=(SegmentConfig((layer,), values["num_hidden_layers"]),),
-        norm_epsilon=values.get("rms_norm_eps", 1e-5),
+        vocab_size=_required(values, "vocab_size"),
+        width=_required(values, "hidden_size"),
+        segments=(SegmentConfig((layer,), _required(values, "num_hidden_layers")),),
+        norm_epsilon=values.get("rms_norm_eps") or 1e-5,
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     )
 
@@ -182,9 +258,11 @@ def _parse_mixtral(values: dict) -> ModelConfig:
     _require_silu(values)
     attention = replace(_attention(values, 1e6), window=values.get("sliding_window") or None)
     # Mixtral always divides the chosen weights by their sum.
-    routing = RoutingConfig(_experts(values), values["num_experts_per_tok"], normalize=True)
+    routing = RoutingConfig(
+        _experts(values), _required(values, "num_experts_per_tok"), normalize=True
+    )
     return _uniform_stack(
-        values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing))
+        values, LayerConfig(attention, MoeConfig(_required(values, "intermediate_size"), routing))
     )
 
 
@@ -192,9 +270,11 @@ def _parse_olmoe(values: dict) -> ModelConfig:
     _require_silu(values)
     attention = replace(_attention(values, 1e4), qk_norm="full", clip_qkv=values.get("clip_qkv"))
     normalize = bool(values.get("norm_topk_prob", False))
-    routing = RoutingConfig(_experts(values), values["num_experts_per_tok"], normalize=normalize)
+    routing = RoutingConfig(
+        _experts(values), _required(values, "num_experts_per_tok"), normalize=normalize
+    )
     return _uniform_stack(
-        values, LayerConfig(attention, MoeConfig(values["intermediate_size"], routing))
+        values, LayerConfig(attention, MoeConfig(_required(values, "intermediate_size"), routing))
     )
 
 

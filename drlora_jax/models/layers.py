@@ -15,17 +15,24 @@ from drlora_jax.models.architecture import RopeConfig
 kernel_init = nn.initializers.normal(0.02)
 
 
+def last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector with as many axes as `like`, to meet its last one: nothing here broadcasts ranks in
+    silence.
+    """
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
 def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     """x / rms(x) in f32, cast to the dtype of x, times the scale."""
     x_f32 = x_BTD.astype(jnp.float32)
     x_f32 = x_f32 * jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + epsilon)
-    return scale_D * x_f32.astype(x_BTD.dtype)
+    return last_axis(scale_D, x_BTD) * x_f32.astype(x_BTD.dtype)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: RopeConfig) -> jax.Array:
     """Rotary embedding of the first 2 * len(inverse_frequencies) dimensions; angles in f32."""
     frequencies = jnp.asarray(rope.inverse_frequencies, jnp.float32)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     cos = (jnp.cos(angles) * rope.attention_factor).astype(x_BTNH.dtype)
     sin = (jnp.sin(angles) * rope.attention_factor).astype(x_BTNH.dtype)
     width = 2 * frequencies.size
@@ -61,7 +68,8 @@ class Projection(nn.Module):
         kernel = self.param("kernel", kernel_init, (x_BTD.shape[-1], self.features), self.dtype)
         y_BTF = x_BTD @ kernel
         if self.has_bias:
-            y_BTF = y_BTF + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            y_BTF = y_BTF + last_axis(bias_F, y_BTF)
         if self.location in self.adapter.paths:
             y_BTF = y_BTF + PlainLora(self.features, self.adapter, name="lora")(x_BTD)
         return y_BTF

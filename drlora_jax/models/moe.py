@@ -45,7 +45,7 @@ def choose_experts(
         if config.score == "sigmoid"
         else jax.nn.softmax(logits_TE, axis=-1)
     )
-    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E[None]
     if config.num_groups > 1:
         choice_TE = _limit_to_groups(choice_TE, config)
     _, expert_TK = jax.lax.top_k(choice_TE, config.experts_per_token)

@@ -64,7 +64,7 @@ def _attend_row(
     is_seen_TS = (segment_ids_T[:, None] == segment_ids_T[None, :]) & (age_TS >= 0)
     if window is not None:
         is_seen_TS &= age_TS < window
-    scores = scores + jnp.where(is_seen_TS, 0.0, -jnp.inf)
+    scores = scores + jnp.where(is_seen_TS, 0.0, -jnp.inf)[None]
     if sinks_N is None:
         weights_NTS = jax.nn.softmax(scores, axis=-1)
     else:

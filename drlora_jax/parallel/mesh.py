@@ -36,22 +36,23 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def resolve_sizes(section: MeshSection, device_count: int) -> tuple[int, ...]:
-    """The sizes of AXES, with a -1 filled in; refuses what does not use every device."""
+    """The sizes of AXES with a -1 filled in; sizes without -1 may leave devices unused."""
     sizes = [section.data, section.fsdp, section.expert, section.tensor]
     given = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and device_count % given == 0:
         sizes[sizes.index(-1)] = device_count // given
-    if int(np.prod(sizes)) != device_count:
+    if -1 in sizes or int(np.prod(sizes)) > device_count:
         shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"mesh: {shape} does not use the {device_count} devices there are; change mesh.*."
+            f"mesh: {shape} does not fit the {device_count} devices there are; change mesh.*."
         )
     return tuple(sizes)
 
 
 def make_mesh(sizes: tuple[int, ...]) -> Mesh:
     # jax defaults to Explicit axes, which our code does not write shardings for.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def row_count(mesh: Mesh) -> int:

@@ -1,0 +1,197 @@
+"""Packed causal attention against a NumPy loop, and what may not leak between documents."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drlora_jax.models.architecture import (
+    AttentionConfig,
+    LayerConfig,
+    ModelConfig,
+    MoeConfig,
+    RopeConfig,
+    RoutingConfig,
+    SegmentConfig,
+)
+from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.ops.attention import attend
+
+SCALE = 0.4
+# Two documents and padding; one document; three documents that fill the row.
+SEGMENTS = np.array(
+    [[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1], [1, 2, 2, 2, 2, 3, 3, 3, 3]],
+    np.int32,
+)
+
+
+def positions_of(segment_ids):
+    """Positions restart in every document; padding has 0."""
+    positions = np.zeros_like(segment_ids)
+    for row, column in np.ndindex(*segment_ids.shape):
+        if column and segment_ids[row, column] == segment_ids[row, column - 1] != 0:
+            positions[row, column] = positions[row, column - 1] + 1
+    return positions
+
+
+POSITIONS = positions_of(SEGMENTS)
+
+
+def loop_attention(q, k, v, *, window=None, soft_cap=None, sinks=None):
+    """One query and one head at a time, float64; padding queries are left at zero."""
+    q, k, v = (np.asarray(value, np.float64) for value in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    repeats = q.shape[2] // k.shape[2]
+    for row, t, head in np.ndindex(*q.shape[:3]):
+        if SEGMENTS[row, t] == 0:
+            continue
+        seen = [
+            s
+            for s in range(t + 1)
+            if SEGMENTS[row, s] == SEGMENTS[row, t] and (window is None or t - s < window)
+        ]
+        scores = SCALE * np.array([q[row, t, head] @ k[row, s, head // repeats] for s in seen])
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        weights = np.exp(scores)
+        total = weights.sum() + (0 if sinks is None else np.exp(float(sinks[head])))
+        values = np.array([v[row, s, head // repeats] for s in seen])
+        out[row, t, head] = weights @ values / total
+    return out
+
+
+def make_inputs(kv_heads=2, value_width=5, heads=4, width=6, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ((heads, width), (kv_heads, width), (kv_heads, value_width))
+    return [
+        jnp.asarray(rng.normal(size=(*SEGMENTS.shape, *shape)), jnp.float32) for shape in shapes
+    ]
+
+
+def run(q, k, v, sinks=None, **options):
+    packed = {"segment_ids_BT": jnp.asarray(SEGMENTS), "positions_BT": jnp.asarray(POSITIONS)}
+    sinks = None if sinks is None else jnp.asarray(sinks, jnp.float32)
+    return attend(q, k, v, **packed, scale=SCALE, sinks_N=sinks, **options)
+
+
+CASES = {
+    "plain": {},
+    "window": {"window": 3},
+    "window_of_one": {"window": 1},
+    "soft_cap": {"soft_cap": 0.7},
+    "sinks": {"sinks": np.array([-1.0, 0.0, 2.0, 30.0])},
+    "all": {"window": 2, "soft_cap": 1.3, "sinks": np.array([0.5, -40.0, 1.0, 0.0])},
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # row by row, and batched
+@pytest.mark.parametrize("name", CASES)
+def test_values(name, platform, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    inputs = make_inputs()
+    got = np.asarray(run(*inputs, **CASES[name]))
+    assert got.shape == (*SEGMENTS.shape, 4, 5) and np.all(np.isfinite(got))
+    expected = loop_attention(*inputs, **CASES[name])
+    np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_groups_of_query_heads(kv_heads):
+    inputs = make_inputs(kv_heads, value_width=6)
+    got, expected = run(*inputs), loop_attention(*inputs)
+    np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)
+
+
+def test_bfloat16_in_and_out():
+    inputs = [value.astype(jnp.bfloat16) for value in make_inputs()]
+    got = run(*inputs)
+    assert got.dtype == jnp.bfloat16
+    expected = loop_attention(*inputs)
+    error = np.abs(np.asarray(got, np.float64) - expected)[SEGMENTS > 0]
+    assert error.max() < 2**-7 * np.abs(expected).max()
+
+
+def test_gradients_against_differences_of_the_loop():
+    options = CASES["all"]
+    inputs = make_inputs()
+    cotangent = np.random.default_rng(5).normal(size=(*SEGMENTS.shape, 4, 5))
+    cotangent[SEGMENTS == 0] = 0
+    _, pull = jax.vjp(lambda *inputs: run(*inputs, **options), *inputs)
+    grads = pull(jnp.asarray(cotangent, jnp.float32))
+    for index, grad in enumerate(grads):
+        assert np.all(np.isfinite(grad))
+        direction = np.random.default_rng(index).normal(size=grad.shape)
+
+        def moved(size, index=index, direction=direction):
+            values = [np.asarray(value, np.float64) for value in inputs]
+            values[index] = values[index] + size * direction
+            return np.sum(cotangent * loop_attention(*values, **options))
+
+        difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
+        np.testing.assert_allclose(np.sum(grad * direction), difference, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changed", [1, 2, 0])
+def test_documents_do_not_see_each_other(changed):
+    """Changing one document (or the padding) leaves every other output bit-identical."""
+    inputs, others = make_inputs(seed=1), make_inputs(seed=2)
+    is_changed = jnp.asarray(SEGMENTS == changed)[:, :, None, None]
+    mixed = [jnp.where(is_changed, b, a) for a, b in zip(inputs, others, strict=True)]
+    before, after = np.asarray(run(*inputs)), np.asarray(run(*mixed))
+    np.testing.assert_array_equal(before[SEGMENTS != changed], after[SEGMENTS != changed])
+    assert not np.allclose(before[SEGMENTS == changed], after[SEGMENTS == changed])
+
+
+# ------------------------------------------------------------------------------ the whole decoder
+
+
+@pytest.fixture(scope="module")
+def decoder_logits():
+    """A function (tokens, segment ids) -> logits of a small random decoder."""
+    rope = RopeConfig(tuple(10000.0 ** (-np.arange(4) / 4)))
+    attention = AttentionConfig(4, 2, 8, 8**-0.5, rope)
+    moe = MoeConfig(expert_dim=12, routing=RoutingConfig(num_experts=4, experts_per_token=2))
+    segment = SegmentConfig((LayerConfig(attention, moe),), 2)
+    config = ModelConfig("test", 32, 16, (segment,), 1e-5)
+    model = Decoder(config, DecoderOptions())
+    # Compiling is most of the time here; code without LLVM's optimisation computes the same.
+    quick = {"xla_backend_optimization_level": 0}
+    shape = jnp.zeros((1, 4), jnp.int32)
+    params = jax.jit(model.init, compiler_options=quick)(jax.random.key(0), shape, shape, shape)
+    params = jax.tree.map(lambda leaf: leaf * 3, params)  # far from uniform routing
+
+    def apply(tokens, segments, positions):
+        hidden, _ = model.apply(params, tokens, segments, positions)
+        return logits(config, params["params"], hidden)
+
+    apply = jax.jit(apply, compiler_options=quick)
+
+    def run(tokens, segments):
+        inputs = (tokens, segments, positions_of(segments))
+        return np.asarray(apply(*(jnp.asarray(value, jnp.int32) for value in inputs)))
+
+    return run
+
+
+PACKED = np.array([[1] * 9 + [2] * 12 + [0] * 3, [1] * 24], np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 32, PACKED.shape)
+
+
+@pytest.mark.parametrize("document", [1, 2, 0])
+def test_packed_documents_have_independent_logits_through_the_decoder(document, decoder_logits):
+    """Changed tokens of one document are routed differently; the others stay bit-identical."""
+    is_changed = PACKED == document
+    is_changed[1] = False
+    before = decoder_logits(TOKENS, PACKED)
+    after = decoder_logits(np.where(is_changed, (TOKENS + 7) % 32, TOKENS), PACKED)
+    np.testing.assert_array_equal(before[~is_changed], after[~is_changed])
+    assert not np.allclose(before[is_changed], after[is_changed])
+
+
+def test_packed_document_has_the_logits_it_has_alone(decoder_logits):
+    alone = np.zeros_like(PACKED)
+    alone[0, :12] = 1
+    tokens = np.zeros_like(TOKENS)
+    tokens[0, :12] = TOKENS[0, 9:21]
+    got = decoder_logits(TOKENS, PACKED)[0, 9:21]
+    np.testing.assert_allclose(got, decoder_logits(tokens, alone)[0, :12], atol=1e-5)

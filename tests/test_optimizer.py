@@ -1,0 +1,103 @@
+"""Schedules against their formula, and AdamW against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from drlora_jax.config import TrainSection
+from drlora_jax.optimizer import label_leaves, make_optimizer, make_schedule
+
+PEAK = 3e-4
+
+
+def stated_rate(step, *, total, warmup, schedule, peak=PEAK):
+    """The rate of the step after `step` steps are done."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / (total - warmup))
+    if schedule == "linear":
+        return peak * (1 - done)
+    return peak if schedule == "constant" else peak * 0.5 * (1 + np.cos(np.pi * done))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize(("total", "ratio", "warmup"), [(40, 0.25, 10), (7, 0.2, 1), (9, 0.0, 0)])
+def test_schedules(schedule, total, ratio, warmup):
+    section = TrainSection(steps=total, schedule=schedule, warmup_ratio=ratio)
+    rate = make_schedule(section, total, PEAK)
+    got = [float(rate(step)) for step in range(total + 3)]
+    options = {"total": total, "warmup": warmup, "schedule": schedule}
+    expected = [stated_rate(step, **options) for step in range(total + 3)]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9 * PEAK)
+    assert got[0] > 0 and max(got) <= PEAK * (1 + 1e-6)
+    assert (got[total] == pytest.approx(0, abs=1e-9)) == (schedule != "constant")
+
+
+def stated_adamw(section, params, grads_per_step, rates):
+    """Clip by the norm over all leaves, Adam with bias correction, decoupled decay; float64."""
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    first, second = ({name: 0 * value for name, value in params.items()} for _ in range(2))
+    for count, grads in enumerate(grads_per_step, start=1):
+        norm = np.sqrt(sum(np.sum(np.asarray(g, np.float64) ** 2) for g in grads.values()))
+        limit = section.max_grad_norm
+        clip = 1.0 if limit is None or norm < limit else limit / norm
+        for name, grad in grads.items():
+            grad = clip * np.asarray(grad, np.float64)
+            first[name] = section.beta1 * first[name] + (1 - section.beta1) * grad
+            second[name] = section.beta2 * second[name] + (1 - section.beta2) * grad**2
+            mean = first[name] / (1 - section.beta1**count)
+            root = np.sqrt(second[name] / (1 - section.beta2**count))
+            step = mean / (root + section.epsilon) + section.weight_decay * params[name]
+            params[name] = params[name] - rates[name](count - 1) * step
+    return params
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 1e3, None])
+@pytest.mark.parametrize("router_rate", [None, 5e-2])
+def test_adamw(max_grad_norm, router_rate):
+    steps = 6
+    section = TrainSection(
+        steps=steps,
+        learning_rate=1e-2,
+        warmup_ratio=0.34,
+        weight_decay=0.1,
+        beta1=0.8,
+        beta2=0.95,
+        epsilon=1e-6,
+        max_grad_norm=max_grad_norm,
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (5,), "router_delta": (2, 3)}
+
+    def draw(scale):
+        return {n: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+
+    params, grads_per_step = draw(1.0), [draw(10.0 ** (i % 3 - 1)) for i in range(steps)]
+    tx, schedule = make_optimizer(section, steps, router_learning_rate=router_rate)
+
+    @jax.jit
+    def run(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    got, state = params, tx.init(params)
+    for grads in grads_per_step:
+        got, state = run(got, state, grads)
+
+    def rate(peak):
+        options = {"total": steps, "warmup": 2, "schedule": "linear", "peak": peak}
+        return lambda step: stated_rate(step, **options)
+
+    rates = dict.fromkeys(shapes, rate(1e-2)) | {"router_delta": rate(router_rate or 1e-2)}
+    expected = stated_adamw(section, params, grads_per_step, rates)
+    for name in shapes:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert float(schedule(2)) == pytest.approx(1e-2)
+
+
+def test_labels():
+    tree = {"segment_0": {"layer_0": {"moe": {"router_delta": 0, "up_lora": {"a": 0, "b": 0}}}}}
+    labels = label_leaves(tree)["segment_0"]["layer_0"]["moe"]
+    assert labels == {"router_delta": "router", "up_lora": {"a": "lora", "b": "lora"}}

@@ -1,0 +1,241 @@
+"""Whole runs on a tiny random MoE: determinism, stopping and resuming, run directories."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from drlora_jax import train as train_lib
+from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
+from drlora_jax.prepare import prepare
+from drlora_jax.run_dir import RunDirectory
+
+STOP_AFTER = 5  # between the growth events after steps 3 and 7; 12 steps in all
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """One compiled run; each test gives it a run directory of its own."""
+    folder = tmp_path_factory.mktemp("train")
+    run = train_lib.build(prepare(tiny_config(folder)))
+    return run, train_lib.compile_step(run), folder
+
+
+@pytest.fixture
+def start_run(built, monkeypatch):
+    """Takes a run in the named directory; with `stop_after`, SIGTERM arrives during that step."""
+    run, compiled, folder = built
+
+    def start(name, stop_after=None):
+        config = tiny_config(folder, name)
+        directory = RunDirectory(str(folder / name))
+        is_new = directory.stored() is None
+        job = run.job._replace(config=config, run_dir=directory, is_new=is_new)
+        batches = job.loader.batch
+
+        def batch(row_index):
+            if stop_after is not None and row_index == (stop_after - 1) * config.train.batch_size:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batches(row_index)
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with monkeypatch.context() as patch:
+            patch.setattr(train_lib, "compile_step", lambda run: compiled)
+            patch.setattr(job.loader, "batch", batch)
+            try:
+                return train_lib.train(run._replace(job=job))
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    return start
+
+
+def read_log(folder, name, file):
+    rows = [json.loads(line) for line in (folder / name / file).read_text().splitlines()]
+    return [{key: row[key] for key in row if key != "tokens_per_second"} for row in rows]
+
+
+def read_all(folder, name):
+    """Losses, norms, tokens and ranks of a run: everything but how fast it was."""
+    return read_log(folder, name, "metrics.jsonl"), read_log(folder, name, "ranks.jsonl")
+
+
+def final_state(run, folder, name):
+    job = run.job._replace(run_dir=RunDirectory(str(folder / name)))
+    checkpoints = train_lib.Checkpoints(job.run_dir.checkpoints, keep_last=2)
+    position = train_lib.restore(run._replace(job=job), checkpoints, job.total_steps)
+    checkpoints.close()
+    return jax.device_get(position)
+
+
+@pytest.fixture(scope="module")
+def reference(built):
+    """The uninterrupted run that others are compared with."""
+    run, compiled, folder = built
+    directory = RunDirectory(str(folder / "reference"))
+    job = run.job._replace(config=tiny_config(folder, "reference"), run_dir=directory)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_lib, "compile_step", lambda run: compiled)
+    handlers = [(n, signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGINT)]
+    assert train_lib.train(run._replace(job=job)) == EXIT_DONE
+    for number, handler in handlers:
+        signal.signal(number, handler)
+    patch.undo()
+    return read_all(folder, "reference"), final_state(run, folder, "reference")
+
+
+def test_a_second_run_is_identical(built, start_run, reference):
+    run, _, folder = built
+    assert start_run("second") == EXIT_DONE
+    assert read_all(folder, "second") == reference[0]
+    jax.tree.map(np.testing.assert_array_equal, final_state(run, folder, "second"), reference[1])
+
+
+def test_training_lowers_the_loss_and_keeps_the_budget(built, reference):
+    run, _, _ = built
+    (metrics, ranks), position = reference
+    evals = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+    assert evals[-1] < evals[0] - 0.5
+    assert [row["step"] for row in ranks] == [3, 7]
+    sums = np.array([row["ranks"] for row in ranks]).sum(axis=-1)
+    assert (sums[0] < run.job.policy.budget).all() and (sums[1] == run.job.policy.budget).all()
+    assert np.ptp(position.capacity.ranks_LE) > 0
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 4, STOP_AFTER, 7, 11])
+def test_a_stopped_run_resumes_bit_for_bit(built, start_run, reference, stop_after):
+    run, _, folder = built
+    name = f"stopped_{stop_after}"
+    assert start_run(name, stop_after) == EXIT_RESUMABLE
+    assert read_log(folder, name, "metrics.jsonl")[-1]["step"] == stop_after
+    assert start_run(name) == EXIT_DONE
+    metrics, ranks = read_all(folder, name)
+    expected = [row for row in reference[0][0] if row["step"] != stop_after or "eval_loss" in row]
+    assert [row for row in metrics if row["step"] != stop_after or "eval_loss" in row] == expected
+    assert ranks == reference[0][1]
+    jax.tree.map(np.testing.assert_array_equal, final_state(run, folder, name), reference[1])
+
+
+def _reset(position, fresh, piece):
+    """The restored position with one saved piece as it was before step 1."""
+    state, stats = position.state, position.state.stats
+    adam = next(part for part in state.opt_state if hasattr(part, "mu"))
+    fresh_adam = next(part for part in fresh.state.opt_state if hasattr(part, "mu"))
+
+    def with_adam(**changes):
+        new = adam._replace(**changes)
+        opt_state = tuple(new if part is adam else part for part in state.opt_state)
+        return position._replace(state=state._replace(opt_state=opt_state))
+
+    if piece in ("mu", "nu", "count"):
+        return with_adam(**{piece: getattr(fresh_adam, piece)})
+    if piece == "schedule":
+        opt_state = tuple(
+            new if part is not adam else part
+            for part, new in zip(state.opt_state, fresh.state.opt_state, strict=True)
+        )
+        return position._replace(state=state._replace(opt_state=opt_state))
+    if piece in ("frequency_LE", "importance_LPER", "updates_LE"):
+        stats = stats._replace(**{piece: getattr(fresh.state.stats, piece)})
+        return position._replace(state=state._replace(stats=stats))
+    if piece == "ranks":
+        mask = fresh.state.mask_LER
+        return position._replace(capacity=fresh.capacity, state=state._replace(mask_LER=mask))
+    if piece == "tokens":
+        return position._replace(tokens=0)
+    return position._replace(state=state._replace(**{piece: getattr(fresh.state, piece)}))
+
+
+PIECES = (
+    "step lora mu nu count schedule frequency_LE importance_LPER updates_LE ranks tokens".split()
+)
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_saved_piece_is_needed(built, start_run, reference, monkeypatch, piece):
+    run, _, folder = built
+    name = f"without_{piece}"
+    # Equal numbers of updates cancel in the saliency, so their loss shows in the state at the end.
+    stop_after = 9 if piece == "updates_LE" else STOP_AFTER
+    assert start_run(name, stop_after) == EXIT_RESUMABLE
+    restore = train_lib.restore
+
+    def restore_without(run, checkpoints, step):
+        return _reset(restore(run, checkpoints, step), train_lib.start(run), piece)
+
+    monkeypatch.setattr(train_lib, "restore", restore_without)
+    start_run(name)
+    same_state = jax.tree.map(np.array_equal, final_state(run, folder, name), reference[1])
+    assert not all(jax.tree.leaves(same_state)) or read_all(folder, name) != reference[0]
+
+
+def test_a_finished_run_says_so(built, start_run, reference, capsys):
+    start_run("finished")
+    capsys.readouterr()
+    assert start_run("finished") == EXIT_DONE
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_lines_after_the_restored_step_are_cut(tmp_path):
+    directory = RunDirectory(str(tmp_path))
+    directory.metrics_file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    directory.cut_back(2)
+    assert directory.metrics_file.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(train=dict(learning_rate=0.5)), r"made with train.learning_rate=0.01, got 0.5"),
+        (dict(allocation=dict(gamma=2.0)), r"made with allocation.gamma=1.2, got 2.0"),
+        (dict(data=dict(loss_on="all")), r"made with data.loss_on=response, got all"),
+    ],
+)
+def test_another_config_is_refused_on_resume(built, start_run, changes, message):
+    _, _, folder = built
+    if not (folder / "stopped").exists():
+        start_run("stopped", 2)
+    with pytest.raises(UserError, match=message):
+        prepare(tiny_config(folder, "stopped", **changes))
+
+
+def test_more_steps_keep_the_growth_schedule(built, start_run):
+    run, _, folder = built
+    start_run("longer", 2)
+    job = prepare(tiny_config(folder, "longer", train=dict(steps=40)))
+    assert job.total_steps == 40 and job.policy.describe == run.job.policy.describe
+
+
+def test_another_base_is_refused_on_resume(built, start_run, tmp_path):
+    _, _, folder = built
+    start_run("based", 2)
+    other = tmp_path / "other"
+    tiny_config(other.parent)  # writes the same model elsewhere
+    weights = tmp_path / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="another base"):
+        prepare(tiny_config(folder, "based", model=dict(path=str(tmp_path / "model"))))
+
+
+def test_a_diverged_loss_ends_the_run(built, start_run, monkeypatch):
+    monkeypatch.setattr(train_lib, "_place_mask", lambda run, capacity: run.abstract_state.mask_LER)
+    row = {"loss": np.float32("nan"), "grad_norm": 1.0}
+    run, _, _ = built
+    with pytest.raises(RunError, match="loss is nan at step 3"):
+        train_lib._metrics_row(run, 3, None, row)
+
+
+def test_the_step_can_not_recompile(built):
+    """The compiled step takes one set of shapes, dtypes and shardings, and refuses any other."""
+    run, (compiled, _), _ = built
+    state = run.abstract_state
+    wrong = state._replace(mask_LER=jax.ShapeDtypeStruct(state.mask_LER.shape, bool))
+    with pytest.raises(TypeError):
+        compiled(run.abstract_params, wrong, None)
