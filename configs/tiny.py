@@ -2,8 +2,8 @@
 
     python -m drlora_jax.train --config configs/tiny.py
 
-A 6.9 M parameter OLMoE (bundled:tiny_moe) learns to answer grade-school mathematics problems (GSM8K, 1,000 rows);
-200 other rows are held out.
+A 6.9 M parameter OLMoE (bundled:tiny_moe) learns to answer grade-school mathematics problems
+(GSM8K, 1,000 rows); 200 other rows are held out.
 """
 
 from drlora_jax.config import (

@@ -264,6 +264,11 @@ class TrainConfig:
     mesh: MeshSection = field(default_factory=MeshSection)
 
     def __post_init__(self):
+        for item in dataclasses.fields(self):
+            value, cls = getattr(self, item.name), _section_class(item.name)
+            _require(
+                isinstance(value, cls), f"{item.name} must be a {cls.__name__}, got {value!r}."
+            )
         _require(
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",
             "adapter.kind=lora has no experts to share ranks among: "
@@ -281,6 +286,9 @@ def from_dict(values: dict) -> TrainConfig:
     sections = {}
     for section, fields in values.items():
         cls = _section_class(section)
+        _require(
+            isinstance(fields, dict), f"{section} must be a section of fields, got {fields!r}."
+        )
         kwargs = {}
         for name, value in fields.items():
             _field_type(section, name)  # refuses unknown names

@@ -27,7 +27,7 @@ from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
 from drlora_jax.interop.hf_read import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
 
@@ -113,9 +113,7 @@ def _load_domain(config: TrainConfig, tokenizer, path: str, heldout_path: str) -
 
 
 def init_params(model: Decoder, seed: int) -> dict:
-    tokens_BT = jnp.zeros((1, 8), jnp.int32)
-    init = jax.jit(lambda key: model.init(key, tokens_BT, tokens_BT, tokens_BT)["params"])
-    return init(jax.random.key(seed))
+    return jax.jit(lambda key: init_variables(model, key)["params"])(jax.random.key(seed))
 
 
 def restore_or_start(config: TrainConfig, tx, params):

@@ -25,8 +25,8 @@ from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.moe import RoutingStats
 from drlora_jax.models.transformer import (
     Decoder,
-    dummy_tokens,
     head_weights,
+    init_variables,
     split_layers,
     stack_layers,
 )
@@ -55,8 +55,7 @@ class AuxiliaryWeights(NamedTuple):
 
 def init_lora(model: Decoder, key: jax.Array) -> dict:
     """The `lora` collection before the first step: random A, zero B, zero router deltas."""
-    # The base weights of this init are never read, so the compiler leaves them out.
-    return model.init(key, *dummy_tokens()).get("lora", {})
+    return init_variables(model, key).get("lora", {})
 
 
 # --------------------------------------------------------------------------------------------- loss

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import tiny_config
+from tiny import OLMOE, tiny_config, write_tiny_model
 
 from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import NO_ADAPTER
@@ -140,12 +140,16 @@ def test_inactive_ranks_stay_exactly_as_they_were(tmp_path, micro_batches):
 
 
 def test_idle_experts_keep_factors_and_moments(tmp_path):
-    """One document a step: some expert gets no token in some step."""
-    rows = dict(batch_size=1, sequence_length=16)
-    changes = dict(
-        train=rows, data=dict(pack=False, too_long="truncate"), allocation=dict(interval=5)
+    """Sixteen experts and one short document a step: some expert gets no token."""
+    values = OLMOE | {"num_experts": 16, "num_experts_per_tok": 1}
+    model = write_tiny_model(tmp_path / "many_experts", values)
+    stepper = Stepper(
+        tmp_path,
+        model=dict(path=str(model)),
+        train=dict(batch_size=1, sequence_length=32),
+        data=dict(pack=False),
+        allocation=dict(interval=1),
     )
-    stepper = Stepper(tmp_path, **changes)
     seen_idle = 0
     for _ in range(10):
         before = jax.device_get(stepper.position.state)

@@ -20,7 +20,7 @@ from drlora_jax.config import (
 )
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, dummy_tokens
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "drlora_jax" / "bundled"
 OLMOE = {
@@ -42,8 +42,7 @@ MIXTRAL = OLMOE | {"model_type": "mixtral", "num_local_experts": 4}
 
 def random_params(config, seed=0):
     """Weights large enough that experts differ and routing is decided clearly."""
-    model = Decoder(config, DecoderOptions())
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *dummy_tokens())["params"])
+    shapes = abstract_params(Decoder(config, DecoderOptions()))
     draw = np.random.default_rng(seed)
 
     def leaf(path, value):

@@ -70,6 +70,11 @@ def make_schedule(
     """
     first = max(1, int(warmup_ratio * total_steps))
     last = total_steps - interval if last_event is None else last_event
+    if last > total_steps:
+        raise UserError(
+            f"allocation.last_event ({last}) must not lie behind the last step of the run "
+            f"({total_steps})."
+        )
     count = max(0, (last - first) // interval + 1)
     needed = slots * (r_target - r_init)
     if needed and not count:
@@ -181,7 +186,7 @@ def dr_lora(
             slots_per_rank=slots_per_rank,
         )
 
-    _check_reachable(grow_layer, schedule, shapes, r_init, target, slots_per_rank)
+    _check_reachable(schedule, shapes, r_init, target, slots_per_rank)
 
     def init_stats():
         return Stats(
@@ -293,22 +298,31 @@ def _accumulate_released(
     return Stats(frequency_LE, *carry)
 
 
-def _check_reachable(
-    grow_layer, schedule: Schedule, shapes, r_init: int, target: int, slots_per_rank: int
-):
-    """Plays the schedule with the same preference at every event: no other order saturates experts
-    sooner.
+def _check_reachable(schedule: Schedule, shapes, r_init: int, target: int, slots_per_rank: int):
+    """Plays the schedule against the worst preferences: the fewest ranks that any can hand out.
+
+    After t events an expert has at least `floor` = span - t * cap ranks free. The least can be
+    handed out when the free ranks lie in as few experts as possible: some untouched, the others at
+    the floor. A preference that comes to this may not exist, so the check errs on the strict side.
     """
-    ranks_E = np.full(shapes.experts, r_init, np.int32)
-    for _ in range(schedule.count):
-        ranks_E = grow_layer(ranks_E, -np.arange(shapes.experts, dtype=np.float32))
-    reached = slots_per_rank * int(ranks_E.sum())
-    if reached < target:
+    span, cap, experts = shapes.max_rank - r_init, schedule.cap, shapes.experts
+    given, needed = 0, -(-target // slots_per_rank) - experts * r_init
+    for event in range(schedule.count):
+        left = target - slots_per_rank * (experts * r_init + given)
+        if left <= 0:
+            break
+        floor = max(0, span - event * cap)
+        spare = experts * (span - floor) - given
+        untouched, rest = divmod(max(0, spare), max(1, span - floor))
+        at_floor = experts - untouched - (rest > 0)
+        room = untouched * min(cap, span) + at_floor * min(cap, floor)
+        room += min(cap, floor + rest) if rest else 0
+        given += min(schedule.quota, left, room)
+    if given < needed:
+        reached = experts * r_init + given
         raise UserError(
             f"allocation: the budget can not be reached: {schedule.count} events of "
-            f"{schedule.quota} ranks, at most "
-            f"{schedule.cap} an expert and {shapes.max_rank} in all, give "
-            f"{reached / slots_per_rank:g} of "
-            f"{target / slots_per_rank:g} ranks a layer. Raise allocation.p_grow or r_max, or "
-            f"lower interval."
+            f"{schedule.quota} ranks, at most {cap} an expert and {shapes.max_rank} in all, "
+            f"may give only {reached} of {target / slots_per_rank:g} ranks a layer. "
+            "Raise allocation.p_grow or r_max, or lower interval."
         )

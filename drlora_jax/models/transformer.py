@@ -7,7 +7,7 @@
 Collections: `params` (the base), `lora` (trained factors), `rank_mask` (gates of the active ranks).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import flax.linen as nn
@@ -151,15 +151,17 @@ class Decoder(nn.Module):
         return x_BTD, stack_layers(per_segment)
 
 
-def dummy_tokens() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Arguments that a decoder can be initialised with: parameters do not depend on the tokens."""
+def init_variables(model: Decoder, key: jax.Array) -> dict:
+    """Fresh collections of a model; what of them is not used is never computed under jit."""
+    # Neither the tokens nor the mesh matter for them: one short row, operations on one device.
+    model = model.clone(options=replace(model.options, ops=Ops()))
     tokens_BT = jnp.zeros((1, 8), jnp.int32)
-    return tokens_BT, tokens_BT, tokens_BT
+    return model.init(key, tokens_BT, tokens_BT, tokens_BT)
 
 
 def abstract_params(model: Decoder) -> dict:
     """Shapes and dtypes of `params`, without making them."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), *dummy_tokens())["params"])
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0))["params"])
 
 
 def head_weights(config: ModelConfig, params: dict) -> jax.Array:

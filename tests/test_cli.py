@@ -1,0 +1,122 @@
+"""The command line as a user meets it: exit codes and messages."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from tiny import MIXTRAL, write_rows, write_tiny_model
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run_cli(*arguments, module="drlora_jax.train", cwd=ROOT):
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    write_tiny_model(folder / "mixtral", MIXTRAL)
+    write_rows(folder / "rows.jsonl", 40)
+    (folder / "empty.jsonl").write_text("")
+    (folder / "no_field.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c"}\n')
+    small = write_tiny_model(folder / "small_vocabulary", MIXTRAL | {"vocab_size": 512})
+    assert small.is_dir()
+    other = folder / "unsupported"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    pickled = folder / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text(json.dumps(MIXTRAL))
+    (pickled / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    return folder
+
+
+def mixtral_arguments(files, *more):
+    return (
+        "--config",
+        "configs/mixtral.py",
+        f"model.path={files / 'mixtral'}",
+        f"data.path={files / 'rows.jsonl'}",
+        f"data.eval_path={files / 'rows.jsonl'}",
+        "data.prompt_field=prompt",
+        "data.response_field=response",
+        *more,
+    )
+
+
+def test_the_mixtral_config_runs_on_a_tiny_model(files):
+    run = files / "run"
+    arguments = mixtral_arguments(
+        files,
+        f"run.dir={run}",
+        "train.steps=6",
+        "train.batch_size=4",
+        "train.sequence_length=64",
+        "train.eval_every=6",
+        "allocation.interval=1",
+        "allocation.p_grow=0.2",
+    )
+    result = run_cli(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "LoRA, rank up to 32" in result.stdout and "trained after warm-up" in result.stdout
+    ranks = [json.loads(line) for line in (run / "ranks.jsonl").read_text().splitlines()]
+    assert [sum(layer) for layer in ranks[-1]["ranks"]] == [4 * 16] * 2
+    assert "already complete" in run_cli(*arguments).stdout
+
+
+def test_dry_run_writes_nothing(files):
+    result = run_cli(
+        *mixtral_arguments(
+            files,
+            f"run.dir={files / 'dry'}",
+            "train.batch_size=4",
+            "train.sequence_length=64",
+            "--dry-run",
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the compiled step adds" in result.stdout and not (files / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.stepz=3", "did you mean train.steps"),
+        ("train.steps=three", "train.steps must be int | none, got 'three'"),
+        ("allocation.r_max=4", "r_init <= r_target <= r_max"),
+        ("data.path=nowhere.jsonl", "nowhere.jsonl"),
+        ("model.path=/no/such/model", "no such directory"),
+        ("model.path=FILES/unsupported", "model_type 'mamba' is not supported"),
+        ("model.path=FILES/pickled", "pickle files are not read"),
+        ("model.path=FILES/small_vocabulary", "512"),
+        ("data.path=FILES/empty.jsonl", "empty"),
+        ("data.path=FILES/no_field.jsonl", "no_field.jsonl:2"),
+        ("allocation.interval=3000", "budget can not be reached"),
+        ("adapter.targets=q,v", "adapts no expert"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(files, override, message):
+    override = override.replace("FILES", str(files))
+    arguments = mixtral_arguments(
+        files, f"run.dir={files / 'never'}", "data.bad_rows=stop", override
+    )
+    result = run_cli(*arguments)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in result.stderr
+    assert not (files / "never").exists()
+
+
+def test_help_lists_every_field():
+    result = run_cli("--help")
+    assert result.returncode == 0
+    for name in ("train.steps", "allocation.p_grow", "mesh.expert", "data.template"):
+        assert name in result.stdout
