@@ -9,6 +9,8 @@ import sys
 import pytest
 from tiny import MIXTRAL, write_rows, write_tiny_model
 
+from drlora_jax import cli, train
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -99,20 +101,29 @@ def test_dry_run_writes_nothing(files):
         ("model.path=FILES/small_vocabulary", "512"),
         ("data.path=FILES/empty.jsonl", "empty"),
         ("data.path=FILES/no_field.jsonl", "no_field.jsonl:2"),
-        ("allocation.interval=3000", "budget can not be reached"),
+        ("allocation.interval=45", "budget can not be reached"),
         ("adapter.targets=q,v", "adapts no expert"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(files, override, message):
+def test_a_mistake_is_one_line_and_exit_code_2(files, override, message, capsys):
     override = override.replace("FILES", str(files))
+    never = files / "never"
     arguments = mixtral_arguments(
-        files, f"run.dir={files / 'never'}", "data.bad_rows=stop", override
+        files, f"run.dir={never}", "mesh.expert=1", "train.steps=50", "allocation.interval=5"
     )
-    result = run_cli(*arguments)
-    assert result.returncode == 2, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0] and "Traceback" not in result.stderr
-    assert not (files / "never").exists()
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: train.main([*arguments, "data.bad_rows=stop", override]))
+    assert end.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
+    assert message in errors[-1]
+    assert not never.exists()
+
+
+def test_a_mistake_shows_no_traceback(files):
+    result = run_cli("--config", "configs/tiny.py", "train.stepz=3")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: Unknown config field train.stepz")
 
 
 def test_help_lists_every_field():

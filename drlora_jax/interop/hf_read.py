@@ -19,11 +19,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
+from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table, parse_config
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 
 READABLE_DTYPES = ("F32", "BF16", "F16")
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
@@ -190,13 +193,13 @@ def _open(file: pathlib.Path) -> Iterator:
 
 
 def fingerprint(directory: pathlib.Path) -> str:
-    """sha256 over the sizes and bytes of the weight files.
+    """sha256 over the architecture and the sizes and bytes of the weight files.
 
     Of a file above 64 MiB only the header (names, shapes, dtypes), the end and evenly spaced
     samples enter, so that hundreds of gigabytes take seconds: enough to tell models apart, not to
     find a flipped bit.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(read_model_config(directory)).encode())
     for file in _weight_files(directory, _read_index(directory)):
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
@@ -268,6 +271,21 @@ def _disk_shape(slot: Slot, abstract: dict) -> tuple[int, ...]:
     if slot.transpose:
         shape[-2:] = shape[-1], shape[-2]
     return tuple(shape)
+
+
+def load_model(
+    path: str, *, dtype: str = "float32", adapter: AdapterSpec = NO_ADAPTER
+) -> tuple[Decoder, dict]:
+    """A decoder and its `params` on one device, from whatever `model.path` may be."""
+    directory = find_model(path)
+    config = read_model_config(directory)
+    model = Decoder(config, DecoderOptions(dtype=jnp.dtype(dtype), adapter=adapter))
+    here = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        abstract_params(model),
+    )
+    return model, load_params(config, directory, abstract)
 
 
 def load_params(config: ModelConfig, directory: pathlib.Path, abstract: dict) -> dict:

@@ -1,0 +1,174 @@
+"""Training steps of ours beside transformers + peft, same machine, same weights, same batch, in
+turns.
+
+    python benchmarks/peers_cpu.py [--rounds 3] [--steps 5]
+
+Needs torch and peft (the extra `oracle`). The case: OLMoE-like, 4 layers, width 512, 64 experts of
+256 with 8 active, 8 heads, vocabulary 8,192, float32; LoRA of rank 16 on gate_up, down, q and v; 4
+rows of 512 tokens; AdamW. peft runs with `target_parameters` and grouped_mm, its fastest setting.
+Every measurement is a process of its own, so that peak memory is the process's own; the losses of
+the first step must agree, because B starts at zero.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+ROWS, LENGTH, RANK = 4, 512, 16
+CONFIG = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "pad_token_id": 1,
+    "eos_token_id": 0,
+}
+
+
+def make_model(directory: pathlib.Path) -> None:
+    import torch
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    OlmoeForCausalLM(OlmoeConfig(**CONFIG)).to(torch.float32).save_pretrained(directory)
+
+
+def tokens(steps: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(2, 8192, size=(steps, ROWS, LENGTH))
+
+
+def measure(step, steps: int, warmup: int = 2) -> dict:
+    """Runs `step(index) -> loss`; the first steps compile and are not timed."""
+    losses, seconds = [], []
+    for index in range(warmup + steps):
+        start = time.perf_counter()
+        losses.append(step(index))
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    rate = ROWS * LENGTH / float(np.median(seconds[warmup:]))
+    return {"tokens_per_second": rate, "peak_gib": peak, "first_loss": losses[0]}
+
+
+def run_peft(directory: str, steps: int) -> dict:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import OlmoeForCausalLM
+
+    model = OlmoeForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, experts_implementation="grouped_mm"
+    )
+    lora = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    model = get_peft_model(model, lora)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    batches = torch.from_numpy(tokens(steps + 2))
+
+    def step(index):
+        loss = model(input_ids=batches[index], labels=batches[index], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return measure(step, steps)
+
+
+def run_ours(directory: str, steps: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from drlora_jax.adapters.lora import AdapterSpec
+    from drlora_jax.adapters.targets import resolve_targets
+    from drlora_jax.allocation import CapacityShapes, masks_from_ranks
+    from drlora_jax.allocation.uniform import uniform
+    from drlora_jax.config import TrainSection
+    from drlora_jax.data.loader import Batch
+    from drlora_jax.interop.hf_read import load_model, read_model_config
+    from drlora_jax.optimizer import make_optimizer
+    from drlora_jax.step import StepOptions, TrainState, init_lora, make_train_step
+
+    config = read_model_config(pathlib.Path(directory))
+    paths = resolve_targets(config, "expert_lora", ("gate_up", "down", "q", "v"))
+    adapter = AdapterSpec(paths, scale=2.0, rank=RANK, max_rank=RANK)
+    model, params = load_model(directory, adapter=adapter)
+    policy = uniform(CapacityShapes(4, 2, 64, RANK), rank=RANK)
+    tx, _ = make_optimizer(TrainSection(steps=1000, learning_rate=1e-4), 1000)
+
+    def fresh():
+        lora = init_lora(model, jax.random.key(0))
+        mask_LER = jnp.asarray(masks_from_ranks(policy.init().ranks_LE, RANK))
+        return TrainState(jnp.zeros((), jnp.int32), lora, tx.init(lora), mask_LER, ())
+
+    state = jax.jit(fresh)()
+    train_step = jax.jit(make_train_step(model, tx, policy, StepOptions()), donate_argnums=1)
+    ids = tokens(steps + 2).astype(np.int32)
+    targets = np.concatenate([ids[:, :, 1:], ids[:, :, :1]], axis=2)
+    mask = np.ones((ROWS, LENGTH), np.float32)
+    mask[:, -1] = 0
+    positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+    ones = np.ones((ROWS, LENGTH), np.int32)
+
+    def step(index):
+        nonlocal state
+        arrays = (ids[index], targets[index], ones, positions, mask)
+        state, metrics = train_step(params, state, Batch(*(array[None] for array in arrays)))
+        return float(metrics["loss"])
+
+    return measure(step, steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        run = {"ours": run_ours, "peft": run_peft}[args.side]
+        print("RESULT " + json.dumps(run(args.model, args.steps)))
+        return
+    results: dict[str, list[dict]] = {"ours": [], "peft": []}
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(pathlib.Path(folder))
+        for number in range(args.rounds):
+            for side, rows in results.items():
+                command = [sys.executable, __file__, "--side", side, "--model", folder]
+                command += ["--steps", str(args.steps)]
+                output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+                rows.append(json.loads(line.removeprefix("RESULT ")))
+                print(f"round {number + 1} {side}: {rows[-1]}", flush=True)
+    losses = {side: rows[0]["first_loss"] for side, rows in results.items()}
+    assert abs(losses["ours"] - losses["peft"]) < 1e-4 * losses["peft"], losses
+    for name in ("tokens_per_second", "peak_gib"):
+        pairs = zip(results["ours"], results["peft"], strict=True)
+        ratios = [ours[name] / peft[name] for ours, peft in pairs]
+        middle = {
+            side: float(np.median([row[name] for row in rows])) for side, rows in results.items()
+        }
+        both = ", ".join(f"{side} {value:.2f}" for side, value in middle.items())
+        print(f"{name}: {both}, ratio {np.median(ratios):.2f}")
+
+
+if __name__ == "__main__":
+    main()
