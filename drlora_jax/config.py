@@ -120,6 +120,7 @@ class TrainSection(_Section):
     epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
     balance_loss: float = 0.0  # weight of the load-balance loss; 0: off
+    balance_form: Literal["pooled", "per_layer"] = "pooled"  # of all MoE layers at once, or each
     z_loss: float = 0.0  # weight of the mean squared logsumexp of the router logits; 0: off
     eval_every: int = 100  # steps
     eval_batches: int | None = None  # None: the whole held-out set

@@ -136,7 +136,7 @@ def restore_or_start(config: TrainConfig, tx, params):
 def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: list[Domain]) -> bool:
     """Runs to the last step; False if SIGTERM stopped it (its state is saved)."""
     section = config.train
-    auxiliary = AuxiliaryWeights(section.balance_loss, section.z_loss)
+    auxiliary = AuxiliaryWeights(section.balance_loss, section.z_loss, section.balance_form)
     train_step = jax.jit(make_pretrain_step(model, tx, auxiliary), donate_argnums=(0, 1))
     (params, opt_state), step = restore_or_start(config, tx, params)
     run_dir = pathlib.Path(config.run.dir)

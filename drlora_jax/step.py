@@ -51,11 +51,7 @@ class LossTerms(NamedTuple):
 class AuxiliaryWeights(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
-
-
-def init_lora(model: Decoder, key: jax.Array) -> dict:
-    """The `lora` collection before the first step: random A, zero B, zero router deltas."""
-    return init_variables(model, key).get("lora", {})
+    balance_form: str = "pooled"  # over all layers at once, or per_layer and averaged
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -99,17 +95,22 @@ def auxiliary_loss(
 ) -> jax.Array:
     """Load-balance and z loss of one micro-batch.
 
-    balance = E * sum_e (C_e / n) (P_e / n), pooled over all MoE layers and valid tokens (n = tokens
-    * layers): choices C_e and softmax probabilities P_e. Perfect balance gives the experts per
-    token. z = mean logsumexp(logits) ** 2.
+    balance = E * sum_e (C_e / n) (P_e / n) with choices C_e and softmax probabilities P_e of n
+    valid tokens. `pooled` sums both over all MoE layers first, as transformers does: one layer's
+    idle expert can hide behind another layer's busy one. `per_layer` averages the layers' own
+    losses. Perfect balance gives the experts per token. z = mean logsumexp(logits) ** 2.
     """
-    if stats is None or weights == AuxiliaryWeights():
+    if stats is None or not (weights.balance or weights.z):
         return jnp.zeros(())
     layers, experts = stats.count_E.shape
-    rows = tokens * layers
-    count_E = jax.lax.stop_gradient(jnp.sum(stats.count_E, axis=0)) / rows
-    balance = experts * jnp.sum(count_E * jnp.sum(stats.probability_E, axis=0) / rows)
-    return weights.balance * balance + weights.z * jnp.sum(stats.log_z_squared) / rows
+    chosen_LE = jax.lax.stop_gradient(stats.count_E) / tokens
+    probable_LE = stats.probability_E / tokens
+    if weights.balance_form == "pooled":
+        chosen_LE, probable_LE = (
+            jnp.mean(x, axis=0, keepdims=True) for x in (chosen_LE, probable_LE)
+        )
+    balance = experts * jnp.mean(jnp.sum(chosen_LE * probable_LE, axis=1))
+    return weights.balance * balance + weights.z * jnp.sum(stats.log_z_squared) / (tokens * layers)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -96,7 +96,9 @@ def build(job: Job) -> Run:
     state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
     warmup = int(config.train.warmup_ratio * job.total_steps)
     step_options = StepOptions(
-        auxiliary=AuxiliaryWeights(config.train.balance_loss, config.train.z_loss),
+        auxiliary=AuxiliaryWeights(
+            config.train.balance_loss, config.train.z_loss, config.train.balance_form
+        ),
         freeze_idle_experts=config.adapter.freeze_idle_experts,
         router_start=warmup,
         seed=config.run.seed,

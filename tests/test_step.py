@@ -11,6 +11,7 @@ from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import NO_ADAPTER
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.interop.hf_read import load_params
+from drlora_jax.models.moe import RoutingStats
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.prepare import prepare
 from drlora_jax.step import (
@@ -234,10 +235,9 @@ def test_the_loss_is_a_sum_over_the_whole_batch(tmp_path):
     assert float(stepper.step()["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_auxiliary_loss_is_pooled_over_layers():
-    """Against transformers' formula written out: E * sum_e mean(choices) * mean(probability)."""
-    from drlora_jax.models.moe import RoutingStats
-
+@pytest.mark.parametrize("form", ["pooled", "per_layer"])
+def test_auxiliary_loss(form):
+    """Against the formula written out: E * sum_e mean(choices) * mean(probability)."""
     draw = np.random.default_rng(0)
     layers, experts, tokens, chosen = 3, 4, 50, 2
     probability = draw.dirichlet(np.ones(experts), size=(layers, tokens))
@@ -249,8 +249,12 @@ def test_auxiliary_loss_is_pooled_over_layers():
         jnp.asarray(probability.sum(axis=1), jnp.float32),
         jnp.full(layers, 7.0),
     )
-    rows = one_hot.reshape(-1, experts), probability.reshape(-1, experts)
-    balance = experts * (rows[0].mean(axis=0) * rows[1].mean(axis=0)).sum()
+    if form == "pooled":
+        rows = one_hot.reshape(-1, experts), probability.reshape(-1, experts)
+        balance = experts * (rows[0].mean(axis=0) * rows[1].mean(axis=0)).sum()
+    else:
+        pairs = zip(one_hot, probability, strict=True)
+        balance = np.mean([experts * (a.mean(axis=0) * b.mean(axis=0)).sum() for a, b in pairs])
     expected = 0.5 * balance + 0.1 * 3 * 7.0 / (layers * tokens)
-    got = auxiliary_loss(stats, jnp.float32(tokens), AuxiliaryWeights(0.5, 0.1))
+    got = auxiliary_loss(stats, jnp.float32(tokens), AuxiliaryWeights(0.5, 0.1, form))
     assert float(got) == pytest.approx(expected, rel=1e-5)
