@@ -54,6 +54,11 @@ class AuxiliaryWeights(NamedTuple):
     balance_form: str = "pooled"  # over all layers at once, or per_layer and averaged
 
 
+def init_lora(model: Decoder, key: jax.Array) -> dict:
+    """The `lora` collection before the first step: random A, zero B, zero router deltas."""
+    return init_variables(model, key).get("lora", {})
+
+
 # --------------------------------------------------------------------------------------------- loss
 
 
