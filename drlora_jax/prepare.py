@@ -23,7 +23,7 @@ from drlora_jax.interop.hf_read import (
 )
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.parallel.mesh import resolve_sizes
+from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import expert_roles
 
@@ -72,7 +72,9 @@ def prepare(config: TrainConfig) -> Job:
     schedule_steps = stored["schedule_steps"] if stored else total_steps
     policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
     rows = coverage(model_config, adapter, config.adapter.targets)
+    mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
+    lines.append(f"mesh        {mesh} on {jax.devices()[0].device_kind}")
     return Job(
         config=config,
         run_dir=run_dir,

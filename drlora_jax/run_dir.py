@@ -32,7 +32,7 @@ class RunDirectory:
     def stored(self) -> dict | None:
         """The content of config.json, if a run was created here."""
         if not self.config_file.is_file():
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(file.suffix != ".tmp" for file in self.path.iterdir()):
                 raise UserError(
                     f"run.dir={self.path} holds other files and no config.json; give a new "
                     f"directory."
@@ -81,11 +81,12 @@ class RunDirectory:
             raise UserError(f"run.dir={self.path} can not be written: {error.strerror}.") from error
 
     def cut_back(self, step: int) -> None:
-        """Drops the lines of both logs that are later than `step`."""
+        """Drops the lines of both logs that are later than `step`; all of them for a start at 0."""
+        last = step if step else -1
         for file in (self.metrics_file, self.ranks_file):
             if file.is_file():
                 lines = file.read_text(encoding="utf-8").splitlines()
-                kept = [line for line in lines if _is_kept(line, step)]
+                kept = [line for line in lines if _is_kept(line, last)]
                 _write_atomically(file, "".join(line + "\n" for line in kept))
 
     def log_metrics(self, values: dict) -> None:

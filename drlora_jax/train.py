@@ -181,13 +181,13 @@ class Position(NamedTuple):
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
     job, config = run.job, run.job.config
+    if job.is_new:
+        job.run_dir.create(config, job.fingerprint, job.schedule_steps)
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
     done = checkpoints.latest_step() or 0
     if done >= job.total_steps:
         print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
         return EXIT_DONE
-    if job.is_new:
-        job.run_dir.create(config, job.fingerprint, job.schedule_steps)
     job.run_dir.cut_back(done)
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -262,7 +262,7 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
         position = Position(state, position.capacity, position.tokens + count_tokens(batch))
         meter.add(count_tokens(batch))
         progress.advance()
-        is_last = step == job.total_steps or bool(stop)
+        is_last = step == job.total_steps
         if job.policy.is_event(step):
             position = grow(run, position, step)
             progress.note(_describe_ranks(step, position.capacity))
@@ -279,7 +279,7 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
             job.run_dir.log_metrics(row)
             progress.show(row)
             meter.resume()
-        if is_evaluated or is_last or step % job.config.run.checkpoint_every == 0:
+        if is_evaluated or is_last or stop or step % job.config.run.checkpoint_every == 0:
             meter.pause()
             save(run, checkpoints, position, step, eval_loss)
             meter.resume()
