@@ -4,8 +4,8 @@
     python -m drlora_jax.pretrain --config configs/pretrain_tiny.py
 
 Four domains in equal parts of every batch: stories, books, Python source, mathematics. `model.path`
-gives architecture and tokenizer only. About 70 minutes on two CPU cores for 20 M tokens; the result
-is <run.dir>/model, a Hugging Face directory in bfloat16. The losses it reached are in
+gives architecture and tokenizer only. About 75 minutes on two quiet CPU cores for 18 M tokens; the
+result is <run.dir>/model, a Hugging Face directory in bfloat16. The losses it reached are in
 drlora_jax/bundled/tiny_moe/README.md.
 """
 
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
             loss_on="all",
         ),
         train=TrainSection(
-            steps=5000,
+            steps=4500,
             batch_size=16,
             sequence_length=256,
             learning_rate=2e-3,

@@ -15,6 +15,9 @@ from orbax.checkpoint import v1 as ocp
 
 from drlora_jax.errors import RunError
 
+# What Orbax and TensorStore raise when a disk is full or a file can not be written.
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
 
 class Checkpoints:
     """The checkpoints of one run: the newest `keep_last` and the best by eval loss are kept."""
@@ -51,7 +54,7 @@ class Checkpoints:
             self._checkpointer.save_async(
                 step, state, metrics=metrics, custom_metadata=host, force=True
             )
-        except OSError as error:
+        except WRITE_ERRORS as error:
             raise RunError(
                 f"The checkpoint of step {step} could not be written: {error}"
             ) from error
@@ -79,7 +82,7 @@ class Checkpoints:
         """Waits for saves in flight and reports their failure."""
         try:
             self._checkpointer.close()
-        except OSError as error:
+        except WRITE_ERRORS as error:
             raise RunError(f"The last checkpoint could not be written: {error}") from error
 
 

@@ -27,7 +27,7 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> 
         "--dry-run", action="store_true", help="check everything, print the plan and stop"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def run_and_exit(main: Callable[[], int]) -> None:

@@ -53,12 +53,13 @@ class RunSection(_Section):
     dir: str = "runs/default"
     seed: int = 0
     log_every: int = 10  # steps
-    checkpoint_every: int = 100  # steps; growth events, the last step and SIGTERM save as well
+    checkpoint_every: int = 100  # steps; evaluations, the last step and SIGTERM save as well
     keep_last: int = 2  # newest checkpoints kept, besides the best by eval loss
 
     def check(self):
         _require(bool(self.dir), "run.dir must name a directory, got an empty string.")
-        _require(self.seed >= 0, f"run.seed must be 0 or more, got {self.seed}.")
+        in_range = 0 <= self.seed < 2**32
+        _require(in_range, f"run.seed must be 0 or more and below 2**32, got {self.seed}.")
         counts = {"log_every": self.log_every, "checkpoint_every": self.checkpoint_every}
         _positive("run", counts | {"keep_last": self.keep_last})
 
@@ -191,9 +192,9 @@ class AdapterSection(_Section):
 @dataclass(frozen=True)
 class AllocationSection(_Section):
     kind: Literal["uniform", "dr_lora"] = "dr_lora"
-    r_init: int = 8  # active ranks of every expert at the start (dr_lora)
-    r_target: int = 16  # mean active rank at the end: the budget of a layer is experts * r_target
-    r_max: int = 32  # allocated ranks of every expert
+    r_init: int = 8  # active ranks at the start; from 0 an expert has no importance and grows late
+    r_target: int = 16  # mean active rank at the end (uniform: always); a layer has E * r_target
+    r_max: int = 32  # allocated ranks of every expert (uniform: r_target)
     interval: int = 200  # optimizer steps between growth events
     p_grow: float = 0.1  # an expert gains at most ceil(p_grow * (r_max - r_init)) ranks an event
     gamma: float = 1.2  # saliency = f * g / (rank + 1) ** gamma
@@ -209,6 +210,9 @@ class AllocationSection(_Section):
     released: bool = False  # what the authors' released code does, where it differs from the paper
 
     def check(self):
+        if self.kind == "uniform":  # r_target is the rank; the rest is not read
+            _positive("allocation", {"r_target": self.r_target})
+            return
         _require(
             0 <= self.r_init <= self.r_target <= self.r_max and self.r_max > 0,
             "allocation needs 0 <= r_init <= r_target <= r_max, "
@@ -456,7 +460,9 @@ def _parse(name: str, text: str, kind):
         if option is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if typing.get_origin(option) is tuple:
-            return tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+            if text[:1] + text[-1:] in ("()", "[]"):  # as Python prints a tuple or a list
+                text = text[1:-1]
+            return tuple(part.strip(" '\"") for part in text.split(",") if part.strip(" '\""))
         if option is str or (
             typing.get_origin(option) is Literal and text in typing.get_args(option)
         ):

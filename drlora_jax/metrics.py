@@ -16,24 +16,26 @@ PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
+    "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
 
 
-def peak_flops() -> float | None:
-    """Of all devices together."""
+def peak_flops(devices: int) -> float | None:
+    """Of that many devices together; None where the peak is not known."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if kind.startswith(name):
-            return peak * jax.device_count()
+            return peak * devices
     return None
 
 
 class Throughput:
     """Tokens a second of training, without the time of evaluation and checkpoints."""
 
-    def __init__(self, flops_per_token: float):
+    def __init__(self, flops_per_token: float, devices: int):
         self._flops_per_token = flops_per_token
+        self._devices = devices
         self._tokens, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
     def pause(self) -> None:
@@ -51,7 +53,7 @@ class Throughput:
         rate = self._tokens / self._seconds if self._seconds else 0.0
         self._tokens, self._seconds = 0, 0.0
         self.resume()
-        peak = peak_flops()
+        peak = peak_flops(self._devices)
         mfu = None if peak is None else rate * self._flops_per_token / peak
         return {"tokens_per_second": round(rate, 1), "mfu": mfu}
 

@@ -1,5 +1,6 @@
 """From a config to a job: everything that is checked before a device is touched."""
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Job(NamedTuple):
     run_dir: RunDirectory
     is_new: bool
     directory: object  # pathlib.Path of the base
-    fingerprint: str
+    origin: dict[str, str]  # fingerprints of base and training data
     model_config: ModelConfig
     adapter: AdapterSpec
     policy: Policy
@@ -65,12 +66,18 @@ def prepare(config: TrainConfig) -> Job:
     total_steps = config.train.steps or math.ceil(
         loader.total_rows(config.train.epochs) / config.train.batch_size
     )
-    run_dir, base = RunDirectory(config.run.dir), fingerprint(directory)
+    run_dir = RunDirectory(config.run.dir)
+    origin = {"base_fingerprint": fingerprint(directory), "data_fingerprint": _digest(loader)}
     stored = run_dir.stored()
     if stored is not None:
-        run_dir.check_same(stored, config, base)
+        run_dir.check_same(stored, config, origin)
     schedule_steps = stored["schedule_steps"] if stored else total_steps
     policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
+    if total_steps < policy.last_event:
+        raise UserError(
+            f"train.steps={total_steps} ends before the last growth event of this run (step "
+            f"{policy.last_event}), so its budget would not be met; take at least as many steps."
+        )
     rows = coverage(model_config, adapter, config.adapter.targets)
     mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
@@ -80,7 +87,7 @@ def prepare(config: TrainConfig) -> Job:
         run_dir=run_dir,
         is_new=stored is None,
         directory=directory,
-        fingerprint=base,
+        origin=origin,
         model_config=model_config,
         adapter=adapter,
         policy=policy,
@@ -100,9 +107,15 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
         scale=section.scale,
         dropout=section.dropout,
         rank=section.rank or config.allocation.r_target,
-        max_rank=config.allocation.r_max,
+        max_rank=allocated_rank(config),
         train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
     )
+
+
+def allocated_rank(config: TrainConfig) -> int:
+    """Ranks that experts have memory for; a uniform allocation never needs more than it has."""
+    section = config.allocation
+    return section.r_target if section.kind == "uniform" else section.r_max
 
 
 def capacity_shapes(
@@ -114,7 +127,7 @@ def capacity_shapes(
         layers=len(model_config.moe_layers),
         projections=len(expert_roles(adapter)),
         experts=moe.routing.num_experts if moe else 0,
-        max_rank=config.allocation.r_max,
+        max_rank=allocated_rank(config),
     )
 
 
@@ -132,6 +145,15 @@ def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int,
         raise UserError(
             f"mesh.expert={expert} must divide the number of experts ({moe.routing.num_experts})."
         )
+
+
+def _digest(loader: Loader) -> str:
+    """sha256 of all training tokens: rows that changed would make a resumed run another run."""
+    digest = hashlib.sha256()
+    for document in loader.documents:
+        digest.update(document.tokens.tobytes())
+        digest.update(document.is_target.tobytes())
+    return digest.hexdigest()
 
 
 def _read_data(config: TrainConfig, tokenizer) -> tuple[Loader, list[Batch], list[str]]:

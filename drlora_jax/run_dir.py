@@ -13,11 +13,18 @@ import numpy as np
 
 import drlora_jax
 from drlora_jax.config import TrainConfig, to_dict
-from drlora_jax.errors import UserError
+from drlora_jax.errors import RunError, UserError
 
 # What may change between the runs of one directory: where things are and how fast, not what is
 # learned.
-MAY_CHANGE = {"train.steps", "model.path", "run.dir", "run.log_every", "run.checkpoint_every"}
+MAY_CHANGE = {
+    "train.steps",
+    "train.epochs",
+    "model.path",
+    "run.dir",
+    "run.log_every",
+    "run.checkpoint_every",
+}
 MAY_CHANGE |= {"run.keep_last", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor"}
 
 
@@ -39,21 +46,22 @@ class RunDirectory:
                 )
             return None
         try:
-            return json.loads(self.config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"{self.config_file} is not JSON: {error}. Give a new run.dir."
-            ) from error
+            stored = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            message = f"{self.config_file} can not be read: {error}. Give a new run.dir."
+            raise UserError(message) from error
+        needed = {"config", "base_fingerprint", "data_fingerprint", "schedule_steps"}
+        if not isinstance(stored, dict) or not needed <= stored.keys():
+            raise UserError(f"run.dir={self.path} is not a run directory; give a new one.")
+        # A run that was ended before its first checkpoint has nothing to be continued with.
+        return stored if self.has_checkpoint() else None
 
-    def check_same(self, stored: dict, config: TrainConfig, fingerprint: str) -> None:
-        """Refuses to resume a run of another config or another base."""
-        if stored["base_fingerprint"] != fingerprint:
-            raise UserError(
-                f"run.dir={self.path} was made with another base than "
-                f"model.path={config.model.path} "
-                f"(fingerprint {stored['base_fingerprint'][:12]}, got {fingerprint[:12]}); "
-                "give the same weights or a new run.dir."
-            )
+    def has_checkpoint(self) -> bool:
+        names = [entry.name for entry in self.checkpoints.glob("*")]
+        return any(name.isdigit() for name in names)
+
+    def check_same(self, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
+        """Refuses to resume a run of another config, base or data."""
         before, now = _flat(stored["config"]), _flat(to_dict(config))
         changed = sorted(name for name in now if before.get(name) != now[name])
         changed = [name for name in changed if name not in MAY_CHANGE]
@@ -63,14 +71,23 @@ class RunDirectory:
             raise UserError(
                 f"run.dir={self.path} was made with {name}={before.get(name)}, got "
                 f"{now[name]}{more}; "
-                "only train.steps may change on resume: undo the change or give a new run.dir."
+                "on resume only train.steps, the mesh and places may change: undo it or give a new "
+                "run.dir."
             )
+        for name, what in (("base_fingerprint", "model.path"), ("data_fingerprint", "data.path")):
+            if stored[name] != origin[name]:
+                value = getattr(config, what.split(".")[0]).path
+                raise UserError(
+                    f"run.dir={self.path} was made with other content than {what}={value} has now "
+                    f"({name} {stored[name][:12]}, got {origin[name][:12]}): another base or other "
+                    "rows; give the same or a new run.dir."
+                )
 
-    def create(self, config: TrainConfig, fingerprint: str, schedule_steps: int) -> None:
+    def create(self, config: TrainConfig, origin: dict[str, str], schedule_steps: int) -> None:
         """Writes config.json; `schedule_steps` fixes the growth schedule for good."""
         values = {
             "config": to_dict(config),
-            "base_fingerprint": fingerprint,
+            **origin,
             "schedule_steps": schedule_steps,
             "version": drlora_jax.__version__,
         }
@@ -118,8 +135,11 @@ def _is_kept(line: str, step: int) -> bool:
 
 
 def _append(file: pathlib.Path, values: dict) -> None:
-    with file.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(values) + "\n")
+    try:
+        with file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"{file} can not be written: {error.strerror}.") from error
 
 
 def _write_atomically(file: pathlib.Path, text: str) -> None:

@@ -193,6 +193,8 @@ def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: 
     """`tx.update` and `apply_updates` that leave held leaves alone, moments included. Returns
     (lora, opt_state).
     """
+    # What does not train must not enter the clipped norm either.
+    grads = jax.tree.map(lambda grad, trains: jnp.where(trains, grad, 0), grads, hold.trains)
     updates, new_state = tx.update(grads, opt_state, lora)
     keep = optax.tree.map_params(
         tx,

@@ -6,7 +6,9 @@ already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a s
 saved.
 """
 
+import contextlib
 import signal
+import threading
 import time
 from typing import Any, NamedTuple
 
@@ -94,13 +96,14 @@ def build(job: Job) -> Run:
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda: _initial_state(job, model, tx))
     state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
-    warmup = int(config.train.warmup_ratio * job.total_steps)
+    ratio = config.allocation.warmup_ratio
+    ratio = config.train.warmup_ratio if ratio is None else ratio
     step_options = StepOptions(
         auxiliary=AuxiliaryWeights(
             config.train.balance_loss, config.train.z_loss, config.train.balance_form
         ),
         freeze_idle_experts=config.adapter.freeze_idle_experts,
-        router_start=warmup,
+        router_start=int(ratio * job.schedule_steps),
         seed=config.run.seed,
     )
     return Run(
@@ -182,7 +185,7 @@ def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
     job, config = run.job, run.job.config
     if job.is_new:
-        job.run_dir.create(config, job.fingerprint, job.schedule_steps)
+        job.run_dir.create(config, job.origin, job.schedule_steps)
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
     done = checkpoints.latest_step() or 0
     if done >= job.total_steps:
@@ -190,20 +193,37 @@ def train(run: Run) -> int:
         return EXIT_DONE
     job.run_dir.cut_back(done)
     stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _: stop.append(received))
+    with _stop_signals(stop):
+        compiled, seconds = compile_step(run)
+        print("\n".join(["", *memory_lines(run.abstract_params, run.abstract_state, compiled)]))
+        how = "resuming" if done else "starting"
+        print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
+        params = load_params(job.model_config, job.directory, run.abstract_params)
+        position = restore(run, checkpoints, done) if done else start(run)
+        try:
+            return _loop(run, compiled, params, position, checkpoints, stop)
+        finally:
+            checkpoints.close()
 
-    compiled, seconds = compile_step(run)
-    print("\n".join(["", *memory_lines(run.abstract_params, run.abstract_state, compiled)]))
-    print(
-        f"compiled in {seconds:.1f} s; {'resuming' if done else 'starting'} at step {done}\n",
-        flush=True,
-    )
-    params = load_params(job.model_config, job.directory, run.abstract_params)
-    position = restore(run, checkpoints, done) if done else start(run)
-    code = _loop(run, compiled, params, position, checkpoints, stop)
-    checkpoints.close()
-    return code
+
+@contextlib.contextmanager
+def _stop_signals(stop: list[int]):
+    """SIGTERM and SIGINT ask for a stop at the next step; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def ask(number, _):
+        stop.append(number)
+        signal.signal(number, before[number])
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(run: Run) -> Position:
@@ -247,9 +267,9 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
     job, section = run.job, run.job.config.train
     step = int(position.state.step)
     progress = Progress(job.total_steps, step)
-    meter = Throughput(flops_per_token(job.model_config, section.sequence_length))
+    meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
     rows = mesh_lib.rows(run.mesh, leading=1)
-    if step == 0 and job.eval_batches:
+    if step == 0 and job.eval_batches and not stop:
         row = {"step": 0, "eval_loss": evaluate(run, params, position.state)}
         job.run_dir.log_metrics(row)
         progress.show(row)
@@ -263,23 +283,29 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
         meter.add(count_tokens(batch))
         progress.advance()
         is_last = step == job.total_steps
-        if job.policy.is_event(step):
-            position = grow(run, position, step)
-            progress.note(_describe_ranks(step, position.capacity))
         is_evaluated = bool(job.eval_batches) and (
             step % section.eval_every == 0 or step == job.total_steps
         )
+        is_saved = is_evaluated or is_last or step % job.config.run.checkpoint_every == 0
+        is_logged = is_evaluated or is_last or step % job.config.run.log_every == 0
+        is_event = job.policy.is_event(step)
+        if is_event or is_saved or is_logged or stop:
+            _require_finite(run, step, metrics)
+        if is_event:
+            position = grow(run, position, step)
+            progress.note(_describe_ranks(step, position.capacity))
         eval_loss = None
-        if is_evaluated or is_last or step % job.config.run.log_every == 0:
+        if is_logged:
             row = _metrics_row(run, step, position, metrics) | meter.take()
             meter.pause()
             if is_evaluated:
                 eval_loss = evaluate(run, params, position.state)
-                row["eval_loss"] = eval_loss
+                row |= {"eval_loss": eval_loss} | _routing(metrics)
             job.run_dir.log_metrics(row)
             progress.show(row)
             meter.resume()
-        if is_evaluated or is_last or stop or step % job.config.run.checkpoint_every == 0:
+        if is_saved or stop:
+            jax.block_until_ready(position.state.step)  # so that the wait is not counted as saving
             meter.pause()
             save(run, checkpoints, position, step, eval_loss)
             meter.resume()
@@ -287,10 +313,32 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
     if step == job.total_steps:
         progress.note(f"done: {job.run_dir.path}")
         return EXIT_DONE
+    if checkpoints.latest_step() != step and step:
+        save(run, checkpoints, position, step, None)
+    kept = "saved" if step else "nothing to save yet"
     progress.note(
-        f"stopped by signal {stop[0]} at step {step}, saved; the same command goes on from here"
+        f"stopped by signal {stop[0]} at step {step}, {kept}; the same command goes on from here"
     )
     return EXIT_RESUMABLE
+
+
+def _require_finite(run: Run, step: int, metrics: dict) -> None:
+    """Before anything is decided or saved: a checkpoint never holds a diverged state."""
+    rate = run.job.config.train.learning_rate
+    for name in ("loss", "grad_norm"):
+        value = float(metrics[name])
+        if not np.isfinite(value):
+            raise RunError(
+                f"{name} is {value} at step {step}; lower train.learning_rate ({rate}) in a new "
+                "run.dir, or look at the data of that step. Earlier checkpoints are good."
+            )
+
+
+def _routing(metrics: dict) -> dict:
+    """Mean combine weight by layer and expert, for MoE models."""
+    if metrics["weight_LE"] is None:
+        return {}
+    return {"routing_weight": np.asarray(metrics["weight_LE"]).round(5).tolist()}
 
 
 def grow(run: Run, position: Position, step: int) -> Position:
@@ -313,20 +361,15 @@ def evaluate(run: Run, params, state: TrainState) -> float:
     for batch in run.job.eval_batches:
         measured = run.eval_step(params, state.lora, state.mask_LER, jax.device_put(batch, rows))
         nll, targets = nll + float(measured[0]), targets + float(measured[1])
+    if not np.isfinite(nll):
+        raise RunError(f"the held-out loss is {nll}; the model has diverged.")
     return nll / max(targets, 1.0)
 
 
 def _metrics_row(run: Run, step: int, position: Position, metrics: dict) -> dict:
-    loss = float(metrics["loss"])
-    if not np.isfinite(loss):
-        raise RunError(
-            f"the loss is {loss} at step {step}; lower train.learning_rate "
-            f"({run.job.config.train.learning_rate}) and start anew, or resume from an earlier "
-            f"checkpoint."
-        )
     row = {
         "step": step,
-        "loss": loss,
+        "loss": float(metrics["loss"]),
         "tokens": position.tokens,
         "learning_rate": float(run.schedule(step - 1)),
         "grad_norm": float(metrics["grad_norm"]),

@@ -34,7 +34,7 @@ class Stepper:
             self.job.model_config, self.job.directory, self.run.abstract_params
         )
         self.position = train_lib.start(self.run)
-        self.job.run_dir.create(self.job.config, "", 0)
+        self.job.run_dir.create(self.job.config, self.job.origin, 0)
 
     def batch(self, index):
         section = self.job.config.train

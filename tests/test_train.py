@@ -7,7 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import tiny_config, write_rows
 
 from drlora_jax import train as train_lib
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
@@ -114,10 +114,7 @@ def test_a_stopped_run_resumes_bit_for_bit(built, start_run, reference, stop_aft
     assert start_run(name, stop_after) == EXIT_RESUMABLE
     assert read_log(folder, name, "metrics.jsonl")[-1]["step"] == stop_after
     assert start_run(name) == EXIT_DONE
-    metrics, ranks = read_all(folder, name)
-    expected = [row for row in reference[0][0] if row["step"] != stop_after or "eval_loss" in row]
-    assert [row for row in metrics if row["step"] != stop_after or "eval_loss" in row] == expected
-    assert ranks == reference[0][1]
+    assert read_all(folder, name) == reference[0]
     jax.tree.map(np.testing.assert_array_equal, final_state(run, folder, name), reference[1])
 
 
@@ -224,12 +221,55 @@ def test_another_base_is_refused_on_resume(built, start_run, tmp_path):
         prepare(tiny_config(folder, "based", model=dict(path=str(tmp_path / "model"))))
 
 
-def test_a_diverged_loss_ends_the_run(built, start_run, monkeypatch):
-    monkeypatch.setattr(train_lib, "_place_mask", lambda run, capacity: run.abstract_state.mask_LER)
-    row = {"loss": np.float32("nan"), "grad_norm": 1.0}
-    run, _, _ = built
-    with pytest.raises(RunError, match="loss is nan at step 3"):
-        train_lib._metrics_row(run, 3, None, row)
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_a_diverged_run_ends_before_it_is_saved(built, start_run, monkeypatch, name):
+    """NaN at step 3, a growth event: an error, no checkpoint and no event of it."""
+    run, (compiled, seconds), folder = built
+
+    def diverging(params, state, batch):
+        state, metrics = compiled(params, state, batch)
+        return state, metrics | ({name: np.float32("nan")} if int(state.step) == 3 else {})
+
+    directory = RunDirectory(str(folder / f"diverged_{name}"))
+    job = run.job._replace(config=tiny_config(folder, directory.path.name), run_dir=directory)
+    monkeypatch.setattr(train_lib, "compile_step", lambda run: (diverging, seconds))
+    monkeypatch.setattr(train_lib, "memory_lines", lambda *_: [])
+    with pytest.raises(RunError, match=f"{name} is nan at step 3"):
+        train_lib.train(run._replace(job=job))
+    assert not directory.has_checkpoint() and not directory.ranks_file.exists()
+
+
+def test_fewer_steps_than_the_schedule_needs_are_refused(built, start_run):
+    _, _, folder = built
+    start_run("shorter", 2)
+    with pytest.raises(UserError, match="before the last growth event of this run .step 7"):
+        prepare(tiny_config(folder, "shorter", train=dict(steps=6)))
+
+
+def test_other_rows_are_refused_on_resume(built, start_run):
+    _, _, folder = built
+    start_run("rows", 2)
+    write_rows(folder / "other.jsonl", 60, seed=5)
+    original = (folder / "train.jsonl").read_text()
+    (folder / "train.jsonl").write_text((folder / "other.jsonl").read_text())
+    try:
+        with pytest.raises(UserError, match="data_fingerprint"):
+            prepare(tiny_config(folder, "rows"))
+    finally:
+        (folder / "train.jsonl").write_text(original)
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tmp_path):
+    """Ended before its first checkpoint, a run may be corrected and started again."""
+    job = prepare(tiny_config(tmp_path))
+    job.run_dir.create(job.config, job.origin, job.schedule_steps)
+    assert prepare(tiny_config(tmp_path, train=dict(learning_rate=0.5))).is_new
+
+
+def test_a_foreign_directory_is_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(UserError, match="is not a run directory"):
+        prepare(tiny_config(tmp_path, run=dict(dir=config.model.path)))
 
 
 def test_the_step_can_not_recompile(built):

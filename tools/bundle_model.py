@@ -74,9 +74,10 @@ def model_card(report: dict, manifest: dict, unigram: dict[str, float]) -> str:
         "Trained from scratch with `python -m drlora_jax.pretrain --config "
         "configs/pretrain_tiny.py`: "
         f"{report['steps']:,} steps of 16 rows of",
-        "256 tokens, equal parts of four domains. The load-balance loss was pooled over layers for "
-        "the first 3,200 steps and",
-        "per layer (weight 0.02) from there on.",
+        "256 tokens, equal parts of four domains. The run that made these weights planned its",
+        "cosine over 4,500 steps and was stopped at 4,000; its load-balance loss was pooled over",
+        "layers for the first 3,200 steps and per layer (weight 0.02) from there on, as the config",
+        "now has it.",
         "",
         "| domain | held-out loss, nats a token | unigram entropy | held-out tokens |",
         "|---|--:|--:|--:|",

@@ -24,7 +24,6 @@ class CapacityState(NamedTuple):
     """The truth about capacity, on the host."""
 
     ranks_LE: np.ndarray  # i32, active ranks; the active set is the prefix [0, rank)
-    events: int = 0  # growth events so far
 
 
 class StepStats(NamedTuple):
@@ -53,6 +52,7 @@ class Policy(NamedTuple):
     is_event: Callable[[int], bool]  # is there an update after this many optimizer steps?
     update: Callable[[CapacityState, Any, int], tuple[CapacityState, Any, Event]]
     budget: int  # active ranks of a layer at the end
+    last_event: int = 0  # optimizer steps a run needs at least
     needs_elementwise: bool = False
     describe: str = ""  # one line for the start of a run
 

@@ -247,7 +247,7 @@ def dr_lora(
                 zeros(stats.importance_LPER),
                 zeros(stats.updates_LE),
             )
-        state = CapacityState(ranks_LE.astype(np.int32), state.events + 1)
+        state = CapacityState(ranks_LE.astype(np.int32))
         return state, stats, Event(saliency_LE.astype(np.float32))
 
     last = schedule.last
@@ -261,6 +261,7 @@ def dr_lora(
         ),
         update=update,
         budget=shapes.experts * r_target,
+        last_event=schedule.last if schedule.count else 0,
         needs_elementwise=importance == "elementwise_product",
         describe=(
             f"dr_lora: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), "

@@ -54,7 +54,7 @@ def find_model(path: str) -> pathlib.Path:
                 f"model.path={path}: the package has no such model; it has {', '.join(known)}."
             )
         return directory
-    directory = pathlib.Path(path)
+    directory = pathlib.Path(path).expanduser()
     if directory.is_dir():
         return directory
     if directory.exists():

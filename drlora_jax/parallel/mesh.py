@@ -31,7 +31,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"mask_LER", PartitionSpec(None, "expert")),
     (r"stats/\w+_LE", PartitionSpec(None, "expert")),
     (r"stats/\w+_LPER", PartitionSpec(None, None, "expert")),
-    (r"step|stats/.*", PartitionSpec()),
+    (r"step|stats(/.*)?", PartitionSpec()),
 )
 
 
@@ -53,11 +53,6 @@ def make_mesh(sizes: tuple[int, ...]) -> Mesh:
     # jax defaults to Explicit axes, which our code does not write shardings for.
     devices = jax.devices()[: int(np.prod(sizes))]
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def row_count(mesh: Mesh) -> int:
-    """Shards that the rows of a batch fall into."""
-    return int(np.prod([mesh.shape[axis] for axis in ROWS]))
 
 
 def rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
