@@ -185,7 +185,7 @@ REFUSED = {
     "adapter.rank must be int | none, got 2.0": (AdapterSection, {"rank": 2.0}),
     # Ranges.
     "run.dir must name a directory, got an empty string": (RunSection, {"dir": ""}),
-    "run.seed must be 0 or more, got -1": (RunSection, {"seed": -1}),
+    "run.seed must be 0 or more and below 2**32, got -1": (RunSection, {"seed": -1}),
     "run.log_every must be greater than 0, got 0": (RunSection, {"log_every": 0}),
     "run.checkpoint_every must be greater than 0, got 0": (RunSection, {"checkpoint_every": 0}),
     "run.keep_last must be greater than 0, got -2": (RunSection, {"keep_last": -2}),
