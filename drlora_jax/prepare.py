@@ -13,7 +13,7 @@ from drlora_jax.allocation import CapacityShapes, Policy, make_policy
 from drlora_jax.config import AdapterSection, TrainConfig
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
-from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
+from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_read import (
     find_model,
@@ -163,9 +163,7 @@ def _read_data(config: TrainConfig, tokenizer) -> tuple[Loader, list[Batch], lis
         )
     section, length = config.train, config.train.sequence_length
     training = load_documents(config.data, tokenizer, length)
-    pad_id = (
-        tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    )
+    pad_id = pad_token(tokenizer)
     loader = Loader(
         training.documents,
         sequence_length=length,

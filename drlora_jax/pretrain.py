@@ -6,6 +6,7 @@ checkpoint; ends with a Hugging Face directory <run.dir>/model and <run.dir>/pre
 loss and expert load by domain).
 """
 
+import hashlib
 import json
 import pathlib
 import signal
@@ -20,15 +21,16 @@ from jax.sharding import SingleDeviceSharding
 
 from drlora_jax import cli
 from drlora_jax.checkpoint import Checkpoints
-from drlora_jax.config import DataSection, TrainConfig, load_config
+from drlora_jax.config import DataSection, MeshSection, TrainConfig, load_config
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, count_tokens, eval_batches, split_micro_batches
-from drlora_jax.data.tokenize import load_tokenizer
+from drlora_jax.data.tokenize import load_tokenizer, pad_token
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
 from drlora_jax.interop.hf_read import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
 from drlora_jax.optimizer import make_optimizer
+from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
 
 
@@ -41,8 +43,7 @@ class Domain(NamedTuple):
 def main(argv=None) -> int:
     args = cli.parse_arguments("drlora_jax.pretrain", __doc__, argv)
     config = load_config(args.config, args.overrides)
-    if config.train.steps is None:
-        raise UserError("Pretraining counts steps: set train.steps, not train.epochs.")
+    check_supported(config)
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
     tokenizer = load_tokenizer(directory)
@@ -55,8 +56,15 @@ def main(argv=None) -> int:
     print(
         f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(domains)} domains"
     )
+    run_dir, digest = RunDirectory(config.run.dir), hashlib.sha256(repr(model_config).encode())
+    origin = {"base_fingerprint": digest.hexdigest(), "data_fingerprint": ""}
+    stored = run_dir.stored()
+    if stored is not None:
+        run_dir.check_same(stored, config, origin)
     if args.dry_run:
         return EXIT_DONE
+    if stored is None:
+        run_dir.create(config, origin, config.train.steps)
     is_done = train(config, model, tx, schedule, params, domains)
     if is_done:
         params, _ = restore_or_start(config, tx, params)[0]
@@ -69,6 +77,23 @@ def main(argv=None) -> int:
         (out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out / 'model'}")
     return EXIT_DONE if is_done else EXIT_RESUMABLE
+
+
+def check_supported(config: TrainConfig) -> None:
+    """Refuses what fine-tuning can do and pretraining does not."""
+    if config.train.steps is None:
+        raise UserError("Pretraining counts steps: set train.steps, not train.epochs.")
+    needed = {
+        "model.dtype": (config.model.dtype, "float32"),
+        "data.format": (config.data.format, "text"),
+        "data.too_long": (config.data.too_long, "split"),
+        "data.loss_on": (config.data.loss_on, "all"),
+        "data.max_rows": (config.data.max_rows, None),
+        "mesh": (config.mesh, MeshSection()),
+    }
+    for name, (value, expected) in needed.items():
+        if value != expected:
+            raise UserError(f"Pretraining needs {name}={expected}, got {value}.")
 
 
 def load_domains(config: TrainConfig, tokenizer) -> list[Domain]:
@@ -98,7 +123,7 @@ def _load_domain(config: TrainConfig, tokenizer, path: str, heldout_path: str) -
         section = DataSection(path=(path,), format="text", too_long="split", loss_on="all")
         return load_documents(section, tokenizer, length).documents
 
-    pad_id = tokenizer.pad_token_id
+    pad_id = pad_token(tokenizer)
     heldout = eval_batches(
         read(heldout_path), sequence_length=length, batch_size=rows, pad_id=pad_id
     )
@@ -139,8 +164,9 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
     auxiliary = AuxiliaryWeights(section.balance_loss, section.z_loss, section.balance_form)
     train_step = jax.jit(make_pretrain_step(model, tx, auxiliary), donate_argnums=(0, 1))
     (params, opt_state), step = restore_or_start(config, tx, params)
-    run_dir = pathlib.Path(config.run.dir)
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep_last=config.run.keep_last)
+    run_dir = RunDirectory(config.run.dir)
+    run_dir.cut_back(step)
+    checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.run.keep_last)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     tokens, since = 0, time.perf_counter()
@@ -151,15 +177,16 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
         )
         step += 1
         tokens += count_tokens(batch)
-        if step % config.run.log_every == 0:
-            loss = float(metrics["loss"])
-            if not np.isfinite(loss):
-                raise RunError(f"The loss is {loss} at step {step}; lower train.learning_rate.")
+        is_saved = step % config.run.checkpoint_every == 0 or step == section.steps or stop
+        is_logged = step % config.run.log_every == 0
+        if (is_saved or is_logged) and not np.isfinite(float(metrics["grad_norm"])):
+            raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
+        if is_logged:
             rate = tokens / (time.perf_counter() - since)
             _log(
                 run_dir,
                 step=step,
-                loss=loss,
+                loss=float(metrics["loss"]),
                 learning_rate=float(schedule(step - 1)),
                 tokens_per_second=rate,
             )
@@ -172,7 +199,7 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
                 heldout={name: values["loss"] for name, values in heldout.items()},
             )
             tokens, since = 0, time.perf_counter()
-        if step % config.run.checkpoint_every == 0 or step == section.steps or stop:
+        if is_saved:
             checkpoints.save(step, (params, opt_state), {})
     checkpoints.close()
     return step == section.steps
@@ -203,11 +230,9 @@ def evaluate(config: TrainConfig, model: Decoder, params, domains: list[Domain])
     return report
 
 
-def _log(run_dir: pathlib.Path, **values) -> None:
-    line = json.dumps(values)
-    with (run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    print(line, flush=True)
+def _log(run_dir: RunDirectory, **values) -> None:
+    run_dir.log_metrics(values)
+    print(json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,12 @@ def load_tokenizer(model_dir: str | pathlib.Path):
         ) from error
 
 
+def pad_token(tokenizer) -> int:
+    """What fills rows up: the padding token, or eos where there is none (padding is masked)."""
+    pad_id = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad_id is None else pad_id
+
+
 def check_vocabulary(tokenizer, vocab_size: int) -> None:
     """Refuses a tokenizer with token ids (added tokens included) that have no embedding row."""
     largest = max(tokenizer.get_vocab().values(), default=-1)
