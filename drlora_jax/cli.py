@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from drlora_jax import config as config_lib
@@ -36,6 +37,8 @@ def run_and_exit(main: Callable[[], int]) -> None:
     """
     # XLA and Orbax report on standard error below our own messages unless told otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # transformers is used for tokenizers; it need not say that torch is absent.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         code = main()
     except UserError as error:
@@ -43,5 +46,13 @@ def run_and_exit(main: Callable[[], int]) -> None:
         code = EXIT_USER_MISTAKE
     except RunError as error:
         print(f"failed: {error}", file=sys.stderr)
+        code = EXIT_FAILED
+    except (OSError, RuntimeError, ValueError) as error:
+        # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
+        traceback.print_exc()
+        print(
+            f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            file=sys.stderr,
+        )
         code = EXIT_FAILED
     sys.exit(code)
