@@ -6,6 +6,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 # bf16 matrix peak of one device in FLOP/s, by the start of its kind; unknown devices log no MFU.
@@ -93,3 +94,10 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def describe_ranks(step: int, before_LE: np.ndarray, ranks_LE: np.ndarray) -> str:
+    if (before_LE == ranks_LE).all():
+        return f"step {step}: ranks stay as they are, the budget is spent"
+    low, high = ranks_LE.min(), ranks_LE.max()
+    return f"step {step}: ranks grow to a mean of {ranks_LE.mean():.2f}, from {low} to {high}"

@@ -24,7 +24,7 @@ from drlora_jax.config import load_config
 from drlora_jax.data.loader import count_tokens, split_micro_batches
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
-from drlora_jax.metrics import Progress, Throughput
+from drlora_jax.metrics import Progress, Throughput, describe_ranks
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
@@ -282,29 +282,25 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
         position = Position(state, position.capacity, position.tokens + count_tokens(batch))
         meter.add(count_tokens(batch))
         progress.advance()
-        is_last = step == job.total_steps
-        is_evaluated = bool(job.eval_batches) and (
-            step % section.eval_every == 0 or step == job.total_steps
-        )
-        is_saved = is_evaluated or is_last or step % job.config.run.checkpoint_every == 0
-        is_logged = is_evaluated or is_last or step % job.config.run.log_every == 0
-        is_event = job.policy.is_event(step)
-        if is_event or is_saved or is_logged or stop:
+        due = _due(job, step)
+        if any(due) or stop:
             _require_finite(run, step, metrics)
-        if is_event:
-            position = grow(run, position, step)
-            progress.note(_describe_ranks(step, position.capacity))
+        if due.event:
+            before, position = position, grow(run, position, step)
+            progress.note(
+                describe_ranks(step, before.capacity.ranks_LE, position.capacity.ranks_LE)
+            )
         eval_loss = None
-        if is_logged:
+        if due.row:
             row = _metrics_row(run, step, position, metrics) | meter.take()
             meter.pause()
-            if is_evaluated:
+            if due.evaluation:
                 eval_loss = evaluate(run, params, position.state)
                 row |= {"eval_loss": eval_loss} | _routing(metrics)
             job.run_dir.log_metrics(row)
             progress.show(row)
             meter.resume()
-        if is_saved or stop:
+        if due.checkpoint or stop:
             jax.block_until_ready(position.state.step)  # so that the wait is not counted as saving
             meter.pause()
             save(run, checkpoints, position, step, eval_loss)
@@ -320,6 +316,26 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
         f"stopped by signal {stop[0]} at step {step}, {kept}; the same command goes on from here"
     )
     return EXIT_RESUMABLE
+
+
+class Due(NamedTuple):
+    """What comes after a step."""
+
+    event: bool
+    evaluation: bool
+    checkpoint: bool
+    row: bool
+
+
+def _due(job: Job, step: int) -> Due:
+    config, is_last = job.config, step == job.total_steps
+    evaluation = bool(job.eval_batches) and (is_last or step % config.train.eval_every == 0)
+    return Due(
+        event=job.policy.is_event(step),
+        evaluation=evaluation,
+        checkpoint=evaluation or is_last or step % config.run.checkpoint_every == 0,
+        row=evaluation or is_last or step % config.run.log_every == 0,
+    )
 
 
 def _require_finite(run: Run, step: int, metrics: dict) -> None:
@@ -377,12 +393,6 @@ def _metrics_row(run: Run, step: int, position: Position, metrics: dict) -> dict
     if run.job.config.train.balance_loss or run.job.config.train.z_loss:
         row["auxiliary_loss"] = float(metrics["auxiliary_loss"])
     return row
-
-
-def _describe_ranks(step: int, capacity: CapacityState) -> str:
-    ranks_LE = capacity.ranks_LE
-    low, high = ranks_LE.min(), ranks_LE.max()
-    return f"step {step}: ranks grow to a mean of {ranks_LE.mean():.2f}, from {low} to {high}"
 
 
 if __name__ == "__main__":
