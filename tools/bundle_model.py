@@ -21,6 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=pathlib.Path, required=True)
     parser.add_argument("--corpus", type=pathlib.Path, default=pathlib.Path("build/corpus"))
+    parser.add_argument("--note", default="", help="what was special about the run, for the card")
     args = parser.parse_args()
     report = json.loads((args.run / "pretrain.json").read_text())
     manifest = json.loads((args.corpus / "manifest.json").read_text())
@@ -28,7 +29,9 @@ def main() -> None:
     unigram = {name: unigram_loss(args.corpus, name, tokenizer) for name in report["heldout"]}
     shutil.copy(args.run / "model" / "model.safetensors", BUNDLE)
     shutil.copy(args.run / "model" / "config.json", BUNDLE)
-    (BUNDLE / "README.md").write_text(model_card(report, manifest, unigram), encoding="utf-8")
+    (BUNDLE / "README.md").write_text(
+        model_card(report, manifest, unigram, args.note), encoding="utf-8"
+    )
     print((BUNDLE / "README.md").read_text())
 
 
@@ -59,25 +62,22 @@ def mutual_information(shares_DE: np.ndarray) -> float:
     return float((joint[filled] * np.log(joint[filled] / expected[filled])).sum())
 
 
-def model_card(report: dict, manifest: dict, unigram: dict[str, float]) -> str:
+def model_card(report: dict, manifest: dict, unigram: dict[str, float], note: str) -> str:
     heldout = report["heldout"]
     lines = [
         "# tiny_moe",
         "",
         "A Mixture-of-Experts language model small enough to travel inside a Python package: OLMoE "
         "architecture, 4 layers,",
-        "width 192, 8 experts of 256 with 2 active, vocabulary 4,096, 6.9 M parameters (2.9 M "
-        "active), bfloat16. It is",
+        "width 192, 8 experts of 256 with 2 active, vocabulary 4,096, 6.9 M parameters (2.6 M "
+        "active, embedding not counted), bfloat16. It is",
         "for tests, first steps and experiments with expert-wise methods; it writes grammatical, "
         "empty text.",
         "",
         "Trained from scratch with `python -m drlora_jax.pretrain --config "
         "configs/pretrain_tiny.py`: "
         f"{report['steps']:,} steps of 16 rows of",
-        "256 tokens, equal parts of four domains. The run that made these weights planned its",
-        "cosine over 4,500 steps and was stopped at 4,000; its load-balance loss was pooled over",
-        "layers for the first 3,200 steps and per layer (weight 0.02) from there on, as the config",
-        "now has it.",
+        "256 tokens, equal parts of four domains." + (f" {note}" if note else ""),
         "",
         "| domain | held-out loss, nats a token | unigram entropy | held-out tokens |",
         "|---|--:|--:|--:|",

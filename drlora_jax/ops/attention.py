@@ -39,7 +39,7 @@ def attend(
 
     rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
     if jax.default_backend() == "cpu":
-        # Row by row the scores stay in cache, and the backward pass recomputes them: 2.4 times
+        # Row by row the scores stay in cache, and the backward pass recomputes them: 1.8 times
         # faster than batched.
         return jax.lax.map(jax.checkpoint(attend_row), rows)
     return jax.vmap(attend_row)(rows)

@@ -124,7 +124,7 @@ def _drop(x_BD, slots_B, role: str, spec: ExpertSpec, dropout: Dropout):
     row_seed, column_seed = jax.random.bits(
         jax.random.fold_in(dropout.key, ROLES.index(role)), (2,), jnp.uint32
     )
-    # A counter hash of (slot, column): jax.random inside the block loop takes four times as long to
+    # A counter hash of (slot, column): jax.random inside the block loop takes twice as long to
     # compile, and a draw by block would depend on how the tokens are sorted.
     row_B = _hash(slots_B.astype(jnp.uint32) ^ row_seed)
     column_D = jnp.arange(x_BD.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + column_seed
