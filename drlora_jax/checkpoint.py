@@ -7,13 +7,14 @@ counters are here. Saving is asynchronous; Orbax renames a finished checkpoint i
 killed run leaves the previous one.
 """
 
+import json
 import pathlib
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from drlora_jax.errors import RunError
+from drlora_jax.errors import RunError, UserError
 
 # What Orbax and TensorStore raise when a disk is full or a file can not be written.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -62,20 +63,9 @@ class Checkpoints:
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
         """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
         values.
-
-        Orbax casts a leaf of another dtype silently, so dtypes and shapes are compared first.
         """
         metadata = self._checkpointer.metadata(step)
-        saved = jax.tree_util.tree_leaves_with_path(metadata.metadata)
-        wanted = jax.tree_util.tree_leaves_with_path(abstract)
-        found = {_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in saved}
-        for path, leaf in wanted:
-            expected = (tuple(leaf.shape), str(leaf.dtype))
-            if found.get(_name(path)) != expected:
-                raise RunError(
-                    f"Checkpoint {step}: {_name(path)} is {found.get(_name(path))}, this run needs "
-                    f"{expected}."
-                )
+        _check_leaves(step, metadata.metadata, abstract)
         return self._checkpointer.load(step, abstract), metadata.custom_metadata
 
     def close(self) -> None:
@@ -84,6 +74,69 @@ class Checkpoints:
             self._checkpointer.close()
         except WRITE_ERRORS as error:
             raise RunError(f"The last checkpoint could not be written: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# reading only: nothing is created, cleaned up or locked, so a run that is going on is not disturbed
+
+
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """Steps with a finished checkpoint, in order."""
+    return sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
+
+
+def choose_step(directory: pathlib.Path, which: str) -> int:
+    """The step that `latest`, `best` (smallest held-out loss) or a number means."""
+    steps = saved_steps(directory)
+    if not steps:
+        raise UserError(f"{directory} has no finished checkpoint.")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        losses = {step: _eval_loss(directory, step) for step in steps}
+        measured = [step for step in steps if losses[step] is not None]
+        if not measured:
+            raise UserError(f"{directory}: no checkpoint has a held-out loss; use --step latest.")
+        return min(measured, key=losses.get)
+    if which not in map(str, steps):
+        raise UserError(
+            f"--step {which}: {directory} has {', '.join(map(str, steps))}; or say latest or best."
+        )
+    return int(which)
+
+
+def _eval_loss(directory: pathlib.Path, step: int) -> float | None:
+    file = directory / str(step) / "metrics" / "metrics"
+    if not file.is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8")).get("eval_loss")
+
+
+def read_arrays(directory: pathlib.Path, step: int, abstract: dict) -> dict:
+    """Some of a checkpoint's arrays, on the shardings of `abstract` (a part of its tree)."""
+    path = (directory / str(step)).absolute()
+    try:
+        metadata = ocp.metadata(path, checkpointable_name="state").metadata
+    except (OSError, ValueError, ocp.errors.InvalidLayoutError) as error:
+        raise RunError(f"Checkpoint {step} of {directory} can not be read: {error}") from error
+    _check_leaves(step, metadata, abstract)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return ocp.load(path, abstract, checkpointable_name="state")
+
+
+def _check_leaves(step: int, saved: Any, abstract: Any) -> None:
+    """Orbax casts a leaf of another dtype silently, so dtypes and shapes are compared first."""
+    leaves = jax.tree_util.tree_leaves_with_path(saved)
+    found = {_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        expected = (tuple(leaf.shape), str(leaf.dtype))
+        if found.get(_name(path)) != expected:
+            raise RunError(
+                f"Checkpoint {step}: {_name(path)} is {found.get(_name(path))}, this run needs "
+                f"{expected}."
+            )
 
 
 def _name(path) -> str:

@@ -140,7 +140,11 @@ def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int,
             f"x mesh.fsdp x "
             f"mesh.expert ({data} x {fsdp} x {expert})."
         )
-    moe = model_config.moe
+    check_experts_divide(model_config, sizes)
+
+
+def check_experts_divide(model_config: ModelConfig, sizes: tuple[int, ...]) -> None:
+    moe, expert = model_config.moe, sizes[AXES.index("expert")]
     if moe and moe.routing.num_experts % expert:
         raise UserError(
             f"mesh.expert={expert} must divide the number of experts ({moe.routing.num_experts})."

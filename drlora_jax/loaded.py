@@ -1,0 +1,162 @@
+"""A model to be used: a run's base with its adapter at a checkpoint, or a base alone.
+
+What evaluation, generation and export start from. Only factors and ranks are read from a
+checkpoint, never the optimizer's state, and they are placed on whatever mesh there is now. Nothing
+in the run directory is executed or changed.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
+from drlora_jax.allocation import masks_from_ranks
+from drlora_jax.checkpoint import choose_step, read_arrays
+from drlora_jax.config import MeshSection, TrainConfig, from_dict
+from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
+from drlora_jax.errors import UserError
+from drlora_jax.interop.hf_read import (
+    find_model,
+    fingerprint,
+    load_params,
+    match_keys,
+    read_headers,
+    read_model_config,
+)
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.prepare import check_experts_divide, make_adapter
+from drlora_jax.run_dir import RunDirectory
+from drlora_jax.step import expert_roles, gates_tree, init_lora
+
+
+class Loaded(NamedTuple):
+    """A model in memory. `model.apply(variables, tokens, segment_ids, positions)` runs it."""
+
+    model: Decoder
+    variables: dict  # params; with an adapter also lora and rank_mask
+    tokenizer: Any
+    directory: pathlib.Path  # of the base
+    base_fingerprint: str
+    mesh: Mesh
+    config: TrainConfig | None = None  # of the run; None for a base given by its path
+    run_dir: pathlib.Path | None = None
+    step: int | None = None  # of the checkpoint; None for a base alone
+    ranks_LE: np.ndarray | None = None  # i32, active ranks of the routed experts
+
+    @property
+    def is_adapted(self) -> bool:
+        return self.step is not None
+
+    def base(self) -> "Loaded":
+        """The same model without its adapter."""
+        options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
+        return self._replace(
+            model=self.model.clone(options=options),
+            variables={"params": self.variables["params"]},
+            step=None,
+            ranks_LE=None,
+        )
+
+
+def load_base(path: str, *, dtype: str = "float32", mesh: MeshSection | None = None) -> Loaded:
+    """A base model: a directory, a hub name or `bundled:NAME`."""
+    return _load(find_model(path), dtype, NO_ADAPTER, mesh or MeshSection())
+
+
+def load_run(
+    run_dir: str,
+    *,
+    step: str = "latest",
+    base_only: bool = False,
+    model_path: str | None = None,
+    dtype: str | None = None,
+    mesh: MeshSection | None = None,
+) -> Loaded:
+    """A run's model at a checkpoint.
+
+    Args:
+      step: `latest`, `best` (smallest held-out loss) or a step number that was kept.
+      base_only: the base as the run started from it.
+      model_path: where the base is now, if it has moved; the same weights, checked by fingerprint.
+      dtype: of base weights and activations; None: the run's.
+      mesh: None spreads rows over all devices.
+    """
+    stored = read_stored(run_dir)
+    config = from_dict(stored["config"])
+    directory = find_model(model_path or config.model.path)
+    digest = fingerprint(directory)
+    if digest != stored["base_fingerprint"]:
+        raise UserError(
+            f"{directory} is not the base of {run_dir}: the run's base has fingerprint "
+            f"{stored['base_fingerprint'][:12]}, this one {digest[:12]}. Give the right directory "
+            "with --model-path."
+        )
+    checkpoints = RunDirectory(run_dir).checkpoints
+    number = None if base_only else choose_step(checkpoints, step)
+    model_config = read_model_config(directory)
+    adapter = NO_ADAPTER if base_only else make_adapter(config, model_config)
+    loaded = _load(directory, dtype or config.model.dtype, adapter, mesh or MeshSection(), digest)
+    loaded = loaded._replace(config=config, run_dir=pathlib.Path(run_dir))
+    return loaded if base_only else _with_adapter(loaded, checkpoints, number)
+
+
+def read_stored(run_dir: str) -> dict:
+    """The content of a run's config.json."""
+    stored = RunDirectory(run_dir).stored()
+    if stored is None:
+        raise UserError(
+            f"{run_dir} has no finished checkpoint; give the run.dir of a training that saved one."
+        )
+    return stored
+
+
+def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None) -> Loaded:
+    model_config = read_model_config(directory)
+    sizes = mesh_lib.resolve_sizes(section, jax.device_count())
+    check_experts_divide(model_config, sizes)
+    plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(dtype)))
+    abstract = abstract_params(plain)
+    match_keys(model_config, read_headers(directory), abstract)
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, model_config.vocab_size)
+    mesh = mesh_lib.make_mesh(sizes)
+    options = dataclasses.replace(plain.options, adapter=adapter, ops=sharded_ops(mesh))
+    abstract = mesh_lib.with_shardings(abstract, mesh_lib.shardings_for(mesh, abstract, "params"))
+    params = load_params(model_config, directory, abstract)
+    digest = digest or fingerprint(directory)
+    return Loaded(
+        Decoder(model_config, options), {"params": params}, tokenizer, directory, digest, mesh
+    )
+
+
+def _with_adapter(loaded: Loaded, checkpoints: pathlib.Path, step: int) -> Loaded:
+    model, mesh = loaded.model, loaded.mesh
+    lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
+    lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
+    moe = model.config.moe
+    shape = (len(model.config.moe_layers), moe.routing.num_experts if moe else 0)
+    ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
+    arrays = read_arrays(checkpoints, step, {"lora": lora, "ranks_LE": ranks})
+    ranks_LE = np.array(arrays["ranks_LE"])
+    variables = loaded.variables | {
+        "lora": arrays["lora"],
+        "rank_mask": rank_gates(model, ranks_LE, mesh),
+    }
+    return loaded._replace(variables=variables, step=step, ranks_LE=ranks_LE)
+
+
+def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh) -> dict:
+    """The `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
+    adapter = model.options.adapter
+    mask_LER = masks_from_ranks(ranks_LE, adapter.max_rank)
+    mask_LER = jax.device_put(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
+    roles = expert_roles(adapter)
+    shape = (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
+    return gates_tree(model.config, roles, jnp.broadcast_to(mask_LER[:, None], shape))
