@@ -9,7 +9,6 @@ config as data (`to_dict`) and restores it as data (`from_dict`): a run director
 import dataclasses
 import difflib
 import importlib.util
-import math
 import pathlib
 import types
 import typing
@@ -17,6 +16,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from drlora_jax.errors import UserError
+from drlora_jax.files import FILE, expand_user, kind_of
+
+LARGEST_INT = 2**32 - 1  # of any field
+LARGEST_BATCH = 2**31 - 1  # tokens: positions are 32-bit on devices
+LARGEST_NUMBER = 1e38  # what a 32-bit float holds
+LARGEST_RANK = 65536
 
 
 def _require(ok: bool, message: str) -> None:
@@ -27,6 +32,10 @@ def _require(ok: bool, message: str) -> None:
 def _positive(section: str, values: dict[str, float]) -> None:
     for name, value in values.items():
         _require(value > 0, f"{section}.{name} must be greater than 0, got {value}.")
+
+
+def _at_most(name: str, value: int, limit: int, meaning: str = "") -> None:
+    _require(value <= limit, f"{name} must be at most {limit}{meaning}, got {value}.")
 
 
 def _fraction(section: str, values: dict[str, float]) -> None:
@@ -158,6 +167,9 @@ class TrainSection(_Section):
             f"train.batch_size ({self.batch_size}) must be a multiple of train.micro_batches "
             f"({self.micro_batches}).",
         )
+        tokens = self.batch_size * self.sequence_length
+        name = "train.batch_size * train.sequence_length"
+        _at_most(name, tokens, LARGEST_BATCH, " tokens")
 
 
 @dataclass(frozen=True)
@@ -185,6 +197,7 @@ class AdapterSection(_Section):
             self.rank is None or self.rank > 0,
             f"adapter.rank must be greater than 0, got {self.rank}.",
         )
+        _at_most("adapter.rank", self.rank or 0, LARGEST_RANK)
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})
 
@@ -210,6 +223,8 @@ class AllocationSection(_Section):
     released: bool = False  # what the authors' released code does, where it differs from the paper
 
     def check(self):
+        _at_most("allocation.r_target", self.r_target, LARGEST_RANK)
+        _at_most("allocation.r_max", self.r_max, LARGEST_RANK)
         if self.kind == "uniform":  # r_target is the rank; the rest is not read
             _positive("allocation", {"r_target": self.r_target})
             return
@@ -317,9 +332,8 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
         config = module.get_config() if hasattr(module, "get_config") else None
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever a user's file raises is the user's mistake, named with the file
+    # Whatever a user's file raises is the user's mistake, named with the file; sys.exit too.
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"The config file {file} does not run: {type(error).__name__}: {error}"
         ) from error
@@ -337,14 +351,18 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
 def config_file(path: str) -> pathlib.Path:
     """Where a config lies: a path, or `bundled:NAME` (with the package, or in the clone)."""
     if not path.startswith("bundled:"):
-        file = pathlib.Path(path)
-        if not file.is_file() or file.suffix != ".py":
-            raise UserError(f"--config {path}: no such Python file. Give NAME.py, or bundled:tiny.")
+        file = expand_user(path)
+        kind = kind_of(file)
+        if kind != FILE or file.suffix != ".py":
+            raise UserError(
+                f"--config {path}: no such Python file (it is {kind}). Give NAME.py with "
+                "get_config(), or bundled:tiny."
+            )
         return file
     name = path.removeprefix("bundled:")
     package = pathlib.Path(__file__).parent
     for folder in (package / "configs", package.parent / "configs"):
-        if (folder / f"{name}.py").is_file():
+        if pathlib.PurePath(name).name == name and kind_of(folder / f"{name}.py") == FILE:
             return folder / f"{name}.py"
     raise UserError(
         f"--config {path}: the package has no config of that name; one of them is bundled:tiny."
@@ -438,18 +456,46 @@ def _matches(value, option) -> bool:
     if typing.get_origin(option) is Literal:
         return value in typing.get_args(option)
     if typing.get_origin(option) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(_matches(item, str) for item in value)
     if option is float:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)
+        return is_number and abs(value) <= LARGEST_NUMBER  # false for nan
     if option is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if option is str:
+        return isinstance(value, str) and _is_text(value)
     return isinstance(value, option)
+
+
+def _is_text(value: str) -> bool:
+    """No NUL, which no path may have, and no lone surrogate: bytes of a path that are not UTF-8."""
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _check_type(name: str, value, kind) -> None:
     if not any(_matches(value, option) for option in _options(kind)):
-        raise UserError(f"{name} must be {_type_name(kind)}, got {value!r}.")
+        raise UserError(f"{name} must be {_type_name(kind)}, got {_shown(value)}.{_why(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise UserError(f"{name} must be within +-{LARGEST_INT}, got {_shown(value)}.")
+
+
+def _why(value) -> str:
+    """What is wrong with a value of a type that looks right."""
+    if isinstance(value, int | float) and abs(value) > LARGEST_NUMBER:
+        return f" Numbers go up to {LARGEST_NUMBER:g}."
+    texts = value if isinstance(value, tuple) else (value,)
+    if all(isinstance(text, str) for text in texts) and not all(map(_is_text, texts)):
+        return " It has a character that no UTF-8 text or path has."
+    return ""
+
+
+def _shown(value) -> str:
+    """The value for a message, cut if it is very long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _parse(name: str, text: str, kind):
@@ -472,4 +518,4 @@ def _parse(name: str, text: str, kind):
                 return option(text)
             except ValueError:
                 continue
-    raise UserError(f"{name} must be {_type_name(kind)}, got {text!r}.")
+    raise UserError(f"{name} must be {_type_name(kind)}, got {_shown(text)}.")
