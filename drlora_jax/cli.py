@@ -9,13 +9,30 @@ from collections.abc import Callable, Sequence
 from drlora_jax import config as config_lib
 from drlora_jax.errors import EXIT_FAILED, EXIT_USER_MISTAKE, RunError, UserError
 
+MAX_MESSAGE = 2000  # characters
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
+_MEMORY_HINT = (
+    "out of memory; use a smaller train.batch_size or train.sequence_length, more "
+    "train.micro_batches, model.remat=full, a smaller allocation.r_max, or more devices"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Arguments that can not be parsed are a mistake like any other."""
+
+    def error(self, message):
+        hint = ""
+        if "unrecognized" in message and "=" in message:
+            hint = " Fields are written without dashes: section.field=value."
+        raise UserError(f"{message[:1].upper()}{message[1:]}.{hint} See {self.prog} --help.")
+
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """`--config FILE.py [--dry-run] [section.field=value ...]`; `--help` lists every field."""
     fields = "\n".join(
         f"  {name} ({kind}) = {value!r}" for name, kind, value in config_lib.all_fields()
     )
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=description,
         epilog=f"fields, with their types and defaults:\n{fields}",
@@ -42,17 +59,34 @@ def run_and_exit(main: Callable[[], int]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_MISTAKE
+        code = _end("error", str(error), EXIT_USER_MISTAKE)
     except RunError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        code = EXIT_FAILED
-    except (OSError, RuntimeError, ValueError) as error:
-        # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
-        traceback.print_exc()
-        print(
-            f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-            file=sys.stderr,
-        )
-        code = EXIT_FAILED
+        code = _end("failed", str(error), EXIT_FAILED)
+    except KeyboardInterrupt:
+        code = _end("failed", "interrupted before a step was taken or saved", EXIT_FAILED)
+    except Exception as error:
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+            code = _end("failed", f"{_MEMORY_HINT} ({_first_line(error)})", EXIT_FAILED)
+        else:
+            # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
+            traceback.print_exc()
+            code = _end("failed", _first_line(error), EXIT_FAILED)
     sys.exit(code)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _end(how: str, message: str, code: int) -> int:
+    print(f"{how}: {printable(message)}", file=sys.stderr)
+    return code
+
+
+def printable(message: str) -> str:
+    """One line that is safe on a terminal: messages quote file names, tensor names and rows of
+    unknown origin, which may hold line breaks or control sequences.
+    """
+    text = " ".join(message.split())
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}..."

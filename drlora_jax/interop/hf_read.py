@@ -23,7 +23,9 @@ from jax.sharding import SingleDeviceSharding
 from safetensors import SafetensorError, safe_open
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
+from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of, read_json
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table, parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
@@ -31,6 +33,8 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_para
 READABLE_DTYPES = ("F32", "BF16", "F16")
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
 HEAD = "lm_head.weight"
+# Of config.json: who wrote it and how it is to be run, not what the model is.
+UNRELATED_VALUES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
 SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
 
@@ -47,18 +51,19 @@ def find_model(path: str) -> pathlib.Path:
     """
     if path.startswith("bundled:"):
         folder = pathlib.Path(__file__).parents[1] / "bundled"
-        directory = folder / path.removeprefix("bundled:")
-        if not (directory / "config.json").is_file():
-            known = sorted(f"bundled:{file.parent.name}" for file in folder.glob("*/config.json"))
+        known = {f"bundled:{file.parent.name}": file for file in folder.glob("*/config.json")}
+        if path not in known:  # looked up, not joined: `..` cannot leave the folder
             raise UserError(
-                f"model.path={path}: the package has no such model; it has {', '.join(known)}."
+                f"model.path={path}: the package has no such model; it has "
+                f"{', '.join(sorted(known))}."
             )
+        return known[path].parent
+    directory = expand_user(path)
+    kind = kind_of(directory)
+    if kind == DIRECTORY:
         return directory
-    directory = pathlib.Path(path).expanduser()
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise UserError(f"model.path={path} is a file; give the directory that has config.json.")
+    if kind != ABSENT:
+        raise UserError(f"model.path={path} is {kind}; give the directory that has config.json.")
     near = difflib.get_close_matches(directory.name, _names_in(directory.parent), n=1)
     hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
     if path.count("/") != 1 or path.startswith((".", "/")):
@@ -67,12 +72,14 @@ def find_model(path: str) -> pathlib.Path:
 
 
 def _names_in(folder: pathlib.Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    try:
+        return [entry.name for entry in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _download(name: str, hint: str) -> pathlib.Path:
-    import huggingface_hub
-
+    huggingface_hub = load_package("huggingface_hub", f"model.path={name} is no directory; a hub")
     # Weights, configs and tokenizer files only: nothing that could be executed.
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
     try:
@@ -86,15 +93,9 @@ def _download(name: str, hint: str) -> pathlib.Path:
 
 def read_config_json(directory: pathlib.Path) -> dict:
     file = directory / "config.json"
-    if not file.is_file():
+    if kind_of(file) == ABSENT:
         raise UserError(f"{directory} has no config.json; is it a Hugging Face model directory?")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}.")
-    return values
+    return read_json(file)
 
 
 def read_model_config(directory: pathlib.Path) -> ModelConfig:
@@ -133,24 +134,26 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
     """Tensor name -> file name, as the index says; None where there is no index."""
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
+    if kind_of(index) == ABSENT:
         return None
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise UserError(
-            f"{index} is not a safetensors index: {type(error).__name__}: {error}"
-        ) from error
-    for name in sorted(names, key=str):
-        is_plain = isinstance(name, str) and pathlib.PurePath(name).name == name
+            f"{index} is not a safetensors index: it needs an object weight_map (tensor: file)."
+        )
+    for key, name in sorted(weight_map.items()):
+        # PureWindowsPath knows both slashes and drive letters.
+        is_plain = isinstance(name, str) and pathlib.PureWindowsPath(name).name == name
         if not is_plain or not name.endswith(".safetensors"):
             raise UserError(
-                f"{index}: {name!r} must be the plain name of a .safetensors file of this "
-                "directory."
+                f"{index}: {name!r} (of {key}) must be the plain name of a .safetensors file of "
+                "this directory."
             )
-        if not (directory / name).is_file():
-            raise UserError(f"{directory}: the shard {name} that the index names is missing.")
+    for name in sorted(set(weight_map.values())):
+        kind = kind_of(directory / name)
+        if kind != FILE:
+            found = "missing" if kind == ABSENT else kind
+            raise UserError(f"{directory}: the shard {name} that the index names is {found}.")
     return weight_map
 
 
@@ -180,6 +183,10 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
             else ""
         )
         raise UserError(f"{directory} has no .safetensors weights.{found}")
+    for file in files:
+        kind = kind_of(file)
+        if kind != FILE:  # a named pipe would block for ever
+            raise UserError(f"{file} must be a file with weights, but it is {kind}.")
     return files
 
 
@@ -189,17 +196,26 @@ def _open(file: pathlib.Path) -> Iterator:
         with safe_open(file, framework="numpy") as handle:
             yield handle
     except SafetensorError as error:
-        raise UserError(f"{file} is not a complete safetensors file: {error}") from error
+        raise UserError(
+            f"{file} is not a complete safetensors file: {error}; copy it again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{file} can not be read: {error}.") from error
 
 
 def fingerprint(directory: pathlib.Path) -> str:
-    """sha256 over the architecture and the sizes and bytes of the weight files.
+    """sha256 over the values of config.json and the sizes and bytes of the weight files.
 
     Of a file above 64 MiB only the header (names, shapes, dtypes), the end and evenly spaced
     samples enter, so that hundreds of gigabytes take seconds: enough to tell models apart, not to
     find a flipped bit.
     """
-    digest = hashlib.sha256(repr(read_model_config(directory)).encode())
+    values = {
+        key: value
+        for key, value in read_config_json(directory).items()
+        if key not in UNRELATED_VALUES
+    }
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in _weight_files(directory, _read_index(directory)):
         size = file.stat().st_size
         digest.update(f"{size}\n".encode())
@@ -230,6 +246,7 @@ def match_keys(
     layout = (
         "fused" if any(key.endswith("mlp.experts.gate_up_proj") for key in tensors) else "experts"
     )
+    _check_counts(config, tensors)
     table = key_table(config, layout)
     on_disk = {key for key in tensors if not key.endswith(IGNORED_SUFFIXES)}
     missing, unmapped = sorted(table.keys() - on_disk), sorted(on_disk - table.keys())
@@ -250,6 +267,15 @@ def match_keys(
             readable = ", ".join(READABLE_DTYPES)
             raise UserError(f"{key} has dtype {tensors[key].dtype}; readable are {readable}.")
     return table
+
+
+def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
+    """Before a table of every name is made: a config may claim a million layers."""
+    layers = sum(len(segment.unit) * segment.repeats for segment in config.segments)
+    if layers > len(tensors):
+        raise UserError(
+            f"config.json makes {layers} layers, but the weights have only {len(tensors)} tensors."
+        )
 
 
 def _some(names: list[str], count: int = 3) -> str:
