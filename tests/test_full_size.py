@@ -65,10 +65,44 @@ OLMOE_1B_7B_0924 = {
     "vocab_size": 50304,
 }
 
+LLAMA_2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+LLAMA_3_1_8B = LLAMA_2_7B | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+
 # config.json, parameters, tensors on disk (3 and 6 at the ends and in the norms and attention of a
 # layer, or 8 where queries and keys have norms; router and 3 an expert).
 MODELS = {
     "Mixtral-8x7B": (MIXTRAL_8X7B, 46_702_792_704, 3 + 32 * (6 + 1 + 3 * 8)),
+    "Llama-2-7B": (LLAMA_2_7B, 6_738_415_616, 3 + 32 * (6 + 3)),
+    "Llama-3.1-8B": (LLAMA_3_1_8B, 8_030_261_248, 3 + 32 * (6 + 3)),
     "OLMoE-1B-7B-0924": (OLMOE_1B_7B_0924, 6_919_161_856, 3 + 16 * (8 + 1 + 3 * 64)),
 }
 

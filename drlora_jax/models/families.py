@@ -9,7 +9,7 @@ transformers 5 holds them in memory).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import (
     AttentionConfig,
+    DenseFfnConfig,
     LayerConfig,
     ModelConfig,
     MoeConfig,
@@ -40,8 +41,8 @@ class Family:
     """Names on disk that differ between families; `{e}` is the expert."""
 
     parse: Callable[[dict], ModelConfig]
-    router: str
-    experts: dict[str, str]  # gate, up, down
+    router: str = ""
+    experts: dict[str, str] = field(default_factory=dict)  # gate, up, down
     fused_router: str = "mlp.gate.weight"
 
     def layer_keys(self, layer: LayerConfig, layout: Layout) -> dict[str, Slot]:
@@ -60,7 +61,12 @@ class Family:
         if attention.qk_norm != "none":
             for role in "qk":
                 keys[f"self_attn.{role}_norm.weight"] = Slot(("attention", f"{role}_norm", "scale"))
-        return keys | self._moe_keys(layer.ffn, layout)
+        if isinstance(layer.ffn, MoeConfig):
+            return keys | self._moe_keys(layer.ffn, layout)
+        return keys | {
+            f"mlp.{role}_proj.weight": Slot(("mlp", role, "kernel"), transpose=True)
+            for role in ("gate", "up", "down")
+        }
 
     def _moe_keys(self, moe: MoeConfig, layout: Layout) -> dict[str, Slot]:
         if layout == "fused":
@@ -117,7 +123,7 @@ COUNTS = (
     "num_experts_per_tok",
 )
 NUMBERS = ("rms_norm_eps", "rope_theta", "clip_qkv")
-SWITCHES = ("attention_bias", "norm_topk_prob", "tie_word_embeddings")
+SWITCHES = ("attention_bias", "mlp_bias", "norm_topk_prob", "tie_word_embeddings")
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
 
 
@@ -193,16 +199,65 @@ def _required(values: dict, name: str):
 
 
 def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
+    """Rotary frequencies 1 / theta ** (2i / head_dim), scaled as the config says."""
     parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
+    if kind not in ROPE_SCALINGS:
         raise UserError(
-            f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}."
+            f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}; "
+            f"supported: {', '.join(ROPE_SCALINGS)}."
         )
     _check_types({"rope_theta": parameters.get("rope_theta")})
     theta = parameters.get("rope_theta") or values.get("rope_theta") or default_theta
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    return RopeConfig(tuple((1.0 / np.float32(theta) ** exponents).astype(np.float32).tolist()))
+    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    scaled = ROPE_SCALINGS[kind](frequencies, parameters)
+    return RopeConfig(tuple(scaled.astype(np.float32).tolist()))
+
+
+def _rope_number(parameters: dict, name: str) -> float:
+    value = parameters.get(name)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        raise UserError(
+            f"config.json: rope_scaling.{name} must be a number above 0, got {value!r}."
+        )
+    return float(value)
+
+
+def _scale_linear(frequencies: np.ndarray, parameters: dict) -> np.ndarray:
+    return frequencies / np.float32(_rope_number(parameters, "factor"))
+
+
+def _scale_llama3(frequencies: np.ndarray, parameters: dict) -> np.ndarray:
+    """Long waves are divided by `factor`, short ones stay, between them a linear blend.
+
+    A wave is long when fewer than low_freq_factor of it fit into the original context.
+    """
+    factor, low, high, context = (
+        _rope_number(parameters, name)
+        for name in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+    )
+    if high <= low:
+        raise UserError(
+            f"config.json: rope_scaling.high_freq_factor ({high}) must be above low_freq_factor "
+            f"({low})."
+        )
+    waves_in_context = context * frequencies / (2 * np.pi)
+    kept = np.clip((waves_in_context - low) / (high - low), 0, 1)
+    return (1 - kept) * frequencies / factor + kept * frequencies
+
+
+ROPE_SCALINGS = {
+    "default": lambda frequencies, _: frequencies,
+    "linear": _scale_linear,
+    "llama3": _scale_llama3,
+}
 
 
 def _attention(values: dict, default_theta: float) -> AttentionConfig:
@@ -254,6 +309,14 @@ def _uniform_stack(values: dict, layer: LayerConfig) -> ModelConfig:
     )
 
 
+def _parse_llama(values: dict) -> ModelConfig:
+    _require_silu(values)
+    if values.get("mlp_bias"):
+        raise UserError("config.json: mlp_bias=true is not supported for 'llama'.")
+    ffn = DenseFfnConfig(_required(values, "intermediate_size"))
+    return _uniform_stack(values, LayerConfig(_attention(values, 1e4), ffn))
+
+
 def _parse_mixtral(values: dict) -> ModelConfig:
     _require_silu(values)
     attention = replace(_attention(values, 1e6), window=values.get("sliding_window") or None)
@@ -279,6 +342,7 @@ def _parse_olmoe(values: dict) -> ModelConfig:
 
 
 FAMILIES: dict[str, Family] = {
+    "llama": Family(parse=_parse_llama),
     "mixtral": Family(
         parse=_parse_mixtral,
         router="block_sparse_moe.gate.weight",

@@ -1,6 +1,6 @@
 """Makes the oracles under `tests/oracles/data/` with torch, transformers and peft (Python 3.11):
 
-    pip install -e '.[oracle]' && python tests/oracles/make_oracles.py
+    pip install -e '.[oracle]' && python tests/oracles/make_oracles.py [FAMILY ...]
 
 Tiny random models in which every branch acts: all 1-D tensors are random, the window is shorter
 than the text, the clip cuts, epsilon and rope theta differ from the defaults. The generator asserts
@@ -19,20 +19,21 @@ import tempfile
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, OlmoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from oracles.stored import (  # noqa: E402  (the path is set above)
     DATA,
+    DENSE_FAMILIES,
     FAMILIES,
-    LORA_CASES,
     RANK,
     SCALE,
     VARIANTS,
     VOCABULARY,
     Rows,
     copy_model,
+    lora_cases,
     make_rows,
     stored_positions,
 )
@@ -47,7 +48,6 @@ COMMON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 0.01,
     "bos_token_id": None,
@@ -59,14 +59,23 @@ CONFIGS = {
         **COMMON,
         head_dim=10,
         num_local_experts=5,
+        num_experts_per_tok=2,
         rope_parameters={"rope_type": "default", "rope_theta": 2e4},
     ),
     "olmoe": lambda: OlmoeConfig(
         **COMMON,
         num_experts=5,
+        num_experts_per_tok=2,
         clip_qkv=0.5,
         attention_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 5e3},
+    ),
+    "llama": lambda: LlamaConfig(
+        **COMMON,
+        head_dim=10,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 2e4},
     ),
 }
 # Options that must act: the logits change when they are put to these values.
@@ -75,6 +84,8 @@ OPTIONS = {
     "mixtral_window": {"sliding_window": None},
     "olmoe": {"rms_norm_eps": 1e-5, "rope_theta": 1e4, "clip_qkv": None},
     "olmoe_normalized": {"norm_topk_prob": False},
+    "llama": {"rms_norm_eps": 1e-5, "rope_theta": 1e4},
+    "llama3": {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
 }
 
 
@@ -105,7 +116,11 @@ def all_logits(model, rows: Rows) -> np.ndarray:
 
 @torch.no_grad()
 def router_margin(model, rows: Rows) -> float:
-    """Smallest distance of router logits at the cut, over layers and valid tokens."""
+    """Smallest distance of router logits at the cut, over layers and valid tokens; infinite where
+    nothing is routed.
+    """
+    if not hasattr(model.model.layers[0].mlp, "gate"):
+        return float("inf")
     margins, hooks = [], []
     valid = {"tokens": None}
 
@@ -130,7 +145,7 @@ def peft_name(key: str) -> str:
 
 
 def peft_model(directory: pathlib.Path, factors: dict[str, np.ndarray] | None = None):
-    """The model with LoRA on both expert matrices and on q and v.
+    """The model with LoRA on q and v, and on both expert matrices or on the dense FFN.
 
     An expert matrix is one 3-D parameter to peft. Of A [E * r, in] the experts' rows follow each
     other; of B [out, r * E] the expert is the fastest index. The factors of gate_up_proj lie at
@@ -138,13 +153,17 @@ def peft_model(directory: pathlib.Path, factors: dict[str, np.ndarray] | None = 
     """
     from peft import LoraConfig, get_peft_model
 
+    model = load_model(directory)
+    is_dense = model.config.model_type in DENSE_FAMILIES
+    ffn = ["gate_proj", "up_proj", "down_proj"] if is_dense else []
+    fused = [] if is_dense else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     config = LoraConfig(
         r=RANK,
         lora_alpha=RANK * SCALE,
-        target_modules=["q_proj", "v_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        target_modules=["q_proj", "v_proj", *ffn],
+        target_parameters=fused or None,
     )
-    model = get_peft_model(load_model(directory), config).eval()
+    model = get_peft_model(model, config).eval()
     trained = {
         peft_name(key): value for key, value in model.named_parameters() if value.requires_grad
     }
@@ -170,14 +189,14 @@ def random_factors(directory: pathlib.Path, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def case_factors(factors: dict[str, np.ndarray], case: str) -> dict[str, np.ndarray]:
-    """The factors of a case.
+def case_factors(factors: dict[str, np.ndarray], roles: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The factors of a case, which adapts these roles of the FFN.
 
     peft can not adapt one half of a fused matrix. With B's gate rows at zero the product is that of
     an adapter of `up` alone, and so is A's gradient: dA = B^T dW = B_gate^T dW_gate + B_up^T dW_up,
     of which the first term is zero. The gradient of B's up rows is dW_up A^T in both.
     """
-    if "gate_up" in LORA_CASES[case]:
+    if "up" not in roles or "gate" in roles:
         return factors
     changed = dict(factors)
     for key, value in factors.items():
@@ -229,7 +248,7 @@ def effect(variant: str, option: str, value, folder: pathlib.Path, rows: Rows) -
     before = all_logits(load_model(directory), rows)
     values = json.loads((directory / "config.json").read_text())
     if option == "rope_theta":
-        values["rope_parameters"]["rope_theta"] = value
+        values["rope_parameters"][option] = value
     else:
         values[option] = value
     (directory / "config.json").write_text(json.dumps(values))
@@ -241,7 +260,8 @@ def write_weights(family: str, rows: Rows, folder: pathlib.Path) -> None:
     """Both layouts of the first seed without a near-tie in any variant."""
     for seed in range(100):
         model = random_model(family, seed)
-        for layout, name in (("experts", family), ("fused", f"{family}_fused")):
+        layouts = [("experts", family), ("fused", f"{family}_fused")]
+        for layout, name in layouts[: 1 if family in DENSE_FAMILIES else 2]:
             shutil.rmtree(DATA / name, ignore_errors=True)
             model.save_pretrained(DATA / name, save_original_format=layout == "experts")
             (DATA / name / "generation_config.json").unlink(missing_ok=True)
@@ -262,7 +282,7 @@ def write_lora(family: str, rows: Rows, folder: pathlib.Path) -> None:
     directory = copy_model(family, "experts", folder / f"{family}_lora")
     for seed in range(100):
         factors = random_factors(directory, seed)
-        cases = {case: case_factors(factors, case) for case in LORA_CASES}
+        cases = {case: case_factors(factors, roles) for case, roles in lora_cases(family).items()}
         models = [peft_model(directory, in_case)[0] for in_case in cases.values()]
         margin = min(router_margin(model.base_model.model, rows) for model in models)
         if margin > MIN_MARGIN:
@@ -284,10 +304,11 @@ def main() -> None:
     DATA.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        for family in FAMILIES:
+        families = sys.argv[1:] or FAMILIES
+        for family in families:
             write_weights(family, rows, folder)
             write_lora(family, rows, folder)
-        for variant in VARIANTS:
+        for variant in (name for name, value in VARIANTS.items() if value.family in families):
             for option, value in OPTIONS[variant].items():
                 change = effect(variant, option, value, folder, rows)
                 print(f"{variant}: {option} changes logits by {change:.2f}")

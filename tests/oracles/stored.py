@@ -3,7 +3,7 @@
 Read without torch. `make_oracles.py` writes everything under `data/`:
 
     data/{family}/        a Hugging Face directory, one tensor an expert (as on the hub)
-    data/{family}_fused/  the same weights, one 3-D tensor a layer
+    data/{family}_fused/  the same weights of a MoE, one 3-D tensor a layer
     data/{variant}.npz    logits of a variant of a family at some positions of every row
     data/{family}_lora.npz  LoRA factors, loss and gradients
 
@@ -34,11 +34,33 @@ VARIANTS = {
     "mixtral_window": Variant("mixtral", {"sliding_window": 48}),
     "olmoe": Variant("olmoe", {}),
     "olmoe_normalized": Variant("olmoe", {"norm_topk_prob": True}),
+    "llama": Variant("llama", {}),
+    "llama3": Variant(
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 2e4,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+    ),
 }
 FAMILIES = tuple(dict.fromkeys(variant.family for variant in VARIANTS.values()))
+DENSE_FAMILIES = ("llama",)
+MOE_FAMILIES = tuple(family for family in FAMILIES if family not in DENSE_FAMILIES)
 
 RANK, SCALE = 4, 2.0
-LORA_CASES = {"up_down": ("up", "down"), "gate_up_down": ("gate_up", "down")}  # roles of experts
+MOE_CASES = {"up_down": ("up", "down"), "gate_up_down": ("gate_up", "down")}  # roles of experts
+DENSE_CASES = {"ffn": ("gate", "up", "down")}
+
+
+def lora_cases(family: str) -> dict[str, tuple[str, ...]]:
+    """Adapted FFN roles by case; q and v are adapted in every case."""
+    return DENSE_CASES if family in DENSE_FAMILIES else MOE_CASES
 
 
 class Rows(NamedTuple):
@@ -83,7 +105,8 @@ def stored_positions() -> np.ndarray:
 def copy_model(variant: str, layout: str, into: pathlib.Path) -> pathlib.Path:
     """A directory with the weights in a layout and the variant's config.json."""
     family, changes = VARIANTS[variant]
-    source = DATA / (family if layout == "experts" else f"{family}_fused")
+    is_fused = layout == "fused" and family in MOE_FAMILIES
+    source = DATA / (f"{family}_fused" if is_fused else family)
     into.mkdir(parents=True, exist_ok=True)
     shutil.copy(source / "model.safetensors", into)
     values = json.loads((source / "config.json").read_text(encoding="utf-8")) | changes
