@@ -154,10 +154,19 @@ def test_index_with_a_name_that_is_no_file_of_the_directory(model, name):
         check(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": []}}'])
-def test_broken_index(model, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON"),
+        ("[]", "must hold a JSON object, got list"),
+        ("{}", "is not a safetensors index"),
+        ('{"weight_map": 3}', "is not a safetensors index"),
+        ('{"weight_map": {"a": []}}', "must be the plain name"),
+    ],
+)
+def test_broken_index(model, text, message):
     (model / INDEX).write_text(text)
-    with pytest.raises(UserError, match="is not a safetensors index"):
+    with pytest.raises(UserError, match=message):
         check(model)
 
 
