@@ -87,6 +87,42 @@ def test_datasets_name(monkeypatch):
     assert rows[1] == ("owner/name[test] row 2", ROWS[1])
 
 
+def test_datasets_name_with_a_configuration(monkeypatch):
+    asked = []
+    _fake_datasets(monkeypatch, lambda *names, split: asked.append((*names, split)) or ROWS)
+    rows = list(read_rows("owner/name:main", split="test"))
+    assert asked == [("owner/name", "main", "test")]
+    assert rows[0].where == "owner/name:main[test] row 1"
+    for name in ("owner/name:", ":main"):
+        with pytest.raises(UserError, match="write NAME, or NAME:CONFIG"):
+            list(read_rows(name))
+
+
+def test_datasets_rows_that_stop_coming(monkeypatch):
+    def broken(name, split):
+        yield ROWS[0]
+        raise ConnectionError("gone")
+
+    _fake_datasets(monkeypatch, broken)
+    with pytest.raises(UserError, match="does not load: ConnectionError: gone"):
+        list(read_rows("owner/name"))
+
+
+def test_a_row_larger_than_any_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(sources, "MAX_LIST_BYTES", 300)
+    fits = _write(tmp_path, "fits.jsonl", b'{"a": "' + b"x" * 90 + b'"}\n' * 2)
+    with pytest.raises(UserError, match=r"fits.jsonl:2: not JSON"):
+        list(read_rows(fits))
+    for name in ("x.jsonl", "x.jsonl.gz"):
+        path = _write(tmp_path, name, b'{"a": 1}\n{"a": "' + b"x" * 100 + b'"}\n')
+        with pytest.raises(UserError, match=rf"{name}:2: a row of more than"):
+            list(read_rows(path))
+    path = _write(tmp_path, "x.json", json.dumps([{"a": "x" * 300}]).encode())
+    with pytest.raises(UserError, match="in one list; write it as .jsonl"):
+        list(read_rows(path))
+
+
 def test_datasets_name_without_network(monkeypatch):
     def fail(name, split):
         raise ConnectionError("no route\nlong trace")

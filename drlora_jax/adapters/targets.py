@@ -68,6 +68,7 @@ def resolve_targets(config: ModelConfig, kind: str, targets: tuple[str, ...]) ->
         paths = _match(every, kind, target)
         if not paths:
             roles = sorted({m.role for m in every if _takes_role(m, kind)})
+            roles += ["gate_up"] if _match(every, kind, "gate_up") else []
             raise UserError(
                 f"adapter.targets: {target!r} matches no weight of this {config.family} model with "
                 f"adapter.kind={kind}. Roles: {', '.join(roles)}; or a regular expression over "

@@ -10,8 +10,9 @@ def load_package(name: str, purpose: str) -> types.ModuleType:
     """Imports a package, or says which pip command gives it."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        # The reason is kept: an installed package with a broken dependency fails here as well.
+    except (ImportError, OSError) as error:
+        # The reason is kept: an installed package with a broken dependency fails here as well, and
+        # one with a broken shared library raises OSError.
         package = name.partition(".")[0]
         raise UserError(
             f"{purpose} needs the package {package} ({error}): pip install {package}"

@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of
 
 BUNDLED = pathlib.Path(__file__).parent.parent / "bundled"
+MAX_LINE_BYTES = 64 << 20  # of a row; a long book is 3 MiB
+MAX_LIST_BYTES = 1 << 30  # of a .json list, which is read as a whole
 SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
@@ -45,11 +48,14 @@ def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Ro
 def _read_one(name: str, split: str) -> Iterator[Row]:
     if name.startswith("bundled:"):
         return _read_file(name, _bundled_file(name))
-    file = pathlib.Path(name)
-    if file.is_dir():
+    file = expand_user(name)
+    kind = kind_of(file)
+    if kind == DIRECTORY:
         raise UserError(f"{name} is a directory; give one of its files: {_listing(file)}")
-    if file.exists():
+    if kind == FILE:
         return _read_file(name, file)
+    if kind != ABSENT:
+        raise UserError(f"{name} must be a file, but it is {kind}.")
     # A `datasets` name is NAME or OWNER/NAME; what cannot be one is a file that is not there.
     if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(_missing_message(file))
@@ -82,15 +88,22 @@ def _bundled_file(name: str) -> pathlib.Path:
 def _missing_message(file: pathlib.Path) -> str:
     if not file.parent.is_dir():
         return f"{file}: no such file; its folder {file.parent} does not exist either."
-    names = [each.name for each in file.parent.iterdir() if each.name.endswith(SUFFIXES)]
+    names = _names_in(file.parent)
     near = difflib.get_close_matches(file.name, names, n=1)
     if near:
         return f"{file}: no such file; did you mean {file.parent / near[0]}?"
     return f"{file}: no such file; the folder {file.parent} has {_listing(file.parent)}"
 
 
+def _names_in(folder: pathlib.Path) -> list[str]:
+    try:
+        return sorted(each.name for each in folder.iterdir() if each.name.endswith(SUFFIXES))
+    except OSError:
+        return []
+
+
 def _listing(folder: pathlib.Path) -> str:
-    names = sorted(each.name for each in folder.iterdir() if each.name.endswith(SUFFIXES))
+    names = _names_in(folder)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return (", ".join(names[:5]) or "no data files") + more + "."
 
@@ -108,8 +121,15 @@ def _reading(name: str, file: pathlib.Path):
 def _read_lines(name: str, file: pathlib.Path) -> Iterator[Row]:
     with _reading(name, file) as stream:
         # Bytes are split at \n only: str.splitlines would also cut at U+2028 inside a string.
-        for number, line in enumerate(stream, start=1):
+        # Not enumerate(stream): a line without an end would be read into memory as a whole.
+        lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
             where = f"{name}:{number}"
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(
+                    f"{where}: a row of more than {MAX_LINE_BYTES >> 20} MiB; split the document "
+                    "into several rows."
+                )
             text = _decode(line, name, first_line=number)
             if text.strip():
                 yield _row(where, _parse(text, name, first_line=number))
@@ -118,7 +138,12 @@ def _read_lines(name: str, file: pathlib.Path) -> Iterator[Row]:
 def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:
     """A list of objects; a .json file that holds JSON lines is read as such."""
     with _reading(name, file) as stream:
-        content = stream.read()
+        content = stream.read(MAX_LIST_BYTES + 1)
+    if len(content) > MAX_LIST_BYTES:
+        raise UserError(
+            f"{name} has more than {MAX_LIST_BYTES >> 20} MiB in one list; write it as .jsonl, one "
+            "object a line."
+        )
     if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         yield from _read_lines(name, file)
         return
@@ -137,22 +162,32 @@ def _read_parquet(name: str, file: pathlib.Path) -> Iterator[Row]:
                 for fields in part.to_pylist():
                     number += 1
                     yield Row(f"{name} row {number}", fields)
-    except (OSError, arrow.ArrowException) as error:
+    # ValueError: a text column that is not UTF-8.
+    except (OSError, ValueError, arrow.ArrowException) as error:
         raise UserError(f"{name} cannot be read as Parquet: {error}") from error
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Row]:
+    """A `datasets` name, with the name of a configuration where there are several: NAME:CONFIG."""
     datasets = load_package("datasets", f"{name} is not a file; reading it as a `datasets` name")
+    repository, separator, configuration = name.partition(":")
+    if not repository or bool(separator) != bool(configuration):
+        raise UserError(f"{name!r} is no `datasets` name; write NAME, or NAME:CONFIG.")
+    chosen = (repository, configuration) if configuration else (repository,)
+    where = f"{name}[{split}]"
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(*chosen, split=split)
+        for number, fields in enumerate(rows, start=1):
+            yield _row(f"{where} row {number}", fields)
+    except UserError:
+        raise
     except Exception as error:  # network, name, split: the library raises dozens of unrelated types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"{name} is no file here, and as a `datasets` name (split {split}) it does not load: "
-            f"{type(error).__name__}: {reason} Give a local file, or check name, split and network."
+            f"{type(error).__name__}: {reason} Give a local file, or check name (NAME or "
+            "NAME:CONFIG), split and network."
         ) from error
-    for number, fields in enumerate(rows, start=1):
-        yield _row(f"{name}[{split}] row {number}", fields)
 
 
 def _decode(content: bytes, name: str, *, first_line: int) -> str:

@@ -203,10 +203,12 @@ def _apply(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> s
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program in a sandbox: it may raise anything
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
         raise BadRow(
             "refused by the chat template",
-            f"the tokenizer's chat template refuses the messages: {error}",
+            f"the tokenizer's chat template refuses the messages: {kind}{error}; mend them, or set "
+            "data.template=chatml or tulu",
         ) from error
 
 
