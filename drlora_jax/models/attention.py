@@ -1,15 +1,20 @@
 """The attention block: projections, norms of queries and keys, rotary positions, packed causal
 attention.
+
+With a cache (collection `cache`, [B, G, S, H]) slot s holds position s. Several tokens a row are
+the start of a text and attend to each other; a single one attends to the cache.
 """
 
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.models.architecture import AttentionConfig
 from drlora_jax.models.layers import Projection, RmsNorm, rotate
+from drlora_jax.ops.attention import attend_cached
 
 
 class Attention(nn.Module):
@@ -19,6 +24,7 @@ class Attention(nn.Module):
     adapter: AdapterSpec
     norm_epsilon: float
     attend: Callable  # ops.attention.attend, or the same over a mesh
+    cache_length: int = 0  # slots a row; 0: no cache
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, positions_BT):
@@ -47,16 +53,38 @@ class Attention(nn.Module):
         sinks_N = None
         if config.has_sinks:
             sinks_N = self.param("sinks", nn.initializers.zeros, (config.num_heads,), self.dtype)
-        out_BTNH = self.attend(
-            q_BTNH,
-            k_BTGH,
-            v_BTGH,
-            segment_ids_BT=segment_ids_BT,
-            positions_BT=positions_BT,
-            scale=config.scale,
-            window=config.window,
-            soft_cap=config.soft_cap,
-            sinks_N=sinks_N,
-        )
+        options = {
+            "scale": config.scale,
+            "window": config.window,
+            "soft_cap": config.soft_cap,
+            "sinks_N": sinks_N,
+        }
+        if self.cache_length:
+            k_BGSH = self._cached("keys", k_BTGH, positions_BT)
+            v_BGSV = self._cached("values", v_BTGH, positions_BT)
+        if self.cache_length and x_BTD.shape[1] == 1:
+            positions_B = positions_BT[:, 0]
+            out_BTNH = attend_cached(q_BTNH[:, 0], k_BGSH, v_BGSV, positions_B, **options)
+        else:
+            out_BTNH = self.attend(
+                q_BTNH,
+                k_BTGH,
+                v_BTGH,
+                segment_ids_BT=segment_ids_BT,
+                positions_BT=positions_BT,
+                **options,
+            )
         out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1)
         return project("o", x_BTD.shape[-1], config.has_output_bias, out_BTD)
+
+    def _cached(self, name: str, new_BTGH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The cache [B, G, S, H] with the new tokens written at their positions."""
+        new_BGTH = new_BTGH.transpose(0, 2, 1, 3)
+        shape = (*new_BGTH.shape[:2], self.cache_length, new_BGTH.shape[3])
+        cache = self.variable("cache", name, jnp.zeros, shape, new_BTGH.dtype)
+
+        def write(row_GSH, new_GTH, start):
+            return jax.lax.dynamic_update_slice(row_GSH, new_GTH, (0, start, 0))
+
+        cache.value = jax.vmap(write)(cache.value, new_BGTH, positions_BT[:, 0])
+        return cache.value

@@ -4,7 +4,8 @@
     hidden_BTD, stats = model.apply({"params": params}, tokens_BT, segment_ids_BT, positions_BT)
     logits_BTV = logits(config, params, hidden_BTD)
 
-Collections: `params` (the base), `lora` (trained factors), `rank_mask` (gates of the active ranks).
+Collections: `params` (the base), `lora` (trained factors), `rank_mask` (gates of the active ranks),
+and in generation `cache` (keys and values).
 """
 
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ class DecoderOptions:
     ops: Ops = Ops()  # on one device, or over a mesh
     base_grad: bool = False  # gradients of the expert weights themselves (pretraining)
     remat: Literal["none", "full"] = "none"
+    cache_length: int = 0  # key and value slots a row for generation; 0: no cache
 
 
 class DenseFfn(nn.Module):
@@ -79,7 +81,14 @@ class Block(nn.Module):
         path = f"{self.location}/attention"
         attend = self.options.ops.attend
         attention = Attention(
-            self.layer.attention, path, dtype, adapter, epsilon, attend, name="attention"
+            self.layer.attention,
+            path,
+            dtype,
+            adapter,
+            epsilon,
+            attend,
+            self.options.cache_length,
+            name="attention",
         )
         x_BTD = x_BTD + attention(norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT)
         y_BTD, stats = norm("ffn_norm")(x_BTD), None
@@ -136,7 +145,7 @@ class Decoder(nn.Module):
         for index, segment in enumerate(config.segments):
             scanned = nn.scan(
                 unit,
-                variable_axes={"params": 0, "lora": 0, "rank_mask": 0},
+                variable_axes={"params": 0, "lora": 0, "rank_mask": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=nn.broadcast,
                 length=segment.repeats,
@@ -211,3 +220,38 @@ def split_layers(config: ModelConfig, array_L) -> dict[tuple[str, str], jax.Arra
         slices |= {(f"segment_{index}", name): part[:, i] for i, name in enumerate(layers)}
         start += size
     return slices
+
+
+def unroll(model: Decoder, variables: dict) -> tuple[Decoder, dict]:
+    """The same model with every layer a segment of its own, and its variables cut accordingly.
+
+    A scanned layer's weights are copied out of their stack at every use. That is nothing beside a
+    long row's arithmetic, but twice the memory traffic of a single token.
+    """
+    config, segments, places = model.config, [], []
+    for index, segment in enumerate(config.segments):
+        for repeat in range(segment.repeats):
+            places.append((index, repeat))
+            segments.append(replace(segment, repeats=1))
+
+    def cut(tree: dict) -> dict:
+        apart = {name: leaf for name, leaf in tree.items() if not name.startswith("segment_")}
+        for new, (index, repeat) in enumerate(places):
+            if (layers := tree.get(f"segment_{index}")) is not None:
+                part = jax.tree.map(lambda leaf, at=repeat: leaf[at : at + 1], layers)
+                apart[f"segment_{new}"] = part
+        return apart
+
+    def moved(path: str) -> list[str]:
+        old, _, rest = path.partition("/")
+        return [
+            f"segment_{new}/{rest}"
+            for new, (index, _) in enumerate(places)
+            if old == f"segment_{index}"
+        ]
+
+    adapter = model.options.adapter
+    paths = frozenset(place for path in adapter.paths for place in moved(path))
+    options = replace(model.options, adapter=replace(adapter, paths=paths))
+    unrolled = Decoder(replace(config, segments=tuple(segments)), options)
+    return unrolled, {name: cut(tree) for name, tree in variables.items()}

@@ -1,0 +1,289 @@
+"""Text from a model: prompts are read in one pass, then tokens come one a step out of a cache.
+
+    generator = Generator(load_run("runs/tiny"))
+    [answer] = generator.generate([encode_prompt(text, generator.tokenizer)], max_new_tokens=64)
+
+Rows of a batch may be of any length: each has its own position, and one compiled step serves all
+of them until the last row has ended. Cache sizes and prompt lengths are rounded up to powers of
+two, so few programs are compiled. A prompt's answer does not depend on what it is batched with.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drlora_jax.data.tokenize import pad_token
+from drlora_jax.errors import UserError
+from drlora_jax.loaded import Loaded
+from drlora_jax.models.transformer import logits, unroll
+from drlora_jax.parallel import mesh as mesh_lib
+
+SHORTEST_PROMPT, SHORTEST_CACHE = 32, 128  # smaller ones are padded to this many tokens
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn; temperature 0 takes the most likely one."""
+
+    temperature: float = 0.0
+    top_k: int | None = None  # of the k most likely tokens only
+    top_p: float | None = None  # of the smallest set with this probability only
+
+    def check(self) -> None:
+        """Raises UserError for values that mean nothing."""
+        if not self.temperature >= 0 or self.temperature == float("inf"):
+            raise UserError(f"--temperature must be 0 or more, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"--top-k must be 1 or more, got {self.top_k}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must be above 0 and at most 1, got {self.top_p}.")
+
+
+GREEDY = Sampling()
+
+
+class Generation(NamedTuple):
+    text: str  # without the stop string or end-of-text token that ended it
+    tokens: list[int]  # all that were generated, an end-of-text token included
+    finish: Literal["stop", "eos", "length"]
+
+
+class RowState(NamedTuple):
+    """What a step carries on, besides the cache."""
+
+    tokens_B: jax.Array  # i32, the newest token
+    positions_B: jax.Array  # i32, of that token
+    is_active_B: jax.Array  # bool, has not met end-of-text
+    keys_B: jax.Array  # of each row's random numbers
+
+
+class Generator:
+    """Generates with one model; compiled programs are kept between calls.
+
+    Args:
+      batch_size: rows computed at once; rounded up to the mesh's row shards.
+    """
+
+    def __init__(self, loaded: Loaded, *, batch_size: int = 8):
+        self.tokenizer = loaded.tokenizer
+        self.mesh = loaded.mesh
+        shards = int(np.prod([loaded.mesh.shape[axis] for axis in mesh_lib.ROWS]))
+        self.batch_size = -(-batch_size // shards) * shards
+        self._model, self._variables = loaded.model, loaded.variables
+        if jax.default_backend() == "cpu":
+            self._model, self._variables = unroll(loaded.model, loaded.variables)
+        self._programs: dict = {}
+        end = self.tokenizer.eos_token_id
+        self._end = -1 if end is None else end
+        self._pad = pad_token(self.tokenizer) or 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Generation]:
+        """Continues each prompt until a stop string, end-of-text or `max_new_tokens`.
+
+        Args:
+          prompts: token ids, at least one each.
+          on_text: called with (prompt index, new text) as text becomes certain.
+        """
+        sampling.check()
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}.")
+        if any(len(prompt) == 0 for prompt in prompts):
+            raise UserError("A prompt has no token; give some text.")
+        answers: dict[int, Generation] = {}
+        # Rows of similar length together: less padding in the first pass.
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            rows = [
+                _Row(self.tokenizer, stop, _tell(on_text, index), max_new_tokens, self._end)
+                for index in indices
+            ]
+            self._run(indices, [prompts[index] for index in indices], rows, sampling, seed)
+            answers |= {index: row.result() for index, row in zip(indices, rows, strict=True)}
+        return [answers[index] for index in range(len(prompts))]
+
+    def _run(self, indices, prompts, rows: "list[_Row]", sampling: Sampling, seed: int) -> None:
+        """Feeds the rows with tokens until all have ended.
+
+        Tokens are read one step late, so that the device never waits for the host.
+        """
+        limit = max(row.limit for row in rows)
+        steps = self._steps(indices, prompts, sampling, seed, limit)
+        for tokens_B in steps:
+            for row, token in zip(rows, tokens_B.tolist(), strict=False):
+                row.take(token)
+            if all(row.finish for row in rows):
+                steps.close()
+                return
+
+    def _steps(self, indices, prompts, sampling, seed, limit: int) -> Iterator[np.ndarray]:
+        longest = max(map(len, prompts))
+        width, slots = _rounded(longest, SHORTEST_PROMPT), _rounded(longest + limit, SHORTEST_CACHE)
+        first, step = self._compiled(slots, sampling)
+        tokens_BT = np.full((self.batch_size, width), self._pad, np.int32)
+        lengths_B = np.zeros(self.batch_size, np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+            lengths_B[row] = len(prompt)
+        # A row's random numbers follow from its place in the call, not in the batch.
+        places = np.zeros(self.batch_size, np.uint32)
+        places[: len(indices)] = indices
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), places)
+        rows = mesh_lib.rows(self.mesh)
+        tokens_BT, lengths_B, keys_B = jax.device_put((tokens_BT, lengths_B, keys_B), rows)
+        state, cache = first(self._variables, tokens_BT, lengths_B, keys_B)
+        for _ in range(limit - 1):
+            tokens_B = state.tokens_B
+            state, cache = step(self._variables, cache, state)
+            yield np.asarray(tokens_B)
+        yield np.asarray(state.tokens_B)
+
+    def _compiled(self, slots: int, sampling: Sampling):
+        """The first pass and the step for a cache of that many slots."""
+        if (slots, sampling) not in self._programs:
+            options = dataclasses.replace(self._model.options, cache_length=slots)
+            model = self._model.clone(options=options)
+            self._programs[slots, sampling] = (
+                jax.jit(make_first_pass(model, sampling, self._end)),
+                jax.jit(make_decode_step(model, sampling, self._end), donate_argnums=1),
+            )
+        return self._programs[slots, sampling]
+
+
+def make_first_pass(model, sampling: Sampling, end: int) -> Callable:
+    """A pure `first(variables, tokens [B, T], lengths [B], keys [B]) -> (RowState, cache)`.
+
+    Rows are padded on the right; what padding writes into the cache lies behind the row's position
+    and is written over before it can be seen.
+    """
+
+    def first(variables, tokens_BT, lengths_B, keys_B):
+        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)
+        segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
+        (hidden_BTD, _), changed = model.apply(
+            variables, tokens_BT, segments_BT, positions_BT, mutable=["cache"]
+        )
+        last_B = jnp.maximum(lengths_B - 1, 0)
+        hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
+        logits_BV = logits(model.config, variables["params"], hidden_BD)
+        tokens_B = choose_tokens(logits_BV, keys_B, last_B, sampling)
+        is_active_B = (lengths_B > 0) & (tokens_B != end)
+        return RowState(tokens_B, last_B + 1, is_active_B, keys_B), changed["cache"]
+
+    return first
+
+
+def make_decode_step(model, sampling: Sampling, end: int) -> Callable:
+    """A pure `step(variables, cache, state) -> (state, cache)`: one token for every row.
+
+    Rows that have ended repeat their last token at their last position and are routed to no expert.
+    """
+
+    def step(variables, cache, state: RowState):
+        segments_BT = state.is_active_B.astype(jnp.int32)[:, None]
+        (hidden_BTD, _), changed = model.apply(
+            variables | {"cache": cache},
+            state.tokens_B[:, None],
+            segments_BT,
+            state.positions_B[:, None],
+            mutable=["cache"],
+        )
+        logits_BV = logits(model.config, variables["params"], hidden_BTD[:, 0])
+        chosen_B = choose_tokens(logits_BV, state.keys_B, state.positions_B, sampling)
+        tokens_B = jnp.where(state.is_active_B, chosen_B, state.tokens_B)
+        positions_B = state.positions_B + state.is_active_B
+        is_active_B = state.is_active_B & (tokens_B != end)
+        return RowState(tokens_B, positions_B, is_active_B, state.keys_B), changed["cache"]
+
+    return step
+
+
+def choose_tokens(logits_BV, keys_B, positions_B, sampling: Sampling) -> jax.Array:
+    """The next token of every row, i32 [B]; a row's draw depends on its key and position only."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = restrict(logits_BV / sampling.temperature, sampling)
+    keys_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Minus infinity for the tokens that top-k and top-p exclude; top-k first, as is usual."""
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        share_BV = jax.nn.softmax(ordered_BV, axis=-1)
+        # A token stays if the more likely ones have less than top_p together: the first always.
+        before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
+        kept_BV = jnp.where(before_BV < sampling.top_p, ordered_BV, jnp.inf)
+        logits_BV = jnp.where(
+            logits_BV < jnp.min(kept_BV, axis=-1, keepdims=True), -jnp.inf, logits_BV
+        )
+    return logits_BV
+
+
+def _rounded(length: int, least: int) -> int:
+    """The next power of two, and at least `least`."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+def _tell(on_text, index: int) -> Callable[[str], None]:
+    return (lambda text: None) if on_text is None else (lambda text: on_text(index, text))
+
+
+class _Row:
+    """Tokens of one answer as they come, and when it ends."""
+
+    def __init__(self, tokenizer, stop: Sequence[str], tell, limit: int, end: int):
+        self.limit, self.finish = limit, None
+        self._tokenizer, self._stop, self._tell, self._end = tokenizer, tuple(stop), tell, end
+        self._tokens: list[int] = []
+        self._text, self._told = "", 0
+
+    def take(self, token: int) -> None:
+        if self.finish:
+            return
+        self._tokens.append(token)
+        if token == self._end:
+            self.finish = "eos"
+        elif len(self._tokens) == self.limit:
+            self.finish = "length"
+        visible = self._tokens[:-1] if self.finish == "eos" else self._tokens
+        self._text = self._tokenizer.decode(
+            visible, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        cuts = [at for text in self._stop if (at := self._text.find(text)) >= 0]
+        if cuts:
+            self._text, self.finish = self._text[: min(cuts)], "stop"
+        self._tell_certain()
+
+    def _tell_certain(self) -> None:
+        """Tells what later tokens can not change: no half character, no start of a stop string."""
+        certain = len(self._text)
+        if not self.finish:
+            certain -= len(self._text) - len(self._text.rstrip("\ufffd"))
+            for text in self._stop:
+                for size in range(min(len(text) - 1, len(self._text)), 0, -1):
+                    if self._text.endswith(text[:size]):
+                        certain = min(certain, len(self._text) - size)
+                        break
+        if certain > self._told:
+            self._tell(self._text[self._told : certain])
+            self._told = certain
+
+    def result(self) -> Generation:
+        return Generation(self._text, self._tokens, self.finish)
