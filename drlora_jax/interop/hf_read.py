@@ -118,7 +118,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     weight_map = _read_index(directory)
     for file in _weight_files(directory, weight_map):
-        with _open(file) as handle:
+        with open_weights(file) as handle:
             for key in handle.keys():
                 if key in tensors:
                     raise UserError(
@@ -191,7 +191,7 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
 
 
 @contextlib.contextmanager
-def _open(file: pathlib.Path) -> Iterator:
+def open_weights(file: pathlib.Path) -> Iterator:
     try:
         with safe_open(file, framework="numpy") as handle:
             yield handle
@@ -330,7 +330,7 @@ def load_params(config: ModelConfig, directory: pathlib.Path, abstract: dict) ->
         pieces.setdefault(slot.path, {}).setdefault(layer, []).append((key, slot))
     with contextlib.ExitStack() as stack:
         handles = {
-            file: stack.enter_context(_open(file))
+            file: stack.enter_context(open_weights(file))
             for file in {info.file for info in tensors.values()}
         }
 
@@ -380,11 +380,18 @@ def _fill(host: np.ndarray, entries: list[tuple[str, Slot]], read, *, skip: int)
     index).
     """
     for key, slot in entries:
-        value = read(key)
-        if slot.transpose:
-            value = np.swapaxes(value, -1, -2)
-        target = host[slot.index[skip:]]
-        if slot.half is not None:
-            width = target.shape[-1] // 2
-            target = target[..., slot.half * width : (slot.half + 1) * width]
-        target[...] = value.astype(host.dtype)
+        target = disk_view(host, slot, skip=skip)
+        target[...] = read(key).astype(host.dtype)
+
+
+def disk_view(leaf: np.ndarray, slot: Slot, *, skip: int = 0) -> np.ndarray:
+    """The part of a leaf that a tensor on disk holds, in the orientation of the disk; a view.
+
+    Args:
+      skip: leading axes of the parameter tree's leaf that `leaf` has not (1: it is of one layer).
+    """
+    part = leaf[slot.index[skip:]]
+    if slot.half is not None:
+        width = part.shape[-1] // 2
+        part = part[..., slot.half * width : (slot.half + 1) * width]
+    return np.swapaxes(part, -1, -2) if slot.transpose else part

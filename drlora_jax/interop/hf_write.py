@@ -8,9 +8,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.errors import UserError
-from drlora_jax.interop.hf_read import leaf_at
+from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.models.families import Slot, key_table
+from drlora_jax.models.families import key_table
 
 WEIGHTS = "model.safetensors"
 
@@ -25,18 +25,10 @@ def write_model(
         raise UserError(f"{directory} has weights of another model ({others[0]}); give a new one.")
     host = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
     tensors = {
-        key: _take(leaf_at(host, slot.path), slot)
+        key: np.ascontiguousarray(disk_view(leaf_at(host, slot.path), slot))
         for key, slot in key_table(config, "experts").items()
     }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     values = {key: value for key, value in config_json.items() if key != "torch_dtype"}
     values |= {"dtype": np.dtype(dtype).name, "tie_word_embeddings": config.tie_embeddings}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _take(leaf: np.ndarray, slot: Slot) -> np.ndarray:
-    value = leaf[slot.index]
-    if slot.half is not None:
-        width = value.shape[-1] // 2
-        value = value[..., slot.half * width : (slot.half + 1) * width]
-    return np.ascontiguousarray(np.swapaxes(value, -1, -2) if slot.transpose else value)
