@@ -64,6 +64,7 @@ class RunSection(_Section):
     log_every: int = 10  # steps
     checkpoint_every: int = 100  # steps; evaluations, the last step and SIGTERM save as well
     keep_last: int = 2  # newest checkpoints kept, besides the best by eval loss
+    tensorboard: bool = False  # also write the logs for TensorBoard, in run.dir/tensorboard
 
     def check(self):
         _require(bool(self.dir), "run.dir must name a directory, got an empty string.")
@@ -87,7 +88,7 @@ class ModelSection(_Section):
 class DataSection(_Section):
     path: tuple[
         str, ...
-    ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` name
+    ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` NAME[:CONFIG]
     eval_path: tuple[str, ...] = ()
     split: str = "train"  # of a `datasets` name
     eval_split: str = "validation"

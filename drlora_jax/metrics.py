@@ -1,13 +1,21 @@
-"""What a run shows while it goes: a progress bar on a terminal, plain lines otherwise; and the rate
-it runs at.
+"""What a run shows while it goes, and what it measures about itself: rate and memory.
+
+On a terminal a progress bar, the newest figures and the map of ranks stay at the bottom while
+events and evaluations scroll by above them. Anywhere else everything is one plain line.
 """
 
+import pathlib
 import sys
 import time
 
 import jax
 import numpy as np
-from tqdm import tqdm
+import rich.progress
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from drlora_jax.terminal import MAX_ROWS, heat_map
 
 # bf16 matrix peak of one device in FLOP/s, by the start of its kind; unknown devices log no MFU.
 PEAK_FLOPS = {
@@ -29,6 +37,34 @@ def peak_flops(devices: int) -> float | None:
         if kind.startswith(name):
             return peak * devices
     return None
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes since the start: of this process, and of its fullest device if that is known."""
+    memory = {}
+    host = _host_peak()
+    if host is not None:
+        memory["host_peak_bytes"] = host
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    if peaks:
+        memory["device_peak_bytes"] = max(peaks)
+    return memory
+
+
+def _host_peak() -> int | None:
+    status = pathlib.Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: after a fork that counts the parent's memory, too.
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Throughput:
@@ -60,40 +96,83 @@ class Throughput:
 
 
 class Progress:
-    """Shows steps; `note` prints a line that stays."""
+    """Shows steps; `note` prints a line that stays. A context: on the way out the terminal is put
+    back in order, however the run ended.
+    """
 
-    def __init__(self, total: int, done: int):
-        is_terminal = sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
-            if is_terminal
-            else None
-        )
+    def __init__(self, total: int, done: int, console: Console | None = None):
+        # Told explicitly, because FORCE_COLOR would make rich draw into a file or a pipe.
+        self._console = console or Console(force_terminal=sys.stdout.isatty(), highlight=False)
         self._total = total
+        self._map: tuple | None = None
+        self._live = None
+        if self._console.is_interactive:
+            self._bar = rich.progress.Progress(
+                rich.progress.BarColumn(bar_width=40),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._row = Text(no_wrap=True)
+            self._live = Live(self._view(), console=self._console, refresh_per_second=2)
+            self._live.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
 
     def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        if self._live is not None:
+            self._bar.advance(self._task)
 
     def show(self, row: dict) -> None:
-        parts = [f"loss {row['loss']:.4f}"] if "loss" in row else []
-        parts += [f"eval {row['eval_loss']:.4f}"] if "eval_loss" in row else []
-        parts += [f"{row['tokens_per_second']:,.0f} tok/s"] if "tokens_per_second" in row else []
-        parts += [f"mfu {row['mfu']:.1%}"] if row.get("mfu") else []
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(parts))
-        if self._bar is None or "eval_loss" in row:
-            self.note(f"step {row['step']}/{self._total}  {'  '.join(parts)}")
+        """A row of metrics.jsonl."""
+        figures = "  ".join(_figures(row))
+        if self._live is not None:
+            self._row = Text(figures, no_wrap=True)
+            self._live.update(self._view())
+        if self._live is None or "eval_loss" in row:
+            self.note(f"step {row['step']}/{self._total}  {figures}")
+
+    def show_ranks(self, ranks_LE: np.ndarray, max_rank: int, layers: tuple[int, ...]) -> None:
+        """The map at the bottom; nothing where the output is not a terminal."""
+        if self._live is not None and ranks_LE.size:
+            self._map = (ranks_LE.copy(), max_rank, layers)
+            self._live.update(self._view())
 
     def note(self, text: str) -> None:
-        if self._bar is None:
+        if self._live is None:
             print(text, flush=True)
         else:
-            self._bar.write(text)
+            self._console.print(Text(text))
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._live is not None:
+            self._live.update(self._view(), refresh=True)
+            self._live.stop()
+            self._live = None
+
+    def _view(self) -> Group:
+        console, parts = self._console, []
+        if self._map is not None:
+            rows = max(min(MAX_ROWS, console.height - 5), 2)
+            has_colour = console.color_system is not None and not console.no_color
+            shape = {"width": console.width, "max_rows": rows, "has_colour": has_colour}
+            parts = [Text(), heat_map(*self._map, **shape), Text()]
+        return Group(*parts, self._bar, self._row)
+
+
+def _figures(row: dict) -> list[str]:
+    parts = [f"loss {row['loss']:.4f}"] if "loss" in row else []
+    parts += [f"eval {row['eval_loss']:.4f}"] if "eval_loss" in row else []
+    parts += [f"{row['tokens_per_second']:,.0f} tok/s"] if "tokens_per_second" in row else []
+    parts += [f"mfu {row['mfu']:.1%}"] if row.get("mfu") else []
+    return parts
 
 
 def describe_ranks(step: int, before_LE: np.ndarray, ranks_LE: np.ndarray) -> str:

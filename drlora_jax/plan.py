@@ -5,6 +5,7 @@ against.
 import jax
 
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
+from drlora_jax.units import format_bytes
 
 
 def active_parameters(config: ModelConfig) -> int:
@@ -41,17 +42,17 @@ def memory_lines(params, state, compiled) -> list[str]:
     """Bytes on one device: base, adapters, moments, and what the compiled step needs besides."""
     lora, moments = _bytes(state.lora), _bytes(state.opt_state)
     lines = [
-        f"memory      base {_size(_bytes(params))}, factors {_size(lora)}, moments "
-        f"{_size(moments)}, "
-        f"masks and statistics {_size(_bytes((state.mask_LER, state.stats)))}"
+        f"memory      base {format_bytes(_bytes(params))}, factors {format_bytes(lora)}, moments "
+        f"{format_bytes(moments)}, "
+        f"masks and statistics {format_bytes(_bytes((state.mask_LER, state.stats)))}"
     ]
     analysis = compiled.memory_analysis()
     if analysis is not None:
         peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
         peak += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
         lines.append(
-            f"            the compiled step adds {_size(analysis.temp_size_in_bytes)}; "
-            f"{_size(peak)} in all on each device"
+            f"            the compiled step adds {format_bytes(analysis.temp_size_in_bytes)}; "
+            f"{format_bytes(peak)} in all on each device"
         )
     return lines
 
@@ -66,11 +67,3 @@ def _bytes(tree) -> int:
             size *= dimension
         total += size
     return total
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.2f} GiB"

@@ -5,15 +5,20 @@ they are cut back to the restored step, so that a resumed run leaves the same li
 uninterrupted one.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 
 import drlora_jax
 from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.errors import RunError, UserError
+from drlora_jax.files import ABSENT, DIRECTORY, expand_user, kind_of, read_json
+from drlora_jax.run_lock import LOCK_NAME, hold_lock
+from drlora_jax.sinks import Sink
 
 # What may change between the runs of one directory: where things are and how fast, not what is
 # learned.
@@ -24,37 +29,44 @@ MAY_CHANGE = {
     "run.dir",
     "run.log_every",
     "run.checkpoint_every",
+    "run.tensorboard",
 }
 MAY_CHANGE |= {"run.keep_last", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor"}
 
 
 class RunDirectory:
     def __init__(self, path: str):
-        self.path = pathlib.Path(path)
+        self.path = expand_user(path)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.ranks_file = self.path / "ranks.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.sinks: list[Sink] = []  # get copies of the rows
 
     def stored(self) -> dict | None:
         """The content of config.json, if a run was created here."""
-        if not self.config_file.is_file():
-            if self.path.is_dir() and any(file.suffix != ".tmp" for file in self.path.iterdir()):
+        kind = kind_of(self.path)
+        if kind not in (ABSENT, DIRECTORY):
+            raise UserError(f"run.dir={self.path} is {kind}; give a directory, or a new name.")
+        if kind_of(self.config_file) == ABSENT:
+            if kind == DIRECTORY and any(not _is_leftover(file) for file in self.path.iterdir()):
                 raise UserError(
                     f"run.dir={self.path} holds other files and no config.json; give a new "
                     f"directory."
                 )
             return None
         try:
-            stored = json.loads(self.config_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            message = f"{self.config_file} can not be read: {error}. Give a new run.dir."
-            raise UserError(message) from error
-        needed = {"config", "base_fingerprint", "data_fingerprint", "schedule_steps"}
-        if not isinstance(stored, dict) or not needed <= stored.keys():
+            stored = read_json(self.config_file)
+        except UserError as error:
+            raise UserError(f"{error} Mend it, or give a new run.dir.") from error
+        if not _is_run(stored):
             raise UserError(f"run.dir={self.path} is not a run directory; give a new one.")
         # A run that was ended before its first checkpoint has nothing to be continued with.
         return stored if self.has_checkpoint() else None
+
+    def locked(self) -> contextlib.AbstractContextManager:
+        """For whoever writes here: refuses while another live process does."""
+        return hold_lock(self.path)
 
     def has_checkpoint(self) -> bool:
         names = [entry.name for entry in self.checkpoints.glob("*")]
@@ -83,17 +95,34 @@ class RunDirectory:
                     "rows; give the same or a new run.dir."
                 )
 
-    def create(self, config: TrainConfig, origin: dict[str, str], schedule_steps: int) -> None:
-        """Writes config.json; `schedule_steps` fixes the growth schedule for good."""
+    def create(
+        self,
+        config: TrainConfig,
+        origin: dict[str, str],
+        schedule_steps: int,
+        made_with: dict | None = None,
+    ) -> None:
+        """Writes config.json; `schedule_steps` fixes the growth schedule for good, `made_with` is
+        for the record.
+        """
         values = {
             "config": to_dict(config),
             **origin,
             "schedule_steps": schedule_steps,
             "version": drlora_jax.__version__,
+            **(made_with or {}),
         }
+        if self.has_checkpoint():  # made after we had looked
+            raise UserError(
+                f"run.dir={self.path} was started by another process meanwhile; the same command "
+                "goes on from its checkpoint."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            _write_atomically(self.config_file, json.dumps(values, indent=2) + "\n")
+            text = json.dumps(values, indent=2) + "\n"
+            # A list of numbers is one line; a line end is never inside a JSON string.
+            text = re.sub(r"\[\n[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
+            _write_atomically(self.config_file, text)
         except OSError as error:
             raise UserError(f"run.dir={self.path} can not be written: {error.strerror}.") from error
 
@@ -101,25 +130,59 @@ class RunDirectory:
         """Drops the lines of both logs that are later than `step`; all of them for a start at 0."""
         last = step if step else -1
         for file in (self.metrics_file, self.ranks_file):
-            if file.is_file():
-                lines = file.read_text(encoding="utf-8").splitlines()
+            if kind_of(file) == ABSENT:
+                continue
+            try:
+                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _is_kept(line, last)]
                 _write_atomically(file, "".join(line + "\n" for line in kept))
+            except OSError as error:
+                message = f"{file} can not be cut back to step {step}: {error.strerror}."
+                raise RunError(message) from error
 
     def log_metrics(self, values: dict) -> None:
         _append(self.metrics_file, values)
+        for sink in self.sinks:
+            sink.metrics(values)
 
     def log_ranks(
-        self, step: int, layers, ranks_LE: np.ndarray, saliency_LE: np.ndarray, budget: int
+        self,
+        step: int,
+        layers,
+        ranks_LE: np.ndarray,
+        saliency_LE: np.ndarray,
+        budget: int,
+        more: dict | None = None,
     ) -> None:
+        """A row of ranks.jsonl; `more` is added to it as it stands."""
         values = {
             "step": step,
             "layers": list(layers),
             "ranks": ranks_LE.tolist(),
             "saliency": [[float(f"{value:.6g}") for value in row] for row in saliency_LE],
             "budget": budget,
+            **(more or {}),
         }
         _append(self.ranks_file, values)
+        for sink in self.sinks:
+            sink.ranks(values)
+
+
+def _is_leftover(file: pathlib.Path) -> bool:
+    """Of a run that was killed before it wrote its config."""
+    return file.suffix == ".tmp" or file.name == LOCK_NAME
+
+
+def _is_run(stored: dict) -> bool:
+    config, steps = stored.get("config"), stored.get("schedule_steps")
+    fingerprints = (stored.get("base_fingerprint"), stored.get("data_fingerprint"))
+    return (
+        isinstance(config, dict)
+        and all(isinstance(fields, dict) for fields in config.values())
+        and all(isinstance(value, str) for value in fingerprints)
+        and isinstance(steps, int)
+        and steps > 0
+    )
 
 
 def _flat(config: dict) -> dict:
@@ -130,7 +193,8 @@ def _flat(config: dict) -> dict:
 def _is_kept(line: str, step: int) -> bool:
     try:
         return json.loads(line)["step"] <= step
-    except (ValueError, KeyError):  # the line that a kill cut short
+    # The line that a kill cut short, or one that was never ours.
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -144,5 +208,10 @@ def _append(file: pathlib.Path, values: dict) -> None:
 
 def _write_atomically(file: pathlib.Path, text: str) -> None:
     draft = file.with_suffix(file.suffix + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # half a file on a full disk helps nobody
+        raise

@@ -297,10 +297,14 @@ def make_train_step(
             "loss": jnp.sum(terms_M.nll) / targets,
             "auxiliary_loss": jnp.sum(terms_M.auxiliary * shares_M),
             "grad_norm": optax.tree.norm(grads),
-            "weight_LE": None
-            if measured is None
-            else jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M),
+            "weight_LE": None,
+            "load_LE": None,
         }
+        if measured is not None:
+            count_LE = jnp.sum(measured.count_MLE, axis=0)
+            metrics["weight_LE"] = jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M)
+            choices_L1 = jnp.sum(count_LE, axis=1, keepdims=True)
+            metrics["load_LE"] = count_LE / jnp.maximum(choices_L1, 1.0)
         new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats)
         return new_state, metrics
 

@@ -24,13 +24,16 @@ from drlora_jax.config import load_config
 from drlora_jax.data.loader import count_tokens, split_micro_batches
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
-from drlora_jax.metrics import Progress, Throughput, describe_ranks
+from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.plan import flops_per_token, memory_lines
 from drlora_jax.prepare import Job, prepare
+from drlora_jax.provenance import made_with
+from drlora_jax.reporting.writer import ReportWriter
+from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import (
     AuxiliaryWeights,
     StepOptions,
@@ -44,6 +47,7 @@ from drlora_jax.step import (
 def main(argv=None) -> int:
     args = cli.parse_arguments("python -m drlora_jax.train", __doc__, argv)
     job = prepare(load_config(args.config, args.overrides))
+    check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
     run = build(job)
     if args.dry_run:
@@ -183,9 +187,15 @@ class Position(NamedTuple):
 
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
+    with run.job.run_dir.locked():
+        return _train(run)
+
+
+def _train(run: Run) -> int:
     job, config = run.job, run.job.config
     if job.is_new:
-        job.run_dir.create(config, job.origin, job.schedule_steps)
+        facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
+        job.run_dir.create(config, job.origin, job.schedule_steps, facts)
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
     done = checkpoints.latest_step() or 0
     if done >= job.total_steps:
@@ -200,10 +210,13 @@ def train(run: Run) -> int:
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
         params = load_params(job.model_config, job.directory, run.abstract_params)
         position = restore(run, checkpoints, done) if done else start(run)
-        try:
-            return _loop(run, compiled, params, position, checkpoints, stop)
-        finally:
-            checkpoints.close()
+        job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
+        with ReportWriter(job.run_dir.path) as report, Progress(job.total_steps, done) as progress:
+            try:
+                return _loop(run, compiled, params, position, checkpoints, stop, report, progress)
+            finally:
+                for each in (*job.run_dir.sinks, checkpoints):
+                    each.close()
 
 
 @contextlib.contextmanager
@@ -263,10 +276,12 @@ def _place_mask(run: Run, capacity: CapacityState):
     return jax.device_put(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
-def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: list[int]) -> int:
+def _loop(
+    run: Run, compiled, params, position: Position, checkpoints, stop, report, progress
+) -> int:
     job, section = run.job, run.job.config.train
     step = int(position.state.step)
-    progress = Progress(job.total_steps, step)
+    _show_ranks(run, position, progress)
     meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
     rows = mesh_lib.rows(run.mesh, leading=1)
     if step == 0 and job.eval_batches and not stop:
@@ -286,13 +301,14 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
         if any(due) or stop:
             _require_finite(run, step, metrics)
         if due.event:
-            before, position = position, grow(run, position, step)
+            before, position = position, grow(run, position, step, _routing(metrics))
             progress.note(
                 describe_ranks(step, before.capacity.ranks_LE, position.capacity.ranks_LE)
             )
+            _show_ranks(run, position, progress)
         eval_loss = None
         if due.row:
-            row = _metrics_row(run, step, position, metrics) | meter.take()
+            row = _metrics_row(run, step, position, metrics) | meter.take() | peak_memory()
             meter.pause()
             if due.evaluation:
                 eval_loss = evaluate(run, params, position.state)
@@ -304,6 +320,7 @@ def _loop(run: Run, compiled, params, position: Position, checkpoints, stop: lis
             jax.block_until_ready(position.state.step)  # so that the wait is not counted as saving
             meter.pause()
             save(run, checkpoints, position, step, eval_loss)
+            report.request()
             meter.resume()
     progress.close()
     if step == job.total_steps:
@@ -351,19 +368,32 @@ def _require_finite(run: Run, step: int, metrics: dict) -> None:
 
 
 def _routing(metrics: dict) -> dict:
-    """Mean combine weight by layer and expert, for MoE models."""
-    if metrics["weight_LE"] is None:
-        return {}
-    return {"routing_weight": np.asarray(metrics["weight_LE"]).round(5).tolist()}
+    """By layer and expert, of this step's tokens: share of the choices (a layer sums to 1) and mean
+    combine weight. Nothing for a dense model.
+    """
+    names = {"routing_load": "load_LE", "routing_weight": "weight_LE"}
+    found = {name: metrics[key] for name, key in names.items() if metrics[key] is not None}
+    return {name: np.asarray(value, np.float64).round(5).tolist() for name, value in found.items()}
 
 
-def grow(run: Run, position: Position, step: int) -> Position:
+def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
+    if run.job.policy.last_event:  # ranks that never change need no map
+        layers, max_rank = run.job.model_config.moe_layers, run.job.adapter.max_rank
+        progress.show_ranks(position.capacity.ranks_LE, max_rank, layers)
+
+
+def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
     """A growth event: statistics to the host, new ranks, new mask values back."""
     job, state = run.job, position.state
     stats = jax.device_get(state.stats)
     capacity, stats, event = job.policy.update(position.capacity, stats, step)
     job.run_dir.log_ranks(
-        step, job.model_config.moe_layers, capacity.ranks_LE, event.saliency_LE, job.policy.budget
+        step,
+        job.model_config.moe_layers,
+        capacity.ranks_LE,
+        event.saliency_LE,
+        job.policy.budget,
+        routing,
     )
     stats = jax.device_put(stats, _shardings(run.abstract_state.stats))
     state = state._replace(mask_LER=_place_mask(run, capacity), stats=stats)

@@ -14,6 +14,7 @@ from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
 from drlora_jax.prepare import prepare
 from drlora_jax.run_dir import RunDirectory
 
+NOT_LEARNED = {"tokens_per_second", "host_peak_bytes"}  # in the log, but of the machine
 STOP_AFTER = 5  # between the growth events after steps 3 and 7; 12 steps in all
 
 
@@ -57,11 +58,11 @@ def start_run(built, monkeypatch):
 
 def read_log(folder, name, file):
     rows = [json.loads(line) for line in (folder / name / file).read_text().splitlines()]
-    return [{key: row[key] for key in row if key != "tokens_per_second"} for row in rows]
+    return [{key: row[key] for key in row if key not in NOT_LEARNED} for row in rows]
 
 
 def read_all(folder, name):
-    """Losses, norms, tokens and ranks of a run: everything but how fast it was."""
+    """Losses, norms, tokens and ranks of a run: everything but how fast and large it was."""
     return read_log(folder, name, "metrics.jsonl"), read_log(folder, name, "ranks.jsonl")
 
 

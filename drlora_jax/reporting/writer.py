@@ -1,0 +1,49 @@
+"""Rewrites a run's report while it trains, without making its steps wait."""
+
+import pathlib
+import sys
+import threading
+
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.reporting.page import write_report
+
+
+class ReportWriter:
+    """A thread that writes `report.html` when asked; what is asked while it writes is written once,
+    after that. A context: on the way out the last request is finished.
+
+    A report that can not be written never ends a run: it is said once, on standard error.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+        self._wanted, self._ended, self._has_failed = threading.Event(), False, False
+        self._thread = threading.Thread(target=self._work, name="report", daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended = True
+        self._wanted.set()
+        self._thread.join()
+
+    def request(self) -> None:
+        self._wanted.set()
+
+    def _work(self) -> None:
+        is_last = False
+        while not is_last:
+            self._wanted.wait()
+            self._wanted.clear()
+            is_last = self._ended  # read before writing: what comes later is written once more
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_report([self._directory], self._directory / "report.html")
+        except (OSError, UserError, RunError) as error:
+            if not self._has_failed:
+                print(f"the report could not be written: {error}", file=sys.stderr, flush=True)
+            self._has_failed = True
