@@ -1,0 +1,111 @@
+"""One process at a time writes a run directory.
+
+The lock is the kernel's (`flock`), so it ends with its process, however that ends. The file says
+who holds it, for the message. Where the file system has no locks, that content decides instead: a
+process that is alive on this host holds the directory, anything else is a leftover. Reading a run
+directory needs no lock.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+from drlora_jax.errors import UserError
+
+LOCK_NAME = "run.lock"
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def hold_lock(directory: pathlib.Path) -> Iterator[None]:
+    """Holds the directory's lock; refuses if another live process does, or if it can not be
+    written.
+    """
+    file = directory / LOCK_NAME
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(file, directory)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
+    except OSError as error:
+        raise UserError(
+            f"run.dir={directory} can not be written: {error.strerror}; give another run.dir."
+        ) from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before it is released: nobody can hold a file that is gone
+        os.close(descriptor)
+
+
+def _acquire(file: pathlib.Path, directory: pathlib.Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o644)
+        try:
+            _lock(descriptor, directory)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(file), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)  # its last holder removed the file between our two calls: once more
+
+
+def _lock(descriptor: int, directory: pathlib.Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    except BlockingIOError:
+        owner = _owner(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        owner = _owner(descriptor)
+        if not _is_alive_here(owner):
+            return
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    raise UserError(
+        f"run.dir={directory} is in use by {who}; wait for it or stop it, or give another run.dir."
+    )
+
+
+def _own() -> dict:
+    pid = os.getpid()
+    return {"pid": pid, "host": socket.gethostname(), "started": _start_time(pid)}
+
+
+def _owner(descriptor: int) -> dict:
+    """What the file says; empty where it says nothing, as in the moment before it is written."""
+    try:
+        values = json.loads(os.pread(descriptor, 4096, 0))
+        return values if {"pid", "host", "started"} <= values.keys() else {}
+    except (ValueError, AttributeError):
+        return {}
+
+
+def _is_alive_here(owner: dict) -> bool:
+    """Whether that very process runs on this host: a number alone may have been given out again."""
+    if owner.get("host") != socket.gethostname() or not isinstance(owner["pid"], int):
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return owner["started"] == _start_time(owner["pid"])
+
+
+def _start_time(pid: int) -> str:
+    """When a process started, in the kernel's clock; empty where the system does not say."""
+    try:
+        stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
