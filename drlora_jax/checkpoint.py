@@ -9,6 +9,7 @@ killed run leaves the previous one.
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,11 +32,18 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep_last), best]),
-            cleanup_tmp_directories=True,
-        )
+        self._directory = directory
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                directory.absolute(),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep_last), best]
+                ),
+                cleanup_tmp_directories=True,
+            )
+        except WRITE_ERRORS as error:
+            message = f"The checkpoints in {directory} can not be looked at: {_reason(error)}"
+            raise RunError(message) from error
 
     def latest_step(self) -> int | None:
         latest = self._checkpointer.latest
@@ -57,23 +65,35 @@ class Checkpoints:
             )
         except WRITE_ERRORS as error:
             raise RunError(
-                f"The checkpoint of step {step} could not be written: {error}"
+                f"The checkpoint of step {step} could not be written: {_reason(error)}"
             ) from error
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict]:
+    def restore(self, step: int, abstract: Any, host_names: Sequence[str] = ()) -> tuple[Any, dict]:
         """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
-        values.
+        values, of which `host_names` must be there.
         """
-        metadata = self._checkpointer.metadata(step)
-        _check_leaves(step, metadata.metadata, abstract)
-        return self._checkpointer.load(step, abstract), metadata.custom_metadata
+        try:
+            metadata = self._checkpointer.metadata(step)
+            if metadata.metadata is None:
+                raise RunError(_damaged(self._directory, step, "its arrays can not be read"))
+            _check_leaves(step, metadata.metadata, abstract)
+            host = metadata.custom_metadata or {}
+            for name in host_names:
+                if name not in host:
+                    raise RunError(_damaged(self._directory, step, f"it has no {name!r}"))
+            return self._checkpointer.load(step, abstract), host
+        except RunError:
+            raise
+        except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
+            raise RunError(_damaged(self._directory, step, _reason(error))) from error
 
     def close(self) -> None:
         """Waits for saves in flight and reports their failure."""
         try:
             self._checkpointer.close()
         except WRITE_ERRORS as error:
-            raise RunError(f"The last checkpoint could not be written: {error}") from error
+            message = f"The last checkpoint could not be written: {_reason(error)}"
+            raise RunError(message) from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -137,6 +157,19 @@ def _check_leaves(step: int, saved: Any, abstract: Any) -> None:
                 f"Checkpoint {step}: {_name(path)} is {found.get(_name(path))}, this run needs "
                 f"{expected}."
             )
+
+
+def _damaged(directory: pathlib.Path, step: int, reason: str) -> str:
+    return (
+        f"Checkpoint {step} of {directory} is damaged or not whole: {reason}. Put it back from a "
+        f"copy, or delete {directory / str(step)} to go on from the checkpoint before it."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line, without the specification that TensorStore puts behind it."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first.partition(" [tensorstore")[0].rstrip(". ")
 
 
 def _name(path) -> str:

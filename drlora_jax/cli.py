@@ -1,6 +1,7 @@
 """What the entry points share: arguments, and how mistakes and failures end a process."""
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -56,6 +57,9 @@ def run_and_exit(main: Callable[[], int]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # transformers is used for tokenizers; it need not say that torch is absent.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # What Orbax logs when it fails comes to us as an error with the same reason.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         code = main()
     except UserError as error:

@@ -57,6 +57,12 @@ def memory_lines(params, state, compiled) -> list[str]:
     return lines
 
 
+def checkpoint_bytes(state) -> int:
+    """Of one checkpoint: what is trained, its moments and the policy's statistics."""
+    leaves = jax.tree.leaves((state.lora, state.opt_state, state.stats))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 def _bytes(tree) -> int:
     """On one device: what its shard of every leaf takes."""
     total = 0

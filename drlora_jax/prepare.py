@@ -52,6 +52,7 @@ def prepare(config: TrainConfig) -> Job:
     """Reads and checks everything a run needs; raises UserError for what the user can mend."""
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
+    devices = _device_count()
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -59,7 +60,7 @@ def prepare(config: TrainConfig) -> Job:
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model_config.vocab_size)
     adapter = make_adapter(config, model_config)
-    sizes = resolve_sizes(config.mesh, jax.device_count())
+    sizes = resolve_sizes(config.mesh, devices)
     check_mesh(config, model_config, sizes)
 
     loader, heldout, data_lines = _read_data(config, tokenizer)
@@ -98,6 +99,18 @@ def prepare(config: TrainConfig) -> Job:
         schedule_steps=schedule_steps,
         lines=lines,
     )
+
+
+def _device_count() -> int:
+    try:
+        return jax.device_count()
+    # JAX_PLATFORMS names what is not here, or a device is broken.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["no backend starts"])[0]
+        raise UserError(
+            f"jax finds no device ({reason}); check JAX_PLATFORMS (got "
+            f"{jax.config.jax_platforms!r}), the drivers, and that jax was installed for them."
+        ) from error
 
 
 def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:

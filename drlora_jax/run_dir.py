@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from drlora_jax.errors import RunError, UserError
 from drlora_jax.files import ABSENT, DIRECTORY, expand_user, kind_of, read_json
 from drlora_jax.run_lock import LOCK_NAME, hold_lock
 from drlora_jax.sinks import Sink
+from drlora_jax.units import format_bytes
 
 # What may change between the runs of one directory: where things are and how fast, not what is
 # learned.
@@ -61,8 +63,30 @@ class RunDirectory:
             raise UserError(f"{error} Mend it, or give a new run.dir.") from error
         if not _is_run(stored):
             raise UserError(f"run.dir={self.path} is not a run directory; give a new one.")
+        if kind_of(self.checkpoints) not in (ABSENT, DIRECTORY):
+            raise UserError(f"{self.checkpoints} must be a directory; give a new run.dir.")
         # A run that was ended before its first checkpoint has nothing to be continued with.
         return stored if self.has_checkpoint() else None
+
+    def check_writable(self, checkpoint_bytes: int, keep_last: int) -> None:
+        """Refuses a place that can not be written, or has no room for the checkpoints: those kept,
+        the best one, and the one being written.
+        """
+        place = next(each for each in (self.path, *self.path.parents) if kind_of(each) != ABSENT)
+        kind, is_open = kind_of(place), os.access(place, os.W_OK | os.X_OK)
+        if kind != DIRECTORY or not is_open:
+            reason = "no permission" if kind == DIRECTORY else f"{place} is {kind}"
+            raise UserError(f"run.dir={self.path} can not be written: {reason}; give another.")
+        present = sum(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+        count = max(keep_last + 2 - present, 1)
+        free, needed = shutil.disk_usage(place).free, count * checkpoint_bytes
+        if free < needed:
+            raise UserError(
+                f"run.dir={self.path} has {format_bytes(free)} of free space, but the run needs "
+                f"{format_bytes(needed)}: {count} checkpoints of "
+                f"{format_bytes(checkpoint_bytes)}. Make room, lower run.keep_last or give "
+                "another run.dir."
+            )
 
     def locked(self) -> contextlib.AbstractContextManager:
         """For whoever writes here: refuses while another live process does."""

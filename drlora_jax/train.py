@@ -29,7 +29,7 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_para
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
-from drlora_jax.plan import flops_per_token, memory_lines
+from drlora_jax.plan import checkpoint_bytes, flops_per_token, memory_lines
 from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with
 from drlora_jax.reporting.writer import ReportWriter
@@ -50,6 +50,7 @@ def main(argv=None) -> int:
     check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
     run = build(job)
+    job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         compiled, _ = compile_step(run)
         print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
@@ -255,7 +256,7 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
         abstract.mask_LER.shape[:2], jnp.int32, sharding=mesh_lib.replicated(run.mesh)
     )
     wanted = Checkpoint(abstract.step, abstract.lora, abstract.opt_state, abstract.stats, ranks)
-    saved, host = checkpoints.restore(step, wanted)
+    saved, host = checkpoints.restore(step, wanted, host_names=("tokens",))
     capacity = CapacityState(np.array(saved.ranks_LE))
     mask_LER = _place_mask(run, capacity)
     state = TrainState(saved.step, saved.lora, saved.opt_state, mask_LER, saved.stats)
@@ -299,7 +300,7 @@ def _loop(
         progress.advance()
         due = _due(job, step)
         if any(due) or stop:
-            _require_finite(run, step, metrics)
+            _require_finite(run, step, metrics, params)
         if due.event:
             before, position = position, grow(run, position, step, _routing(metrics))
             progress.note(
@@ -355,15 +356,27 @@ def _due(job: Job, step: int) -> Due:
     )
 
 
-def _require_finite(run: Run, step: int, metrics: dict) -> None:
+def _require_finite(run: Run, step: int, metrics: dict, params: dict) -> None:
     """Before anything is decided or saved: a checkpoint never holds a diverged state."""
     rate = run.job.config.train.learning_rate
     for name in ("loss", "grad_norm"):
         value = float(metrics[name])
         if not np.isfinite(value):
+            _require_finite_base(params)
             raise RunError(
                 f"{name} is {value} at step {step}; lower train.learning_rate ({rate}) in a new "
                 "run.dir, or look at the data of that step. Earlier checkpoints are good."
+            )
+
+
+def _require_finite_base(params: dict) -> None:
+    """Looked at only when something is wrong: a good base is not read twice."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not bool(jnp.isfinite(leaf).all()):
+            name = "/".join(str(part.key) for part in path)
+            raise RunError(
+                f"The base model's weights {name} hold NaN or infinity; its files are damaged, or "
+                "were written so: get them again."
             )
 
 
@@ -408,6 +421,7 @@ def evaluate(run: Run, params, state: TrainState) -> float:
         measured = run.eval_step(params, state.lora, state.mask_LER, jax.device_put(batch, rows))
         nll, targets = nll + float(measured[0]), targets + float(measured[1])
     if not np.isfinite(nll):
+        _require_finite_base(params)
         raise RunError(f"the held-out loss is {nll}; the model has diverged.")
     return nll / max(targets, 1.0)
 
