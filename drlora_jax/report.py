@@ -1,0 +1,46 @@
+"""`python -m drlora_jax.report --run DIR [--run DIR ...]`: writes the report of a run, or one that
+compares several, as a single HTML file that needs no network.
+
+A run rewrites its own `report.html` at every checkpoint; this does it by hand, at any time, also
+for a run that is still going or was killed. Exit codes: 0 written, 2 a mistake in the arguments, 1
+the file could not be written.
+"""
+
+import argparse
+import pathlib
+
+from drlora_jax import cli
+from drlora_jax.errors import EXIT_DONE, RunError, UserError
+from drlora_jax.reporting.page import write_report
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m drlora_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="DIR", help="a run.dir; several compare"
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", help="default: report.html in the run; comparison.html in here"
+    )
+    args = parser.parse_args(argv)
+    directories = [pathlib.Path(run).expanduser() for run in args.run]
+    if len(directories) == 1:
+        out = pathlib.Path(args.out or directories[0] / "report.html").expanduser()
+    else:
+        out = pathlib.Path(args.out or "comparison.html").expanduser()
+    if args.out and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {args.out}: give a file in a directory that exists.")
+    try:
+        write_report(directories, out)
+    except OSError as error:
+        raise RunError(f"{out} can not be written: {error.strerror}.") from error
+    print(f"wrote {out}")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)

@@ -1,0 +1,180 @@
+"""Reads the files of a run directory for a report, whatever state they are in.
+
+A run may be going on, may have been killed in the middle of a line, or may have been made by an
+older version that logged less. What is there is used; a line that can not be read is skipped and
+counted. Only what is no run directory at all is refused.
+"""
+
+import datetime
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+from drlora_jax.errors import UserError
+
+Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
+
+
+class Frame(NamedTuple):
+    """A layers x experts map as it was from `step` on."""
+
+    step: int
+    values: Matrix
+
+
+class RunLog(NamedTuple):
+    directory: pathlib.Path
+    name: str
+    config: dict[str, Any]  # by section.field
+    facts: dict[str, Any]  # the rest of config.json: versions, devices, fingerprints
+    metrics: list[dict]
+    events: list[dict]
+    evaluations: list[dict]
+    skipped_lines: int
+    last_logged: str  # time of the newest row
+
+
+def read_run(directory: pathlib.Path) -> RunLog:
+    """Everything a report shows; raises UserError for what is no run directory."""
+    stored = _read_config(directory)
+    metrics, bad_metrics = _read_rows(directory / "metrics.jsonl")
+    events, bad_events = _read_rows(directory / "ranks.jsonl")
+    sections = stored.pop("config")
+    return RunLog(
+        directory=directory,
+        name=directory.absolute().name,
+        config={
+            f"{section}.{name}": value
+            for section, fields in sections.items()
+            for name, value in fields.items()
+        },
+        facts=stored,
+        metrics=metrics,
+        events=[row for row in events if is_matrix(row.get("ranks"))],
+        evaluations=_read_evaluations(directory / "eval.json"),
+        skipped_lines=bad_metrics + bad_events,
+        last_logged=_modified(directory / "metrics.jsonl"),
+    )
+
+
+def _read_config(directory: pathlib.Path) -> dict:
+    file = directory / "config.json"
+    if not directory.is_dir():
+        what = "is a file" if directory.exists() else "no such directory"
+        raise UserError(f"--run {directory}: {what}; give the run.dir of a training run.")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"--run {directory} has no config.json; give the run.dir of a training run."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run {directory}: {file} can not be read: {error}.") from error
+    sections = stored.get("config") if isinstance(stored, dict) else None
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise UserError(
+            f"--run {directory}: its config.json is not of a run (no object `config` of sections); "
+            "give the run.dir of a training run."
+        )
+    return stored
+
+
+def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
+    """The objects of a JSONL file that have a step, and the number of lines left out."""
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise UserError(f"{file} can not be read: {error.strerror}.") from error
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that a kill cut short
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows, len(lines) - len(rows)
+
+
+def _read_evaluations(file: pathlib.Path) -> list[dict]:
+    """Rows of task, metric and value; an object may hold them under any key, or be one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [row for row in _rows_in(found) if is_number(row.get("value"))]
+
+
+def _rows_in(found) -> list[dict]:
+    if isinstance(found, list):
+        return [row for row in found if isinstance(row, dict)]
+    if not isinstance(found, dict):
+        return []
+    if "value" in found:
+        return [found]
+    rows = []
+    for name, value in found.items():
+        named = isinstance(value, dict) and "value" in value
+        rows += [{"task": name} | value] if named else _rows_in(value)
+    return rows
+
+
+def _modified(file: pathlib.Path) -> str:
+    try:
+        seconds = file.stat().st_mtime
+    except OSError:
+        return ""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_matrix(value) -> bool:
+    """A list of one or more lists of finite numbers."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, list) and all(map(is_number, row)) for row in value)
+    )
+
+
+def curve(run: RunLog, name: str) -> list[tuple[int, float]]:
+    """(step, value) of a figure of metrics.jsonl, where it was measured."""
+    return [(row["step"], row[name]) for row in run.metrics if is_number(row.get(name))]
+
+
+def frames(run: RunLog, name: str) -> list[Frame]:
+    """The maps of that name in the logs, by step. Ranks begin with what the run started from."""
+    by_step = {row["step"]: row[name] for row in run.metrics if is_matrix(row.get(name))}
+    by_step |= {row["step"]: row[name] for row in run.events if is_matrix(row.get(name))}
+    if name == "ranks" and is_matrix(run.facts.get("initial_ranks")):
+        by_step.setdefault(0, run.facts["initial_ranks"])
+    return [Frame(step, by_step[step]) for step in sorted(by_step)]
+
+
+def layer_indices(run: RunLog, count: int) -> list[int]:
+    """The model's layer index of every row of a map; 0, 1, ... where it was not logged."""
+    for found in (run.events[-1].get("layers") if run.events else None, run.facts.get("layers")):
+        if isinstance(found, list) and len(found) == count and all(map(is_number, found)):
+            return found
+    return list(range(count))
+
+
+def budget(run: RunLog) -> int | None:
+    """Active ranks that a layer has at the end."""
+    found = run.events[-1].get("budget") if run.events else run.facts.get("budget")
+    return found if is_number(found) else None
+
+
+def total_steps(run: RunLog) -> int | None:
+    found = run.config.get("train.steps") or run.facts.get("schedule_steps")
+    return found if is_number(found) else None
+
+
+def last_step(run: RunLog) -> int:
+    return max((row["step"] for row in (*run.metrics, *run.events)), default=0)

@@ -1,0 +1,212 @@
+"""The tables of a report: final figures, evaluation, config and provenance."""
+
+import html
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax.reporting.charts import number
+from drlora_jax.reporting.read import (
+    RunLog,
+    budget,
+    curve,
+    frames,
+    is_number,
+    last_step,
+    total_steps,
+)
+from drlora_jax.units import format_bytes
+
+
+class Figure(NamedTuple):
+    """A final figure of a run, and what explains it."""
+
+    value: str
+    detail: str = ""
+
+
+def figures(run: RunLog) -> dict[str, Figure]:
+    """The final figures by name; what was not logged is left out."""
+    makers: dict[str, Callable[[RunLog], Figure | None]] = {
+        "Steps": _steps,
+        "Held-out loss": _eval_loss,
+        "Training loss": _loss,
+        "Mean active rank": _ranks,
+        "Speed": _speed,
+        "Peak memory": _memory,
+    }
+    made = {name: maker(run) for name, maker in makers.items()}
+    return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def _steps(run: RunLog) -> Figure:
+    tokens, total = curve(run, "tokens"), total_steps(run)
+    parts = [f"of {total:,}"] if total else []
+    parts += [f"{number(tokens[-1][1])} tokens"] if tokens else []
+    return Figure(f"{last_step(run):,}", ", ".join(parts))
+
+
+def _eval_loss(run: RunLog) -> Figure | None:
+    losses = curve(run, "eval_loss")
+    if not losses:
+        return None
+    best_step, best = min(losses, key=lambda point: point[1])
+    lowest = "lowest" if best == losses[-1][1] else f"lowest {best:.4f} at step {best_step:,}"
+    return Figure(f"{losses[-1][1]:.4f}", f"{lowest}, from {losses[0][1]:.4f}, nats a token")
+
+
+def _loss(run: RunLog) -> Figure | None:
+    losses = [value for _, value in curve(run, "loss")]
+    if not losses:
+        return None
+    tail = losses[-max(len(losses) // 10, 1) :]
+    rows = f"mean of the last {len(tail)} logged steps" if len(tail) > 1 else "last logged step"
+    return Figure(f"{statistics.fmean(tail):.4f}", f"{rows}, nats a token")
+
+
+def _ranks(run: RunLog) -> Figure | None:
+    found = frames(run, "ranks")
+    ranks = [value for row in found[-1].values for value in row] if found else []
+    if not ranks:
+        return None
+    limit, experts = budget(run), len(found[-1].values[0])
+    of = f", budget {limit / experts:.4g}" if limit is not None and experts else ""
+    return Figure(f"{statistics.fmean(ranks):.2f}", f"from {min(ranks)} to {max(ranks)}{of}")
+
+
+def _speed(run: RunLog) -> Figure | None:
+    rates = [value for _, value in curve(run, "tokens_per_second")]
+    if not rates:
+        return None
+    mfu = [value for _, value in curve(run, "mfu")]
+    used = f", MFU {statistics.median(mfu):.1%}" if mfu else ""
+    return Figure(f"{statistics.median(rates):,.0f}", f"tokens a second, median{used}")
+
+
+def _memory(run: RunLog) -> Figure | None:
+    host = [value for _, value in curve(run, "host_peak_bytes")]
+    device = [value for _, value in curve(run, "device_peak_bytes")]
+    if device:
+        rest = f"fullest device; host {format_bytes(max(host))}" if host else "fullest device"
+        return Figure(format_bytes(max(device)), rest)
+    return Figure(format_bytes(max(host)), "host process") if host else None
+
+
+def tiles(run: RunLog) -> str:
+    parts = [
+        f'<div class="tile"><h3>{html.escape(name)}</h3><p class="value">'
+        f'{html.escape(figure.value)}</p><p class="quiet">{html.escape(figure.detail)}</p></div>'
+        for name, figure in figures(run).items()
+    ]
+    return f'<div class="tiles">{"".join(parts)}</div>'
+
+
+def figures_table(runs: list[RunLog], names: list[str]) -> str:
+    """Final figures side by side, a column a run."""
+    found = [figures(run) for run in runs]
+    rows = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        cells = [
+            f'{html.escape(each[name].value)}<br><span class="quiet">'
+            f"{html.escape(each[name].detail)}</span>"
+            if name in each
+            else "–"
+            for each in found
+        ]
+        rows.append([html.escape(name), *cells])
+    return table(["", *map(_run_head, range(len(runs)), names)], rows, "figures")
+
+
+def _run_head(index: int, name: str) -> str:
+    return f'<span class="key run{index % 6}"></span>{html.escape(name)}'
+
+
+def evaluation_table(runs: list[RunLog], names: list[str]) -> str:
+    """The rows of eval.json with their 95 % intervals; empty without any."""
+    rows = []
+    for index, (run, name) in enumerate(zip(runs, names, strict=True)):
+        for row in run.evaluations:
+            error = row.get("stderr")
+            interval = f" ± {1.96 * error:.4f}" if is_number(error) else ""
+            cells = [_text(row.get(key)) for key in ("task", "metric")]
+            cells += [f"{row['value']:.4f}{interval}", *(_text(row.get(k)) for k in ("n", "step"))]
+            rows.append(([_run_head(index, name)] if len(runs) > 1 else []) + cells)
+    head = ["task", "metric", "value, 95 % interval", "n", "step"]
+    return table((["run"] if len(runs) > 1 else []) + head, rows, "evaluation") if rows else ""
+
+
+def config_differences(runs: list[RunLog], names: list[str]) -> str:
+    """Of one run: what differs from the defaults. Of several: what differs between them."""
+    defaults = flat(to_dict(TrainConfig()))
+    rows = []
+    for name in dict.fromkeys([*defaults, *(each for run in runs for each in run.config)]):
+        values = [run.config.get(name, defaults.get(name)) for run in runs]
+        shown = [
+            _text(value) for value in ([defaults.get(name)] if len(runs) == 1 else []) + values
+        ]
+        if name != "run.dir" and len(set(shown)) > 1:
+            rows.append([f"<code>{html.escape(name)}</code>", *shown])
+    if not rows:
+        return '<p class="quiet">No difference.</p>'
+    heads = ["default", "this run"] if len(runs) == 1 else map(_run_head, range(len(runs)), names)
+    return table(["field", *heads], rows, "config")
+
+
+def full_config(run: RunLog) -> str:
+    rows = [[f"<code>{html.escape(name)}</code>", _text(v)] for name, v in run.config.items()]
+    return table(["field", "value"], rows, "config")
+
+
+def provenance(runs: list[RunLog], names: list[str]) -> str:
+    """Versions, devices and fingerprints, a column a run."""
+    found = [_facts(run) for run in runs]
+    rows = [
+        [html.escape(name), *(_text(each.get(name)) for each in found)]
+        for name in dict.fromkeys(name for each in found for name in each)
+    ]
+    heads = ["this run"] if len(runs) == 1 else list(map(_run_head, range(len(runs)), names))
+    return table(["", *heads], rows, "config")
+
+
+def _facts(run: RunLog) -> dict[str, Any]:
+    versions, devices = run.facts.get("versions"), run.facts.get("devices")
+    facts = {"drlora_jax": run.facts.get("version")}
+    facts |= versions if isinstance(versions, dict) else {}
+    if isinstance(devices, dict):
+        mesh = devices.get("mesh") if isinstance(devices.get("mesh"), dict) else {}
+        facts["devices"] = f"{devices.get('count')} x {devices.get('kind')}"
+        facts["mesh"] = " x ".join(f"{axis}={size}" for axis, size in mesh.items())
+        facts["processes"] = devices.get("processes")
+    for name, key in (("base", "base_fingerprint"), ("data", "data_fingerprint")):
+        facts[f"{name}, sha256"] = str(run.facts.get(key) or "–")[:16]
+    return facts
+
+
+def flat(sections: dict[str, dict]) -> dict[str, Any]:
+    return {
+        f"{s}.{name}": value for s, fields in sections.items() for name, value in fields.items()
+    }
+
+
+def _text(value) -> str:
+    """A value of JSON as escaped text; a list and a tuple are alike."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "–"
+    if value is None or value == "":
+        return "–"
+    return html.escape(value if isinstance(value, str) else json.dumps(value))
+
+
+def table(head: list[str], rows: list[list[str]], kind: str) -> str:
+    """A table of cells that are HTML already."""
+    heads = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(
+        f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
