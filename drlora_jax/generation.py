@@ -70,8 +70,7 @@ class Generator:
     def __init__(self, loaded: Loaded, *, batch_size: int = 8):
         self.tokenizer = loaded.tokenizer
         self.mesh = loaded.mesh
-        shards = int(np.prod([loaded.mesh.shape[axis] for axis in mesh_lib.ROWS]))
-        self.batch_size = -(-batch_size // shards) * shards
+        self.batch_size = mesh_lib.whole_shards(loaded.mesh, batch_size)
         self._model, self._variables = loaded.model, loaded.variables
         if jax.default_backend() == "cpu":
             self._model, self._variables = unroll(loaded.model, loaded.variables)

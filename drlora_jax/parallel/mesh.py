@@ -60,6 +60,12 @@ def rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
+def whole_shards(mesh: Mesh, row_count: int) -> int:
+    """That many rows, rounded up to what divides among the mesh's row shards."""
+    shards = int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    return -(-row_count // shards) * shards
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
