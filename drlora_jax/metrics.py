@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from drlora_jax.palette import shade
 from drlora_jax.terminal import MAX_ROWS, heat_map
 
 # bf16 matrix peak of one device in FLOP/s, by the start of its kind; unknown devices log no MFU.
@@ -28,6 +29,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+BAR = shade(0.6)
 
 
 def peak_flops(devices: int) -> float | None:
@@ -108,7 +110,7 @@ class Progress:
         self._live = None
         if self._console.is_interactive:
             self._bar = rich.progress.Progress(
-                rich.progress.BarColumn(bar_width=40),
+                rich.progress.BarColumn(40, complete_style=BAR, finished_style=BAR),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TimeElapsedColumn(),
                 rich.progress.TextColumn("left"),

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from drlora_jax.palette import ink, shade
 
-MAX_ROWS = 16
+MAX_ROWS = 14
 MAX_COLUMNS = 64
 RAMP = ".:-=+*#%@"
 
@@ -69,14 +69,14 @@ def heat_map(
     is_whole = grid.layers == grid.experts == 1
     has_numbers = is_whole and ranks_LE.shape[1] * digits <= room
     cell = digits if has_numbers else min(2, room // grid.mean_LE.shape[1])
-    text = Text(no_wrap=True, end="")
+    text = Text(no_wrap=True)
     for row, values in enumerate(grid.mean_LE):
         text.append(f"layer {layers[row * grid.layers]:<{label - 6}}  ", "dim")
         for value in values:
             text.append(*_cell(value, max_rank, cell, has_numbers, has_colour))
         text.append("\n")
-    text.append(" " * (label + 2) + _legend(grid, max_rank, has_numbers, has_colour), "dim")
-    return text
+    text.append(" " * (label + 2))
+    return text.append_text(_legend(grid, max_rank, has_numbers, has_colour))
 
 
 def _cell(value: float, max_rank: int, width: int, has_number: bool, has_colour: bool):
@@ -88,14 +88,11 @@ def _cell(value: float, max_rank: int, width: int, has_number: bool, has_colour:
     return (number if has_number else RAMP[round(part * (len(RAMP) - 1))] * width), ""
 
 
-def _legend(grid: Grid, max_rank: int, has_numbers: bool, has_colour: bool) -> str:
+def _legend(grid: Grid, max_rank: int, has_numbers: bool, has_colour: bool) -> Text:
     if has_numbers:
-        return "active ranks of each expert"
-    scale = f"dark 0, bright {max_rank}" if has_colour else f"{RAMP[0]} 0, {RAMP[-1]} {max_rank}"
-    groups = []
-    if grid.experts > 1:
-        groups.append(f"{grid.experts} experts")
-    if grid.layers > 1:
-        groups.append(f"{grid.layers} layers")
-    mean = f", a cell is the mean of {' x '.join(groups)}" if groups else ""
-    return f"active ranks: {scale}{mean}"
+        return Text("active ranks of each expert", "dim")
+    scale = [(" ", f"on {shade(part / 11)}") for part in range(12)] if has_colour else [RAMP]
+    sizes = {"experts": grid.experts, "layers": grid.layers}
+    groups = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
+    mean = f", a cell is the mean of {groups}" if groups else ""
+    return Text.assemble(("0 ", "dim"), *scale, (f" {max_rank} active ranks{mean}", "dim"))

@@ -71,7 +71,7 @@ def draw(chart: Chart) -> str:
     }
     newest = ""
     if len([each for each in series if not each.is_dashed]) == 1:
-        newest = f"<strong>{number(series[0].points[-1][1])}</strong> "
+        newest = f"<strong>{number(_smoothed(chart, series[0])[-1][1])}</strong> "
     return (
         f'<figure class="chart"><figcaption><span>{title}</span>'
         f'<span class="unit">{newest}{html.escape(chart.unit)}</span></figcaption>'
@@ -124,10 +124,10 @@ def _marks(chart: Chart, x: Axis, y: Axis) -> str:
 def _line(chart: Chart, series: Series, x: Axis, y: Axis) -> str:
     style = f"run{series.colour % 6}" + (" dashed" if series.is_dashed else "")
     parts = []
-    if chart.is_noisy and len(series.points) >= SMOOTH_FROM:
+    smooth = _smoothed(chart, series)
+    if smooth is not series.points:
         parts.append(f'<path class="line noise {style}" d="{_path(series.points, x, y)}"/>')
-        series = series._replace(points=moving_mean(series.points, len(series.points) // 30))
-    path = _path(series.points, x, y, chart.is_stepped)
+    path = _path(smooth, x, y, chart.is_stepped)
     parts.append(f'<path class="line {style}" d="{path}"/>')
     if series.is_dashed:
         at, value = series.points[0]
@@ -140,6 +140,12 @@ def _line(chart: Chart, series: Series, x: Axis, y: Axis) -> str:
             for at, value in series.points
         ]
     return "".join(parts)
+
+
+def _smoothed(chart: Chart, series: Series) -> Points:
+    if not chart.is_noisy or len(series.points) < SMOOTH_FROM:
+        return series.points
+    return moving_mean(series.points, len(series.points) // 30)
 
 
 def _path(points: Points, x: Axis, y: Axis, is_stepped: bool = False) -> str:
@@ -166,15 +172,14 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def moving_mean(points: Points, half: int) -> Points:
-    """The mean of up to `half` points on both sides, fewer at the ends, equally many on both."""
+    """The mean of `half` points on both sides, of those there are at the ends."""
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
     smooth = []
     for index, (at, _) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        total = sums[index + reach + 1] - sums[index - reach]
-        smooth.append((at, total / (2 * reach + 1)))
+        start, stop = max(index - half, 0), min(index + half + 1, len(points))
+        smooth.append((at, (sums[stop] - sums[start]) / (stop - start)))
     return smooth
 
 
