@@ -28,9 +28,11 @@ from drlora_jax.interop.hf_read import (
     read_headers,
     read_model_config,
 )
+from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.precision import resolve_dtype
 from drlora_jax.prepare import check_experts_divide, make_adapter
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import expert_roles, gates_tree, init_lora
@@ -65,9 +67,11 @@ class Loaded(NamedTuple):
         )
 
 
-def load_base(path: str, *, dtype: str = "float32", mesh: MeshSection | None = None) -> Loaded:
-    """A base model: a directory, a hub name or `bundled:NAME`."""
-    return _load(find_model(path), dtype, NO_ADAPTER, mesh or MeshSection())
+def load_base(
+    path: str, *, dtype: str | None = None, mesh: MeshSection | None = None
+) -> Loaded:
+    """A base model: a directory, a hub name or `bundled:NAME`; dtype None: `auto`."""
+    return _load(find_model(path), dtype or "auto", NO_ADAPTER, mesh or MeshSection())
 
 
 def load_run(
@@ -88,6 +92,34 @@ def load_run(
       dtype: of base weights and activations; None: the run's.
       mesh: None spreads rows over all devices.
     """
+    source = find_run(run_dir, step="latest" if base_only else step, model_path=model_path)
+    adapter = NO_ADAPTER if base_only else source.adapter
+    loaded = _load(
+        source.directory,
+        dtype or source.config.model.dtype,
+        adapter,
+        mesh or MeshSection(),
+        source.base_fingerprint,
+    )
+    loaded = loaded._replace(config=source.config, run_dir=source.run_dir)
+    return loaded if base_only else _with_adapter(loaded, source)
+
+
+class RunSource(NamedTuple):
+    """What a run's model is made of, found and checked; nothing is read into memory yet."""
+
+    run_dir: pathlib.Path
+    config: TrainConfig
+    directory: pathlib.Path  # of the base
+    base_fingerprint: str
+    model_config: ModelConfig
+    adapter: AdapterSpec
+    checkpoints: pathlib.Path
+    step: int
+
+
+def find_run(run_dir: str, *, step: str = "latest", model_path: str | None = None) -> RunSource:
+    """A run and its base; refuses another base than the one it was trained with."""
     stored = read_stored(run_dir)
     config = from_dict(stored["config"])
     directory = find_model(model_path or config.model.path)
@@ -99,12 +131,29 @@ def load_run(
             "with --model-path."
         )
     checkpoints = RunDirectory(run_dir).checkpoints
-    number = None if base_only else choose_step(checkpoints, step)
     model_config = read_model_config(directory)
-    adapter = NO_ADAPTER if base_only else make_adapter(config, model_config)
-    loaded = _load(directory, dtype or config.model.dtype, adapter, mesh or MeshSection(), digest)
-    loaded = loaded._replace(config=config, run_dir=pathlib.Path(run_dir))
-    return loaded if base_only else _with_adapter(loaded, checkpoints, number)
+    return RunSource(
+        run_dir=pathlib.Path(run_dir),
+        config=config,
+        directory=directory,
+        base_fingerprint=digest,
+        model_config=model_config,
+        adapter=make_adapter(config, model_config),
+        checkpoints=checkpoints,
+        step=choose_step(checkpoints, step),
+    )
+
+
+def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray]:
+    """The `lora` collection on the mesh, and the ranks i32 [L, E], of the source's checkpoint."""
+    model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
+    lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
+    lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
+    moe = source.model_config.moe
+    shape = (len(source.model_config.moe_layers), moe.routing.num_experts if moe else 0)
+    ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
+    arrays = read_arrays(source.checkpoints, source.step, {"lora": lora, "ranks_LE": ranks})
+    return arrays["lora"], np.array(arrays["ranks_LE"])
 
 
 def read_stored(run_dir: str) -> dict:
@@ -121,7 +170,7 @@ def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, dig
     model_config = read_model_config(directory)
     sizes = mesh_lib.resolve_sizes(section, jax.device_count())
     check_experts_divide(model_config, sizes)
-    plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(dtype)))
+    plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
     abstract = abstract_params(plain)
     match_keys(model_config, read_headers(directory), abstract)
     tokenizer = load_tokenizer(directory)
@@ -136,20 +185,11 @@ def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, dig
     )
 
 
-def _with_adapter(loaded: Loaded, checkpoints: pathlib.Path, step: int) -> Loaded:
-    model, mesh = loaded.model, loaded.mesh
-    lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
-    lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
-    moe = model.config.moe
-    shape = (len(model.config.moe_layers), moe.routing.num_experts if moe else 0)
-    ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
-    arrays = read_arrays(checkpoints, step, {"lora": lora, "ranks_LE": ranks})
-    ranks_LE = np.array(arrays["ranks_LE"])
-    variables = loaded.variables | {
-        "lora": arrays["lora"],
-        "rank_mask": rank_gates(model, ranks_LE, mesh),
-    }
-    return loaded._replace(variables=variables, step=step, ranks_LE=ranks_LE)
+def _with_adapter(loaded: Loaded, source: RunSource) -> Loaded:
+    lora, ranks_LE = read_factors(source, loaded.mesh)
+    gates = rank_gates(loaded.model, ranks_LE, loaded.mesh)
+    variables = loaded.variables | {"lora": lora, "rank_mask": gates}
+    return loaded._replace(variables=variables, step=source.step, ranks_LE=ranks_LE)
 
 
 def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh) -> dict:

@@ -1,18 +1,39 @@
-"""Writes base weights as a Hugging Face directory, in the hub's layout (one tensor an expert)."""
+"""Writes Hugging Face model directories: parameters in the hub's layout (one tensor an expert), or
+a copy of another directory in which some tensors are changed.
+"""
 
+import contextlib
 import json
+import math
 import pathlib
+import shutil
+from collections.abc import Callable, Collection
 
 import jax
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.errors import UserError
-from drlora_jax.interop.hf_read import disk_view, leaf_at
+from drlora_jax.interop.hf_read import (
+    TensorInfo,
+    disk_view,
+    leaf_at,
+    open_weights,
+    read_config_json,
+    read_headers,
+)
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NUMPY_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+# What describes a model or its tokenizer. The card is left out: it describes the source.
+COMPANIONS = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
 
 
 def write_model(
@@ -32,3 +53,109 @@ def write_model(
     values = {key: value for key, value in config_json.items() if key != "torch_dtype"}
     values |= {"dtype": np.dtype(dtype).name, "tie_word_embeddings": config.tie_embeddings}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# another directory with some tensors changed
+
+
+def rewrite_model(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    changed: Collection[str],
+    change: Callable[[str, np.ndarray], np.ndarray],
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Writes `source` to the directory `target` with `change(key, value)` for the changed tensors.
+
+    Names, layout, order, dtypes and shards stay; every other tensor is the same bytes. One shard is
+    in memory at a time, and one without a change is copied.
+
+    Args:
+      dtype: of every tensor; None: each keeps its own. A changed value is rounded to it once.
+      max_shard_bytes: cut into files of at most this size; None: the files that `source` has.
+    """
+    tensors = read_headers(source)
+    shards = _same_shards(tensors)
+    if max_shard_bytes is not None:
+        shards = _cut_shards(tensors, dtype, max_shard_bytes)
+    for name, keys in shards.items():
+        is_same_file = max_shard_bytes is None and dtype is None
+        if is_same_file and not set(keys) & set(changed):
+            shutil.copyfile(source / name, target / name)
+        else:
+            _write_shard(target / name, keys, tensors, changed, change, dtype)
+    if len(shards) > 1 or (source / INDEX).is_file():
+        size = sum(_bytes(info, dtype) for info in tensors.values())
+        _write_index(target / INDEX, shards, size)
+    _copy_companions(source, target, dtype)
+
+
+def _same_shards(tensors: dict[str, TensorInfo]) -> dict[str, list[str]]:
+    shards: dict[str, list[str]] = {}
+    for key, info in tensors.items():
+        shards.setdefault(info.file.name, []).append(key)
+    return shards
+
+
+def _cut_shards(tensors, dtype: str | None, limit: int) -> dict[str, list[str]]:
+    """Tensors in their order, in files of at most `limit` bytes (a larger tensor is alone)."""
+    groups, size = [[]], 0
+    for key, info in tensors.items():
+        bytes_here = _bytes(info, dtype)
+        if groups[-1] and size + bytes_here > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(key)
+        size += bytes_here
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05}-of-{count:05}.safetensors": keys for i, keys in enumerate(groups)}
+
+
+def _bytes(info: TensorInfo, dtype: str | None) -> int:
+    return math.prod(info.shape) * _disk_dtype(info, dtype).itemsize
+
+
+def _disk_dtype(info: TensorInfo, dtype: str | None) -> np.dtype:
+    # Buffers that are ignored in reading may be of any kind; they are taken for F32.
+    return np.dtype(dtype) if dtype else NUMPY_DTYPES.get(info.dtype, np.dtype(np.float32))
+
+
+def _write_shard(file, keys, tensors, changed, change, dtype: str | None) -> None:
+    values, metadata = {}, {}
+    with contextlib.ExitStack() as stack:
+        sources = {tensors[key].file for key in keys}
+        handles = {source: stack.enter_context(open_weights(source)) for source in sources}
+        for handle in handles.values():
+            metadata |= handle.metadata() or {}
+        for key in keys:
+            value = handles[tensors[key].file].get_tensor(key)
+            value = change(key, value) if key in changed else value
+            if dtype or key in changed:
+                value = value.astype(_disk_dtype(tensors[key], dtype), copy=False)
+            values[key] = np.ascontiguousarray(value)
+    save_file(values, file, metadata=metadata or {"format": "pt"})
+
+
+def _write_index(file: pathlib.Path, shards: dict[str, list[str]], size: int) -> None:
+    weight_map = {key: name for name, keys in shards.items() for key in keys}
+    values = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_companions(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
+    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    for file in sorted(files):
+        if file.name not in (INDEX, "config.json"):
+            shutil.copyfile(file, target / file.name)
+    if dtype is None:
+        shutil.copyfile(source / "config.json", target / "config.json")
+        return
+    values = read_config_json(source)
+    values.pop("torch_dtype", None)
+    text = json.dumps(values | {"dtype": dtype}, indent=2) + "\n"
+    (target / "config.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,236 @@
+"""`python -m drlora_jax.export --run DIR --format FORMAT --out DIR`: a run's model for other
+programs.
+
+  peft     an adapter for `peft`, experts fused as transformers 5 holds them
+  peft-2d  an adapter with one pair an expert, as servers that stack experts read it
+  merged   a full model directory in the layout of the base, with the adapter added to its weights
+
+Before an export is kept its files are read back, and on a few texts they must compute what the run
+computes, in float32. A layer is in memory at a time, so this needs no accelerator. Exit codes: 0
+done, 2 a mistake in the input, 1 the export failed; then --out is left as it was.
+"""
+
+import argparse
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+
+import drlora_jax
+from drlora_jax import cli
+from drlora_jax.config import MeshSection
+from drlora_jax.data.tokenize import load_tokenizer
+from drlora_jax.errors import EXIT_DONE, RunError, UserError
+from drlora_jax.files import ABSENT, DIRECTORY, kind_of
+from drlora_jax.interop import peft_write
+from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
+from drlora_jax.interop.factors import layer_factors
+from drlora_jax.interop.hf_write import rewrite_model
+from drlora_jax.interop.layer_reader import LayerReader
+from drlora_jax.interop.merge import adapted_tensors, merge_tensor
+from drlora_jax.interop.verify import make_prompts
+from drlora_jax.loaded import RunSource, find_run, rank_gates, read_factors
+from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.parallel import mesh as mesh_lib
+
+MERGED = "merged"
+FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
+UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+def main(argv=None) -> int:
+    args = _parse(argv)
+    limit = _shard_bytes(args)
+    out = _check_out(args.out)
+    source = find_run(args.run, step=args.step, model_path=args.model_path)
+    trained = read_trained(source)
+    reader = LayerReader(source.model_config, source.directory)
+    prompts = make_prompts(load_tokenizer(source.directory), source.model_config.vocab_size)
+    is_merged = args.format == MERGED
+    with _draft(out) as draft:
+        if is_merged:
+            lines = write_merged(source, trained, reader, draft, args.dtype, limit)
+        else:
+            lines = write_adapter(source, trained, reader, draft, args.format, args.dtype)
+        print("\n".join([_describe(source, trained), *lines]), flush=True)
+        measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
+        judge(measured)
+    print("\n".join([*_measured_lines(measured), f"done: {args.format} in {out}"]))
+    return EXIT_DONE
+
+
+def _parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m drlora_jax.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="run.dir of a training")
+    parser.add_argument("--step", default="latest", help="latest (default), best, or a number")
+    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
+    parser.add_argument("--model-path", metavar="PATH", help="where the base is, if it has moved")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of all tensors; default: float32 factors, or the base's own dtypes when merged",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="of merged weights, such as 5GB; default: the files that the base has",
+    )
+    return parser.parse_args(argv)
+
+
+def _shard_bytes(args: argparse.Namespace) -> int | None:
+    if args.max_shard_size is None:
+        return None
+    if args.format != MERGED:
+        raise UserError(f"--max-shard-size is for --format merged; {args.format} is one file.")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", args.max_shard_size, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size must look like 5GB, got {args.max_shard_size!r}.")
+    return size
+
+
+# ---------------------------------------------------------------------------------------------
+# the output directory
+
+
+def _check_out(path: str) -> pathlib.Path:
+    out = pathlib.Path(path).expanduser()
+    kind = kind_of(out)
+    if kind not in (DIRECTORY, ABSENT):
+        raise UserError(f"--out {path} is {kind}; give a new directory.")
+    if kind == DIRECTORY and any(out.iterdir()):
+        raise UserError(f"--out {path} is not empty; give a new directory.")
+    return out
+
+
+@contextlib.contextmanager
+def _draft(out: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A directory beside `out` that becomes `out` at the end, and goes if anything fails."""
+    draft = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+    except OSError as error:
+        raise UserError(f"--out {out} can not be written: {error.strerror}.") from error
+    try:
+        yield draft
+        os.replace(draft, out)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"the export to {out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# what is written
+
+
+def read_trained(source: RunSource) -> Trained:
+    """Factors, ranks and gates of the run's checkpoint, on the host."""
+    config, adapter = source.model_config, source.adapter
+    mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
+    lora, ranks_LE = read_factors(source, mesh)
+    model = Decoder(config, DecoderOptions(adapter=adapter))
+    lora, gates = jax.device_get((lora, rank_gates(model, ranks_LE, mesh)))
+    return Trained(config, adapter, lora, gates, layer_factors(config, adapter, lora, ranks_LE))
+
+
+def write_adapter(
+    source: RunSource, trained: Trained, reader: LayerReader, draft, layout: str, dtype: str | None
+) -> list[str]:
+    """Writes a peft adapter; returns what there is to say about it."""
+    routers = {
+        layer.place.number: reader.layer(layer.place)["moe"]["router"] + layer.router_DE
+        for layer in trained.factors
+        if layer.router_DE is not None
+    }
+    adapter = peft_write.pack(trained.config, trained.factors, routers, layout)
+    tensors = {key: value.astype(dtype or np.float32) for key, value in adapter.tensors.items()}
+    metadata = {
+        "producer": f"drlora_jax {drlora_jax.__version__}",
+        "step": str(source.step),
+        "base_fingerprint": source.base_fingerprint,
+    }
+    peft_write.write(draft, adapter._replace(tensors=tensors), _base_name(source), metadata)
+    size = sum(value.nbytes for value in tensors.values())
+    lines = [
+        f"adapter  rank {adapter.rank}, {len(tensors)} tensors, {size / 2**20:.1f} MiB; targets "
+        f"{', '.join([*adapter.modules, *adapter.parameters])}"
+    ]
+    if adapter.active_share < 0.5:
+        lines.append(
+            f"note     only {100 * adapter.active_share:.0f} % of the rows are active: the format "
+            "has one rank for all, the rest is zeros"
+        )
+    if adapter.saved_modules:
+        lines.append(
+            f"note     a trained router is a module to save ({', '.join(adapter.saved_modules)}), "
+            "which not every server loads; --format merged works everywhere"
+        )
+    return lines
+
+
+def _base_name(source: RunSource) -> str:
+    """A hub name as it is, anything else as the directory that it means."""
+    name = source.config.model.path
+    is_hub_name = not name.startswith("bundled:") and not pathlib.Path(name).expanduser().is_dir()
+    is_here = source.directory.resolve()
+    return name if is_hub_name and is_here.parent.name == "snapshots" else str(is_here)
+
+
+def write_merged(
+    source: RunSource, trained: Trained, reader: LayerReader, draft, dtype, limit: int | None
+) -> list[str]:
+    """Writes the base's directory with the adapter added; returns what there is to say about it."""
+    changed = adapted_tensors(reader.table, trained.factors)
+    rewrite_model(
+        source.directory,
+        draft,
+        changed,
+        lambda key, value: merge_tensor(value, reader.table[key], changed[key]),
+        dtype=dtype,
+        max_shard_bytes=limit,
+    )
+    return [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
+
+
+# ---------------------------------------------------------------------------------------------
+# what is said
+
+
+def _describe(source: RunSource, trained: Trained) -> str:
+    text = f"run      {source.run_dir}, step {source.step}, base {source.directory}"
+    pairs = [pair for layer in trained.factors for pair in layer.experts.values()]
+    if pairs:
+        text += f"; ranks up to {max(pair.rank for pair in pairs)}"
+    return text
+
+
+def _measured_lines(measured: Measured) -> list[str]:
+    lines = [
+        f"checked  {measured.prompts} texts, {measured.tokens} tokens: KL "
+        f"{measured.exported.kl:.1e} a token (allowed {MAX_KL:g}); the adapter changes logits by "
+        f"up to {measured.adapter_change:.3g}"
+    ]
+    if measured.merged is not None:
+        lines.append(f"         rounding costs a KL of up to {measured.kl:.1e} a token")
+    left_out = measured.prompts - measured.exported.counted
+    if left_out:
+        lines.append(f"         {left_out} texts were left out: ties in the choice of experts")
+    return lines
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)

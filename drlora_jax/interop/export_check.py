@@ -1,0 +1,206 @@
+"""What an export must show before it is kept: read back from its files it computes what the run
+computes, and something else than the base.
+
+    base      the base's directory
+    adapted   the base, with factors and rank mask as the model applies them in training
+    exported  the base with the adapter's files added, or the merged directory alone
+    merged    the base plus A^T B in f32, and
+    rounded   the same rounded to the exported dtype: only where that is not f32
+
+In f32 `exported` must be `adapted`. Otherwise `merged` must be `adapted` and `exported` must be
+`rounded`: the export may lose what the dtype loses and nothing else.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.errors import RunError
+from drlora_jax.interop.factors import LayerFactors, Pair, Place
+from drlora_jax.interop.hf_read import disk_view, leaf_at
+from drlora_jax.interop.hf_write import NUMPY_DTYPES
+from drlora_jax.interop.layer_reader import LayerReader
+from drlora_jax.interop.merge import adapted_tensors, merge_layer
+from drlora_jax.interop.peft_read import PeftFiles
+from drlora_jax.interop.verify import (
+    Comparison,
+    Outputs,
+    Variant,
+    compare,
+    largest_change,
+    run_variants,
+)
+from drlora_jax.models.architecture import ModelConfig
+
+MAX_KL = 1e-5  # nats a token
+MIN_CHANGE = 1e-6  # of some logit
+
+
+class Trained(NamedTuple):
+    """A run's model, as host arrays."""
+
+    config: ModelConfig
+    adapter: AdapterSpec
+    lora: dict
+    gates: dict  # the collection rank_mask
+    factors: list[LayerFactors]  # the same, as exports need it
+
+
+class Measured(NamedTuple):
+    exported: Comparison  # with what it must be
+    merged: Comparison | None  # with `adapted`; None in f32
+    kl: float  # of `exported` from `adapted`, over all prompts
+    adapter_change: float  # of a logit, `adapted` from `base`
+    exported_change: float  # of a logit, `exported` from `base`
+    prompts: int
+    tokens: int
+
+
+def measure(
+    trained: Trained,
+    reader: LayerReader,
+    target: pathlib.Path,
+    prompts: list[np.ndarray],
+    *,
+    is_merged: bool,
+    dtype: str | None,
+) -> Measured:
+    """Runs all variants of the export in `target`.
+
+    Args:
+      reader: of the base.
+      dtype: of the export: of all tensors, or None for f32 factors, or for the base's own dtypes.
+    """
+    variants = {
+        "base": Variant(reader.ends, lambda place: {"params": reader.layer(place)}),
+        "adapted": Variant(reader.ends, lambda p: _adapted(trained, reader, p), trained.adapter),
+        "exported": _exported(trained.config, reader, target, is_merged=is_merged),
+    }
+    if not _is_exact(trained, reader, is_merged=is_merged, dtype=dtype):
+        rounded = _rounded_merge if is_merged else _rounded_factors
+        variants["merged"] = _merged(trained, reader, lambda params, factors: factors)
+        variants["rounded"] = rounded(trained, reader, dtype)
+    outputs = run_variants(trained.config, variants, prompts)
+    return _measured(outputs, prompts)
+
+
+def _measured(outputs: dict[str, Outputs], prompts: list[np.ndarray]) -> Measured:
+    base, adapted, exported = (outputs[name] for name in ("base", "adapted", "exported"))
+    return Measured(
+        exported=compare(outputs.get("rounded", adapted), exported),
+        merged=compare(adapted, outputs["merged"]) if "merged" in outputs else None,
+        kl=compare(adapted, exported).kl_everywhere,
+        adapter_change=largest_change(base, adapted),
+        exported_change=largest_change(base, exported),
+        prompts=len(prompts),
+        tokens=sum(map(len, prompts)),
+    )
+
+
+def judge(measured: Measured) -> None:
+    """Raises RunError where the export is not what was trained, or changes nothing."""
+    if not measured.adapter_change > MIN_CHANGE:
+        raise RunError(
+            f"the adapter changes nothing: no logit differs from the base's by more than "
+            f"{MIN_CHANGE:g} on {measured.prompts} prompts. Export a later --step, or train on."
+        )
+    if not measured.exported_change > MIN_CHANGE:
+        raise RunError(
+            "the exported model computes what the base computes, although the adapter changes "
+            f"logits by up to {measured.adapter_change:.3g}: rounding loses the update. Give "
+            "--dtype float32."
+        )
+    for comparison in (measured.merged, measured.exported):
+        if comparison is None:
+            continue
+        if 2 * comparison.counted < measured.prompts:
+            raise RunError(
+                "the export does not compute what was trained: other experts are chosen in "
+                f"{measured.prompts - comparison.counted} of {measured.prompts} prompts."
+            )
+        if not comparison.kl <= MAX_KL:  # a NaN is refused too
+            raise RunError(
+                f"the export does not compute what was trained: KL {comparison.kl:.3g} nats a "
+                f"token, at most {MAX_KL:g} is allowed."
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# variants
+
+
+def _adapted(trained: Trained, reader: LayerReader, place: Place) -> dict:
+    collections = {"lora": trained.lora, "rank_mask": trained.gates}
+    return {"params": reader.layer(place)} | {
+        name: jax.tree.map(lambda leaf: leaf[place.repeat], place.below(tree))
+        for name, tree in collections.items()
+    }
+
+
+def _exported(config: ModelConfig, reader: LayerReader, target, *, is_merged: bool) -> Variant:
+    if is_merged:
+        own = LayerReader(config, target)
+        return Variant(own.ends, lambda place: {"params": own.layer(place)})
+    files = PeftFiles(config, target)
+    return Variant(reader.ends, lambda p: {"params": files.apply(reader.layer(p), p)})
+
+
+Change = Callable[[dict, LayerFactors], LayerFactors]
+
+
+def _merged(trained: Trained, reader: LayerReader, change: Change) -> Variant:
+    def layer(place: Place) -> dict:
+        params = reader.layer(place)
+        factors = change(params, trained.factors[place.number])
+        return {"params": merge_layer(params, factors)}
+
+    return Variant(reader.ends, layer)
+
+
+def _is_exact(trained: Trained, reader: LayerReader, *, is_merged: bool, dtype) -> bool:
+    if dtype is not None or not is_merged:
+        return dtype in (None, "float32")
+    changed = adapted_tensors(reader.table, trained.factors)
+    return all(reader.dtype(key) == "F32" for key in changed)
+
+
+def _round(array: np.ndarray, dtype) -> np.ndarray:
+    return array.astype(dtype).astype(np.float32)
+
+
+def _rounded_factors(trained: Trained, reader: LayerReader, dtype: str) -> Variant:
+    def change(params: dict, factors: LayerFactors) -> LayerFactors:
+        plain, experts = (
+            {name: Pair(*(_round(part, dtype) for part in pair)) for name, pair in pairs.items()}
+            for pairs in (factors.plain, factors.experts)
+        )
+        router_DE = factors.router_DE
+        if router_DE is not None:
+            base_DE = params["moe"]["router"]
+            router_DE = _round(base_DE + router_DE, dtype) - base_DE
+        return LayerFactors(factors.place, plain, experts, router_DE)
+
+    return _merged(trained, reader, change)
+
+
+def _rounded_merge(trained: Trained, reader: LayerReader, dtype: str | None) -> Variant:
+    def on_disk(key: str):
+        return np.dtype(dtype) if dtype else NUMPY_DTYPES[reader.dtype(key)]
+
+    def layer(place: Place) -> dict:
+        merged = merge_layer(reader.layer(place), trained.factors[place.number])
+        params = jax.tree.map(np.copy, merged)
+        for key, slot in reader.keys(place).items():
+            view = disk_view(leaf_at(params, slot.path), slot, skip=1)
+            view[...] = _round(view, on_disk(key))
+        return {"params": params}
+
+    def ends() -> dict:
+        found = reader.ends()
+        return found if dtype is None else jax.tree.map(lambda leaf: _round(leaf, dtype), found)
+
+    return Variant(ends, layer)

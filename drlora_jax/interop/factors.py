@@ -1,0 +1,141 @@
+"""What a trained adapter adds to a base, layer by layer, as every export needs it.
+
+For a matrix W [D_in, D_out] the adapted one is W + A^T B with rank rows a [R, D_in], b [R, D_out].
+The scale of the run is folded into B, and rows of inactive ranks are zero in both, so nothing but
+these arrays is needed to rebuild the function: no mask, no rank, no alpha.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.models.architecture import LayerConfig, ModelConfig
+
+ROUTER = "moe/router"
+
+
+class Place(NamedTuple):
+    """A layer of the model, and where the parameter trees hold it."""
+
+    number: int  # in the model, from 0
+    segment: str
+    unit: str  # of the segment: layer_0, ...
+    repeat: int  # index into the leading axis of every leaf
+    layer: LayerConfig
+
+    def below(self, tree: dict):
+        """The subtree of this layer's place; leaves keep their leading [repeats]."""
+        return tree.get(self.segment, {}).get(self.unit, {})
+
+
+class Pair(NamedTuple):
+    """Rank rows of one matrix, or of that matrix in all experts (a leading [E])."""
+
+    a: np.ndarray  # [R, D_in]
+    b: np.ndarray  # [R, D_out]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[-2]
+
+
+class LayerFactors(NamedTuple):
+    """What the adapter adds to one layer; all arrays f32."""
+
+    place: Place
+    plain: dict[str, Pair]  # by module path below the layer, such as attention/q
+    experts: dict[str, Pair]  # by role: gate, up or gate_up, and down
+    router_DE: np.ndarray | None  # added to the router; None where it was not trained
+
+
+def places(config: ModelConfig) -> list[Place]:
+    """Every layer of the model in order."""
+    found = []
+    for index, segment in enumerate(config.segments):
+        for repeat in range(segment.repeats):
+            for unit, layer in enumerate(segment.unit):
+                place = Place(len(found), f"segment_{index}", f"layer_{unit}", repeat, layer)
+                found.append(place)
+    return found
+
+
+def layer_factors(
+    config: ModelConfig, adapter: AdapterSpec, lora: dict, ranks_LE: np.ndarray
+) -> list[LayerFactors]:
+    """What the `lora` collection (host arrays) means with these ranks.
+
+    Expert pairs have as many rows as the most active expert of any layer has ranks: a prefix is
+    active, the rest of the allocated rows is left out.
+    """
+    rows = int(ranks_LE.max(initial=0))
+    moe_layers = list(config.moe_layers)
+    found = []
+    for place in places(config):
+        plain, experts, router_DE = {}, {}, None
+        for path, leaf in _modules(place.below(lora)):
+            if path == "moe/router_delta":
+                update_DE = np.asarray(leaf[place.repeat])
+                router_DE = update_DE if update_DE.any() else None  # zero until warm-up ends
+            elif path.startswith("moe/"):
+                pair = _pair(leaf, place.repeat, adapter.scale)
+                active_E = ranks_LE[moe_layers.index(place.number)]
+                role = path.removeprefix("moe/").removesuffix("_lora")
+                experts[role] = _active(pair, active_E, rows)
+            else:
+                plain[path.removesuffix("/lora")] = _pair(leaf, place.repeat, adapter.scale)
+        found.append(LayerFactors(place, plain, experts, router_DE))
+    return found
+
+
+def _modules(tree: dict, path: str = ""):
+    """(path, {a, b}) of every pair below a layer, and (path, array) of a router delta."""
+    for name, node in tree.items():
+        here = f"{path}/{name}" if path else name
+        if not isinstance(node, dict) or node.keys() == {"a", "b"}:
+            yield here, node
+        else:
+            yield from _modules(node, here)
+
+
+def _pair(factors: dict, repeat: int, scale: float) -> Pair:
+    return Pair(np.asarray(factors["a"][repeat]), np.asarray(factors["b"][repeat]) * scale)
+
+
+def _active(pair: Pair, ranks_E: np.ndarray, rows: int) -> Pair:
+    is_active_ER1 = (np.arange(rows)[None] < ranks_E[:, None])[..., None]
+    return Pair(*(np.where(is_active_ER1, part[:, :rows], np.float32(0)) for part in pair))
+
+
+# ---------------------------------------------------------------------------------------------
+# gate and up
+
+
+def expert_pair(experts: dict[str, Pair], role: str) -> Pair | None:
+    """The pair of gate, up or down alone; None where the adapter leaves that matrix as it is."""
+    if role in experts or role == "down" or "gate_up" not in experts:
+        return experts.get(role)
+    a, b = experts["gate_up"]
+    hidden = b.shape[-1] // 2
+    return Pair(a, b[..., :hidden] if role == "gate" else b[..., hidden:])
+
+
+def fused_pair(experts: dict[str, Pair]) -> Pair | None:
+    """One pair for the columns [gate | up].
+
+    Separate pairs become one of both ranks: A rows below each other, B block-diagonal. Exact, where
+    adding the pairs' rows up would mix them.
+    """
+    if "gate_up" in experts:
+        return experts["gate_up"]
+    gate, up = experts.get("gate"), experts.get("up")
+    if gate is None and up is None:
+        return None
+    columns = (gate or up).b.shape[-1]
+    padding = ((0, 0), (0, 0))
+    parts = []
+    if gate is not None:
+        parts.append(Pair(gate.a, np.pad(gate.b, (*padding, (0, columns)))))
+    if up is not None:
+        parts.append(Pair(up.a, np.pad(up.b, (*padding, (columns, 0)))))
+    return Pair(*(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True)))

@@ -1,0 +1,213 @@
+"""Writes an adapter as `peft` reads it (0.19.1 and newer), in one of two layouts.
+
+    peft     experts are one 3-D parameter a layer, as transformers 5 holds them. A of all experts
+             is one matrix [E * r, D_in], expert after expert; of B [D_out, r * E] the expert is the
+             fastest index. gate and up are one parameter, so separate pairs become one.
+    peft-2d  one pair an expert and projection, [r, D_in] and [D_out, r], under the hub's names.
+             All three projections of all experts are there, because readers stack them.
+
+Every pair has the same rank r, padded with zeros, and lora_alpha = r: the scale is in B already.
+Ranks by name (`rank_pattern`) would take less room, but not every reader looks at them. A trained
+router is written whole, as a module to save.
+"""
+
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from drlora_jax.interop.factors import LayerFactors, Pair, expert_pair, fused_pair
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.families import Slot, key_table
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+FUSED, PER_EXPERT = "peft", "peft-2d"
+
+
+class Entry(NamedTuple):
+    """A pair and what it is added to."""
+
+    target: str  # name in the base: of a module, or of a parameter where experts are fused
+    key: str  # the tensors are {key}.lora_A.weight and {key}.lora_B.weight
+    pair: Pair  # [R, D_in] and [R, D_out], of a parameter with a leading [E]
+
+    @property
+    def is_parameter(self) -> bool:
+        return self.pair.a.ndim == 3
+
+
+class Adapter(NamedTuple):
+    """What the two files of an adapter hold."""
+
+    tensors: dict[str, np.ndarray]
+    rank: int
+    modules: list[str]
+    parameters: list[str]
+    saved_modules: list[str]
+    active_share: float  # of the stored rank rows, those that are not zero
+
+
+def pack(
+    config: ModelConfig, factors: list[LayerFactors], routers: dict[int, np.ndarray], layout: str
+) -> Adapter:
+    """The adapter in one of the two layouts.
+
+    Args:
+      routers: trained routers [D, E] by layer number, base and update added up.
+    """
+    fused = _names(key_table(config, "fused"))
+    names = fused if layout == FUSED else _names(key_table(config, "experts"))
+    entries = [entry for layer in factors for entry in _entries(layer, names, layout)]
+    rank = max(1, *(entry.pair.rank for entry in entries))
+    tensors = {}
+    for entry in entries:
+        tensors[f"{PREFIX}{entry.key}.lora_A.weight"] = pack_a(_pad(entry.pair.a, rank))
+        tensors[f"{PREFIX}{entry.key}.lora_B.weight"] = pack_b(_pad(entry.pair.b, rank))
+    saved = []
+    for layer in factors:
+        if layer.place.number in routers:
+            key = _name(fused, layer, "moe", "router")  # of transformers 5 in both layouts
+            tensors[PREFIX + key] = np.ascontiguousarray(routers[layer.place.number].T)
+            saved.append(key.removesuffix(".weight"))
+    used = sum(int(entry.pair.b.any(axis=-1).sum()) for entry in entries)
+    stored = rank * sum(len(e.pair.a) if e.is_parameter else 1 for e in entries)
+    return Adapter(
+        tensors=tensors,
+        rank=rank,
+        modules=_shorten([e.target for e in entries if not e.is_parameter], names, 1),
+        parameters=_shorten([e.target for e in entries if e.is_parameter], names, 3),
+        saved_modules=_shorten(saved, fused, 2),
+        active_share=used / stored,
+    )
+
+
+def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[str, str]) -> None:
+    """Both files. `base` is what `base_model_name_or_path` says: a directory or a hub name."""
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": adapter.rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "target_modules": adapter.modules,
+        "target_parameters": adapter.parameters or None,
+        "modules_to_save": adapter.saved_modules or None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    text = json.dumps(values, indent=2) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
+    save_file(adapter.tensors, directory / WEIGHTS, metadata={"format": "pt", **metadata})
+
+
+# ---------------------------------------------------------------------------------------------
+# arrays
+
+
+def _pad(rows: np.ndarray, rank: int) -> np.ndarray:
+    widths = [(0, 0)] * rows.ndim
+    widths[-2] = (0, rank - rows.shape[-2])
+    return np.pad(rows, widths)
+
+
+def pack_a(a: np.ndarray) -> np.ndarray:
+    """[R, D_in] as it is; [E, R, D_in] to [E * R, D_in], the expert slowest."""
+    return np.ascontiguousarray(a.reshape(-1, a.shape[-1]))
+
+
+def pack_b(b: np.ndarray) -> np.ndarray:
+    """[R, D_out] to [D_out, R]; [E, R, D_out] to [D_out, R * E], the expert fastest."""
+    if b.ndim == 2:
+        return np.ascontiguousarray(b.T)
+    return np.ascontiguousarray(b.transpose(2, 1, 0).reshape(b.shape[2], -1))
+
+
+# ---------------------------------------------------------------------------------------------
+# names
+
+Names = dict[tuple, str]  # (segment, unit, repeat, path below the layer, expert, half) -> name
+
+
+def _names(table: dict[str, Slot]) -> Names:
+    names = {}
+    for key, slot in table.items():
+        if slot.index:
+            expert = slot.index[1] if len(slot.index) > 1 else None
+            where = (*slot.path[:2], slot.index[0])
+            names[(*where, "/".join(slot.path[2:]), expert, slot.half)] = key
+    return names
+
+
+def _name(names: Names, layer: LayerFactors, *path: str, expert=None, half=None) -> str:
+    place = layer.place
+    return names[place.segment, place.unit, place.repeat, "/".join(path), expert, half]
+
+
+def _module(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+def _entries(layer: LayerFactors, names: Names, layout: str) -> Iterator[Entry]:
+    for path, pair in layer.plain.items():
+        module = _module(_name(names, layer, path, "kernel"))
+        yield Entry(module, module, pair)
+    if layer.experts:
+        yield from (_fused_entries if layout == FUSED else _expert_entries)(layer, names)
+
+
+def _fused_entries(layer: LayerFactors, names: Names) -> Iterator[Entry]:
+    gate_up, down = fused_pair(layer.experts), layer.experts.get("down")
+    # peft wraps the module that holds both parameters twice, gate_up inside; a single wrapper is
+    # outside whichever parameter it is for.
+    for leaf, pair, is_inside in (("gate_up", gate_up, down is not None), ("down", down, False)):
+        if pair is not None:
+            parameter = _name(names, layer, "moe", leaf)
+            module = parameter.rpartition(".")[0]
+            yield Entry(parameter, f"{module}.base_layer" if is_inside else module, pair)
+
+
+def _expert_entries(layer: LayerFactors, names: Names) -> Iterator[Entry]:
+    pairs = {role: expert_pair(layer.experts, role) for role in ("gate", "up", "down")}
+    moe, width = layer.place.layer.ffn, _model_width(layer.experts)
+    shapes = {"gate": (width, moe.expert_dim), "up": (width, moe.expert_dim)}
+    shapes["down"] = (moe.expert_dim, width)
+    for role, pair in pairs.items():
+        leaf, half = ("down", None) if role == "down" else ("gate_up", ("gate", "up").index(role))
+        for expert in range(moe.routing.num_experts):
+            zeros = Pair(*(np.zeros((1, size), np.float32) for size in shapes[role]))
+            own = zeros if pair is None else Pair(pair.a[expert], pair.b[expert])
+            module = _module(_name(names, layer, "moe", leaf, expert=expert, half=half))
+            yield Entry(module, module, own)
+
+
+def _model_width(experts: dict[str, Pair]) -> int:
+    role, pair = next(iter(experts.items()))
+    return (pair.b if role == "down" else pair.a).shape[-1]
+
+
+def _shorten(targets: list[str], names: Names, parts: int) -> list[str]:
+    """Targets by their last `parts` names, as peft matches them; in full where that would match
+    others of the layout that are not adapted.
+    """
+
+    def tail(name: str) -> str:
+        return ".".join(name.split(".")[-parts:])
+
+    chosen = set(targets)
+    is_parameter = any(name in chosen for name in names.values())
+    every = [_module(name) for name in names.values() if is_parameter != name.endswith(".weight")]
+    found, there = (Counter(map(tail, group)) for group in (chosen, every))
+    return sorted(
+        {tail(name) if found[tail(name)] == there[tail(name)] else name for name in chosen}
+    )
