@@ -1,0 +1,152 @@
+"""`python -m drlora_jax.evaluate --run DIR --tasks a,b`: what a trained model can do.
+
+  --tasks gsm8k,arc_easy            tasks by name, with data from --data-dir or the hub
+  --tasks gsm8k=FILE                a task on a file of yours
+  --loss FILE ...                   loss and perplexity on text, chat or prompt files
+  --model PATH                      a base model instead of a run
+
+Multiple choice: arc_easy, arc_challenge, boolq, openbookqa, piqa, siqa, winogrande, hellaswag, by
+log-likelihood; with `:mixlora` by answer label, with `:instruct` by writing the answer. Also gsm8k,
+loss, and with --allow-code-execution humaneval and mbpp. Other names run lm-evaluation-harness.
+
+Scores are printed and, for a run or with --out, kept: eval.json, and one line a sample in eval/.
+`python -m drlora_jax.evaluation.compare A.jsonl B.jsonl` pairs two files of samples.
+Exit codes: 0 done, 2 a mistake in the input, 1 the evaluation failed.
+"""
+
+import argparse
+import pathlib
+
+import jax
+
+from drlora_jax import cli
+from drlora_jax.config import TrainConfig, apply_overrides
+from drlora_jax.data.tokenize import load_tokenizer
+from drlora_jax.errors import EXIT_DONE, UserError
+from drlora_jax.evaluation import jobs as jobs_lib
+from drlora_jax.evaluation import results
+from drlora_jax.evaluation.records import Score, Settings
+from drlora_jax.evaluation.sandbox import Sandbox
+from drlora_jax.interop.hf_read import find_model
+from drlora_jax.loaded import Loaded, find_run
+
+OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
+
+
+def main(argv=None) -> int:
+    args = _parse(argv)
+    requests, others = jobs_lib.parse_requests(args.tasks, args.loss)
+    if not requests and not others:
+        raise UserError("Nothing to evaluate: give --tasks NAME,... or --loss FILE.")
+    config, directory = _source(args)
+    folder = _folder(args)
+    jobs = jobs_lib.prepare_jobs(requests, settings_of(args), config, load_tokenizer(directory))
+    sandbox = Sandbox() if any(job.task.is_code for job in jobs) else None
+    mesh = apply_overrides(TrainConfig(), _only(args, "mesh.")).mesh
+    loaded = cli.load_model(args, mesh)
+    scores = _evaluate(jobs, settings_of(args), loaded, sandbox, folder)
+    if others:
+        from drlora_jax.evaluation import harness  # needs a package that few have
+
+        scores += harness.run_tasks(loaded, others, args)
+    if jax.process_index() == 0:
+        print(results.table(scores))
+        if folder:
+            results.write_scores(folder, scores)
+    return EXIT_DONE
+
+
+def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list[Score]:
+    """The one loop over tasks; samples are kept as soon as a task has ended."""
+    tools, digest = jobs_lib.make_tools(loaded, settings, sandbox), jobs_lib.adapter_digest(loaded)
+    found = []
+    for job in jobs:
+        samples, scores = jobs_lib.run_job(job, tools, digest)
+        if folder and jax.process_index() == 0:
+            results.write_samples(folder, scores[0].samples, samples)
+        found += scores
+    return found
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(
+        seed=args.seed,
+        limit=args.limit,
+        shots=args.shots,
+        chat=args.chat,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        max_length=args.max_length,
+        data_dir=args.data_dir,
+        allow_code=args.allow_code_execution,
+    )
+
+
+def _source(args) -> tuple[TrainConfig | None, pathlib.Path]:
+    """The run's config, with data settings overridden, and the directory of the base."""
+    if args.run is None:
+        given = [each for each in args.overrides if each.startswith("data.")]
+        config = apply_overrides(TrainConfig(), given) if given else None
+        return config, find_model(args.model)
+    step = "latest" if args.base else args.step
+    source = find_run(args.run, step=step, model_path=args.model_path)
+    return apply_overrides(source.config, _only(args, "data.")), source.directory
+
+
+def _only(args, section: str) -> list[str]:
+    return [override for override in args.overrides if override.startswith(section)]
+
+
+def _folder(args) -> pathlib.Path | None:
+    """Where results are kept; made and tried before any work."""
+    where = args.out or args.run
+    if where is None:
+        return None
+    results.check_writable(pathlib.Path(where).expanduser())
+    return pathlib.Path(where).expanduser()
+
+
+def _parse(argv) -> argparse.Namespace:
+    parser = cli.model_parser("python -m drlora_jax.evaluate", __doc__)
+    add = parser.add_argument
+    add("--tasks", metavar="NAME[=FILE],...", help="tasks; lm_eval:NAME is one of the harness")
+    add("--loss", metavar="FILE", nargs="+", default=[], help="files for loss and perplexity")
+    add("--data-dir", metavar="DIR", help="searched for the files of tasks")
+    add("--out", metavar="DIR", help="where results are kept; default: the run directory")
+    add("--limit", type=_positive, metavar="N", help="a seeded sample of N items a task")
+    add("--seed", type=int, default=0, help="of the sample; default 0")
+    add("--shots", type=_natural, default=0, metavar="K", help="gsm8k: K solved examples in front")
+    add("--batch-size", type=_positive, default=8, metavar="B", help="rows computed at once")
+    add("--max-new-tokens", type=_positive, metavar="N", help="default: the task's own")
+    add("--max-length", type=_positive, metavar="N", help="tokens a row; default: the run's, 2048")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="ask through the tokenizer's chat template, or with plain prompts; default: written "
+        "answers as the run was trained, multiple choice plain",
+    )
+    add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run model's programs")
+    add("overrides", nargs="*", metavar="mesh.field=value | data.field=value")
+    args = parser.parse_intermixed_args(argv)
+    for override in args.overrides:
+        if not override.startswith(OVERRIDES):
+            raise UserError(f"{override!r}: only mesh.field=value and data.field=value can be set.")
+    return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)

@@ -1,0 +1,144 @@
+"""Tasks that are answered by writing: GSM8K, and instruction rows with an answer format.
+
+A model is asked in the words it was trained with: the prompts go through the run's own template.
+Examples in front of the question (`shots`) are written with the same template: as earlier turns of
+a chat, or as blocks with an empty line between.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from drlora_jax.data.sources import Row
+from drlora_jax.data.templates import CHAT_TEMPLATES, render, render_prompt
+from drlora_jax.errors import UserError
+from drlora_jax.evaluation.answers import last_number, option_of, strict_number, without_notes
+from drlora_jax.evaluation.questions import instruction_options
+from drlora_jax.evaluation.records import Sample
+
+# Texts, stop strings, tokens at most -> what was written, with `.text` and `.finish`.
+Generate = Callable[[Sequence[str], Sequence[str], int], Sequence]
+
+# Where the next turn or example would begin.
+_STOPS = {
+    "question_answer": ("Question:",),
+    "alpaca": ("### Instruction:",),
+    "chatml": ("<|im_end|>", "<|im_start|>"),
+    "tulu": ("<|user|>", "<|system|>"),
+}
+
+
+class Item(NamedTuple):
+    """A prompt and the reference answer."""
+
+    id: str
+    prompt: str
+    gold: str
+    options: tuple[str, ...] = ()  # of an instruction row
+
+
+def gsm8k_item(name: str, row: Row, shots: Sequence[Row], template: str, tokenizer) -> Item:
+    question, answer = question_and_answer(row)
+    if strict_number(answer) is None:
+        raise UserError(f"{row.where}: the reference has no number behind ####; correct the row.")
+    examples = [question_and_answer(shot) for shot in shots]
+    return Item(name, prompt_with_shots(question, examples, template, tokenizer), answer)
+
+
+def question_and_answer(row: Row) -> tuple[str, str]:
+    """GSM8K's own fields, or prompt and response; without calculator notes."""
+    for names in (("question", "answer"), ("prompt", "response")):
+        texts = [row.fields.get(name) for name in names]
+        if all(isinstance(text, str) for text in texts):
+            return texts[0].strip(), without_notes(texts[1]).strip()
+    raise UserError(
+        f"{row.where}: needs question and answer, or prompt and response, as texts; got the fields "
+        f"{', '.join(map(str, row.fields))}."
+    )
+
+
+def instruct_item(name: str, row: Row, template: str, tokenizer) -> Item:
+    options = instruction_options(row)
+    answer = row.fields["answer"]
+    if answer not in options:
+        raise UserError(f"{row.where}: the answer {answer!r} is none of {', '.join(options)}.")
+    extra = row.fields.get("input") or ""
+    instruction = row.fields["instruction"]
+    prompt = render_prompt(instruction, template=template, tokenizer=tokenizer, extra=extra)
+    return Item(name, prompt, answer, options)
+
+
+def prompt_with_shots(
+    question: str, shots: Sequence[tuple[str, str]], template: str, tokenizer
+) -> str:
+    """A question behind answered ones."""
+    if template in CHAT_TEMPLATES:
+        return _chat_prompt(question, shots, template, tokenizer)
+    blocks = [
+        "".join(segment.text for segment in _pair(*shot, template, tokenizer)) for shot in shots
+    ]
+    return "\n\n".join([*blocks, render_prompt(question, template=template, tokenizer=tokenizer)])
+
+
+def stop_strings(template: str, *, shots: int = 0) -> tuple[str, ...]:
+    """What ends an answer besides the end-of-text token."""
+    if template == "plain":
+        return ("\n\n",) if shots else ()
+    return _STOPS.get(template, ())
+
+
+def answer_gsm8k(items: Sequence[Item], generate: Generate, stop, tokens: int) -> list[Sample]:
+    samples = []
+    for item, written in _written(items, generate, stop, tokens):
+        gold, strict = strict_number(item.gold), strict_number(written.text)
+        flexible = last_number(written.text)
+        values = {
+            "exact_match_strict": float(strict is not None and strict == gold),
+            "exact_match_flexible": float(flexible is not None and flexible == gold),
+        }
+        predicted = None if flexible is None else str(flexible)
+        is_correct = bool(values["exact_match_strict"])
+        samples.append(_sample(item, written, str(gold), predicted, is_correct, values))
+    return samples
+
+
+def answer_instruct(items: Sequence[Item], generate: Generate, stop, tokens: int) -> list[Sample]:
+    samples = []
+    for item, written in _written(items, generate, stop, tokens):
+        predicted = option_of(written.text, item.options)
+        is_correct = predicted == item.gold
+        values = {"exact_match": float(is_correct)}
+        samples.append(_sample(item, written, item.gold, predicted, is_correct, values))
+    return samples
+
+
+def _written(items: Sequence[Item], generate: Generate, stop, tokens: int):
+    answers = generate([item.prompt for item in items], stop, tokens)
+    return zip(items, answers, strict=True)
+
+
+def _sample(item: Item, written, gold: str, predicted, is_correct: bool, values: dict) -> Sample:
+    fields = {
+        "prompt": item.prompt,
+        "text": written.text,
+        "finish": written.finish,
+        "gold": gold,
+        "predicted": predicted,
+        "correct": is_correct,
+    }
+    return Sample(item.id, values, fields)
+
+
+def _pair(question: str, answer: str, template: str, tokenizer):
+    fields = {"prompt": question, "response": answer}
+    return render(fields, row_format="prompt_response", template=template, tokenizer=tokenizer)
+
+
+def _chat_prompt(question: str, shots, template: str, tokenizer) -> str:
+    turns = []
+    for asked, answered in [*shots, (question, "answer")]:
+        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    segments = render(
+        {"messages": turns}, row_format="chat", template=template, tokenizer=tokenizer
+    )
+    last = max(index for index, segment in enumerate(segments) if segment.is_response)
+    return "".join(segment.text for segment in segments[:last])

@@ -1,0 +1,216 @@
+"""From what the user asked for to tasks with their items, and from these to scores."""
+
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from drlora_jax.config import TrainConfig
+from drlora_jax.data.sources import BUNDLED, Row, read_rows
+from drlora_jax.data.templates import AS_IS, FieldNames, choose_template, detect_format
+from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.errors import UserError
+from drlora_jax.evaluation import files, results
+from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
+from drlora_jax.evaluation.sandbox import Sandbox
+from drlora_jax.evaluation.scoring import score_continuations
+from drlora_jax.evaluation.tasks import TASKS, Task, Texts, Tools, Work, suggest
+from drlora_jax.generation import Generator
+from drlora_jax.loaded import Loaded
+
+HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
+MAX_LENGTH = 2048  # tokens that a model sees of context and answer
+
+
+class Request(NamedTuple):
+    """A task by its name, and the file if one was named."""
+
+    name: str
+    file: str | None
+
+
+class Job(NamedTuple):
+    """A task that is ready to be answered."""
+
+    task: Task
+    label: str  # of its file of samples
+    work: Work
+    items: list
+    data_fingerprint: str
+
+
+def parse_requests(tasks: str | None, losses: Sequence[str]) -> tuple[list[Request], list[str]]:
+    """Our tasks, and the names that are left for lm-evaluation-harness."""
+    ours, others = [], []
+    for part in filter(None, (part.strip() for part in (tasks or "").split(","))):
+        name, _, file = part.partition("=")
+        if name in TASKS:
+            ours.append(Request(name, file or None))
+        else:
+            others.append(_harness_task(part))
+    return ours + [Request("loss", file) for file in losses], others
+
+
+def _harness_task(name: str) -> str:
+    if importlib.util.find_spec("lm_eval") is None:
+        own = name.removeprefix(HARNESS).partition("=")[0]
+        raise UserError(
+            f"--tasks {name}: no task of this package ({suggest(own)}). Other names run "
+            "lm-evaluation-harness, which is not installed: pip install 'drlora-jax[eval]'."
+        )
+    return name.removeprefix(HARNESS)
+
+
+def prepare_jobs(
+    requests: Sequence[Request], settings: Settings, config: TrainConfig | None, tokenizer
+) -> list[Job]:
+    """Reads all data and writes all prompts; user mistakes end here, before a model is loaded."""
+    texts = make_texts(settings, config, tokenizer)
+    jobs = []
+    for request in requests:
+        if TASKS[request.name].is_code and not settings.allow_code:
+            raise UserError(
+                f"--tasks {request.name} runs programs that a model wrote; say so with "
+                "--allow-code-execution. They run in a process without network and files."
+            )
+        if request.name == "loss" and request.file is None:
+            jobs += [_job(Request("loss", path), settings, texts) for path in _heldout(config)]
+        else:
+            jobs.append(_job(request, settings, texts))
+    return jobs
+
+
+def make_texts(settings: Settings, config: TrainConfig | None, tokenizer) -> Texts:
+    """A run's way to read and write texts; without a run, that of a new config."""
+    known = config or TrainConfig()
+    template = None if config is None else trained_template(config, tokenizer)
+    length = settings.max_length or known.train.sequence_length
+    return Texts(tokenizer, template, known.data, length)
+
+
+def trained_template(config: TrainConfig, tokenizer) -> str | None:
+    """The template that a run's prompts were written with; None for plain text."""
+    section = config.data
+    row_format = section.format
+    if row_format == "auto" and section.template == "auto":
+        names = FieldNames(
+            section.prompt_field, section.response_field, section.messages_field, section.text_field
+        )
+        try:
+            row_format = detect_format(next(iter(read_rows(section.path))).fields, names)
+        except (UserError, StopIteration):  # the data has moved since
+            row_format = "prompt_response"
+    elif row_format == "auto":
+        row_format = "prompt_response"
+    found = choose_template(section.template, row_format, tokenizer)
+    return None if found == AS_IS else found
+
+
+def _heldout(config: TrainConfig | None) -> tuple[str, ...]:
+    if config is None or not config.data.eval_path:
+        raise UserError("--tasks loss: the run has no data.eval_path; give a file, loss=FILE.")
+    return config.data.eval_path
+
+
+def _job(request: Request, settings: Settings, texts: Texts) -> Job:
+    task = TASKS[request.name]
+    if task.shots is None:
+        settings = settings._replace(shots=0)
+    if task.reads_itself:
+        data = files.Data(request.file, [], _file_digest(request.file))
+    else:
+        data = files.read_source(task.name, task.source, request.file, settings.data_dir)
+    work = Work(data.name, data.rows, _shots(task, data, settings), settings, texts)
+    items = task.items(work)
+    if not items:
+        raise UserError(f"{data.name}: no item of {task.name} is left; give another file.")
+    label = task.name
+    if request.file:  # several files of one task: names and digests tell their samples apart
+        stem = pathlib.PurePath(request.file.partition(":")[2] or request.file).name.split(".")[0]
+        label = f"{task.name}-{stem}-{data.fingerprint[:6]}"
+    return Job(task, label, work, items, data.fingerprint)
+
+
+def _shots(task: Task, data: files.Data, settings: Settings) -> list[Row]:
+    """The first rows of the task's file of examples."""
+    if not settings.shots:
+        return []
+    found = files.read_source(task.name, task.shots, None, settings.data_dir)
+    if found.fingerprint == data.fingerprint:
+        raise UserError(
+            f"--shots {settings.shots}: the examples and the questions of {task.name} are the same "
+            f"file, {data.name}; evaluate other rows."
+        )
+    if len(found.rows) < settings.shots:
+        raise UserError(f"--shots {settings.shots}: {found.name} has {len(found.rows)} rows.")
+    return found.rows[: settings.shots]
+
+
+def _file_digest(path: str) -> str:
+    file = BUNDLED / path.removeprefix("bundled:") if path.startswith("bundled:") else path
+    try:
+        return hashlib.sha256(pathlib.Path(file).expanduser().read_bytes()).hexdigest()[:16]
+    except OSError:
+        return text_hash([path])  # a `datasets` name, or what reading it will explain
+
+
+# --------------------------------------------------------------------------------------------- run
+
+
+def make_tools(loaded: Loaded, settings: Settings, sandbox: Sandbox | None) -> Tools:
+    length = settings.max_length or MAX_LENGTH
+    generator = Generator(loaded, batch_size=settings.batch_size)
+
+    def score(pairs):
+        longest = max((len(continuation) for _, continuation in pairs), default=0)
+        if longest > length:
+            raise UserError(f"an answer has {longest} tokens; raise --max-length ({length}).")
+        return score_continuations(loaded, pairs, batch_size=settings.batch_size, max_length=length)
+
+    def generate(texts, stop, tokens):
+        prompts = [encode_prompt(text, loaded.tokenizer) for text in texts]
+        return generator.generate(prompts, max_new_tokens=tokens, stop=stop)
+
+    return Tools(loaded, score, generate, sandbox.run if sandbox else None)
+
+
+def run_job(
+    job: Job, tools: Tools, adapter_fingerprint: str | None
+) -> tuple[list[Sample], list[Score]]:
+    """Answers the items of a task; the scores carry what is needed to judge them."""
+    samples = job.task.answer(job.items, job.work, tools)
+    loaded, settings = tools.loaded, job.work.settings
+    stored = settings.stored()
+    if job.task.shots is None:
+        stored.pop("shots", None)
+    common = {
+        "task": job.task.name,
+        "version": job.task.version,
+        "step": loaded.step,
+        "seed": settings.seed,
+        "prompt_hash": text_hash(text for item in job.items for text in job.task.strings(item)),
+        "data": job.work.path,
+        "data_fingerprint": job.data_fingerprint,
+        "base_fingerprint": loaded.base_fingerprint,
+        "adapter_fingerprint": adapter_fingerprint,
+        "settings": stored,
+        "samples": results.samples_name(job.label, loaded.step, stored),
+    }
+    return samples, results.scores_of(samples, job.task.metrics, common)
+
+
+def adapter_digest(loaded: Loaded) -> str | None:
+    """Of factors and ranks; None for a base, or where a process does not hold all of them."""
+    if not loaded.is_adapted:
+        return None
+    leaves = jax.tree.leaves(loaded.variables["lora"])
+    if not all(leaf.is_fully_addressable for leaf in leaves):
+        return None
+    digest = hashlib.sha256()
+    for leaf in [*leaves, loaded.ranks_LE]:
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]

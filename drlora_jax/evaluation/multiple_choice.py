@@ -1,0 +1,114 @@
+"""Multiple choice by log-likelihood: the model never writes, its probabilities are compared.
+
+`acc` takes the choice of the largest log-likelihood, `acc_norm` the largest log-likelihood per
+character of the choice (without the space in front), as lm-evaluation-harness does. Ties go to the
+first choice.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from drlora_jax.data.templates import render_prompt
+from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.evaluation.prompts import Choice, label_prompt, likelihood_choices
+from drlora_jax.evaluation.questions import Question
+from drlora_jax.evaluation.records import Sample
+
+Score = Callable[[Sequence[tuple[list[int], list[int]]]], Sequence]  # pairs -> LogLikelihoods
+
+
+class Item(NamedTuple):
+    """Choices of which one is right; `pairs` are what the model scores."""
+
+    id: str
+    choices: tuple[Choice, ...]
+    pairs: tuple[tuple[list[int], list[int]], ...]
+    gold: int
+
+
+def likelihood_item(
+    name: str, question: Question, dataset: str, tokenizer, *, template: str | None = None
+) -> Item:
+    """Full answers behind a question; with a template, the question is a user's turn."""
+    choices = likelihood_choices(question, dataset)
+    if template is not None:
+        choices = [_in_template(choice, template, tokenizer) for choice in choices]
+    pairs = [encode_pair(choice.context, choice.continuation, tokenizer) for choice in choices]
+    return Item(name, tuple(choices), tuple(pairs), question.gold)
+
+
+def label_item(name: str, question: Question, dataset: str, tokenizer) -> Item:
+    """Labels behind a prompt that lists the choices; one token each."""
+    prompt, labels, gold = label_prompt(question, dataset)
+    ids = encode_prompt(prompt, tokenizer)
+    choices = tuple(Choice(prompt, f" {label}", label) for label in labels)
+    # The last piece: some tokenizers cut the space or the first letters off.
+    pairs = tuple((ids, _ids(f" {label}", tokenizer)[-1:]) for label in labels)
+    return Item(name, choices, pairs, gold)
+
+
+def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of what follows it.
+
+    Both are tokenised as one text, which is cut where the context's own ids end. Spaces at the end
+    of the context go to the continuation, since words carry their space in front.
+    """
+    stripped = context.rstrip()
+    continuation = context[len(stripped) :] + continuation
+    if not stripped:
+        return encode_prompt("", tokenizer) or [_start(tokenizer)], _ids(continuation, tokenizer)
+    whole = encode_prompt(stripped + continuation, tokenizer)
+    start = len(encode_prompt(stripped, tokenizer))
+    return whole[:start], whole[start:]
+
+
+def answer_items(items: Sequence[Item], score: Score) -> list[Sample]:
+    """Scores all pairs in one go and picks the choices."""
+    found = list(score([pair for item in items for pair in item.pairs]))
+    samples, start = [], 0
+    for item in items:
+        part = found[start : start + len(item.pairs)]
+        start += len(item.pairs)
+        samples.append(_sample(item, np.array([each.total for each in part], np.float64)))
+    return samples
+
+
+def item_texts(item: Item) -> list[str]:
+    """What the prompt hash is made of."""
+    return [text for choice in item.choices for text in choice[:2]]
+
+
+def _sample(item: Item, totals: np.ndarray) -> Sample:
+    lengths = np.array([max(len(choice.answer), 1) for choice in item.choices])
+    best, best_norm = int(np.argmax(totals)), int(np.argmax(totals / lengths))
+    is_shared = len({choice.context for choice in item.choices}) == 1
+    return Sample(
+        id=item.id,
+        values={"acc": float(best == item.gold), "acc_norm": float(best_norm == item.gold)},
+        fields={
+            "prompt": item.choices[0].context
+            if is_shared
+            else [choice.context for choice in item.choices],
+            "choices": [choice.continuation for choice in item.choices],
+            "loglikelihoods": totals.tolist(),
+            "gold": item.gold,
+            "predicted": best,
+            "correct": best == item.gold,
+        },
+    )
+
+
+def _in_template(choice: Choice, template: str, tokenizer) -> Choice:
+    context = render_prompt(choice.context, template=template, tokenizer=tokenizer)
+    return Choice(context, choice.continuation.lstrip(), choice.answer)
+
+
+def _ids(text: str, tokenizer) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def _start(tokenizer) -> int:
+    """What stands before a text without context."""
+    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -1,0 +1,71 @@
+"""What passes between the parts of an evaluation: settings, samples and scores."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Settings(NamedTuple):
+    """What the user chose; all of it that changes a score is stored with the score."""
+
+    seed: int = 0
+    limit: int | None = None  # items; a seeded sample of the file, in the file's order
+    shots: int = 0
+    chat: bool | None = None  # None: as the run was trained; multiple choice then uses no template
+    batch_size: int = 8  # rows computed at once
+    max_new_tokens: int | None = None  # None: the task's own
+    max_length: int | None = None  # tokens of a row; None: the loss uses the run's
+    data_dir: str | None = None
+    allow_code: bool = False
+
+    def stored(self) -> dict:
+        """The part that a score depends on and that is not its default."""
+        names = ("limit", "shots", "chat", "max_new_tokens", "max_length")
+        default = Settings()
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value != getattr(default, name)}
+
+
+class Sample(NamedTuple):
+    """One item, answered."""
+
+    id: str  # the same for every model, so that two evaluations can be paired
+    values: dict[str, float]  # by metric; 0 or 1 where the metric is a share
+    fields: dict  # prompt, choices, gold, predicted, ... as they go into the file of samples
+    weight: float = 1.0  # of the item in the mean: target tokens for a loss, else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One number with what is needed to judge it and to get it again."""
+
+    task: str
+    metric: str
+    value: float
+    n: int  # items
+    stderr: float | None = None
+    ci95: tuple[float, float] | None = None
+    version: str = "1"  # of the task: prompts, metrics and extraction rules
+    step: int | None = None  # of the checkpoint; None: the base without an adapter
+    seed: int = 0
+    prompt_hash: str = ""  # of all prompts and continuations in order
+    data: str = ""  # the file or `datasets` name
+    data_fingerprint: str = ""  # of all its rows
+    base_fingerprint: str = ""
+    adapter_fingerprint: str | None = None
+    settings: dict = dataclasses.field(default_factory=dict)
+    samples: str | None = None  # file of samples, relative to the run directory
+
+    def row(self) -> dict:
+        """A JSON object."""
+        return dataclasses.asdict(self)
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """The first 16 hexadecimal digits of the sha256 of texts; borders between them count."""
+    digest = hashlib.sha256()
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""From samples to scores, and where they go: the table on the screen, eval.json, sample files.
+
+`<run>/eval.json` holds one object, `{"scores": [...]}`. A new score replaces the one of the same
+task, metric, checkpoint step, base and settings; all others stay. `<run>/eval/` has one JSON line a
+sample and task.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.evaluation import statistics
+from drlora_jax.evaluation.records import Sample, Score
+
+_SAME = ("task", "metric", "version", "step", "settings", "seed", "data_fingerprint")
+_SAME += ("base_fingerprint",)
+
+
+def scores_of(samples: Sequence[Sample], metrics: Sequence[str], common: Mapping) -> list[Score]:
+    """One score a metric; `common` are the other fields. A loss is followed by its perplexity."""
+    weights = [sample.weight for sample in samples]
+    found = []
+    for metric in metrics:
+        value = statistics.estimate([sample.values[metric] for sample in samples], weights)
+        found.append((metric, value))
+        if metric == "loss":
+            found.append(("perplexity", statistics.exponential(value)))
+    return [Score(metric=metric, **value._asdict(), **common) for metric, value in found]
+
+
+def table(scores: Sequence[Score]) -> str:
+    """Aligned columns."""
+    rows = [("task", "metric", "value", "stderr", "95 % interval", "n", "step")]
+    for score in scores:
+        stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
+        ends = "" if score.ci95 is None else f"{score.ci95[0]:.4f} to {score.ci95[1]:.4f}"
+        step = "base" if score.step is None else str(score.step)
+        value = f"{score.value:.4f}"
+        rows.append((score.task, score.metric, value, stderr, ends, str(score.n), step))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    left = {0, 1}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def samples_name(task: str, step: int | None, settings: Mapping) -> str:
+    """The name of a task's file of samples, below the run directory."""
+    parts = [re.sub(r"[^A-Za-z0-9_.@-]+", "-", task)]
+    parts += [f"{name}{settings[name]}" for name in ("shots", "limit") if name in settings]
+    if "chat" in settings:
+        parts.append("chat" if settings["chat"] else "nochat")
+    parts.append("base" if step is None else f"step{step}")
+    return f"eval/{'-'.join(parts)}.jsonl"
+
+
+def write_samples(folder: pathlib.Path, name: str, samples: Sequence[Sample]) -> None:
+    lines = [
+        {"id": sample.id, **sample.fields, "values": sample.values, "weight": sample.weight}
+        for sample in samples
+    ]
+    _write(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write_scores(folder: pathlib.Path, scores: Sequence[Score]) -> None:
+    """Adds scores to eval.json; what is there and is not measured again is kept."""
+    file = folder / "eval.json"
+    rows = {_key(row): row for row in _stored(file)}
+    # A score that is measured again goes to the end: the file reads in order of time.
+    for row in (json.loads(json.dumps(score.row())) for score in scores):
+        rows.pop(_key(row), None)
+        rows[_key(row)] = row
+    _write(file, json.dumps({"scores": list(rows.values())}, indent=1) + "\n")
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Before any work: eval.json can be read, and the folder takes files."""
+    _stored(folder / "eval.json")
+    try:
+        (folder / "eval").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} can not be written: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} can not be written; change its rights, or give --out DIR.")
+
+
+def _key(row: Mapping) -> str:
+    return json.dumps([row.get(name) for name in _SAME], sort_keys=True)
+
+
+def _stored(file: pathlib.Path) -> list[dict]:
+    if not file.exists():
+        return []
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))["scores"]
+        if all(isinstance(row, dict) for row in rows):
+            return rows
+        raise ValueError("scores is not a list of objects")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} can not be read ({type(error).__name__}: {error}); move it away: it would be "
+            "replaced."
+        ) from error
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    draft = file.with_suffix(file.suffix + ".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
+    except OSError as error:
+        raise RunError(f"{file} can not be written: {error.strerror}.") from error

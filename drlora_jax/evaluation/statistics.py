@@ -1,0 +1,117 @@
+"""From samples to estimates: mean, standard error, 95 % interval, paired difference.
+
+Values are averaged with weights (a loss weighs documents by their target tokens), as a ratio
+estimate: m = sum w x / sum w, and stderr^2 = n / (n - 1) * sum w^2 (x - m)^2 / (sum w)^2, which is
+s / sqrt(n) for equal weights. Shares get Wilson's interval, which stays inside [0, 1] and does not
+shrink to a point at 0 of n.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from drlora_jax.errors import UserError
+
+Z95 = 1.959963984540054  # 97.5 % of the standard normal distribution lie below
+DRAWS = 20_000  # of the randomisation test
+SIGNIFICANT = 0.05
+
+
+class Estimate(NamedTuple):
+    value: float
+    stderr: float | None  # None for a single sample
+    ci95: tuple[float, float] | None
+    n: int
+
+
+class Comparison(NamedTuple):
+    """The second evaluation minus the first, item by item."""
+
+    n: int
+    difference: float
+    stderr: float | None
+    ci95: tuple[float, float] | None
+    p_value: float
+    is_shown: bool  # whether the difference is more than noise
+
+
+def estimate(values: Sequence[float], weights: Sequence[float] | None = None) -> Estimate:
+    """The weighted mean of at least one sample."""
+    x = np.asarray(values, np.float64)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
+    if x.size == 0 or not w.sum() > 0:
+        raise ValueError("A mean needs at least one sample of positive weight.")
+    mean, n = float(np.average(x, weights=w)), x.size
+    if n == 1:
+        return Estimate(mean, None, None, 1)
+    stderr = math.sqrt(n / (n - 1) * float(np.sum((w * (x - mean)) ** 2))) / float(w.sum())
+    is_share = bool(np.isin(x, (0.0, 1.0)).all() and (w == w[0]).all())
+    ends = wilson(int(x.sum()), n) if is_share else (mean - Z95 * stderr, mean + Z95 * stderr)
+    return Estimate(mean, stderr, ends, n)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    share, z2 = successes / n, Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    # Exactly the ends where rounding would leave them a little inside or outside.
+    low = 0.0 if successes == 0 else middle - half
+    return low, 1.0 if successes == n else middle + half
+
+
+def exponential(loss: Estimate) -> Estimate:
+    """Perplexity of a loss: the interval's ends are those of the loss, the error is first order."""
+    value = math.exp(loss.value) if loss.value < 700 else math.inf
+    if loss.stderr is None or not math.isfinite(value):
+        return Estimate(value, None, None, loss.n)
+    low, high = (math.exp(min(end, 700.0)) for end in loss.ci95)
+    return Estimate(value, value * loss.stderr, (low, high), loss.n)
+
+
+def compare(
+    first: Mapping[str, tuple[float, float]], second: Mapping[str, tuple[float, float]]
+) -> Comparison:
+    """Pairs two evaluations of the same items.
+
+    Args:
+      first, second: item id -> (value, weight).
+
+    The p value is of the randomisation test that swaps the two results of an item at random; for
+    right-or-wrong answers it is McNemar's exact test up to the error of the draws.
+    """
+    if first.keys() != second.keys() or not first:
+        missing = sorted(first.keys() ^ second.keys())[:3]
+        raise UserError(
+            f"the two evaluations have other items ({len(first)} and {len(second)}; for example "
+            f"{', '.join(missing) or 'none at all'}); compare the same task, file, limit and seed."
+        )
+    weights = np.array([first[key][1] for key in first])
+    steps = np.array([second[key][0] - first[key][0] for key in first])
+    estimated = estimate(steps, weights)
+    # Not the interval of a share, should all differences be 0 or 1.
+    half = Z95 * estimated.stderr if estimated.stderr is not None else None
+    ends = None if half is None else (estimated.value - half, estimated.value + half)
+    p_value = _randomisation(steps * weights)
+    return Comparison(
+        len(steps), estimated.value, estimated.stderr, ends, p_value, p_value < SIGNIFICANT
+    )
+
+
+def _randomisation(steps: np.ndarray) -> float:
+    """Two-sided p value of sum(steps) when every sign is a coin toss; seeded."""
+    moved = steps[steps != 0]
+    if moved.size == 0:
+        return 1.0
+    draw, observed, extreme = np.random.default_rng(0), abs(moved.sum()), 0
+    part = max(1, min(DRAWS, 4_000_000 // moved.size))  # bounds the memory
+    done = 0
+    while done < DRAWS:
+        count = min(part, DRAWS - done)
+        signs = draw.integers(0, 2, size=(count, moved.size), dtype=np.int8) * 2 - 1
+        # A little below: sums of the same numbers in another sign differ in the last digit.
+        extreme += int(np.sum(np.abs(signs @ moved) >= observed * (1 - 1e-9)))
+        done += count
+    return (extreme + 1) / (DRAWS + 1)

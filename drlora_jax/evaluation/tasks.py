@@ -1,0 +1,299 @@
+"""The table of tasks, and the one way from rows to samples.
+
+A task is where its rows are, how rows become items, and how a model answers items. `NAME` ranks
+full answers by log-likelihood, `NAME:mixlora` labels as MixLoRA's evaluation does, `NAME:instruct`
+lets the model write an answer to rows {instruction, answer}. A new task is one row of a table here,
+and one function of items.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from drlora_jax.config import DataSection
+from drlora_jax.data.sources import Row
+from drlora_jax.data.templates import choose_template
+from drlora_jax.errors import UserError
+from drlora_jax.evaluation import code_tasks, generated, loss, multiple_choice
+from drlora_jax.evaluation.files import Source
+from drlora_jax.evaluation.questions import read_question
+from drlora_jax.evaluation.records import Sample, Settings
+from drlora_jax.loaded import Loaded
+
+
+class Texts(NamedTuple):
+    """What items are made with; no weights are needed."""
+
+    tokenizer: object
+    template: str | None  # of the run that the model comes from, resolved; None: no run
+    section: DataSection  # for the loss: how a run reads its data
+    length: int  # tokens a row, for the loss
+
+
+class Tools(NamedTuple):
+    """What items are answered with."""
+
+    loaded: Loaded
+    score: multiple_choice.Score
+    generate: generated.Generate  # texts, stops, tokens at most -> Generations
+    run_program: Callable | None  # of the sandbox, where code is asked for
+
+
+class Work(NamedTuple):
+    """The rows of one task, and what to do with them."""
+
+    path: str
+    rows: Sequence[Row]
+    shots: Sequence[Row]
+    settings: Settings
+    texts: Texts
+
+
+class Task(NamedTuple):
+    """A benchmark. `items` is called before a model is loaded and finds the mistakes in rows."""
+
+    name: str
+    source: Source
+    metrics: tuple[str, ...]
+    items: Callable[[Work], list]
+    strings: Callable[[object], list[str]]  # of an item: what the prompt hash covers
+    answer: Callable[[Sequence, Work, Tools], list[Sample]]
+    shots: Source | None = None  # where examples come from; None: the task takes none
+    is_code: bool = False
+    reads_itself: bool = False  # items come from the path, not from rows
+    version: str = "1"
+
+
+def suggest(name: str) -> str:
+    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(TASKS)}."
+
+
+def chosen(items: Sequence, settings: Settings) -> list:
+    """At most `limit` items: a seeded sample, in the order of the file. A smaller limit takes a
+    part of what a larger one takes.
+    """
+    if settings.limit is None or settings.limit >= len(items):
+        return list(items)
+    order = np.random.default_rng(settings.seed).permutation(len(items))
+    return [items[index] for index in sorted(order[: settings.limit].tolist())]
+
+
+# ---------------------------------------------------------------------------------- multiple choice
+
+_TEST = {  # data set: (files, hub, split, metrics)
+    "arc_easy": (("arc_easy_test", "ARC-Easy/test"), "allenai/ai2_arc:ARC-Easy", "test"),
+    "arc_challenge": (
+        ("arc_challenge_test", "ARC-Challenge/test"),
+        "allenai/ai2_arc:ARC-Challenge",
+        "test",
+    ),
+    "boolq": (("boolq_val", "boolq_test"), "google/boolq", "validation"),
+    "openbookqa": (("openbookqa_test",), "allenai/openbookqa:main", "test"),
+    "piqa": (("piqa_val", "piqa_test"), "baber/piqa", "validation"),
+    "siqa": (("siqa_val", "siqa_test"), "lighteval/siqa", "validation"),
+    "winogrande": (
+        ("winogrande_val", "winogrande_test"),
+        "allenai/winogrande:winogrande_xl",
+        "validation",
+    ),
+    "hellaswag": (
+        ("hellaswag_val", "hellaswag_test", "hellaswag_val1000"),
+        "Rowan/hellaswag",
+        "validation",
+    ),
+}
+# Where lm-evaluation-harness reports acc only: the answers are of one form, or not what is scored.
+_ACC_ONLY = {"boolq", "siqa", "winogrande"}
+_FOLDERS = ("", "commonsense_structured/", "commonsense/")
+
+
+def _source(dataset: str, folders=_FOLDERS) -> Source:
+    stems, hub, split = _TEST[dataset]
+    return Source(tuple(folder + stem for folder in folders for stem in stems), hub, split)
+
+
+def _likelihood_task(dataset: str) -> Task:
+    def items(work: Work) -> list:
+        template = None
+        if work.settings.chat:
+            if dataset == "winogrande":
+                raise UserError("winogrande scores the rest of a sentence; leave --chat out.")
+            template = "tokenizer"
+        return [
+            multiple_choice.likelihood_item(
+                name, read_question(row, dataset), dataset, work.texts.tokenizer, template=template
+            )
+            for name, row in _named(work)
+        ]
+
+    metrics = ("acc",) if dataset in _ACC_ONLY else ("acc", "acc_norm")
+    return _choice_task(dataset, dataset, metrics, items)
+
+
+def _label_task(dataset: str) -> Task:
+    def items(work: Work) -> list:
+        if work.settings.chat:
+            raise UserError(f"{dataset}:mixlora has prompts of its own; leave --chat out.")
+        return [
+            multiple_choice.label_item(
+                name, read_question(row, dataset), dataset, work.texts.tokenizer
+            )
+            for name, row in _named(work)
+        ]
+
+    return _choice_task(f"{dataset}:mixlora", dataset, ("acc",), items)
+
+
+def _choice_task(name: str, dataset: str, metrics: tuple[str, ...], items) -> Task:
+    return Task(
+        name=name,
+        source=_source(dataset),
+        metrics=metrics,
+        items=items,
+        strings=multiple_choice.item_texts,
+        answer=lambda items, work, tools: multiple_choice.answer_items(items, tools.score),
+    )
+
+
+# ------------------------------------------------------------------------------------------ written
+
+
+def _instruct_task(dataset: str) -> Task:
+    def items(work: Work) -> list:
+        template = _template(work, "alpaca")
+        return [
+            generated.instruct_item(name, row, template, work.texts.tokenizer)
+            for name, row in _named(work)
+        ]
+
+    return _written_task(
+        f"{dataset}:instruct",
+        _source(dataset, ("", "commonsense/"))._replace(hub=None),
+        ("exact_match",),
+        items,
+        _answer_instruct,
+    )
+
+
+def _answer_instruct(items, work: Work, tools: Tools) -> list[Sample]:
+    stop = generated.stop_strings(_template(work, "alpaca"))
+    tokens = work.settings.max_new_tokens or 32
+    return generated.answer_instruct(items, tools.generate, stop, tokens)
+
+
+def _gsm8k_items(work: Work) -> list:
+    template = _template(work, "question_answer")
+    return [
+        generated.gsm8k_item(name, row, work.shots, template, work.texts.tokenizer)
+        for name, row in _named(work)
+    ]
+
+
+def _answer_gsm8k(items, work: Work, tools: Tools) -> list[Sample]:
+    template = _template(work, "question_answer")
+    stop = generated.stop_strings(template, shots=work.settings.shots)
+    tokens = work.settings.max_new_tokens or 256
+    return generated.answer_gsm8k(items, tools.generate, stop, tokens)
+
+
+def _written_task(name: str, source: Source, metrics, items, answer, **more) -> Task:
+    return Task(
+        name=name,
+        source=source,
+        metrics=metrics,
+        items=items,
+        strings=lambda item: [item.prompt],
+        answer=answer,
+        **more,
+    )
+
+
+def _template(work: Work, default: str) -> str:
+    """`--chat`: the tokenizer's; `--no-chat`: plain prompts; neither: as the run was trained."""
+    if work.settings.chat is None:
+        return work.texts.template or default
+    if work.settings.chat:
+        return choose_template("tokenizer", "chat", work.texts.tokenizer)
+    return default
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def _loss_items(work: Work) -> list[loss.Item]:
+    texts = work.texts
+    items = loss.read_items(work.path, texts.section, texts.tokenizer, texts.length)
+    return chosen(items, work.settings)
+
+
+_LOSS = Task(
+    name="loss",
+    source=Source(()),
+    metrics=("loss",),
+    items=_loss_items,
+    strings=loss.item_texts,
+    answer=lambda items, work, tools: loss.answer_items(
+        tools.loaded, items, length=work.texts.length, batch_size=work.settings.batch_size
+    ),
+    reads_itself=True,
+)
+
+
+# --------------------------------------------------------------------------------------------- code
+
+
+def _answer_code(stop, tokens: int):
+    def answer(items, work: Work, tools: Tools) -> list[Sample]:
+        tokens_now = work.settings.max_new_tokens or tokens
+        return code_tasks.answer_code(items, tools.generate, stop, tokens_now, tools.run_program)
+
+    return answer
+
+
+def _named(work: Work) -> list[tuple[str, Row]]:
+    """Rows with their number in the file, which names them whatever the limit is."""
+    return chosen([(str(number), row) for number, row in enumerate(work.rows, 1)], work.settings)
+
+
+_GSM8K = _written_task(
+    "gsm8k",
+    Source(("gsm8k_test", "gsm8k/test"), "openai/gsm8k:main", "test"),
+    ("exact_match_strict", "exact_match_flexible"),
+    _gsm8k_items,
+    _answer_gsm8k,
+    # The package's own rows are of the train split: examples are there on every machine.
+    shots=Source(("gsm8k_train", "gsm8k/train"), "bundled:gsm8k/train.jsonl", "train"),
+)
+_HUMANEVAL = _written_task(
+    "humaneval",
+    Source(("HumanEval", "humaneval", "humaneval/HumanEval"), "openai/openai_humaneval", "test"),
+    ("pass@1",),
+    lambda work: chosen([code_tasks.humaneval_item(row) for row in work.rows], work.settings),
+    _answer_code(code_tasks.HUMANEVAL_STOPS, 512),
+    is_code=True,
+)
+_MBPP = Task(
+    name="mbpp",
+    source=Source(("mbpp", "mbpp/mbpp"), "google-research-datasets/mbpp:full", "train+test"),
+    metrics=("pass@1",),
+    items=lambda work: chosen(code_tasks.mbpp_items(work.rows), work.settings),
+    strings=lambda item: [item.prompt],
+    answer=_answer_code(code_tasks.MBPP_STOPS, 512),
+    is_code=True,
+)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        *(_likelihood_task(dataset) for dataset in _TEST),
+        *(_label_task(dataset) for dataset in _TEST),
+        *(_instruct_task(dataset) for dataset in _TEST),
+        _LOSS,
+        _GSM8K,
+        _HUMANEVAL,
+        _MBPP,
+    )
+}
