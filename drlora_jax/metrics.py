@@ -107,6 +107,7 @@ class Progress:
         self._console = console or Console(force_terminal=sys.stdout.isatty(), highlight=False)
         self._total = total
         self._map: tuple | None = None
+        self._newest: dict = {}
         self._live = None
         if self._console.is_interactive:
             self._bar = rich.progress.Progress(
@@ -136,7 +137,8 @@ class Progress:
         """A row of metrics.jsonl."""
         figures = "  ".join(_figures(row))
         if self._live is not None:
-            self._row = Text(figures, no_wrap=True)
+            self._newest |= row  # a figure stays until it is measured again
+            self._row = Text("  ".join(_figures(self._newest)), no_wrap=True)
             self._live.update(self._view())
         if self._live is None or "eval_loss" in row:
             self.note(f"step {row['step']}/{self._total}  {figures}")

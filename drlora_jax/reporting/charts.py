@@ -98,11 +98,12 @@ def _axes(chart: Chart, series: list[Series]) -> tuple[Axis, Axis]:
 
 def _grid(x: Axis, y: Axis, height: int) -> list[str]:
     parts = []
-    for value in nice_ticks(y.low, y.high, round((y.start - y.stop) / 40)):
+    ticks = nice_ticks(y.low, y.high, round((y.start - y.stop) / 40))
+    for value, label in zip(ticks, distinct_labels(ticks), strict=True):
         place = y.place(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{x.stop}" y1="{place:.1f}" ')
         parts.append(f'y2="{place:.1f}"/><text class="y" x="{LEFT - 7}" y="{place + 3.5:.1f}">')
-        parts.append(f"{number(value)}</text>")
+        parts.append(f"{label}</text>")
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{x.stop}" y1="{y.start}" y2="{y.start}"/>')
     for value in nice_ticks(x.low, x.high, round((x.stop - x.start) / 70)):
         parts.append(f'<text class="x" x="{x.place(value):.1f}" y="{y.start + 15}">')
@@ -194,10 +195,19 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def number(value: float) -> str:
-    """Four significant digits, thousands as k and M."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            size = {"G": 1e9, "M": 1e6, "k": 1e3}[suffix]
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}" if value else "0"
+def distinct_labels(ticks: Sequence[float]) -> list[str]:
+    """As few digits as tell the ticks apart."""
+    for digits in range(4, 16):
+        labels = [number(value, digits) for value in ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Significant digits, thousands as k, M and G."""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            unit = 1e3 if suffix == "k" else size
+            return f"{value / unit:.{digits}g}{suffix}"
+    return f"{value:.{digits}g}" if value else "0"

@@ -113,7 +113,8 @@ def as_data(heat_map: HeatMap) -> dict:
 
 def draw(heat_map: HeatMap, index: int) -> str:
     """The place of a map on the page, with its colour scale."""
-    highest = max(value for _, rows in heat_map.frames for row in rows for value in row)
+    values = (value for _, rows in heat_map.frames for row in rows for value in row)
+    highest = max(values, default=0.0)
     top = "≥ " if highest > heat_map.high else ""
     top += f"{heat_map.high * heat_map.scale:.{heat_map.decimals}f}"
     left_out = ""

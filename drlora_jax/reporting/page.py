@@ -25,7 +25,8 @@ def write_report(directories: list[pathlib.Path], out: pathlib.Path) -> None:
     """Reads the runs and writes the page in one go: a reader never sees half of it."""
     page = make_page([read_run(directory) for directory in directories])
     draft = out.with_suffix(out.suffix + ".tmp")
-    draft.write_text(page, encoding="utf-8")
+    # A name may have bytes that are not UTF-8; the page has a question mark for them.
+    draft.write_text(page, encoding="utf-8", errors="replace")
     os.replace(draft, out)
 
 

@@ -62,19 +62,19 @@ def _read_config(directory: pathlib.Path) -> dict:
     file = directory / "config.json"
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "no such directory"
-        raise UserError(f"--run {directory}: {what}; give the run.dir of a training run.")
+        raise UserError(f"{directory}: {what}; give the run.dir of a training run.")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"--run {directory} has no config.json; give the run.dir of a training run."
+            f"{directory} has no config.json; give the run.dir of a training run."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"--run {directory}: {file} can not be read: {error}.") from error
+        raise UserError(f"{file} can not be read: {error}.") from error
     sections = stored.get("config") if isinstance(stored, dict) else None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise UserError(
-            f"--run {directory}: its config.json is not of a run (no object `config` of sections); "
+            f"{directory}: its config.json is not of a run (no object `config` of sections); "
             "give the run.dir of a training run."
         )
     return stored

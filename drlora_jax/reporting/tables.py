@@ -128,13 +128,22 @@ def evaluation_table(runs: list[RunLog], names: list[str]) -> str:
     rows = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         for row in run.evaluations:
-            error = row.get("stderr")
-            interval = f" ± {1.96 * error:.4f}" if is_number(error) else ""
-            cells = [_text(row.get(key)) for key in ("task", "metric")]
-            cells += [f"{row['value']:.4f}{interval}", *(_text(row.get(k)) for k in ("n", "step"))]
+            cells = [_text(row.get("task")), _text(row.get("metric")), f"{row['value']:.4f}"]
+            step = "base" if "step" in row and row["step"] is None else _text(row.get("step"))
+            cells += [_interval(row), _text(row.get("n")), step]
             rows.append(([_run_head(index, name)] if len(runs) > 1 else []) + cells)
-    head = ["task", "metric", "value, 95 % interval", "n", "step"]
+    head = ["task", "metric", "value", "95 % interval", "n", "step"]
     return table((["run"] if len(runs) > 1 else []) + head, rows, "evaluation") if rows else ""
+
+
+def _interval(row: dict) -> str:
+    """As measured, or from the standard error."""
+    ends, error = row.get("ci95"), row.get("stderr")
+    if not (isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))):
+        if not is_number(error):
+            return "–"
+        ends = [row["value"] - 1.96 * error, row["value"] + 1.96 * error]
+    return f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
 def config_differences(runs: list[RunLog], names: list[str]) -> str:
