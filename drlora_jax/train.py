@@ -282,7 +282,8 @@ def _loop(
 ) -> int:
     job, section = run.job, run.job.config.train
     step = int(position.state.step)
-    _show_ranks(run, position, progress)
+    if job.policy.last_event:  # ranks that never change need no map
+        _show_ranks(run, position, progress)
     meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
     rows = mesh_lib.rows(run.mesh, leading=1)
     if step == 0 and job.eval_batches and not stop:
@@ -390,9 +391,8 @@ def _routing(metrics: dict) -> dict:
 
 
 def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
-    if run.job.policy.last_event:  # ranks that never change need no map
-        layers, max_rank = run.job.model_config.moe_layers, run.job.adapter.max_rank
-        progress.show_ranks(position.capacity.ranks_LE, max_rank, layers)
+    layers, max_rank = run.job.model_config.moe_layers, run.job.adapter.max_rank
+    progress.show_ranks(position.capacity.ranks_LE, max_rank, layers)
 
 
 def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:

@@ -60,7 +60,8 @@ def draw(chart: Chart) -> str:
     if not series:
         return ""
     x, y = _axes(chart, series)
-    body = [*_grid(x, y, chart.height), _marks(chart, x, y)]
+    label = "optimizer step, ticks at rank events" if chart.ticks_at else "optimizer step"
+    body = [*_grid(x, y, chart.height, label), _marks(chart, x, y)]
     body += [_line(chart, each, x, y) for each in series]
     title = html.escape(chart.title)
     shown = {
@@ -96,20 +97,20 @@ def _axes(chart: Chart, series: list[Series]) -> tuple[Axis, Axis]:
     )
 
 
-def _grid(x: Axis, y: Axis, height: int) -> list[str]:
+def _grid(x: Axis, y: Axis, height: int, label: str) -> list[str]:
     parts = []
     ticks = nice_ticks(y.low, y.high, round((y.start - y.stop) / 40))
-    for value, label in zip(ticks, distinct_labels(ticks), strict=True):
+    for value, name in zip(ticks, distinct_labels(ticks), strict=True):
         place = y.place(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{x.stop}" y1="{place:.1f}" ')
         parts.append(f'y2="{place:.1f}"/><text class="y" x="{LEFT - 7}" y="{place + 3.5:.1f}">')
-        parts.append(f"{label}</text>")
+        parts.append(f"{name}</text>")
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{x.stop}" y1="{y.start}" y2="{y.start}"/>')
     for value in nice_ticks(x.low, x.high, round((x.stop - x.start) / 70)):
         parts.append(f'<text class="x" x="{x.place(value):.1f}" y="{y.start + 15}">')
         parts.append(f"{number(value)}</text>")
     middle = (x.start + x.stop) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{height - 4}">optimizer step</text>')
+    parts.append(f'<text class="label" x="{middle}" y="{height - 4}">{label}</text>')
     return parts
 
 
