@@ -97,6 +97,30 @@ def test_a_second_run_is_identical(built, start_run, reference):
     jax.tree.map(np.testing.assert_array_equal, final_state(run, folder, "second"), reference[1])
 
 
+def test_the_report_shows_the_ranks_of_the_last_checkpoint(built, reference):
+    _, _, folder = built
+    page = (folder / "reference" / "report.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    ranks_LE = reference[1].capacity.ranks_LE
+    assert data["maps"][0]["frames"][-1][1] == ranks_LE.tolist()
+    assert [step for step, _ in data["maps"][0]["frames"]] == [0, 3, 7]
+    assert f"{ranks_LE.mean():.2f}" in page
+
+
+def test_a_run_records_its_routing_and_what_it_was_made_with(built, reference):
+    run, _, folder = built
+    (metrics, events), _ = reference
+    routing = run.job.model_config.moe.routing
+    for row in [*events, *(row for row in metrics if "eval_loss" in row and row["step"])]:
+        np.testing.assert_allclose(np.sum(row["routing_load"], axis=1), 1, atol=1e-4)
+        assert np.max(row["routing_load"]) <= 1 / routing.experts_per_token + 1e-4
+        np.testing.assert_allclose(np.sum(row["routing_weight"], axis=1), 1, atol=1e-4)
+    stored = json.loads((folder / "reference" / "config.json").read_text())
+    assert stored["versions"]["jax"] == jax.__version__
+    assert stored["devices"]["mesh"]["data"] == 1 and stored["devices"]["count"] == 1
+    assert stored["initial_ranks"] == run.job.policy.init().ranks_LE.tolist()
+
+
 def test_training_lowers_the_loss_and_keeps_the_budget(built, reference):
     run, _, _ = built
     (metrics, ranks), position = reference
