@@ -17,7 +17,7 @@ import numpy as np
 import drlora_jax
 from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, expand_user, kind_of, read_json
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of, read_json
 from drlora_jax.run_lock import LOCK_NAME, hold_lock
 from drlora_jax.sinks import Sink
 from drlora_jax.units import format_bytes
@@ -154,8 +154,11 @@ class RunDirectory:
         """Drops the lines of both logs that are later than `step`; all of them for a start at 0."""
         last = step if step else -1
         for file in (self.metrics_file, self.ranks_file):
-            if kind_of(file) == ABSENT:
+            kind = kind_of(file)
+            if kind == ABSENT:
                 continue
+            if kind != FILE:  # a device could be read for ever
+                raise RunError(f"{file} must be a file, but it is {kind}; give a new run.dir.")
             try:
                 lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _is_kept(line, last)]

@@ -246,7 +246,7 @@ def match_keys(
     layout = (
         "fused" if any(key.endswith("mlp.experts.gate_up_proj") for key in tensors) else "experts"
     )
-    _check_counts(config, tensors)
+    _check_counts(config, tensors, layout)
     table = key_table(config, layout)
     on_disk = {key for key in tensors if not key.endswith(IGNORED_SUFFIXES)}
     missing, unmapped = sorted(table.keys() - on_disk), sorted(on_disk - table.keys())
@@ -269,13 +269,17 @@ def match_keys(
     return table
 
 
-def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo]) -> None:
-    """Before a table of every name is made: a config may claim a million layers."""
-    layers = sum(len(segment.unit) * segment.repeats for segment in config.segments)
-    if layers > len(tensors):
-        raise UserError(
-            f"config.json makes {layers} layers, but the weights have only {len(tensors)} tensors."
-        )
+def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: str) -> None:
+    """Before a table of every name is made: a config may claim a million layers or experts."""
+    counts = {"layers": sum(len(part.unit) * part.repeats for part in config.segments)}
+    if layout == "experts" and config.moe:
+        counts["experts"] = config.moe.routing.num_experts
+    for what, count in counts.items():
+        if count > len(tensors):
+            raise UserError(
+                f"config.json makes {count} {what}, but the weights have only {len(tensors)} "
+                "tensors."
+            )
 
 
 def _some(names: list[str], count: int = 3) -> str:

@@ -122,6 +122,8 @@ COUNTS = (
     "n_routed_experts",
     "num_experts_per_tok",
 )
+LARGEST_COUNT = 2**24
+LARGEST_HEAD = 2**16
 NUMBERS = ("rms_norm_eps", "rope_theta", "clip_qkv")
 SWITCHES = ("attention_bias", "mlp_bias", "norm_topk_prob", "tie_word_embeddings")
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
@@ -163,6 +165,7 @@ def _check_types(values: dict) -> None:
         return isinstance(value, kinds) and not isinstance(value, bool)
 
     check(COUNTS, "a whole number above 0", lambda value: is_number(value, int) and value > 0)
+    check(COUNTS, f"at most {LARGEST_COUNT}", lambda value: value <= LARGEST_COUNT)
     check(("sliding_window",), "a whole number", lambda value: is_number(value, int) and value >= 0)
     check(NUMBERS, "a number above 0", lambda value: is_number(value) and 0 < value < float("inf"))
     check(SWITCHES, "true or false", lambda value: isinstance(value, bool))
@@ -200,9 +203,11 @@ def _required(values: dict, name: str):
 
 def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
     """Rotary frequencies 1 / theta ** (2i / head_dim), scaled as the config says."""
+    if head_dim > LARGEST_HEAD:
+        raise UserError(f"config.json: head_dim must be at most {LARGEST_HEAD}, got {head_dim}.")
     parameters = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind not in ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         raise UserError(
             f"config.json: rope type {kind!r} is not supported for {values['model_type']!r}; "
             f"supported: {', '.join(ROPE_SCALINGS)}."

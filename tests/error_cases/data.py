@@ -1,0 +1,313 @@
+"""Data: paths, files that are not what their name says, and rows that can not be used."""
+
+import gzip
+import importlib.util
+import json
+import os
+import pathlib
+
+from error_cases.case import HACKED, Case
+
+GOOD = {"prompt": "a", "response": "b"}
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def _path(path: str, message: str, what: str, make=None) -> Case:
+    return Case("data.path", what, message, (f"data.path={path}",), make)
+
+
+def _file(what: str, message: str, content: bytes, name="rows.jsonl", **options) -> Case:
+    def make(folder: pathlib.Path) -> None:
+        (folder / name).write_bytes(content)
+
+    return Case("data file", what, message, (f"data.path={name}",), make, **options)
+
+
+def _row(what: str, message: str, row: dict, *overrides: str, first=GOOD) -> Case:
+    """A good first row, so that the format is found, and the bad one as the second."""
+
+    def make(folder: pathlib.Path) -> None:
+        lines = [json.dumps(each) for each in (first, row) if each is not None]
+        (folder / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    return Case("data row", what, message, overrides, make)
+
+
+def _chat(what: str, message: str, messages) -> Case:
+    good = {"messages": [USER, ANSWER]}
+    return _row(what, f"rows.jsonl:2: .*{message}", {"messages": messages}, first=good)
+
+
+def _roles(*roles: str) -> list[dict]:
+    return [{"role": role, "content": "a"} for role in roles]
+
+
+def _parquet(folder: pathlib.Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"prompt": ["a"] * 50, "response": ["b"] * 50})
+    pyarrow.parquet.write_table(table, folder / "x.parquet", compression="none")
+
+
+def _broken_parquet(change):
+    def make(folder: pathlib.Path) -> None:
+        _parquet(folder)
+        content = (folder / "x.parquet").read_bytes()
+        (folder / "x.parquet").write_bytes(change(content))
+
+    return make
+
+
+def _parquet_case(what: str, change) -> Case:
+    message = "x.parquet cannot be read as Parquet"
+    return Case(
+        "data file",
+        what,
+        message,
+        ("data.path=x.parquet",),
+        _broken_parquet(change),
+        varies="as Parquet: .*",
+    )
+
+
+def _python_set(folder: pathlib.Path) -> None:
+    """A loading script, as data sets once had."""
+    (folder / "evil").mkdir()
+    (folder / "evil" / "evil.py").write_text(f"open({HACKED!r}, 'w')\n")
+
+
+_LINE = json.dumps(GOOD).encode() + b"\n"
+_WHOLE = gzip.compress(_LINE * 500, mtime=0)
+PATHS = (
+    _path("nowhere.jsonl", "no such file; did you mean rows.jsonl", "not there"),
+    _path(
+        "other.parquet",
+        "no such file; the folder . has rows.jsonl",
+        "not there, and nothing like it",
+    ),
+    _path("gone/rows.jsonl", "its folder gone does not exist", "no such folder"),
+    _path("model", "is a directory; give one of its files", "a directory"),
+    _path("evil", "is a directory", "a directory with a loading script", _python_set),
+    _path(
+        "notes.txt",
+        "unknown kind of file",
+        "a file of another kind",
+        lambda d: (d / "notes.txt").write_text("a"),
+    ),
+    _path(
+        "pipe.jsonl", "it is a named pipe", "a named pipe", lambda d: os.mkfifo(d / "pipe.jsonl")
+    ),
+    _path(
+        "loop.jsonl",
+        "out of reach",
+        "a link to itself",
+        lambda d: (d / "loop.jsonl").symlink_to("loop.jsonl"),
+    ),
+    _path(
+        "gone.jsonl",
+        "a link to nothing",
+        "a link to nothing",
+        lambda d: (d / "gone.jsonl").symlink_to("absent"),
+    ),
+    _path(
+        "zero.jsonl",
+        "it is a device",
+        "an endless device",
+        lambda d: (d / "zero.jsonl").symlink_to("/dev/zero"),
+    ),
+    _path("x" * 300 + ".jsonl", "name too long", "a name too long for a file"),
+    _path("a\0.jsonl", "no UTF-8 text or path has", "a NUL in the name"),
+    _path("\udcff.jsonl", "no UTF-8 text or path has", "a name that is not UTF-8"),
+    _path("bundled:gsm8k/nope.jsonl", "no such file; it has", "an unknown bundled file"),
+    _path("bundled:../config.py", "the package has no such file", "a path behind bundled:"),
+    _path("owner/name:", "write NAME, or NAME:CONFIG", "an empty configuration of a data set"),
+)
+FILES = (
+    _file("an empty file", "rows.jsonl has no rows", b""),
+    _file("blank lines only", "rows.jsonl has no rows", b"\n \n\n"),
+    _file("an empty list", "x.json has no rows", b"[]", "x.json"),
+    _file(
+        "a byte that is not UTF-8",
+        "rows.jsonl:2: not UTF-8, got byte 0xff",
+        _LINE + b'{"prompt": "\xff"}\n',
+    ),
+    _file("UTF-16", "rows.jsonl:1: not UTF-8, got byte 0xff", _LINE.decode().encode("utf-16")),
+    _file(
+        "a line that is no JSON",
+        r"rows.jsonl:2: not JSON at column 9",
+        _LINE + b'{"prompt\n'[:-1] + b"\n",
+        varies=r"column \d+ .*?; ",
+    ),
+    _file(
+        "a NUL byte",
+        "rows.jsonl:2: not JSON",
+        _LINE + b'{"prompt": "a\0"}\n',
+        varies=r"column \d+ .*?; ",
+    ),
+    _file(
+        "a comma behind the last field",
+        "rows.jsonl:1: not JSON",
+        b'{"prompt": "a",}\n',
+        varies=r"column \d+ .*?; ",
+    ),
+    _file("CSV by the name of JSON lines", "rows.jsonl:1: not JSON", b"prompt,response\na,b\n"),
+    _file(
+        "nested without end",
+        "rows.jsonl:1: not JSON that can be read",
+        b"[" * 100_000,
+        varies="can be read: .*",
+    ),
+    _file(
+        "a number of 5000 digits",
+        "rows.jsonl:1: not JSON that can be read",
+        b'{"a": ' + b"9" * 5000 + b"}",
+        varies="can be read: .*",
+    ),
+    _file(
+        "a line that is a list", "rows.jsonl:2: a row must be an object, got list", _LINE + b"[1]\n"
+    ),
+    _file(
+        "a list with a number in it",
+        "x.json row 2: a row must be an object, got int",
+        b'[{"prompt": "a", "response": "b"}, 3]',
+        "x.json",
+    ),
+    _file(
+        "a list that is cut off",
+        "x.json:1: not JSON",
+        b'[{"prompt": "a"}, ',
+        "x.json",
+        varies=r"column \d+ .*?; ",
+    ),
+    _file("no gzip", "cannot be read: .*Is the file whole", b"plain text", "x.jsonl.gz"),
+    _file(
+        "a gzip that is cut off",
+        "cannot be read: .*Is the file whole",
+        _WHOLE[: len(_WHOLE) // 2],
+        "x.jsonl.gz",
+    ),
+    _file(
+        "a gzip with another checksum",
+        "cannot be read",
+        _WHOLE[:-8] + b"\0" * 8,
+        "x.jsonl.gz",
+        varies="read: .*?\\. ",
+    ),
+    _file(
+        "a line of 65 MiB out of a small gzip",
+        "x.jsonl.gz:2: a row of more than 64 MiB",
+        gzip.compress(_LINE + b'{"prompt": "' + b"a" * (65 << 20) + b'"}\n', 1, mtime=0),
+        "x.jsonl.gz",
+    ),
+    *(
+        (
+            _parquet_case("text by the name of Parquet", lambda content: b"plain text"),
+            _parquet_case(
+                "a Parquet file that is cut off", lambda content: content[: len(content) // 2]
+            ),
+            _parquet_case(
+                "a Parquet file with damaged pages", lambda x: x[:4] + b"\xff" * 60 + x[64:]
+            ),
+        )
+        if importlib.util.find_spec("pyarrow")
+        else ()
+    ),
+)
+ROWS = (
+    _row(
+        "no field that is known",
+        "cannot tell the format of a row with the fields a, b",
+        {"a": 1, "b": 2},
+        first=None,
+    ),
+    _row("an object without fields", "cannot tell the format", {}, first=None),
+    _row("a missing field", "rows.jsonl:2: field 'response' is missing", {"prompt": "a"}),
+    _row("null", "rows.jsonl:2: field 'response' is null", GOOD | {"response": None}),
+    _row("an empty answer", "rows.jsonl:2: field 'response' is empty", GOOD | {"response": ""}),
+    _row(
+        "an answer of blanks", "rows.jsonl:2: field 'response' is empty", GOOD | {"response": " \n"}
+    ),
+    _row("a number", "field 'response' must be a string, got int", GOOD | {"response": 3}),
+    _row("a list", "field 'prompt' must be a string, got list", GOOD | {"prompt": ["a"]}),
+    _row("half of a surrogate pair", "half of a surrogate pair", GOOD | {"response": "\ud800"}),
+    _row(
+        "a field that is not there by the config",
+        "cannot tell the format",
+        GOOD,
+        "data.prompt_field=question",
+    ),
+    _row(
+        "a format that the rows do not have",
+        "field 'instruction' is missing",
+        GOOD,
+        "data.format=alpaca",
+    ),
+    _row(
+        "an Alpaca row without output",
+        "field 'output' is missing",
+        {"instruction": "a"},
+        first={"instruction": "a", "output": "b"},
+    ),
+    _row("empty text", "field 'text' is empty", {"text": ""}, first={"text": "a b"}),
+    _row(
+        "too long, where that stops",
+        r"rows.jsonl:2: \d+ tokens, but train.sequence_length is 64",
+        GOOD | {"response": "one two " * 99},
+        "data.too_long=stop",
+    ),
+    _row(
+        "a prompt that fills the row",
+        "no target token left in the first 64",
+        {"prompt": "one two " * 99, "response": "b"},
+    ),
+    _row(
+        "nothing but bad rows, where they are skipped",
+        "no row is left of 1: 1 empty response",
+        GOOD | {"response": ""},
+        "data.bad_rows=skip",
+        first=None,
+    ),
+    _row(
+        "a prompt template for chats",
+        "writes one prompt and one response",
+        {"messages": [USER, ANSWER]},
+        "data.template=alpaca",
+        first=None,
+    ),
+    _row(
+        "a template for plain text",
+        "does not apply to data.format=text",
+        {"text": "a b"},
+        "data.template=tulu",
+        first=None,
+    ),
+    _chat("messages that are text", "field 'messages' must be a list of messages, got str", "a"),
+    _chat("no messages", "field 'messages' is an empty list", []),
+    _chat("a message that is text", "message 1 must be an object, got str", ["a"]),
+    _chat("a message without a role", "message 1 needs a 'role'", [{"content": "a"}, ANSWER]),
+    _chat(
+        "a message without content", "message 2 needs a 'content'", [USER, {"role": "assistant"}]
+    ),
+    _chat(
+        "content that is a list",
+        "the content of message 1 must be a string",
+        [USER | {"content": [1]}, ANSWER],
+    ),
+    _chat(
+        "an empty answer in a chat",
+        r"message 2 \(assistant\) is empty",
+        [USER, ANSWER | {"content": " "}],
+    ),
+    _chat("an answer first", "roles must be.* got assistant, user", _roles("assistant", "user")),
+    _chat("no answer", "roles must be.* got user$|got user ", _roles("user")),
+    _chat("two questions", "got user, user, assistant", _roles("user", "user", "assistant")),
+    _chat(
+        "a system message in the middle",
+        "got user, system",
+        _roles("user", "system", "user", "assistant"),
+    ),
+    _chat("only a system message", "got system", _roles("system")),
+    _chat("an unknown role", "got human, gpt", _roles("human", "gpt")),
+)
+CASES = (*PATHS, *FILES, *ROWS)

@@ -1,0 +1,156 @@
+"""Run directories: something else, damaged, of another run, or in use."""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from error_cases.case import Case
+
+
+def _case(what: str, message: str, make, *overrides: str, **options) -> Case:
+    return Case("run directory", what, message, overrides, make, **options)
+
+
+def _written(name: str, content: str):
+    def make(folder: pathlib.Path) -> None:
+        (folder / "run").mkdir(exist_ok=True)
+        (folder / "run" / name).write_text(content)
+
+    return make
+
+
+def _begun(**changes):
+    """A run of this folder's config, model and rows, as its first checkpoint leaves it."""
+
+    def make(folder: pathlib.Path) -> None:
+        from drlora_jax.config import load_config
+        from drlora_jax.prepare import prepare
+
+        with contextlib.chdir(folder):
+            job = prepare(load_config("config.py"))
+            job.run_dir.create(job.config, job.origin, job.schedule_steps)
+        (folder / "run" / "checkpoints" / "5").mkdir(parents=True)
+        file = folder / "run" / "config.json"
+        values = json.loads(file.read_text()) | changes
+        values = {name: value for name, value in values.items() if value is not ...}
+        file.write_text(json.dumps(values))
+
+    return make
+
+
+def _then(first, second):
+    def make(folder: pathlib.Path) -> None:
+        first(folder)
+        second(folder)
+
+    return make
+
+
+def _flip_weight(folder: pathlib.Path) -> None:
+    file = folder / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def _other_rows(folder: pathlib.Path) -> None:
+    file = folder / "rows.jsonl"
+    file.write_text(file.read_text().replace("plus", "minus"))
+
+
+def _file_as_checkpoints(folder: pathlib.Path) -> None:
+    (folder / "run" / "checkpoints" / "5").rmdir()
+    (folder / "run" / "checkpoints").rmdir()
+    (folder / "run" / "checkpoints").write_text("")
+
+
+@contextlib.contextmanager
+def locked_by_another_process():
+    """The lock of ./run, held by a process of this host."""
+    hold = "import sys; from drlora_jax.run_lock import hold_lock; import pathlib\n"
+    hold += "with hold_lock(pathlib.Path('run')): print('held', flush=True); sys.stdin.read()\n"
+    root = pathlib.Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", hold],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    try:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+    finally:
+        process.communicate()
+
+
+CASES = (
+    _case("a file", "run.dir=rows.jsonl is a file", None, "run.dir=rows.jsonl"),
+    _case(
+        "below a file",
+        "run.dir=rows.jsonl/run can not be written: rows.jsonl is a file",
+        None,
+        "run.dir=rows.jsonl/run",
+    ),
+    _case("a link to nothing", "is a link to nothing", lambda d: (d / "run").symlink_to("gone/x")),
+    _case("a named pipe", "is a named pipe", lambda d: os.mkfifo(d / "run")),
+    _case("a name too long", "name too long", None, f"run.dir={'x' * 300}"),
+    _case(
+        "a directory of something else", "holds other files and no config", _written("a.txt", "a")
+    ),
+    _case("a model directory", "is not a run directory", None, "run.dir=model"),
+    _case(
+        "a config.json that is cut off",
+        "config.json is not JSON.*new run.dir",
+        _written("config.json", "{"),
+    ),
+    _case(
+        "a config.json that is a list",
+        "must hold a JSON object, got list",
+        _written("config.json", "[]"),
+    ),
+    _case(
+        "a config.json without its parts", "is not a run directory", _written("config.json", "{}")
+    ),
+    _case("a config that is text", "is not a run directory", _begun(config="x")),
+    _case("a section that is a number", "is not a run directory", _begun(config={"run": 3})),
+    _case("a schedule of no steps", "is not a run directory", _begun(schedule_steps=0)),
+    _case("a schedule that is text", "is not a run directory", _begun(schedule_steps="12")),
+    _case("a fingerprint that is null", "is not a run directory", _begun(base_fingerprint=None)),
+    _case("no fingerprint", "is not a run directory", _begun(data_fingerprint=...)),
+    _case(
+        "a file as checkpoints",
+        "checkpoints must be a directory",
+        _then(_begun(), _file_as_checkpoints),
+    ),
+    _case(
+        "another learning rate",
+        "was made with train.learning_rate=0.01, got 0.5",
+        _begun(),
+        "train.learning_rate=0.5",
+    ),
+    _case(
+        "several other values",
+        r"was made with allocation.gamma=1.2, got 2.0 \(and 1 more\)",
+        _begun(),
+        "allocation.gamma=2",
+        "train.beta1=0.5",
+    ),
+    _case(
+        "fewer steps than the growth schedule needs",
+        "train.steps=6 ends before the last growth event",
+        _begun(),
+        "train.steps=6",
+    ),
+    _case("another base", "another base or other rows", _then(_begun(), _flip_weight)),
+    _case("other rows", "another base or other rows", _then(_begun(), _other_rows)),
+)
+IN_USE = _case(
+    "in use by another process",
+    "run.dir=run is in use by process",
+    None,
+    around=locked_by_another_process,
+    varies=r"process \d+ on \S+(?=;)",
+)

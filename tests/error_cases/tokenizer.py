@@ -1,0 +1,102 @@
+"""Tokenizers of model directories: missing, broken, of another model, or with code in them."""
+
+import json
+import os
+import pathlib
+
+from error_cases.case import HACKED, Case
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+def _case(what: str, message: str, make, **options) -> Case:
+    return Case("tokenizer", what, message, make=make, **options)
+
+
+def _file(name: str, content: str | bytes):
+    def make(folder: pathlib.Path) -> None:
+        data = content.encode() if isinstance(content, str) else content
+        (folder / "model" / name).write_bytes(data)
+
+    return make
+
+
+def _settings(**changes):
+    """Other values of tokenizer_config.json; ... takes one out."""
+
+    def make(folder: pathlib.Path) -> None:
+        file = folder / "model" / "tokenizer_config.json"
+        values = json.loads(file.read_text()) | changes
+        values = {name: value for name, value in values.items() if value is not ...}
+        file.write_text(json.dumps(values))
+
+    return make
+
+
+def _absent(folder: pathlib.Path) -> None:
+    for file in (folder / "model").glob("tokenizer*"):
+        file.unlink()
+
+
+def _pipe(folder: pathlib.Path) -> None:
+    (folder / "model" / "tokenizer.json").unlink()
+    os.mkfifo(folder / "model" / "tokenizer.json")
+
+
+def _added_token(folder: pathlib.Path) -> None:
+    """A token behind the end of the embedding, as after an extension that the model did not get."""
+    file = folder / "model" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["added_tokens"].append(
+        {
+            "id": 4096,
+            "content": "<new>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    )
+    file.write_text(json.dumps(values))
+
+
+def _chat(what: str, message: str, template: str) -> Case:
+    def make(folder: pathlib.Path) -> None:
+        _settings(chat_template=template)(folder)
+        (folder / "rows.jsonl").write_text(CHAT)
+
+    return Case("chat template", what, message, ("data.template=tokenizer",), make)
+
+
+ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch HACKED') }}".replace("HACKED", HACKED)
+CASES = (
+    _case("no tokenizer", "has no tokenizer: none of tokenizer.json", _absent),
+    _case("a tokenizer.json that is cut off", "does not load", _file("tokenizer.json", "{")),
+    _case("a tokenizer.json that is a list", "does not load", _file("tokenizer.json", "[]")),
+    _case("a tokenizer.json that is not UTF-8", "does not load", _file("tokenizer.json", b"\xff")),
+    _case("a named pipe as tokenizer.json", "has no tokenizer", _pipe),
+    _case("settings that are no JSON", "does not load", _file("tokenizer_config.json", "{oops")),
+    _case("no end-of-text token", "has no eos token", _settings(eos_token=...)),
+    _case(
+        "a token behind the embedding",
+        "largest token id is 4096, but the model has 4096",
+        _added_token,
+    ),
+    _chat("a syntax error", "chat template refuses", "{% if %}"),
+    _chat("an exception", "refuses the messages: no", "{{ raise_exception('no') }}"),
+    _chat("a division by zero", "refuses the messages: ZeroDivisionError", "{{ 1 / 0 }}"),
+    _chat("a sum of text and number", "refuses the messages: TypeError", "{{ 'a' + 1 }}"),
+    _chat("a call into Python", "refuses the messages", ESCAPE),
+    _chat(
+        "a call into Python by way of attributes",
+        "refuses the messages",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    ),
+    _chat(
+        "turns that are written anew",
+        "rewrites earlier turns",
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}",
+    ),
+)
