@@ -355,8 +355,9 @@ def config_file(path: str) -> pathlib.Path:
         file = expand_user(path)
         kind = kind_of(file)
         if kind != FILE or file.suffix != ".py":
+            found = "it does not end in .py" if kind == FILE else f"it is {kind}"
             raise UserError(
-                f"--config {path}: no such Python file (it is {kind}). Give NAME.py with "
+                f"--config {path}: no such Python file ({found}). Give NAME.py with "
                 "get_config(), or bundled:tiny."
             )
         return file

@@ -128,7 +128,7 @@ def test_datasets_name_without_network(monkeypatch):
         raise ConnectionError("no route\nlong trace")
 
     _fake_datasets(monkeypatch, fail)
-    with pytest.raises(UserError, match="does not load: ConnectionError: no route Give a local"):
+    with pytest.raises(UserError, match="does not load: ConnectionError: no route. Give a local"):
         list(read_rows("owner/name"))
 
 

@@ -12,12 +12,15 @@ import sys
 import pytest
 from error_cases import CASES
 from error_cases.case import CONFIG, HACKED, make_world, run_case, run_command, watching
+from error_cases.document import row
 from error_cases.environment import running
 from error_cases.model import PAYLOAD
 
 from drlora_jax import cli
 from drlora_jax.config import load_config
 from drlora_jax.prepare import prepare
+
+DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "errors.md"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,8 @@ def test_one_message_and_nothing_else(case, world, tmp_path):
     assert outcome.events == [] and not list(tmp_path.rglob(HACKED))
     if case.code == 2:
         assert outcome.written == set() and outcome.arrays == 0
+    line = row(case, outcome, tmp_path / "here")
+    assert line in DOCUMENT.read_text().splitlines(), f"run tools/write_errors_doc.py for {line}"
 
 
 def test_the_good_folder_is_good(world, monkeypatch):
@@ -42,6 +47,12 @@ def test_the_good_folder_is_good(world, monkeypatch):
     monkeypatch.chdir(world)
     assert prepare(load_config("config.py")).total_steps == 12
     assert CONFIG == pathlib.Path("config.py").read_text()
+
+
+def test_the_document_has_every_case_and_no_other():
+    lines = DOCUMENT.read_text().splitlines()
+    rows = [line for line in lines if re.match(r"\| .* \| [12] \| (error|failed): ", line)]
+    assert len(rows) == len(CASES) and len(set(rows)) == len(rows)
 
 
 def test_every_case_has_a_name_of_its_own():

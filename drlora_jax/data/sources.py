@@ -182,10 +182,10 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:  # network, name, split: the library raises dozens of unrelated types
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
             f"{name} is no file here, and as a `datasets` name (split {split}) it does not load: "
-            f"{type(error).__name__}: {reason} Give a local file, or check name (NAME or "
+            f"{type(error).__name__}: {reason}. Give a local file, or check name (NAME or "
             "NAME:CONFIG), split and network."
         ) from error
 

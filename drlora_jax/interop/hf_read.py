@@ -79,7 +79,7 @@ def _names_in(folder: pathlib.Path) -> list[str]:
 
 
 def _download(name: str, hint: str) -> pathlib.Path:
-    huggingface_hub = load_package("huggingface_hub", f"model.path={name} is no directory; a hub")
+    huggingface_hub = load_package("huggingface_hub", f"model.path={name} is no directory; the hub")
     # Weights, configs and tokenizer files only: nothing that could be executed.
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
     try:

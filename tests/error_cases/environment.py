@@ -272,7 +272,7 @@ CASES = (
         "a checkpoint without arrays",
         "No valid PyTree",
         _unlink("state"),
-        varies="whole: .*?(?=\\. Put)",
+        varies=r"(?<=whole: ).*?(?=\. Put)",
     ),
     _damaged(
         "a checkpoint without host values", "it has no 'tokens'", _unlink("_CHECKPOINT_METADATA")
@@ -281,7 +281,9 @@ CASES = (
         "a checkpoint with broken host values", "it has no 'tokens'", _junk("_CHECKPOINT_METADATA")
     ),
     _damaged("a checkpoint with broken metadata", "can not be read", _junk("state/_METADATA")),
-    _damaged("an empty checkpoint", "No valid PyTree", _emptied, varies="whole: .*?(?=\\. Put)"),
+    _damaged(
+        "an empty checkpoint", "No valid PyTree", _emptied, varies=r"(?<=whole: ).*?(?=\. Put)"
+    ),
 )
 
 

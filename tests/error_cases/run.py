@@ -9,6 +9,8 @@ import sys
 
 from error_cases.case import Case
 
+DIGEST = r"\b[0-9a-f]{12}\b"
+
 
 def _case(what: str, message: str, make, *overrides: str, **options) -> Case:
     return Case("run directory", what, message, overrides, make, **options)
@@ -144,8 +146,10 @@ CASES = (
         _begun(),
         "train.steps=6",
     ),
-    _case("another base", "another base or other rows", _then(_begun(), _flip_weight)),
-    _case("other rows", "another base or other rows", _then(_begun(), _other_rows)),
+    _case(
+        "another base", "another base or other rows", _then(_begun(), _flip_weight), varies=DIGEST
+    ),
+    _case("other rows", "another base or other rows", _then(_begun(), _other_rows), varies=DIGEST),
 )
 IN_USE = _case(
     "in use by another process",

@@ -9,8 +9,8 @@ from error_cases.case import HACKED, Case
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
-def _case(what: str, message: str, make, **options) -> Case:
-    return Case("tokenizer", what, message, make=make, **options)
+def _case(what: str, message: str, make) -> Case:
+    return Case("tokenizer", what, message, make=make, varies="(?<=does not load: ).*")
 
 
 def _file(name: str, content: str | bytes):
@@ -66,7 +66,9 @@ def _chat(what: str, message: str, template: str) -> Case:
         _settings(chat_template=template)(folder)
         (folder / "rows.jsonl").write_text(CHAT)
 
-    return Case("chat template", what, message, ("data.template=tokenizer",), make)
+    varies = "(?<=refuses the messages: ).*?(?=; mend)"
+    options = ("data.template=tokenizer",)
+    return Case("chat template", what, message, options, make, varies=varies)
 
 
 ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch HACKED') }}".replace("HACKED", HACKED)
