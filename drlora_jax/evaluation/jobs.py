@@ -184,9 +184,8 @@ def run_job(
     """Answers the items of a task; the scores carry what is needed to judge them."""
     samples = job.task.answer(job.items, job.work, tools)
     loaded, settings = tools.loaded, job.work.settings
-    stored = settings.stored()
-    if job.task.shots is None:
-        stored.pop("shots", None)
+    stored = settings.stored(job.task.options)
+    stored["dtype"] = np.dtype(loaded.model.options.dtype).name
     common = {
         "task": job.task.name,
         "version": job.task.version,

@@ -19,9 +19,8 @@ class Settings(NamedTuple):
     data_dir: str | None = None
     allow_code: bool = False
 
-    def stored(self) -> dict:
-        """The part that a score depends on and that is not its default."""
-        names = ("limit", "shots", "chat", "max_new_tokens", "max_length")
+    def stored(self, names: Iterable[str]) -> dict:
+        """Of the named ones, those that are not their defaults."""
         default = Settings()
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value != getattr(default, name)}

@@ -60,6 +60,7 @@ class Task(NamedTuple):
     items: Callable[[Work], list]
     strings: Callable[[object], list[str]]  # of an item: what the prompt hash covers
     answer: Callable[[Sequence, Work, Tools], list[Sample]]
+    options: tuple[str, ...]  # of the settings: those that its scores depend on
     shots: Source | None = None  # where examples come from; None: the task takes none
     is_code: bool = False
     reads_itself: bool = False  # items come from the path, not from rows
@@ -155,10 +156,13 @@ def _choice_task(name: str, dataset: str, metrics: tuple[str, ...], items) -> Ta
         items=items,
         strings=multiple_choice.item_texts,
         answer=lambda items, work, tools: multiple_choice.answer_items(items, tools.score),
+        options=("limit", "chat", "max_length"),
     )
 
 
 # ------------------------------------------------------------------------------------------ written
+
+_WRITTEN = ("limit", "shots", "chat", "max_new_tokens")
 
 
 def _instruct_task(dataset: str) -> Task:
@@ -207,6 +211,7 @@ def _written_task(name: str, source: Source, metrics, items, answer, **more) -> 
         items=items,
         strings=lambda item: [item.prompt],
         answer=answer,
+        options=_WRITTEN,
         **more,
     )
 
@@ -238,6 +243,7 @@ _LOSS = Task(
     answer=lambda items, work, tools: loss.answer_items(
         tools.loaded, items, length=work.texts.length, batch_size=work.settings.batch_size
     ),
+    options=("limit", "max_length"),
     reads_itself=True,
 )
 
@@ -282,6 +288,7 @@ _MBPP = Task(
     items=lambda work: chosen(code_tasks.mbpp_items(work.rows), work.settings),
     strings=lambda item: [item.prompt],
     answer=_answer_code(code_tasks.MBPP_STOPS, 512),
+    options=_WRITTEN,
     is_code=True,
 )
 
