@@ -46,6 +46,10 @@ require(
 )
 for path in ("/out", "/usr/out", "/dev/out", "/tmp/out", "/etc/out"):
     require(refused(lambda path=path: write(path), OSError), f"{path} can be written")
+# Asked of the mount, since the owner of a file is not always someone else.
+for path in ("/", "/usr", os.path.dirname(os.__file__)):
+    is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY if os.path.exists(path) else True
+    require(is_read_only, f"{path} is not read-only")
 write("/work/in")
 require(os.getppid() == 1, "the program has another parent than the supervisor")
 require(refused(lambda: os.kill(-1, 0), ProcessLookupError), "other processes can be reached")
