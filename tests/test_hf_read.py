@@ -278,12 +278,12 @@ def test_missing_field(model, field, value):
 
 
 REFUSED = [
-    ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: mixtral, olmoe"),
+    ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mixtral, olmoe"),
     ({"model_type": ...}, "model_type None is not supported"),
     ({"model_type": ["mixtral"]}, "is not supported"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised \(gptq\)"),
     ({"quantization_config": "gptq"}, "quantization_config must be an object"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type 'linear' is not supported"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
     ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be a number above 0"),
     ({"rope_parameters": 1e6}, "rope_parameters must be an object"),

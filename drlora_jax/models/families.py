@@ -124,6 +124,8 @@ COUNTS = (
 )
 LARGEST_COUNT = 2**24
 LARGEST_HEAD = 2**16
+LARGEST_NUMBER = 1e30  # it and its inverse are well inside what a 32-bit float holds
+NUMBER_RULE = f"a number above 0 (from {1 / LARGEST_NUMBER:g} to {LARGEST_NUMBER:g})"
 NUMBERS = ("rms_norm_eps", "rope_theta", "clip_qkv")
 SWITCHES = ("attention_bias", "mlp_bias", "norm_topk_prob", "tie_word_embeddings")
 OBJECTS = ("quantization_config", "rope_scaling", "rope_parameters")
@@ -167,9 +169,13 @@ def _check_types(values: dict) -> None:
     check(COUNTS, "a whole number above 0", lambda value: is_number(value, int) and value > 0)
     check(COUNTS, f"at most {LARGEST_COUNT}", lambda value: value <= LARGEST_COUNT)
     check(("sliding_window",), "a whole number", lambda value: is_number(value, int) and value >= 0)
-    check(NUMBERS, "a number above 0", lambda value: is_number(value) and 0 < value < float("inf"))
+    check(NUMBERS, NUMBER_RULE, lambda value: is_number(value) and _is_in_range(value))
     check(SWITCHES, "true or false", lambda value: isinstance(value, bool))
     check(OBJECTS, "an object", lambda value: isinstance(value, dict))
+
+
+def _is_in_range(value: float) -> bool:
+    return 1 / LARGEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 def _check_sizes(config: ModelConfig) -> None:
@@ -223,10 +229,8 @@ def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
 def _rope_number(parameters: dict, name: str) -> float:
     value = parameters.get(name)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value < float("inf"):
-        raise UserError(
-            f"config.json: rope_scaling.{name} must be a number above 0, got {value!r}."
-        )
+    if not is_number or not _is_in_range(value):
+        raise UserError(f"config.json: rope_scaling.{name} must be {NUMBER_RULE}, got {value!r}.")
     return float(value)
 
 
