@@ -278,7 +278,7 @@ def test_missing_field(model, field, value):
 
 
 REFUSED = [
-    ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mixtral, olmoe"),
+    ({"model_type": "mamba"}, "'mamba' is not supported; supported: llama, mixtral, olmoe"),
     ({"model_type": ...}, "model_type None is not supported"),
     ({"model_type": ["mixtral"]}, "is not supported"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised \(gptq\)"),
