@@ -1,6 +1,7 @@
 """What a case is, the folder it runs in, and how it is run and watched."""
 
 import contextlib
+import functools
 import io
 import pathlib
 import shutil
@@ -13,7 +14,8 @@ from unittest import mock
 import jax
 from tiny import OLMOE, write_rows, write_tiny_model
 
-from drlora_jax import cli, train
+from drlora_jax import cli, prepare, train
+from drlora_jax.models.transformer import abstract_params
 
 CONFIG = """
 from drlora_jax.config import *
@@ -90,6 +92,7 @@ def run_command(folder: pathlib.Path, argv: list[str], around=None) -> Outcome:
         stack.enter_context(contextlib.redirect_stderr(err))
         compilation = mock.Mock(side_effect=AssertionError("the mistake was not refused"))
         stack.enter_context(mock.patch.object(train, "compile_step", compilation))
+        stack.enter_context(mock.patch.object(prepare, "abstract_params", _abstract_params))
         if around:
             stack.enter_context(around())
         events = stack.enter_context(watching())
@@ -100,6 +103,10 @@ def run_command(folder: pathlib.Path, argv: list[str], around=None) -> Outcome:
     changed = {name for name, state in _state_of(folder).items() if before.get(name) != state}
     arrays = len(jax.live_arrays()) - arrays
     return Outcome(code, err.getvalue().splitlines(), changed, arrays, events)
+
+
+# Nearly all cases have the same model; the trace that this takes is most of their time.
+_abstract_params = functools.cache(abstract_params)
 
 
 def _state_of(folder: pathlib.Path) -> dict[str, tuple]:
