@@ -49,6 +49,61 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> 
     return parser.parse_intermixed_args(argv)
 
 
+def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that say which model to use, for `load_model`."""
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="run.dir of a training")
+    source.add_argument(
+        "--model", metavar="PATH", help="a base alone: a directory, a hub name or bundled:NAME"
+    )
+    parser.add_argument(
+        "--step", default="latest", help="of the run: latest (default), best, or a number"
+    )
+    parser.add_argument(
+        "--base", action="store_true", help="the run's base, without what it learned"
+    )
+    parser.add_argument("--model-path", metavar="PATH", help="where the run's base is, if moved")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's")
+    return parser
+
+
+def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = None):
+    """The model that the arguments of `model_parser` mean, in memory."""
+    from drlora_jax.loaded import load_base, load_run
+
+    if args.model is not None:
+        given = [name for name in ("step", "base", "model_path") if _is_given(args, name)]
+        if given:
+            option = given[0].replace("_", "-")
+            raise UserError(f"--{option} says something about --run; it has no use with --model.")
+        return load_base(args.model, dtype=args.dtype, mesh=mesh)
+    return load_run(
+        args.run,
+        step=args.step,
+        base_only=args.base,
+        model_path=args.model_path,
+        dtype=args.dtype,
+        mesh=mesh,
+    )
+
+
+def _is_given(args: argparse.Namespace, name: str) -> bool:
+    return getattr(args, name) not in (None, False, "latest")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuses whole-number arguments below 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} must be 1 or more, got {getattr(args, name)}.")
+
+
 def run_and_exit(main: Callable[[], int]) -> None:
     """Runs `main` and exits with its code; user mistakes and failed runs end with one message, no
     traceback.

@@ -77,7 +77,8 @@ class RunSection(_Section):
 @dataclass(frozen=True)
 class ModelSection(_Section):
     path: str = "bundled:tiny_moe"  # a directory, a hub name, or bundled:NAME
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of base weights and activations
+    # Of base weights and activations; auto: bfloat16 on accelerators, float32 on CPUs.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "full"] = "none"
 
     def check(self):

@@ -67,9 +67,7 @@ class Loaded(NamedTuple):
         )
 
 
-def load_base(
-    path: str, *, dtype: str | None = None, mesh: MeshSection | None = None
-) -> Loaded:
+def load_base(path: str, *, dtype: str | None = None, mesh: MeshSection | None = None) -> Loaded:
     """A base model: a directory, a hub name or `bundled:NAME`; dtype None: `auto`."""
     return _load(find_model(path), dtype or "auto", NO_ADAPTER, mesh or MeshSection())
 

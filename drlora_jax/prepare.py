@@ -1,5 +1,6 @@
 """From a config to a job: everything that is checked before a device is touched."""
 
+import dataclasses
 import hashlib
 import math
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from drlora_jax.interop.hf_read import (
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
+from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import expert_roles
 
@@ -53,6 +55,7 @@ def prepare(config: TrainConfig) -> Job:
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
     devices = _device_count()
+    config = _with_resolved_dtype(config)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -82,7 +85,7 @@ def prepare(config: TrainConfig) -> Job:
     rows = coverage(model_config, adapter, config.adapter.targets)
     mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
-    lines.append(f"mesh        {mesh} on {jax.devices()[0].device_kind}")
+    lines.append(f"mesh        {mesh} on {jax.devices()[0].device_kind}, {config.model.dtype}")
     return Job(
         config=config,
         run_dir=run_dir,
@@ -111,6 +114,14 @@ def _device_count() -> int:
             f"jax finds no device ({reason}); check JAX_PLATFORMS (got "
             f"{jax.config.jax_platforms!r}), the drivers, and that jax was installed for them."
         ) from error
+
+
+def _with_resolved_dtype(config: TrainConfig) -> TrainConfig:
+    """So that config.json says what was computed in, and a resume elsewhere computes in the same
+    or is refused.
+    """
+    dtype = resolve_dtype(config.model.dtype)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
 def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:

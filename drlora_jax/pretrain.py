@@ -84,7 +84,7 @@ def check_supported(config: TrainConfig) -> None:
     if config.train.steps is None:
         raise UserError("Pretraining counts steps: set train.steps, not train.epochs.")
     needed = {
-        "model.dtype": (config.model.dtype, "float32"),
+        "model.dtype": (config.model.dtype.replace("auto", "float32"), "float32"),
         "data.format": (config.data.format, "text"),
         "data.too_long": (config.data.too_long, "split"),
         "data.loss_on": (config.data.loss_on, "all"),

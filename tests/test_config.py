@@ -327,7 +327,7 @@ def test_all_fields_are_what_overrides_accept():
     assert len(set(names)) == len(names) and {"train.steps", "mesh.data"} <= set(names)
     kinds = {name: (kind, default) for name, kind, default in rows}
     assert kinds["train.steps"] == ("int | none", 100)
-    assert kinds["model.dtype"] == ("float32 | bfloat16", "float32")
+    assert kinds["model.dtype"] == ("auto | float32 | bfloat16", "auto")
     assert kinds["data.path"] == ("a,b,...", ())
     texts = [
         f"{name}={','.join(default) if isinstance(default, tuple) else default}"

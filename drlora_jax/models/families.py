@@ -306,14 +306,18 @@ def _require_silu(values: dict) -> None:
         )
 
 
-def _uniform_stack(values: dict, layer: LayerConfig) -> ModelConfig:
-    """A model of equal layers: one segment."""
+def _uniform_stack(values: dict, layer: LayerConfig, *, norm_epsilon: float = 1e-5) -> ModelConfig:
+    """A model of equal layers: one segment.
+
+    Args:
+      norm_epsilon: the family's own, where config.json says nothing.
+    """
     return ModelConfig(
         family=values["model_type"],
         vocab_size=_required(values, "vocab_size"),
         width=_required(values, "hidden_size"),
         segments=(SegmentConfig((layer,), _required(values, "num_hidden_layers")),),
-        norm_epsilon=values.get("rms_norm_eps") or 1e-5,
+        norm_epsilon=values.get("rms_norm_eps") or norm_epsilon,
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
     )
 
@@ -323,7 +327,7 @@ def _parse_llama(values: dict) -> ModelConfig:
     if values.get("mlp_bias"):
         raise UserError("config.json: mlp_bias=true is not supported for 'llama'.")
     ffn = DenseFfnConfig(_required(values, "intermediate_size"))
-    return _uniform_stack(values, LayerConfig(_attention(values, 1e4), ffn))
+    return _uniform_stack(values, LayerConfig(_attention(values, 1e4), ffn), norm_epsilon=1e-6)
 
 
 def _parse_mixtral(values: dict) -> ModelConfig:
