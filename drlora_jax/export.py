@@ -55,9 +55,11 @@ def main(argv=None) -> int:
     is_merged = args.format == MERGED
     with _draft(out) as draft:
         if is_merged:
-            lines = write_merged(source, trained, reader, draft, args.dtype, limit)
+            lines = write_merged(draft, source.directory, trained, reader, args.dtype, limit)
         else:
-            lines = write_adapter(source, trained, reader, draft, args.format, args.dtype)
+            adapter = make_adapter(trained, reader, args.format, args.dtype)
+            peft_write.write(draft, adapter, _base_name(source), _origin(source))
+            lines = _adapter_lines(adapter)
         print("\n".join([_describe(source, trained), *lines]), flush=True)
         measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
         judge(measured)
@@ -147,61 +149,52 @@ def read_trained(source: RunSource) -> Trained:
     return Trained(config, adapter, lora, gates, layer_factors(config, adapter, lora, ranks_LE))
 
 
-def write_adapter(
-    source: RunSource, trained: Trained, reader: LayerReader, draft, layout: str, dtype: str | None
-) -> list[str]:
-    """Writes a peft adapter; returns what there is to say about it."""
+def make_adapter(
+    trained: Trained, reader: LayerReader, layout: str, dtype: str | None
+) -> peft_write.Adapter:
+    """The adapter in the layout `peft` or `peft-2d`, in `dtype` (None: f32)."""
     routers = {
         layer.place.number: reader.layer(layer.place)["moe"]["router"] + layer.router_DE
         for layer in trained.factors
         if layer.router_DE is not None
     }
     adapter = peft_write.pack(trained.config, trained.factors, routers, layout)
-    tensors = {key: value.astype(dtype or np.float32) for key, value in adapter.tensors.items()}
-    metadata = {
-        "producer": f"drlora_jax {drlora_jax.__version__}",
-        "step": str(source.step),
-        "base_fingerprint": source.base_fingerprint,
-    }
-    peft_write.write(draft, adapter._replace(tensors=tensors), _base_name(source), metadata)
-    size = sum(value.nbytes for value in tensors.values())
-    lines = [
-        f"adapter  rank {adapter.rank}, {len(tensors)} tensors, {size / 2**20:.1f} MiB; targets "
-        f"{', '.join([*adapter.modules, *adapter.parameters])}"
-    ]
-    if adapter.active_share < 0.5:
-        lines.append(
-            f"note     only {100 * adapter.active_share:.0f} % of the rows are active: the format "
-            "has one rank for all, the rest is zeros"
-        )
-    if adapter.saved_modules:
-        lines.append(
-            f"note     a trained router is a module to save ({', '.join(adapter.saved_modules)}), "
-            "which not every server loads; --format merged works everywhere"
-        )
-    return lines
+    kind = np.dtype(dtype or np.float32)
+    tensors = {key: value.astype(kind) for key, value in adapter.tensors.items()}
+    return adapter._replace(tensors=tensors)
 
 
 def _base_name(source: RunSource) -> str:
     """A hub name as it is, anything else as the directory that it means."""
-    name = source.config.model.path
-    is_hub_name = not name.startswith("bundled:") and not pathlib.Path(name).expanduser().is_dir()
-    is_here = source.directory.resolve()
-    return name if is_hub_name and is_here.parent.name == "snapshots" else str(is_here)
+    name, here = source.config.model.path, source.directory.resolve()
+    return name if here.parent.name == "snapshots" else str(here)  # where the hub's client puts it
+
+
+def _origin(source: RunSource) -> dict[str, str]:
+    return {
+        "producer": f"drlora_jax {drlora_jax.__version__}",
+        "step": str(source.step),
+        "base_fingerprint": source.base_fingerprint,
+    }
 
 
 def write_merged(
-    source: RunSource, trained: Trained, reader: LayerReader, draft, dtype, limit: int | None
+    draft: pathlib.Path,
+    base: pathlib.Path,
+    trained: Trained,
+    reader: LayerReader,
+    dtype: str | None,
+    max_shard_bytes: int | None,
 ) -> list[str]:
     """Writes the base's directory with the adapter added; returns what there is to say about it."""
     changed = adapted_tensors(reader.table, trained.factors)
     rewrite_model(
-        source.directory,
+        base,
         draft,
         changed,
         lambda key, value: merge_tensor(value, reader.table[key], changed[key]),
         dtype=dtype,
-        max_shard_bytes=limit,
+        max_shard_bytes=max_shard_bytes,
     )
     return [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
 
@@ -216,6 +209,25 @@ def _describe(source: RunSource, trained: Trained) -> str:
     if pairs:
         text += f"; ranks up to {max(pair.rank for pair in pairs)}"
     return text
+
+
+def _adapter_lines(adapter: peft_write.Adapter) -> list[str]:
+    size = sum(value.nbytes for value in adapter.tensors.values())
+    lines = [
+        f"adapter  rank {adapter.rank}, {len(adapter.tensors)} tensors, {size / 2**20:.1f} MiB; "
+        f"targets {', '.join([*adapter.modules, *adapter.parameters])}"
+    ]
+    if adapter.active_share < 0.5:
+        lines.append(
+            f"note     only {100 * adapter.active_share:.0f} % of the rows are active: the format "
+            "has one rank for all, the rest is zeros"
+        )
+    if adapter.saved_modules:
+        lines.append(
+            f"note     a trained router is a module to save ({', '.join(adapter.saved_modules)}), "
+            "which not every server loads; --format merged works everywhere"
+        )
+    return lines
 
 
 def _measured_lines(measured: Measured) -> list[str]:

@@ -77,7 +77,7 @@ def measure(
     """
     variants = {
         "base": Variant(reader.ends, lambda place: {"params": reader.layer(place)}),
-        "adapted": Variant(reader.ends, lambda p: _adapted(trained, reader, p), trained.adapter),
+        "adapted": trained_variant(trained, reader),
         "exported": _exported(trained.config, reader, target, is_merged=is_merged),
     }
     if not _is_exact(trained, reader, is_merged=is_merged, dtype=dtype):
@@ -133,12 +133,17 @@ def judge(measured: Measured) -> None:
 # variants
 
 
-def _adapted(trained: Trained, reader: LayerReader, place: Place) -> dict:
+def trained_variant(trained: Trained, reader: LayerReader) -> Variant:
+    """The model of the run: the base with factors and rank mask beside its weights."""
     collections = {"lora": trained.lora, "rank_mask": trained.gates}
-    return {"params": reader.layer(place)} | {
-        name: jax.tree.map(lambda leaf: leaf[place.repeat], place.below(tree))
-        for name, tree in collections.items()
-    }
+
+    def layer(place: Place) -> dict:
+        return {"params": reader.layer(place)} | {
+            name: jax.tree.map(lambda leaf: leaf[place.repeat], place.below(tree))
+            for name, tree in collections.items()
+        }
+
+    return Variant(reader.ends, layer, trained.adapter)
 
 
 def _exported(config: ModelConfig, reader: LayerReader, target, *, is_merged: bool) -> Variant:
