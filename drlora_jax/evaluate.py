@@ -23,8 +23,8 @@ from drlora_jax import cli
 from drlora_jax.config import TrainConfig, apply_overrides
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, UserError
+from drlora_jax.evaluation import harness, results
 from drlora_jax.evaluation import jobs as jobs_lib
-from drlora_jax.evaluation import results
 from drlora_jax.evaluation.records import Score, Settings
 from drlora_jax.evaluation.sandbox import Sandbox
 from drlora_jax.interop.hf_read import find_model
@@ -40,15 +40,14 @@ def main(argv=None) -> int:
         raise UserError("Nothing to evaluate: give --tasks NAME,... or --loss FILE.")
     config, directory = _source(args)
     folder = _folder(args)
-    jobs = jobs_lib.prepare_jobs(requests, settings_of(args), config, load_tokenizer(directory))
+    tokenizer = load_tokenizer(directory)
+    jobs = jobs_lib.prepare_jobs(requests, settings_of(args), config, tokenizer)
+    prepared = _harness_tasks(others, args, tokenizer)
     sandbox = Sandbox() if any(job.task.is_code for job in jobs) else None
     mesh = apply_overrides(TrainConfig(), _only(args, "mesh.")).mesh
     loaded = cli.load_model(args, mesh)
-    scores = _evaluate(jobs, settings_of(args), loaded, sandbox, folder)
-    if others:
-        from drlora_jax.evaluation import harness  # needs a package that few have
-
-        scores += harness.run_tasks(loaded, others, args)
+    scores = _evaluate(jobs, settings_of(args), loaded, sandbox, folder) if jobs else []
+    scores += _evaluate_harness(prepared, loaded, folder)
     if jax.process_index() == 0:
         print(results.table(scores))
         if folder:
@@ -68,11 +67,31 @@ def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list
     return found
 
 
+def _harness_tasks(names, args, tokenizer) -> harness.Prepared | None:
+    """Tasks of lm-evaluation-harness; a package that few have is imported only for these."""
+    if not names:
+        return None
+    return harness.prepare(
+        names, settings_of(args), tokenizer, shots=args.shots, task_path=args.task_path
+    )
+
+
+def _evaluate_harness(prepared: harness.Prepared | None, loaded: Loaded, folder) -> list[Score]:
+    if prepared is None:
+        return []
+    found, digest = [], jobs_lib.adapter_digest(loaded)
+    for samples, scores in harness.run(prepared, loaded, adapter_fingerprint=digest):
+        if folder and samples and jax.process_index() == 0:
+            results.write_samples(folder, scores[0].samples, samples)
+        found += scores
+    return found
+
+
 def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(
         seed=args.seed,
         limit=args.limit,
-        shots=args.shots,
+        shots=args.shots or 0,
         chat=args.chat,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
@@ -115,7 +134,13 @@ def _parse(argv) -> argparse.Namespace:
     add("--out", metavar="DIR", help="where results are kept; default: the run directory")
     add("--limit", type=_positive, metavar="N", help="a seeded sample of N items a task")
     add("--seed", type=int, default=0, help="of the sample; default 0")
-    add("--shots", type=_natural, default=0, metavar="K", help="gsm8k: K solved examples in front")
+    add(
+        "--shots",
+        type=_natural,
+        metavar="K",
+        help="solved examples in front; default: gsm8k 0, a task of the harness as many as its own",
+    )
+    add("--task-path", metavar="DIR", help="definitions (.yaml) of tasks of the harness")
     add("--batch-size", type=_positive, default=8, metavar="B", help="rows computed at once")
     add("--max-new-tokens", type=_positive, metavar="N", help="default: the task's own")
     add("--max-length", type=_positive, metavar="N", help="tokens a row; default: the run's, 2048")

@@ -6,8 +6,8 @@ import types
 from drlora_jax.errors import UserError
 
 
-def load_package(name: str, purpose: str) -> types.ModuleType:
-    """Imports a package, or says which pip command gives it."""
+def load_package(name: str, purpose: str, install: str | None = None) -> types.ModuleType:
+    """Imports a package, or says which pip command gives it (`install`: what pip is asked for)."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -15,5 +15,5 @@ def load_package(name: str, purpose: str) -> types.ModuleType:
         # one with a broken shared library raises OSError.
         package = name.partition(".")[0]
         raise UserError(
-            f"{purpose} needs the package {package} ({error}): pip install {package}"
+            f"{purpose} needs the package {package} ({error}): pip install {install or package}"
         ) from error

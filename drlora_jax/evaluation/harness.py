@@ -1,0 +1,259 @@
+"""Tasks of lm-evaluation-harness, run in this process on a model of ours.
+
+    prepared = prepare(["arc_easy"], Settings(limit=100), tokenizer)
+    for samples, scores in run(prepared, loaded): ...
+
+The harness writes the prompts and computes the metrics; requests are answered by `JaxLM`, and what
+comes out are the scores and samples of every other task here. Definitions in a folder of the user
+(`--task-path`) with data beside them need no network. A definition may name Python functions, which
+are run: give only folders that you trust. Tasks that run programs written by a model are refused:
+the harness does not isolate them.
+
+No process is forked (that would deadlock under JAX): the harness computes no standard errors, they
+are computed here.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from drlora_jax.data.packages import load_package
+from drlora_jax.errors import UserError
+from drlora_jax.evaluation import harness_scores, results
+from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
+from drlora_jax.evaluation.tasks import chosen
+from drlora_jax.loaded import Loaded
+
+INSTALL = "'drlora-jax[eval]'"
+PREFIX = "lm_eval:"  # of a task's name in scores: our own arc_easy is another task
+SHOT_SEED = 1234  # the harness's own draw of examples; --seed is added
+
+
+class Prepared(NamedTuple):
+    """Tasks with their data, checked; no model is needed yet."""
+
+    found: Mapping[str, Any]  # what the harness loaded: tasks, groups
+    settings: Settings
+
+
+def prepare(
+    names: Sequence[str],
+    settings: Settings,
+    tokenizer,
+    *,
+    shots: int | None = None,
+    task_path: str | None = None,
+) -> Prepared:
+    """Finds tasks, groups and tags by name, and reads their data.
+
+    Args:
+      shots: examples in front; None: as many as each task has by itself.
+      task_path: a folder of task definitions (.yaml), looked into first.
+    """
+    load_package("lm_eval", f"--tasks {','.join(names)}", install=INSTALL)
+    if settings.chat and not tokenizer.chat_template:
+        raise UserError("--chat: this tokenizer has no chat template; leave --chat out.")
+    manager = _manager(names, task_path)
+    for name in names:
+        _check_name(name, manager, task_path)
+    found = _load(manager, names)
+    for name, task in found["tasks"].items():
+        _check_task(name, task)
+        _set_up(task, settings, shots)
+    return Prepared(found, settings)
+
+
+def run(
+    prepared: Prepared, loaded: Loaded, *, adapter_fingerprint: str | None = None
+) -> list[tuple[list[Sample], list[Score]]]:
+    """Samples and scores of every task; groups follow, without samples of their own."""
+    from lm_eval.evaluator import evaluate
+
+    from drlora_jax.evaluation.harness_model import JaxLM
+
+    settings = prepared.settings
+    model = JaxLM(
+        loaded,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        seed=settings.seed,
+    )
+    output = evaluate(
+        lm=model,
+        task_dict=prepared.found,
+        samples=_parts(prepared),
+        bootstrap_iters=0,
+        apply_chat_template=bool(settings.chat),
+        fewshot_as_multiturn=bool(settings.chat),
+    )
+    answered = {}
+    for name, task in prepared.found["tasks"].items():
+        entries = output["samples"][name]
+        common = _common(name, task, entries, settings, loaded)
+        common["adapter_fingerprint"] = adapter_fingerprint
+        values = harness_scores.values_of(task, entries, output["results"][name])
+        scores = [Score(**value._asdict(), **common) for value in values]
+        answered[name] = harness_scores.samples_of(task, entries), scores
+    return [*answered.values(), *_groups(prepared, output, answered)]
+
+
+# ---------------------------------------------------------------------------------------- prepare
+
+
+def _manager(names: Sequence[str], task_path: str | None):
+    """The index of task definitions: the user's folder alone if it has all of them."""
+    from lm_eval.tasks import TaskManager
+
+    if task_path is not None:
+        folder = pathlib.Path(task_path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"--task-path {task_path} is no directory; give a folder of tasks.")
+        manager = TaskManager(include_path=folder, include_defaults=False)
+        if all(name in manager.task_index for name in names):
+            return manager
+        task_path = folder
+    # Some ten thousand files are read.
+    print("reading the task definitions of lm-evaluation-harness ...", file=sys.stderr, flush=True)
+    return TaskManager(include_path=task_path)
+
+
+def _check_name(name: str, manager, task_path: str | None) -> None:
+    index = manager.task_index
+    if name not in index:
+        near = difflib.get_close_matches(name, list(index), n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see its list of tasks."
+        where = f" or in --task-path {task_path}" if task_path else ""
+        raise UserError(f"--tasks {name}: no task of lm-evaluation-harness{where}; {hint}")
+    # Before loading: loading such a task may already fetch and run code.
+    for config in _definitions(name, index):
+        if config.get("unsafe_code"):
+            raise _unsafe(config.get("task", name))
+
+
+def _definitions(name: str, index: Mapping) -> Iterator[Mapping]:
+    """The definitions that a task, group or tag consists of, functions unresolved."""
+    entry = index.get(name)
+    if entry is None:
+        return
+    config = entry.cfg or {}
+    members = config.get("task", []) if "group" in config else sorted(entry.tags)
+    if "group" not in config and config:
+        yield config
+        return
+    for member in [members] if isinstance(members, str) else members:
+        if isinstance(member, str):
+            yield from _definitions(member, index)
+        else:
+            yield member
+
+
+def _unsafe(name: str) -> UserError:
+    return UserError(
+        f"--tasks {name}: the harness would run programs that the model wrote without isolating "
+        "them. This package runs humaneval and mbpp in isolation: --tasks humaneval "
+        "--allow-code-execution."
+    )
+
+
+def _load(manager, names: Sequence[str]) -> Mapping:
+    try:
+        return manager.load(list(names))
+    except Exception as error:  # definitions hold code of others, and data may come from anywhere
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"--tasks {','.join(names)}: the task does not load: {type(error).__name__}: {reason} "
+            "Its definition names the data; without a network, give one with local files in "
+            "--task-path DIR."
+        ) from error
+
+
+def _check_task(name: str, task) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise _unsafe(name)
+    if getattr(task, "MULTIMODAL", False):
+        raise UserError(f"--tasks {name}: it has images or sound; only text is supported.")
+
+
+def _set_up(task, settings: Settings, shots: int | None) -> None:
+    """The number of examples, their draw and the length of answers."""
+    # As the harness does: a task that says 0 itself has no examples to give.
+    if shots is not None and task.config.num_fewshot != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif task.config.num_fewshot is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SHOT_SEED + settings.seed)
+    if settings.max_new_tokens and task.OUTPUT_TYPE == "generate_until":
+        value = {"max_gen_toks": settings.max_new_tokens}
+        task.set_config(key="generation_kwargs", value=value, update=True)
+
+
+# -------------------------------------------------------------------------------------------- run
+
+
+def _parts(prepared: Prepared) -> dict[str, list[int]]:
+    """The documents of tasks that have more than --limit; the sample of every other task here."""
+    sizes = {name: len(task.eval_docs) for name, task in prepared.found["tasks"].items()}
+    limit = prepared.settings.limit
+    return {
+        name: chosen(range(size), prepared.settings)
+        for name, size in sizes.items()
+        if limit is not None and limit < size
+    }
+
+
+def _common(name: str, task, entries, settings: Settings, loaded: Loaded) -> dict:
+    """What the scores of a task have in common."""
+    stored = settings.stored(("limit", "chat", "max_new_tokens", "max_length")) | {
+        "shots": task.config.num_fewshot,
+        "dtype": np.dtype(loaded.model.options.dtype).name,
+        "lm_eval": importlib.metadata.version("lm_eval"),
+        "definition": text_hash([_json(task.dump_config())]),
+    }
+    label = f"{PREFIX}{name}"
+    return {
+        "task": label,
+        "version": str(task.VERSION),
+        "step": loaded.step,
+        "seed": settings.seed,
+        "prompt_hash": text_hash(harness_scores.asked_texts(entries)),
+        "data": _data_name(task),
+        "data_fingerprint": text_hash(_json(document) for document in task.eval_docs),
+        "base_fingerprint": loaded.base_fingerprint,
+        "settings": stored,
+        "samples": results.samples_name(label, loaded.step, stored),
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _data_name(task) -> str:
+    """A task's data as its definition names it."""
+    config = task.config
+    files = (config.dataset_kwargs or {}).get("data_files")
+    if files:
+        return files if isinstance(files, str) else _json(files)
+    return ":".join(filter(None, (config.dataset_path, config.dataset_name)))
+
+
+def _groups(prepared: Prepared, output: Mapping, answered: Mapping) -> Iterator[tuple]:
+    for name, row in output.get("groups", {}).items():
+        group = prepared.found["groups"][name]
+        parts = [score for task in group.get_all_tasks() for score in answered[task.task_name][1]]
+        common = dataclasses.asdict(parts[0]) | {
+            "task": f"{PREFIX}{name}",
+            "version": str(group.version),
+            "samples": None,
+        }
+        for field in ("prompt_hash", "data", "data_fingerprint"):  # of all tasks
+            common[field] = text_hash(getattr(part, field) for part in parts)
+        values = harness_scores.group_values(group, row, parts)
+        yield [], [Score(**common | value._asdict()) for value in values]
