@@ -239,6 +239,21 @@ def test_without_data_the_places_are_named(tmp_path, monkeypatch):
         files.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path / "absent"))
 
 
+def test_examples_are_in_the_package(monkeypatch):
+    """Also without a network; and a data set that can not be reached is no traceback."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = files.read_source("gsm8k", TASKS["gsm8k"].shots, None, None)
+    assert found.name == "bundled:gsm8k/train.jsonl" and len(found.rows) == 1000
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+    def unreachable(path, *, split):
+        raise UserError("it does not load: no network.")
+
+    monkeypatch.setattr(files, "read_rows", unreachable)
+    with pytest.raises(UserError, match="No data for piqa: there is no --data-dir.*no network"):
+        files.read_source("piqa", TASKS["piqa"].source, None, None)
+
+
 def test_names_become_requests(monkeypatch):
     ours, others = jobs.parse_requests("gsm8k, arc_easy:mixlora=a=b.jsonl,", ["c.txt"])
     assert ours == [("gsm8k", None), ("arc_easy:mixlora", "a=b.jsonl"), ("loss", "c.txt")]

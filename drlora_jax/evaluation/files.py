@@ -14,12 +14,14 @@ from drlora_jax.data.sources import SUFFIXES, Row, read_rows
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.records import text_hash
 
+BUNDLED = "bundled:"  # a file of the package
+
 
 class Source(NamedTuple):
     """The places of one file of a data set."""
 
     stems: tuple[str, ...]  # below --data-dir, without endings; the first that exists is taken
-    hub: str | None = None  # NAME or NAME:CONFIG
+    elsewhere: str | None = None  # on the hub, NAME or NAME:CONFIG; or bundled:FILE
     split: str = "test"
 
 
@@ -32,12 +34,22 @@ class Data(NamedTuple):
 
 
 def read_source(task: str, source: Source, file: str | None, data_dir: str | None) -> Data:
-    """Reads the named file, else the task's file in the folder, else the hub's data set."""
+    """Reads the named file, else the task's file in the folder, else what is known elsewhere."""
     name = file or _in_folder(source, data_dir)
-    if name is None:
-        name = _from_hub(task, source, data_dir)
-    rows = list(read_rows(name, split=source.split))
-    return Data(name, rows, fingerprint(rows))
+    if name is not None:
+        rows = list(read_rows(name, split=source.split))
+        return Data(name, rows, fingerprint(rows))
+    if source.elsewhere is None:
+        raise UserError(_nowhere(task, source, data_dir, "it is not on the hub."))
+    is_on_hub = not source.elsewhere.startswith(BUNDLED)
+    if is_on_hub and _is_offline():
+        hub = f"the hub ({source.elsewhere}) is switched off."
+        raise UserError(_nowhere(task, source, data_dir, hub))
+    try:
+        rows = list(read_rows(source.elsewhere, split=source.split))
+    except UserError as error:
+        raise UserError(_nowhere(task, source, data_dir, str(error))) from error
+    return Data(source.elsewhere, rows, fingerprint(rows))
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
@@ -58,15 +70,12 @@ def _in_folder(source: Source, data_dir: str | None) -> str | None:
     return None
 
 
-def _from_hub(task: str, source: Source, data_dir: str | None) -> str:
-    if source.hub and not _is_offline():
-        return source.hub
+def _nowhere(task: str, source: Source, data_dir: str | None, elsewhere: str) -> str:
     places = ", ".join(f"{stem}{SUFFIXES[0]}" for stem in source.stems)
     looked = f"--data-dir {data_dir} has none of {places}" if data_dir else "there is no --data-dir"
-    hub = f"the hub ({source.hub}) is switched off" if source.hub else "it is not on the hub"
-    raise UserError(
-        f"No data for {task}: {looked} (or the same with {', '.join(SUFFIXES[1:])}), and {hub}. "
-        f"Give a file with --tasks {task}=FILE, or a folder with --data-dir."
+    return (
+        f"No data for {task}: {looked} (or the same with {', '.join(SUFFIXES[1:])}), and "
+        f"{elsewhere} Give a file with --tasks {task}=FILE, or a folder with --data-dir."
     )
 
 

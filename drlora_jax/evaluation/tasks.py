@@ -175,7 +175,7 @@ def _instruct_task(dataset: str) -> Task:
 
     return _written_task(
         f"{dataset}:instruct",
-        _source(dataset, ("", "commonsense/"))._replace(hub=None),
+        _source(dataset, ("", "commonsense/"))._replace(elsewhere=None),
         ("exact_match",),
         items,
         _answer_instruct,
