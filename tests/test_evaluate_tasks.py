@@ -8,7 +8,7 @@ from tiny import BUNDLED
 
 from drlora_jax.data.sources import SUFFIXES, Row
 from drlora_jax.data.tokenize import load_tokenizer
-from drlora_jax.errors import UserError
+from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation import code_tasks, files, generated, jobs, multiple_choice
 from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Settings, text_hash
@@ -73,6 +73,13 @@ def test_answers_go_back_to_their_items(tokenizer):
         items, lambda pairs: [LogLikelihood(next(totals), False, 1) for _ in pairs]
     )
     assert [sample.values["acc"] for sample in samples] == [1.0, 1.0]
+
+
+def test_a_broken_model_gets_no_score(tokenizer):
+    item = multiple_choice.likelihood_item("7", Question("Q?", ("a", "b"), 0), "piqa", tokenizer)
+    nothing = LogLikelihood(float("nan"), False, 1)
+    with pytest.raises(RunError, match="item 7"):
+        multiple_choice.answer_items([item], lambda pairs: [nothing] * len(pairs))
 
 
 def test_labels_are_single_tokens_behind_one_prompt(tokenizer):

@@ -12,6 +12,7 @@ import numpy as np
 
 from drlora_jax.data.templates import render_prompt
 from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.errors import RunError
 from drlora_jax.evaluation.prompts import Choice, label_prompt, likelihood_choices
 from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Sample
@@ -71,7 +72,10 @@ def answer_items(items: Sequence[Item], score: Score) -> list[Sample]:
     for item in items:
         part = found[start : start + len(item.pairs)]
         start += len(item.pairs)
-        samples.append(_sample(item, np.array([each.total for each in part], np.float64)))
+        totals = np.array([each.total for each in part], np.float64)
+        if not np.isfinite(totals).all():
+            raise RunError(f"item {item.id} has log-likelihoods {totals.tolist()}: a broken model.")
+        samples.append(_sample(item, totals))
     return samples
 
 
