@@ -74,7 +74,7 @@ def _sentence(metric: str, found: statistics.Comparison) -> str:
     shown = "a difference" if found.is_shown else "within noise: no difference is shown"
     return (
         f"{metric}: second - first = {found.difference:+.4f} (n {found.n}{ends}, p "
-        f"{found.p_value:.4f}): {shown}"
+        f"{found.p_value:.2g}): {shown}"
     )
 
 
