@@ -15,7 +15,7 @@ from drlora_jax.models.architecture import (
     SegmentConfig,
 )
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
-from drlora_jax.ops.attention import attend
+from drlora_jax.ops.attention import attend, attend_cached
 
 SCALE = 0.4
 # Two documents and padding; one document; three documents that fill the row.
@@ -100,6 +100,31 @@ def test_groups_of_query_heads(kv_heads):
     inputs = make_inputs(kv_heads, value_width=6)
     got, expected = run(*inputs), loop_attention(*inputs)
     np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cache_gives_what_the_last_token_of_a_row_gets(name):
+    """Row 1 is one document; what lies in later slots must not matter."""
+    options = dict(CASES[name])
+    sinks = options.pop("sinks", None)
+    inputs = make_inputs()
+    expected = loop_attention(*inputs, sinks=sinks, **options)[1]
+    q_TNH, k_TGH, v_TGV = (value[1] for value in inputs)
+    length, spare = len(q_TNH), 4
+    k_GSH, v_GSV = (
+        jnp.concatenate([value, jnp.full((spare, *value.shape[1:]), 1e9)]).transpose(1, 0, 2)
+        for value in (k_TGH, v_TGV)
+    )
+    got = attend_cached(
+        q_TNH,
+        jnp.broadcast_to(k_GSH[None], (length, *k_GSH.shape)),
+        jnp.broadcast_to(v_GSV[None], (length, *v_GSV.shape)),
+        jnp.arange(length),
+        scale=SCALE,
+        sinks_N=None if sinks is None else jnp.asarray(sinks, jnp.float32),
+        **options,
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_bfloat16_in_and_out():
