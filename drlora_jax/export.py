@@ -128,6 +128,9 @@ def _draft(out: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(f"--out {out} can not be written: {error.strerror}.") from error
     try:
         yield draft
+        for file in draft.iterdir():  # safetensors writes files that only the owner may read
+            shutil.copymode(draft, file)
+            file.chmod(file.stat().st_mode & ~0o111)
         os.replace(draft, out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"the export to {out} could not be written: {error}") from error

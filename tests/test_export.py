@@ -438,3 +438,10 @@ def test_mistakes(run, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         export.main(arguments(run, out, **change))
     assert not (tmp_path / "out").exists() and (tmp_path / "full" / "notes").read_text() == "mine"
+
+
+def test_files_can_be_read_by_others(run, tmp_path):
+    export.main(arguments(run, tmp_path / "out", "peft-2d"))
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
