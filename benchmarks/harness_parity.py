@@ -5,10 +5,10 @@
 
 Three tasks, defined here over local files: multiple choice (log-likelihoods), texts (rolling) and
 written answers; then greedy tokens beside `transformers`' own `generate`, one prompt at a time. All
-in f32. `hf64` is `hf` with its option `softmax_dtype=float64`: the same f32 forward pass, but log-
-softmax and the sum over tokens in f64. With 49,152 tokens to choose from, torch's f32 log-softmax
-on a CPU is off by 8e-6 a token on average, which adds up over an answer. `--float64` adds torch in
-f64 throughout, as the truth that all are measured against.
+in f32. `--float64` adds two models: `hf64` is `hf` with its option `softmax_dtype=float64` (the same
+f32 forward pass, but log-softmax and the sum over tokens in f64), and `f64` is torch in f64
+throughout, the truth that all are measured against. With 49,152 tokens to choose from, torch's f32
+log-softmax on a CPU is off by 8e-6 a token on average, which adds up over an answer.
 """
 
 import argparse
@@ -90,9 +90,9 @@ def main() -> None:
         models = {"ours": JaxLM(loaded, **size), "hf": hf_model(peer, loaded.tokenizer, **size)}
         for name in ("choices", "texts"):
             found = {each: answer(model, name, folder, loaded) for each, model in models.items()}
-            finer = hf_model(peer, loaded.tokenizer, softmax_dtype="float64", **size)
-            found["hf64"] = answer(finer, name, folder, loaded)
             if args.float64:
+                finer = hf_model(peer, loaded.tokenizer, softmax_dtype="float64", **size)
+                found["hf64"] = answer(finer, name, folder, loaded)
                 exact = hf_model(peer.double(), loaded.tokenizer, **size)
                 found["f64"] = answer(exact, name, folder, loaded)
                 peer.float()

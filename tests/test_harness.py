@@ -21,8 +21,6 @@ from drlora_jax.generation import Sampling
 from drlora_jax.loaded import load_base
 from drlora_jax.models.transformer import logits
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lm_eval's own imports give warnings
-
 WORDS = "the cat sat on a mat and saw two old dogs run over green hills in rain".split()
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -123,12 +121,18 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture
 def no_network(monkeypatch):
+    """Refuses connections; one that was tried fails the test even if its refusal was swallowed."""
+    tried = []
+
     def refuse(*args, **_):
-        raise AssertionError(f"a connection was tried: {args[1:]}")
+        tried.append(args[1:] or args)
+        raise OSError("no network in this test")
 
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert not tried
 
 
 def make_model(loaded, **options):

@@ -163,6 +163,8 @@ def _unsafe(name: str) -> UserError:
 
 
 def _load(manager, names: Sequence[str]) -> Mapping:
+    # Otherwise `datasets` tells the hub of every load, of local files too.
+    load_package("datasets.config", "Reading a task").HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return manager.load(list(names))
     except Exception as error:  # definitions hold code of others, and data may come from anywhere

@@ -8,6 +8,7 @@ the exponential of one, else by drawing documents again, in this process.
 import json
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -129,7 +130,9 @@ def _drawn(aggregation: Callable, items: Sequence) -> tuple:
         return None, None
     draw = np.random.default_rng(0)
     picks = draw.integers(0, len(items), size=(DRAWS, len(items)))
-    values = [aggregation([items[index] for index in pick]) for pick in picks]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a draw may hold one class alone
+        values = [aggregation([items[index] for index in pick]) for pick in picks]
     return _interval(float(aggregation(list(items))), float(np.std(values, ddof=1)))
 
 
