@@ -5,8 +5,8 @@
 
 Three tasks, defined here over local files: multiple choice (log-likelihoods), texts (rolling) and
 written answers; then greedy tokens beside `transformers`' own `generate`, one prompt at a time. All
-in f32. `--float64` adds two models: `hf64` is `hf` with its option `softmax_dtype=float64` (the same
-f32 forward pass, but log-softmax and the sum over tokens in f64), and `f64` is torch in f64
+in f32. `--float64` adds two models: `hf64` is `hf` with its option `softmax_dtype=float64` (the
+same f32 forward pass, but log-softmax and the sum over tokens in f64), and `f64` is torch in f64
 throughout, the truth that all are measured against. With 49,152 tokens to choose from, torch's f32
 log-softmax on a CPU is off by 8e-6 a token on average, which adds up over an answer.
 """
