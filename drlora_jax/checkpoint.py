@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from drlora_jax.errors import RunError, UserError
@@ -61,7 +62,7 @@ class Checkpoints:
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
             self._checkpointer.save_async(
-                step, state, metrics=metrics, custom_metadata=host, force=True
+                step, _without_empty(state), metrics=metrics, custom_metadata=host, force=True
             )
         except WRITE_ERRORS as error:
             raise RunError(
@@ -76,12 +77,13 @@ class Checkpoints:
             metadata = self._checkpointer.metadata(step)
             if metadata.metadata is None:
                 raise RunError(_damaged(self._directory, step, "its arrays can not be read"))
-            _check_leaves(step, metadata.metadata, abstract)
+            _check_leaves(step, metadata.metadata, _without_empty(abstract))
             host = metadata.custom_metadata or {}
             for name in host_names:
                 if name not in host:
                     raise RunError(_damaged(self._directory, step, f"it has no {name!r}"))
-            return self._checkpointer.load(step, abstract), host
+            loaded = self._checkpointer.load(step, _without_empty(abstract))
+            return _with_empty(loaded, abstract), host
         except RunError:
             raise
         except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
@@ -134,16 +136,32 @@ def _eval_loss(directory: pathlib.Path, step: int) -> float | None:
 
 def read_arrays(directory: pathlib.Path, step: int, abstract: dict) -> dict:
     """Some of a checkpoint's arrays, on the shardings of `abstract` (a part of its tree)."""
-    path = (directory / str(step)).absolute()
+    path, wanted = (directory / str(step)).absolute(), _without_empty(abstract)
     try:
-        metadata = ocp.metadata(path, checkpointable_name="state").metadata
-    except (OSError, ValueError, ocp.errors.InvalidLayoutError) as error:
-        raise RunError(f"Checkpoint {step} of {directory} can not be read: {error}") from error
-    _check_leaves(step, metadata, abstract)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        return ocp.load(path, abstract, checkpointable_name="state")
+        _check_leaves(step, ocp.metadata(path, checkpointable_name="state").metadata, wanted)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            loaded = ocp.load(path, wanted, checkpointable_name="state")
+    except RunError:
+        raise
+    except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
+        raise RunError(_damaged(directory, step, _reason(error))) from error
+    return _with_empty(loaded, abstract)
+
+
+def _without_empty(tree: Any) -> Any:
+    """The tree without arrays of size 0, which Orbax refuses: a dense model has ranks [0, 0]."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def _with_empty(tree: Any, abstract: Any) -> Any:
+    """The inverse of `_without_empty`."""
+
+    def leaf(wanted, found):
+        return found if wanted.size else jnp.zeros(wanted.shape, wanted.dtype)
+
+    return jax.tree.map(leaf, abstract, tree)
 
 
 def _check_leaves(step: int, saved: Any, abstract: Any) -> None:

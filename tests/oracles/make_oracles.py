@@ -89,11 +89,11 @@ OPTIONS = {
 }
 
 
-def load_model(directory: pathlib.Path):
-    """The model in f32, with the plain implementations of attention and experts."""
+def load_model(directory: pathlib.Path, dtype=torch.float32):
+    """The model, with the plain implementations of attention and experts."""
     model = AutoModelForCausalLM.from_pretrained(
         directory,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation="eager",
         experts_implementation="eager",
     )
@@ -111,7 +111,17 @@ def row_logits(model, rows: Rows, index: int) -> torch.Tensor:
 @torch.no_grad()
 def all_logits(model, rows: Rows) -> np.ndarray:
     """Logits [3, T, V]."""
-    return np.stack([row_logits(model, rows, index).numpy() for index in range(3)])
+    return np.stack([row_logits(model, rows, index).float().numpy() for index in range(3)])
+
+
+def bfloat16_kl(directory: pathlib.Path, rows: Rows) -> np.ndarray:
+    """KL of the model in bfloat16 from itself in f32, f32 [valid tokens] in nats."""
+    exact, half = (
+        torch.tensor(all_logits(load_model(directory, dtype), rows)[rows.segments > 0]).double()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    exact, half = exact.log_softmax(-1), half.log_softmax(-1)
+    return (exact.exp() * (exact - half)).sum(-1).numpy().astype(np.float32)
 
 
 @torch.no_grad()
@@ -314,8 +324,11 @@ def main() -> None:
                 print(f"{variant}: {option} changes logits by {change:.2f}")
                 assert change > MIN_EFFECT
             model = load_model(copy_model(variant, "experts", folder / variant))
-            logits = all_logits(model, rows)
-            np.savez_compressed(DATA / f"{variant}.npz", logits=logits[positions])
+            np.savez_compressed(
+                DATA / f"{variant}.npz",
+                logits=all_logits(model, rows)[positions],
+                bfloat16_kl=bfloat16_kl(folder / variant, rows),
+            )
     print(f"{sum(file.stat().st_size for file in DATA.rglob('*.*')):,} bytes")
 
 
