@@ -12,6 +12,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from drlora_jax.errors import UserError
+from drlora_jax.files import ABSENT, FILE, kind_of
 
 Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
 
@@ -82,10 +83,13 @@ def _read_config(directory: pathlib.Path) -> dict:
 
 def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
     """The objects of a JSONL file that have a step, and the number of lines left out."""
+    kind = kind_of(file)
+    if kind == ABSENT:
+        return [], 0
+    if kind != FILE:  # a pipe or a device could be read for ever
+        raise UserError(f"{file} is {kind}; a run's log is a regular file.")
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return [], 0
     except OSError as error:
         raise UserError(f"{file} can not be read: {error.strerror}.") from error
     rows = []
