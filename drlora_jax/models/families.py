@@ -221,7 +221,9 @@ def _rope(values: dict, head_dim: int, default_theta: float) -> RopeConfig:
     _check_types({"rope_theta": parameters.get("rope_theta")})
     theta = parameters.get("rope_theta") or values.get("rope_theta") or default_theta
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    # The power rounded once, as torch's is nearly always; numpy's in float32 is off in one of six,
+    # and an angle is a frequency times a position.
+    frequencies = np.float32(1) / (float(theta) ** exponents.astype(np.float64)).astype(np.float32)
     scaled = ROPE_SCALINGS[kind](frequencies, parameters)
     return RopeConfig(tuple(scaled.astype(np.float32).tolist()))
 
