@@ -1,5 +1,6 @@
 """Whole runs on a tiny random MoE: determinism, stopping and resuming, run directories."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ def start_run(built, monkeypatch):
     run, compiled, folder = built
 
     def start(name, stop_after=None):
-        config = tiny_config(folder, name)
+        config = dataclasses.replace(run.job.config, run=tiny_config(folder, name).run)
         directory = RunDirectory(str(folder / name))
         is_new = directory.stored() is None
         job = run.job._replace(config=config, run_dir=directory, is_new=is_new)

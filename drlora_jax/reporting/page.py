@@ -155,7 +155,7 @@ def _heldout(runs: list[RunLog], names: list[str]) -> list[Series]:
     for run, name in zip(runs, names, strict=True):
         rows = [row for row in run.metrics if isinstance(row.get("heldout"), dict)]
         for domain in dict.fromkeys(domain for row in rows for domain in row["heldout"]):
-            inner = run._replace(metrics=[{"step": r["step"], **r["heldout"]} for r in rows])
+            inner = run._replace(metrics=[{**r["heldout"], "step": r["step"]} for r in rows])
             label = f"{name}, {domain}" if len(runs) > 1 else str(domain)
             series.append(Series(label, len(series) - 1, curve(inner, domain)))
     return series
