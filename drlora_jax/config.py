@@ -206,7 +206,8 @@ class AdapterSection(_Section):
 
 @dataclass(frozen=True)
 class AllocationSection(_Section):
-    kind: Literal["uniform", "dr_lora"] = "dr_lora"
+    # random: the schedule of dr_lora, experts drawn by lot
+    kind: Literal["uniform", "dr_lora", "random", "moe_sieve", "pattern"] = "dr_lora"
     r_init: int = 8  # active ranks at the start; from 0 an expert has no importance and grows late
     r_target: int = 16  # mean active rank at the end (uniform: always); a layer has E * r_target
     r_max: int = 32  # allocated ranks of every expert (uniform: r_target)
@@ -217,19 +218,37 @@ class AllocationSection(_Section):
     importance_decay: float = 0.9  # of the rank-importance EMA
     frequency: Literal["weight", "count"] = "weight"
     importance: Literal["gate_abs", "gate_sq", "elementwise_product"] = "gate_abs"
-    saliency: Literal["product", "frequency", "importance", "random"] = "product"
+    saliency: Literal["product", "frequency", "importance"] = "product"
     warmup_ratio: float | None = (
         None  # of all steps, before the first event; None: train.warmup_ratio
     )
     last_event: int | None = None  # no growth after this step; None: total steps - interval
     released: bool = False  # what the authors' released code does, where it differs from the paper
+    share: float = 0.25  # of a layer's experts that moe_sieve adapts
+    profile_rows: int = 64  # of training data that moe_sieve reads first to count who is used
+    pattern: str | None = None  # file of kind pattern: ranks [layers][experts], or a ranks.jsonl
 
     def check(self):
         _at_most("allocation.r_target", self.r_target, LARGEST_RANK)
         _at_most("allocation.r_max", self.r_max, LARGEST_RANK)
-        if self.kind == "uniform":  # r_target is the rank; the rest is not read
-            _positive("allocation", {"r_target": self.r_target})
+        if self.kind in ("dr_lora", "random"):
+            self._check_growth()
             return
+        # Nothing grows: r_target is the mean rank, r_max what is allocated (uniform: r_target).
+        _positive("allocation", {"r_target": self.r_target, "r_max": self.r_max})
+        if self.kind == "moe_sieve":
+            _require(
+                0 < self.share <= 1, f"allocation.share must be in (0, 1], got {self.share}."
+            )
+            _positive("allocation", {"profile_rows": self.profile_rows})
+        if self.kind == "pattern":
+            _require(
+                bool(self.pattern),
+                "allocation.kind=pattern needs allocation.pattern=FILE: ranks [layers][experts] "
+                "as JSON, or the ranks.jsonl of a run.",
+            )
+
+    def _check_growth(self):
         _require(
             0 <= self.r_init <= self.r_target <= self.r_max and self.r_max > 0,
             "allocation needs 0 <= r_init <= r_target <= r_max, "
@@ -503,9 +522,10 @@ def _shown(value) -> str:
 
 def _parse(name: str, text: str, kind):
     """Reads a command-line value by the field's type."""
-    for option in _options(kind):
-        if option is type(None) and text.lower() in ("none", "null"):
-            return None
+    options = _options(kind)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
         if option is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if typing.get_origin(option) is tuple:

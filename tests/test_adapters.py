@@ -144,8 +144,9 @@ OPTIONS = {
     "released": dict(allocation=dict(released=True)),
     "elementwise": dict(allocation=dict(importance="elementwise_product")),
     "squared_counts": dict(allocation=dict(importance="gate_sq", frequency="count")),
-    "random": dict(allocation=dict(saliency="random")),
+    "random": dict(allocation=dict(kind="random")),
     "uniform": dict(allocation=dict(kind="uniform")),
+    "moe_sieve": dict(allocation=dict(kind="moe_sieve", share=0.5, profile_rows=8)),
     "plain_lora": dict(
         allocation=dict(kind="uniform"), adapter=dict(kind="lora", targets=("q", "v", "o"))
     ),

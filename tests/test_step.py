@@ -33,8 +33,8 @@ class Stepper:
         self.params = load_params(
             self.job.model_config, self.job.directory, self.run.abstract_params
         )
-        self.position = train_lib.start(self.run)
         self.job.run_dir.create(self.job.config, self.job.origin, 0)
+        self.position = train_lib.start_profiled(self.run, self.params)
 
     def batch(self, index):
         section = self.job.config.train

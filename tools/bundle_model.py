@@ -3,7 +3,8 @@
     python tools/bundle_model.py --run runs/pretrain_tiny [--corpus build/corpus]
 
 The card states held-out loss by domain beside the unigram entropy, and how the experts' load
-differs by domain (share of choices, and the mutual information of domain and expert in nats).
+differs by domain (share of choices, and the mutual information of domain and expert in nats). The
+measured values are also kept as data, in pretrain.json.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import shutil
 
 import numpy as np
 from transformers import AutoTokenizer
+
+from drlora_jax.evaluation.statistics import mutual_information
 
 BUNDLE = pathlib.Path(__file__).parents[1] / "drlora_jax" / "bundled" / "tiny_moe"
 
@@ -29,6 +32,7 @@ def main() -> None:
     unigram = {name: unigram_loss(args.corpus, name, tokenizer) for name in report["heldout"]}
     shutil.copy(args.run / "model" / "model.safetensors", BUNDLE)
     shutil.copy(args.run / "model" / "config.json", BUNDLE)
+    shutil.copy(args.run / "pretrain.json", BUNDLE)
     (BUNDLE / "README.md").write_text(
         model_card(report, manifest, unigram, args.note), encoding="utf-8"
     )
@@ -52,14 +56,6 @@ def unigram_loss(corpus: pathlib.Path, name: str, tokenizer) -> float:
     train = read_tokens(corpus / "train" / f"{name}.jsonl", tokenizer) + 1
     heldout = read_tokens(corpus / "heldout" / f"{name}.jsonl", tokenizer)
     return float(-(heldout * np.log(train / train.sum())).sum() / heldout.sum())
-
-
-def mutual_information(shares_DE: np.ndarray) -> float:
-    """Of domain and expert, in nats, domains equally likely."""
-    joint = shares_DE / shares_DE.sum()
-    expected = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
-    filled = joint > 0
-    return float((joint[filled] * np.log(joint[filled] / expected[filled])).sum())
 
 
 def model_card(report: dict, manifest: dict, unigram: dict[str, float], note: str) -> str:

@@ -9,6 +9,8 @@ from drlora_jax.allocation.base import (
     masks_from_ranks,
 )
 from drlora_jax.allocation.dr_lora import dr_lora
+from drlora_jax.allocation.moe_sieve import moe_sieve
+from drlora_jax.allocation.pattern import pattern
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import TrainConfig
 
@@ -30,6 +32,15 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
     section = config.allocation
     if section.kind == "uniform":
         return uniform(shapes, rank=section.r_target)
+    if section.kind == "pattern":
+        return pattern(shapes, path=section.pattern, r_target=section.r_target)
+    if section.kind == "moe_sieve":
+        return moe_sieve(
+            shapes,
+            r_target=section.r_target,
+            share=section.share,
+            profile_rows=section.profile_rows,
+        )
     warmup_ratio = (
         config.train.warmup_ratio if section.warmup_ratio is None else section.warmup_ratio
     )
@@ -47,7 +58,7 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
         last_event=section.last_event,
         frequency=section.frequency,
         importance=section.importance,
-        score=section.saliency,
+        score="random" if section.kind == "random" else section.saliency,
         released=section.released,
         seed=config.run.seed,
     )

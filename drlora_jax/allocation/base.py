@@ -54,6 +54,10 @@ class Policy(NamedTuple):
     budget: int  # active ranks of a layer at the end
     last_event: int = 0  # optimizer steps a run needs at least
     needs_elementwise: bool = False
+    # A policy that wants to see how the base routes the task: rows of training data to read before
+    # step 1, and from the counts f32 [L, E] the capacity to start with, recorded as an event.
+    profile_rows: int = 0
+    start: Callable[[np.ndarray], tuple[CapacityState, Event]] | None = None
     describe: str = ""  # one line for the start of a run
 
 

@@ -71,6 +71,14 @@ def exponential(loss: Estimate) -> Estimate:
     return Estimate(value, value * loss.stderr, (low, high), loss.n)
 
 
+def mutual_information(shares_DE: np.ndarray) -> float:
+    """Of domain and expert, in nats, domains equally likely; rows are shares of choices."""
+    joint_DE = shares_DE / shares_DE.sum()
+    expected_DE = joint_DE.sum(axis=1, keepdims=True) * joint_DE.sum(axis=0, keepdims=True)
+    filled = joint_DE > 0
+    return float((joint_DE[filled] * np.log(joint_DE[filled] / expected_DE[filled])).sum())
+
+
 def compare(
     first: Mapping[str, tuple[float, float]], second: Mapping[str, tuple[float, float]]
 ) -> Comparison:

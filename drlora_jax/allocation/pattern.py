@@ -1,0 +1,71 @@
+"""Fixed ranks from a file: a table that was made by hand, or the last row of another run.
+
+With the ranks.jsonl of a finished DR-LoRA run this answers whether its ranks help because of where
+they are, or because of when they came.
+"""
+
+import json
+
+import numpy as np
+
+from drlora_jax.allocation.base import CapacityShapes, CapacityState, Policy
+from drlora_jax.errors import UserError
+from drlora_jax.files import FILE, expand_user, kind_of
+
+
+def pattern(shapes: CapacityShapes, *, path: str, r_target: int) -> Policy:
+    """Ranks [L][E] of `path` from the first step to the last.
+
+    Raises UserError when the table does not fit the model, the allocated ranks or the budget.
+    """
+    ranks_LE = read_ranks(path, shapes)
+    budget = shapes.experts * r_target
+    if (ranks_LE.sum(axis=1) > budget).any():
+        layer = int(np.argmax(ranks_LE.sum(axis=1)))
+        raise UserError(
+            f"allocation.pattern={path}: MoE layer {layer} has {ranks_LE[layer].sum()} ranks, "
+            f"more than {shapes.experts} experts * allocation.r_target ({r_target}) = {budget}."
+        )
+
+    def update(state, stats, step):
+        raise AssertionError(f"a pattern has no events, asked at step {step}")
+
+    return Policy(
+        name="pattern",
+        init=lambda: CapacityState(ranks_LE.copy()),
+        init_stats=lambda: (),
+        accumulate=lambda stats, step_stats: stats,
+        is_event=lambda step: False,
+        update=update,
+        budget=budget,
+        describe=f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
+        f"a mean of {ranks_LE.mean():g}",
+    )
+
+
+def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
+    """i32 [L, E] from a JSON file that holds [L][E], or from a run's ranks.jsonl: its last row."""
+    file = expand_user(path)
+    if kind_of(file) != FILE:
+        raise UserError(
+            f"allocation.pattern={path} is {kind_of(file)}; give a JSON file of ranks [layers]"
+            "[experts] or a run's ranks.jsonl."
+        )
+    try:
+        lines = file.read_text(encoding="utf-8").strip().splitlines() or [""]
+        value = json.loads(lines[-1] if file.suffix == ".jsonl" else "\n".join(lines))
+        table = np.array(value["ranks"] if isinstance(value, dict) else value)
+    except (ValueError, KeyError, RecursionError, OSError) as error:
+        raise UserError(f"allocation.pattern={path} can not be read as ranks: {error}.") from error
+    wanted = (shapes.layers, shapes.experts)
+    if table.shape != wanted or table.dtype.kind != "i":
+        raise UserError(
+            f"allocation.pattern={path} must hold integers [layers][experts] of shape {wanted}, "
+            f"got {table.dtype} of shape {table.shape}."
+        )
+    if table.min() < 0 or table.max() > shapes.max_rank:
+        raise UserError(
+            f"allocation.pattern={path} has ranks from {table.min()} to {table.max()}; they must "
+            f"be in 0 to allocation.r_max ({shapes.max_rank})."
+        )
+    return table.astype(np.int32)

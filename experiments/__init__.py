@@ -1,0 +1,1 @@
+"""Comparisons of methods over tasks and seeds; `python -m experiments.run --help`."""

@@ -1,0 +1,81 @@
+"""Does growing ranks help at equal budget? DR-LoRA against what it must beat.
+
+    python -m experiments.run --study experiments/growth.py --out build/growth --jobs 2
+
+All arms but the upper one end with the same number of active ranks in every layer (8 experts * 16)
+and see the same tokens in the same order for a seed; the router is frozen in all of them.
+"""
+
+from drlora_jax.config import (
+    AdapterSection,
+    AllocationSection,
+    DataSection,
+    ModelSection,
+    RunSection,
+    TrainConfig,
+    TrainSection,
+)
+from experiments.study import Arm, Study, Task
+
+TASKS = (
+    Task(
+        "maths",
+        "bundled:gsm8k/train.jsonl",
+        "experiments/data/maths_tune.jsonl",
+        "experiments/data/maths_test.jsonl",
+    ),
+    Task(
+        "code",
+        "experiments/data/code_train.jsonl",
+        "experiments/data/code_tune.jsonl",
+        "experiments/data/code_test.jsonl",
+    ),
+)
+
+ARMS = (
+    Arm("lora_r16", "uniform rank 16: the same budget", ("allocation.kind=uniform",)),
+    Arm(
+        "lora_r32",
+        "uniform rank 32: twice the budget",
+        ("allocation.kind=uniform", "allocation.r_target=32"),
+    ),
+    Arm("dr_lora", "DR-LoRA, 8 to a mean of 16, at most 32", ()),
+    Arm("random", "its schedule, experts drawn by lot", ("allocation.kind=random",)),
+    Arm(
+        "moe_sieve",
+        "rank 64 on the quarter of experts used most",
+        ("allocation.kind=moe_sieve", "allocation.r_max=64"),
+    ),
+    Arm(
+        "frozen_final",
+        "the final ranks of dr_lora from step 1",
+        ("allocation.kind=pattern",),
+        ranks_of="dr_lora",
+    ),
+)
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        run=RunSection(log_every=10, checkpoint_every=100, keep_last=1),
+        model=ModelSection(path="bundled:tiny_moe", dtype="float32"),
+        data=DataSection(template="tokenizer"),
+        train=TrainSection(
+            steps=200, batch_size=4, sequence_length=256, warmup_ratio=0.05, eval_every=25
+        ),
+        adapter=AdapterSection(targets=("gate", "up", "down")),
+        allocation=AllocationSection(r_init=8, r_target=16, r_max=32, interval=10),
+    )
+
+
+def get_study() -> Study:
+    return Study(
+        name="growth",
+        base=get_config(),
+        tasks=TASKS,
+        arms=ARMS,
+        seeds=(1, 2, 3, 4, 5),
+        tuning_seed=0,
+        learning_rates=(1e-3, 2e-3, 4e-3),
+        reference="lora_r16",
+    )

@@ -1,0 +1,114 @@
+"""MoE-Sieve and fixed patterns: ranks that are decided before step 1."""
+
+import json
+
+import numpy as np
+import pytest
+from test_step import Stepper
+from tiny import tiny_config
+
+from drlora_jax import train as train_lib
+from drlora_jax.allocation import CapacityShapes
+from drlora_jax.allocation.moe_sieve import moe_sieve, sieve
+from drlora_jax.allocation.pattern import pattern
+from drlora_jax.errors import UserError
+from drlora_jax.prepare import prepare
+
+SHAPES = CapacityShapes(layers=2, projections=2, experts=5, max_rank=8)
+RANKS_LE = [[0, 1, 2, 3, 4], [8, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(("chosen", "budget"), [(1, 8), (2, 9), (3, 10), (5, 5), (4, 3)])
+def test_sieve_gives_the_most_used_experts_all_ranks(chosen, budget):
+    draw = np.random.default_rng(chosen)
+    for count_E in (draw.integers(0, 4, 5), draw.random(5), np.zeros(5)):
+        expected, order = [0] * 5, sorted(range(5), key=lambda expert: -count_E[expert])
+        for turn in range(budget):
+            expected[order[turn % chosen]] += 1
+        assert sieve(count_E, chosen, budget).tolist() == expected
+
+
+def test_sieve_refuses_a_budget_that_does_not_fit():
+    with pytest.raises(UserError, match=r"10 ranks to 1 of 5 experts, up to 10 each.* raise it"):
+        moe_sieve(SHAPES, r_target=2, share=0.25, profile_rows=8)
+
+
+@pytest.fixture(scope="module")
+def sieved(tmp_path_factory):
+    section = dict(kind="moe_sieve", share=0.5, profile_rows=16)
+    return Stepper(tmp_path_factory.mktemp("sieved"), allocation=section)
+
+
+def test_profile_counts_what_the_base_chooses(sieved):
+    """Against the routing statistics of training steps at learning rate 0 over the same rows."""
+    run = sieved.run
+    batch, step = sieved.job.loader.batch, run.job.config.train.batch_size
+    total_LE = 0
+    for first in (0, step):
+        lora, mask = sieved.position.state.lora, sieved.position.state.mask_LER
+        _, _, stats = run.eval_step(sieved.params, lora, mask, batch(first))
+        total_LE = total_LE + np.asarray(stats.count_E)
+    count_LE = train_lib.profile(run, sieved.params, train_lib.start(run).state)
+    tokens = sum(int((batch(first).segment_ids_BT > 0).sum()) for first in (0, step))
+    assert (count_LE.sum(axis=1) == 2 * tokens).all()  # two experts a valid token
+    np.testing.assert_array_equal(count_LE, total_LE)
+    ranks_LE = sieved.position.capacity.ranks_LE
+    assert (np.sort(ranks_LE, axis=1) == [0, 0, 4, 4]).all()
+    for ranks_E, count_E in zip(ranks_LE, count_LE, strict=True):
+        assert count_E[ranks_E > 0].min() >= count_E[ranks_E == 0].max()
+
+
+def test_profile_is_the_first_row_of_ranks(sieved):
+    rows = [json.loads(line) for line in sieved.job.run_dir.ranks_file.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0]
+    assert rows[0]["ranks"] == sieved.position.capacity.ranks_LE.tolist()
+    np.testing.assert_allclose(np.sum(rows[0]["saliency"], axis=1), 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ranks.json", "ranks.jsonl"])
+def test_pattern_reads_tables_and_last_rows(tmp_path, name):
+    file = tmp_path / name
+    rows = [{"step": 1, "ranks": [[0]]}, {"step": 2, "ranks": RANKS_LE}]
+    text = json.dumps(RANKS_LE, indent=1)
+    file.write_text(text if name == "ranks.json" else "\n".join(map(json.dumps, rows)) + "\n")
+    policy = pattern(SHAPES, path=str(file), r_target=2)
+    assert policy.init().ranks_LE.tolist() == RANKS_LE and policy.budget == 10
+    assert not any(policy.is_event(step) for step in range(100))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is absent|no such"),
+        ("", "can not be read"),
+        ("{}", "can not be read as ranks: 'ranks'"),
+        ("[[1, 2], [3]]", "can not be read"),
+        ("[[1.5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]", "must hold integers"),
+        ("[[1, 2, 3, 4, 5]]", r"of shape \(2, 5\), got int64 of shape \(1, 5\)"),
+        ("[[9, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", r"from 0 to 9; they must be in 0 to .* \(8\)"),
+        ("[[-1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", "from -1 to 1"),
+        ("[[1, 1, 1, 1, 1], [8, 3, 0, 0, 0]]", "MoE layer 1 has 11 ranks, more than .* = 10"),
+    ],
+)
+def test_pattern_refusals(tmp_path, text, message):
+    file = tmp_path / "ranks.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        pattern(SHAPES, path=str(file), r_target=2)
+
+
+def test_ranks_of_another_run_are_its_ranks(tmp_path, sieved):
+    """A run with the sieve's table takes the very steps that the sieve takes."""
+    table = tmp_path / "ranks.json"
+    table.write_text(json.dumps(sieved.position.capacity.ranks_LE.tolist()))
+    section = dict(kind="pattern", pattern=str(table))
+    other = Stepper(tmp_path, allocation=section)
+    for _ in range(2):
+        one, two = sieved.step(), other.step()
+        assert float(one["loss"]) == float(two["loss"])
+
+
+def test_pattern_needs_its_file(tmp_path):
+    with pytest.raises(UserError, match="needs allocation.pattern=FILE"):
+        prepare(tiny_config(tmp_path, allocation=dict(kind="pattern")))
