@@ -18,7 +18,7 @@ _MEMORY_HINT = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Arguments that can not be parsed are a mistake like any other."""
 
     def error(self, message):
@@ -33,7 +33,7 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> 
     fields = "\n".join(
         f"  {name} ({kind}) = {value!r}" for name, kind, value in config_lib.all_fields()
     )
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=description,
         epilog=f"fields, with their types and defaults:\n{fields}",
@@ -51,7 +51,7 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """A parser with the arguments that say which model to use, for `load_model`."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

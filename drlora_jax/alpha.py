@@ -1,0 +1,227 @@
+"""`python -m drlora_jax.alpha MODEL --experts 160`: how heavy-tailed the weights of each layer are,
+and how many LoRA experts AlphaLoRA (arXiv 2410.10054) gives the layer for it.
+
+MODEL is a directory, a hub name or bundled:NAME, dense or MoE. Nothing is trained and no device is
+used. The spectra of the weights are kept in a cache; with other options the same model takes
+seconds, and an analysis that was stopped goes on.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from drlora_jax import cli
+from drlora_jax.allocation.alphalora import ROUNDINGS, allocate_experts
+from drlora_jax.errors import EXIT_DONE, RunError, UserError
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of
+from drlora_jax.interop.hf_read import find_model, fingerprint, read_model_config
+from drlora_jax.interop.spectra_read import LayerFit, default_cache, fit_layers
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.reporting.alpha_chart import draw_layers
+from drlora_jax.spectra import ESTIMATORS
+
+SLOW = 2.0  # seconds; a layer that took longer is reported
+LONGEST_BAR = 40  # characters
+
+
+class Result(NamedTuple):
+    """What the analysis of a model found."""
+
+    layers: list[LayerFit]
+    experts_L: np.ndarray
+
+    @property
+    def alpha_L(self) -> list[float]:
+        return [each.alpha for each in self.layers]
+
+
+def main(argv=None) -> int:
+    args = _parse(argv)
+    files = [_check_file(name, getattr(args, name)) for name in ("out", "svg")]
+    directory = find_model(args.model)
+    config = read_model_config(directory)
+    _allocate(args, [1.0] * config.num_layers)  # refused now, not after the analysis
+    cache = None if args.no_cache else _cache_folder(args.cache)
+    print(f"model       {args.model}: {config.family}, {config.num_layers} layers", flush=True)
+    layers = list(_with_progress(_fits(args, config, directory, cache), config.num_layers))
+    result = Result(layers, _allocate(args, [each.alpha for each in layers]))
+    print("\n".join(table(args, result)))
+    contents = (
+        lambda: json.dumps(record(args, result, fingerprint(directory)), indent=1) + "\n",
+        lambda: draw_layers(result.alpha_L, result.experts_L.tolist(), title=args.model),
+    )
+    for file, make in zip(files, contents, strict=True):
+        if file:
+            _write(file, make())
+    return EXIT_DONE
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m drlora_jax.alpha",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory, a hub name or bundled:NAME")
+    parser.add_argument(
+        "--experts", type=int, required=True, metavar="N", help="to give out over all layers"
+    )
+    parser.add_argument(
+        "--beta", type=float, default=2.5, help="share = alpha^beta: 0 is even (default: 2.5)"
+    )
+    parser.add_argument(
+        "--estimator",
+        choices=ESTIMATORS,
+        default="fix_finger",
+        help="where the tail begins: near the peak of the spectrum (default), or at its median",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default="largest_remainder",
+        help="default: nearest to the shares, at least one a layer; or as the authors' code",
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="all exponents, matrix by matrix")
+    parser.add_argument("--svg", metavar="FILE.svg", help="a chart of exponents and experts")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cache", metavar="DIR", help=f"of spectra (default: {default_cache()})")
+    where.add_argument("--no-cache", action="store_true", help="neither read nor write one")
+    return parser.parse_args(argv)
+
+
+def _check_file(name: str, path: str | None) -> pathlib.Path | None:
+    """A file that can be written, or None where none is asked for."""
+    if path is None:
+        return None
+    file = expand_user(path)
+    if kind_of(file) not in (FILE, ABSENT) or kind_of(file.absolute().parent) != DIRECTORY:
+        raise UserError(f"--{name} {path}: give a file in a directory that exists.")
+    return file
+
+
+def _cache_folder(path: str | None) -> pathlib.Path | None:
+    """The folder, made. Without the default one the analysis goes on; one that was named must be
+    there.
+    """
+    folder = default_cache() if path is None else expand_user(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = error.strerror
+    if reason is None:
+        return folder
+    if path is not None:
+        raise UserError(f"--cache {path} can not be written: {reason}; give another directory.")
+    print(f"no cache    {folder} can not be written: {reason}", file=sys.stderr)
+    return None
+
+
+def _allocate(args: argparse.Namespace, alpha_L: list[float]) -> np.ndarray:
+    try:
+        return allocate_experts(alpha_L, args.experts, beta=args.beta, rounding=args.rounding)
+    except UserError as error:
+        raise UserError(f"--experts {args.experts} --beta {args.beta:g}: {error}") from error
+
+
+def _fits(args, config: ModelConfig, directory, cache) -> Iterator[LayerFit]:
+    return fit_layers(config, directory, estimator=args.estimator, cache=cache)
+
+
+def _with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]:
+    """The same, with a line on standard error for each that took a while."""
+    start = time.monotonic()
+    for fit in layers:
+        seconds = time.monotonic() - start
+        if seconds > SLOW:
+            done = f"layer {fit.layer + 1} of {total}"
+            print(
+                f"{done}: {len(fit.matrices)} matrices, {seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield fit
+        start = time.monotonic()
+
+
+# ---------------------------------------------------------------------------------------------
+# results
+
+
+def table(args: argparse.Namespace, result: Result) -> list[str]:
+    """A line a layer, with a bar as long as its exponent is large."""
+    largest = max(result.alpha_L)
+    room = min(shutil.get_terminal_size().columns - 34, LONGEST_BAR)
+    block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
+    lines = [f"estimator   {args.estimator}, {_cached(result.layers)}", ""]
+    lines.append("layer     alpha  matrices  experts")
+    for fit, experts in zip(result.layers, result.experts_L, strict=True):
+        bar = block * max(round(fit.alpha / largest * room), 1)
+        lines.append(f"{fit.layer:>5}{fit.alpha:>10.4f}{len(fit.matrices):>10}{experts:>9}  {bar}")
+    matrices = sum(len(fit.matrices) for fit in result.layers)
+    mean, total = np.mean(result.alpha_L), result.experts_L.sum()
+    lines.append(f" mean{mean:>10.4f}{matrices:>10}{total:>9}  in all, by alpha^{args.beta:g}")
+    empty = [fit.layer for fit, n in zip(result.layers, result.experts_L, strict=True) if n < 1]
+    if empty:
+        lines += ["", f"Layers without an expert, as the authors' rounding has it: {empty}."]
+    return lines
+
+
+def _cached(layers: list[LayerFit]) -> str:
+    count = sum(fit.is_cached for fit in layers)
+    return "spectra computed" if not count else f"spectra of {count} layers from the cache"
+
+
+def record(args: argparse.Namespace, result: Result, identity: str) -> dict:
+    """What --out holds."""
+    layers = []
+    for fit, experts in zip(result.layers, result.experts_L.tolist(), strict=True):
+        matrices = [
+            {
+                "name": matrix.key,
+                "role": matrix.role,
+                "expert": matrix.expert,
+                "shape": list(matrix.shape),
+                "alpha": tail.alpha,
+                "tail": tail.first,
+                "ks": tail.distance,
+            }
+            for matrix, tail in fit.matrices
+        ]
+        layers.append(
+            {"layer": fit.layer, "alpha": fit.alpha, "experts": experts, "matrices": matrices}
+        )
+    return {
+        "model": args.model,
+        "fingerprint": identity,
+        "estimator": args.estimator,
+        "beta": args.beta,
+        "rounding": args.rounding,
+        "experts": args.experts,
+        "layers": layers,
+    }
+
+
+def _write(file: pathlib.Path, text: str) -> None:
+    draft = file.with_suffix(file.suffix + ".tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
+    except OSError as error:
+        raise RunError(f"{file} can not be written: {error.strerror}.") from error
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    # Only shapes are asked of JAX: an accelerator may be in use by somebody else.
+    jax.config.update("jax_platforms", "cpu")
+    cli.run_and_exit(main)

@@ -1,0 +1,224 @@
+"""The spectra of a model's weight matrices, read from its directory one matrix at a time, and a
+cache of them.
+
+Counted are the matrices of attention and of the FFN, each expert by itself: q, k, v, o, gate, up
+and down. Where a tensor holds several (experts fused into one, gate above up) it is taken apart.
+Routers, norms, biases, embedding and head are left out.
+
+The cache is a folder for each fingerprint of a model with a file for each layer, written when the
+layer is done: an analysis that was stopped goes on there. A file that is damaged or of something
+else counts as absent.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.files import expand_user
+from drlora_jax.interop.factors import places
+from drlora_jax.interop.hf_read import (
+    TensorInfo,
+    fingerprint,
+    match_keys,
+    open_weights,
+    read_headers,
+)
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.families import Slot
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.spectra import Estimator, TailFit, eigenvalues, fit_tail
+
+METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
+HALVES = ("gate", "up")  # rows of a fused tensor, in this order
+ROLES = ("q", "k", "v", "o", *HALVES, "down")
+
+
+class WeightMatrix(NamedTuple):
+    """A matrix, and where it is on disk."""
+
+    layer: int  # of the model, from 0
+    role: str  # one of ROLES
+    expert: int | None
+    key: str  # of the tensor
+    file: pathlib.Path
+    index: tuple[int | slice, ...]  # of the matrix in its tensor
+    shape: tuple[int, int]  # as on disk: (out, in)
+
+    @property
+    def name(self) -> str:
+        """Unique in the model: layer.role, or layer.role.expert."""
+        expert = "" if self.expert is None else f".{self.expert}"
+        return f"{self.layer}.{self.role}{expert}"
+
+
+class MatrixFit(NamedTuple):
+    matrix: WeightMatrix
+    fit: TailFit
+
+
+class LayerFit(NamedTuple):
+    """What is known of a layer."""
+
+    layer: int
+    matrices: list[MatrixFit]
+    is_cached: bool  # the spectra were there already
+
+    @property
+    def alpha(self) -> float:
+        """The plain mean over the layer's matrices; every expert's matrix counts as one."""
+        return float(np.mean([each.fit.alpha for each in self.matrices]))
+
+
+def fit_layers(
+    config: ModelConfig,
+    directory: pathlib.Path,
+    *,
+    estimator: Estimator = "fix_finger",
+    cache: pathlib.Path | None = None,
+) -> Iterator[LayerFit]:
+    """Every layer in order, each when it is done. The host holds one matrix at a time.
+
+    Args:
+      cache: a folder for the spectra of any number of models, which is made; none where None.
+
+    Raises:
+      UserError: weights that are not those of config.json, or a matrix without an exponent.
+      RunError: the cache can not be written.
+    """
+    by_layer = find_matrices(config, directory)
+    identity = fingerprint(directory)
+    for layer, matrices in enumerate(by_layer):
+        file = cache / identity[:32] / f"layer_{layer:04}.safetensors" if cache else None
+        spectra = _load(file, matrices, identity) if file else None
+        is_cached = spectra is not None
+        if spectra is None:
+            spectra = {matrix.name: _spectrum(matrix) for matrix in matrices}
+            if file:
+                _store(file, spectra, identity)
+        fits = [MatrixFit(each, _fit(each, spectra[each.name], estimator)) for each in matrices]
+        yield LayerFit(layer, fits, is_cached)
+
+
+# ---------------------------------------------------------------------------------------------
+# matrices
+
+
+def find_matrices(config: ModelConfig, directory: pathlib.Path) -> list[list[WeightMatrix]]:
+    """The matrices of every layer, after checking all names and shapes on disk."""
+    tensors = read_headers(directory)
+    abstract = abstract_params(Decoder(config, DecoderOptions()))
+    numbers = {(place.segment, place.unit, place.repeat): place.number for place in places(config)}
+    by_layer: list[list[WeightMatrix]] = [[] for _ in numbers]
+    for key, slot in match_keys(config, tensors, abstract).items():
+        if slot.index:
+            layer = numbers[(*slot.path[:2], slot.index[0])]
+            by_layer[layer] += _matrices_in(key, slot, tensors[key], layer)
+    for found in by_layer:
+        found.sort(key=lambda each: (each.expert or 0, ROLES.index(each.role)))
+    return by_layer
+
+
+def _matrices_in(key: str, slot: Slot, info: TensorInfo, layer: int) -> Iterator[WeightMatrix]:
+    """The matrices of one tensor; none in a norm, a bias or a router."""
+    leaf = slot.path[-1]
+    if leaf == "kernel":
+        yield WeightMatrix(layer, slot.path[-2], None, key, info.file, (), info.shape)
+        return
+    if slot.path[-2] != "moe" or leaf not in ("gate_up", "down"):
+        return
+    *stacked, rows, columns = info.shape
+    is_fused = leaf == "gate_up" and slot.half is None
+    if is_fused:
+        rows //= 2
+        parts = {role: (slice(i * rows, (i + 1) * rows),) for i, role in enumerate(HALVES)}
+    else:
+        parts = {leaf if slot.half is None else HALVES[slot.half]: ()}
+    for expert in range(stacked[0]) if stacked else slot.index[1:]:
+        for role, part in parts.items():
+            index = (expert, *part) if stacked else part
+            yield WeightMatrix(layer, role, expert, key, info.file, index, (rows, columns))
+
+
+def read_matrix(matrix: WeightMatrix) -> np.ndarray:
+    """As on disk, [out, in]; of a tensor that holds several only this one is read."""
+    with open_weights(matrix.file) as handle:
+        return handle.get_slice(matrix.key)[matrix.index or slice(None)]
+
+
+def _spectrum(matrix: WeightMatrix) -> np.ndarray:
+    with _naming(matrix):
+        return eigenvalues(read_matrix(matrix))
+
+
+def _fit(matrix: WeightMatrix, eigenvalues_N: np.ndarray, estimator: Estimator) -> TailFit:
+    with _naming(matrix):
+        return fit_tail(eigenvalues_N, estimator)
+
+
+@contextlib.contextmanager
+def _naming(matrix: WeightMatrix) -> Iterator[None]:
+    """Says which matrix it was that has no exponent."""
+    try:
+        yield
+    except UserError as error:
+        expert = "" if matrix.expert is None else f" of expert {matrix.expert}"
+        place = f"{matrix.role}{expert} in layer {matrix.layer}"
+        raise UserError(f"{matrix.file}, {matrix.key} ({place}): {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# cache
+
+
+def default_cache() -> pathlib.Path:
+    """Below the user's folder of caches."""
+    home = os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")
+    return pathlib.Path(home) / "drlora_jax" / "spectra"
+
+
+def _digest(spectra: dict[str, np.ndarray], identity: str) -> str:
+    digest = hashlib.sha256(f"{METHOD}\n{identity}\n".encode())
+    for name, values_N in sorted(spectra.items()):
+        digest.update(f"{name} {values_N.dtype} {values_N.shape}\n".encode())
+        digest.update(values_N.tobytes())
+    return digest.hexdigest()
+
+
+def _load(
+    file: pathlib.Path, matrices: list[WeightMatrix], identity: str
+) -> dict[str, np.ndarray] | None:
+    """The spectra of a layer, or None where the file does not hold exactly these, undamaged."""
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            stored = (handle.metadata() or {}).get("sha256")
+            spectra = {name: handle.get_tensor(name) for name in handle.keys()}
+    except (OSError, SafetensorError):
+        return None
+    if stored != _digest(spectra, identity):
+        return None
+    expected = {matrix.name: (min(matrix.shape),) for matrix in matrices}
+    found = {name: values_N.shape for name, values_N in spectra.items()}
+    return spectra if found == expected else None
+
+
+def _store(file: pathlib.Path, spectra: dict[str, np.ndarray], identity: str) -> None:
+    """Whole or not at all, also when two processes write the same."""
+    data = save(spectra, metadata={"sha256": _digest(spectra, identity)})
+    draft = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(data)
+        os.replace(draft, file)
+    except OSError as error:
+        raise RunError(
+            f"{file} can not be written: {error.strerror}. The layers before it are kept; give "
+            "another --cache, or --no-cache."
+        ) from error
