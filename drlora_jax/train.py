@@ -18,14 +18,15 @@ import numpy as np
 import optax
 
 from drlora_jax import cli
-from drlora_jax.allocation import CapacityState, masks_from_ranks
+from drlora_jax.allocation import CapacityState, Event, masks_from_ranks
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.config import load_config
-from drlora_jax.data.loader import count_tokens, split_micro_batches
+from drlora_jax.data.loader import BATCH_DTYPES, Batch, count_tokens, split_micro_batches
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.ops.backends import compiler_options
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
@@ -84,14 +85,18 @@ class Checkpoint(NamedTuple):
     ranks_LE: Any
 
 
-def build(job: Job) -> Run:
-    """Mesh, model, optimizer and jitted functions of a job."""
+def build(job: Job, devices=None) -> Run:
+    """Mesh, model, optimizer and jitted functions of a job, for this process's devices or others.
+
+    Nothing is read or allocated: of a job only config, model, adapter, policy and counts are used.
+    """
     config = job.config
-    mesh = mesh_lib.make_mesh(job.mesh_sizes)
+    mesh = mesh_lib.make_mesh(job.mesh_sizes, devices)
+    compiler = compiler_options(mesh_lib.platform_of(mesh), config.model.dtype)
     options = DecoderOptions(
         dtype=jnp.dtype(config.model.dtype),
         adapter=job.adapter,
-        ops=sharded_ops(mesh),
+        ops=sharded_ops(mesh, compiler),
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
@@ -121,8 +126,9 @@ def build(job: Job) -> Run:
             make_train_step(model, tx, job.policy, step_options),
             donate_argnums=1,
             out_shardings=(_shardings(state), mesh_lib.replicated(mesh)),
+            compiler_options=compiler,
         ),
-        eval_step=jax.jit(make_eval_step(model)),
+        eval_step=jax.jit(make_eval_step(model), compiler_options=compiler),
         abstract_params=params,
         abstract_state=state,
     )
@@ -161,18 +167,18 @@ def _shardings(tree):
 
 def compile_step(run: Run):
     """The train step compiled ahead of time, and the seconds it took."""
-    section, start = run.job.config.train, time.perf_counter()
+    start = time.perf_counter()
+    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
+    return run.step.lower(*inputs).compile(), time.perf_counter() - start
+
+
+def abstract_batch(run: Run) -> Batch:
+    """What a step's batch [M, B, T] is, on its shardings."""
+    section = run.job.config.train
     micro, length = section.batch_size // section.micro_batches, section.sequence_length
-    batch = split_micro_batches(run.job.loader.batch(0), section.micro_batches)
     rows = mesh_lib.rows(run.mesh, leading=1)
-    abstract = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(
-            (section.micro_batches, micro, length), array.dtype, sharding=rows
-        ),
-        batch,
-    )
-    compiled = run.step.lower(run.abstract_params, run.abstract_state, abstract).compile()
-    return compiled, time.perf_counter() - start
+    shape = (section.micro_batches, micro, length)
+    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in BATCH_DTYPES))
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -210,8 +216,8 @@ def _train(run: Run) -> int:
         how = "resuming" if done else "starting"
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
         params = load_params(job.model_config, job.directory, run.abstract_params)
-        position = restore(run, checkpoints, done) if done else start(run)
         job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
+        position = restore(run, checkpoints, done) if done else start_profiled(run, params)
         with ReportWriter(job.run_dir.path) as report, Progress(job.total_steps, done) as progress:
             try:
                 return _loop(run, compiled, params, position, checkpoints, stop, report, progress)
@@ -249,6 +255,32 @@ def start(run: Run) -> Position:
     return Position(make(), run.job.policy.init(), 0)
 
 
+def start_profiled(run: Run, params) -> Position:
+    """The same for a policy that first wants to see how the base routes the task."""
+    position, policy = start(run), run.job.policy
+    if policy.start is None:
+        return position
+    capacity, event = policy.start(profile(run, params, position.state))
+    log_event(run, 0, capacity, event)
+    state = position.state._replace(mask_LER=_place_mask(run, capacity))
+    return Position(state, capacity, 0)
+
+
+def profile(run: Run, params, state: TrainState) -> np.ndarray:
+    """How often the valid tokens of the first `profile_rows` training rows (whole batches) choose
+    each expert, [L, E]. The factors are still zero, so it is the base that chooses.
+    """
+    section, total_LE = run.job.config.train, 0.0
+    rows = section.batch_size // section.micro_batches
+    for first in range(0, run.job.policy.profile_rows, rows):
+        batch = run.job.loader.batch(first)
+        micro = jax.tree.map(lambda array: array[:rows], batch)
+        micro = jax.device_put(micro, mesh_lib.rows(run.mesh))
+        _, _, stats = run.eval_step(params, state.lora, state.mask_LER, micro)
+        total_LE = total_LE + np.asarray(stats.count_E, np.float64)
+    return total_LE
+
+
 def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
     """The state after `step`, on this run's mesh."""
     abstract = run.abstract_state
@@ -282,7 +314,7 @@ def _loop(
 ) -> int:
     job, section = run.job, run.job.config.train
     step = int(position.state.step)
-    if job.policy.last_event:  # ranks that never change need no map
+    if job.policy.last_event or np.unique(position.capacity.ranks_LE).size > 1:
         _show_ranks(run, position, progress)
     meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
     rows = mesh_lib.rows(run.mesh, leading=1)
@@ -400,17 +432,19 @@ def grow(run: Run, position: Position, step: int, routing: dict | None = None) -
     job, state = run.job, position.state
     stats = jax.device_get(state.stats)
     capacity, stats, event = job.policy.update(position.capacity, stats, step)
-    job.run_dir.log_ranks(
-        step,
-        job.model_config.moe_layers,
-        capacity.ranks_LE,
-        event.saliency_LE,
-        job.policy.budget,
-        routing,
-    )
+    log_event(run, step, capacity, event, routing)
     stats = jax.device_put(stats, _shardings(run.abstract_state.stats))
     state = state._replace(mask_LER=_place_mask(run, capacity), stats=stats)
     return Position(state, capacity, position.tokens)
+
+
+def log_event(
+    run: Run, step: int, capacity: CapacityState, event: Event, routing: dict | None = None
+) -> None:
+    layers, budget = run.job.model_config.moe_layers, run.job.policy.budget
+    run.job.run_dir.log_ranks(
+        step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing
+    )
 
 
 def evaluate(run: Run, params, state: TrainState) -> float:

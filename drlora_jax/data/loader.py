@@ -27,6 +27,9 @@ class Batch(NamedTuple):
     target_mask_BT: np.ndarray
 
 
+BATCH_DTYPES = Batch(np.int32, np.int32, np.int32, np.int32, np.float32)
+
+
 class Loader:
     """Training batches out of documents; stateless but for cached plans."""
 

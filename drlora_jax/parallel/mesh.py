@@ -7,10 +7,12 @@ Axes: `data` replicates, `fsdp` shards base weights along their width, `expert` 
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drlora_jax.config import MeshSection
@@ -49,10 +51,18 @@ def resolve_sizes(section: MeshSection, device_count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_mesh(sizes: tuple[int, ...]) -> Mesh:
+def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of AXES over this process's devices, or over those of a described topology."""
+    devices = (jax.devices() if devices is None else devices)[: int(np.prod(sizes))]
+    # An axis of 8 on a torus of 4 x 4 x 4 is part of two of its axes.
+    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     # jax defaults to Explicit axes, which our code does not write shardings for.
-    devices = jax.devices()[: int(np.prod(sizes))]
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def platform_of(mesh: Mesh) -> str:
+    """cpu, gpu or tpu: what programs over the mesh are compiled for."""
+    return mesh.devices.flat[0].platform
 
 
 def rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:

@@ -13,18 +13,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from drlora_jax.ops import Ops
-from drlora_jax.ops.attention import attend
-from drlora_jax.ops.cross_entropy import summed_nll
-from drlora_jax.ops.grouped import Dropout, expert_mlp
-from drlora_jax.parallel.mesh import ROWS
+from drlora_jax.ops import Ops, ops_for
+from drlora_jax.ops.grouped import Dropout
+from drlora_jax.parallel.mesh import ROWS, platform_of
 
 
-def sharded_ops(mesh: Mesh) -> Ops:
-    """Ops for a mesh; the plain ones where it has one device."""
+def sharded_ops(mesh: Mesh, options: dict | None = None) -> Ops:
+    """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device."""
+    ops = ops_for(platform_of(mesh), options)
     if mesh.size == 1:
-        return Ops()
-    return Ops(partial(_expert_mlp, mesh), partial(_attend, mesh), partial(_summed_nll, mesh))
+        return ops
+    return Ops(
+        partial(_expert_mlp, mesh, ops.expert_mlp),
+        partial(_attend, mesh, ops.attend),
+        partial(_summed_nll, mesh, ops.summed_nll),
+    )
 
 
 def _shard_map(function, mesh, in_specs, out_specs):
@@ -35,7 +38,17 @@ def _shard_map(function, mesh, in_specs, out_specs):
 
 
 def _expert_mlp(
-    mesh, x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora, spec, *, dropout=None
+    mesh,
+    run_local,
+    x_TD,
+    expert_TK,
+    weight_TK,
+    w_gate_up_EDF,
+    w_down_EFD,
+    lora,
+    spec,
+    *,
+    dropout=None,
 ):
     expert_shards = mesh.shape["expert"]
     has_dropout = dropout is not None
@@ -50,7 +63,7 @@ def _expert_mlp(
         first_slot = group * expert_TK.size * expert_shards
         x_TD, expert_TK, weight_TK = gather(x_TD), gather(expert_TK), gather(weight_TK)
         local_TK = expert_TK - jax.lax.axis_index("expert") * w_gate_up_EDF.shape[0]
-        y_TD = expert_mlp(
+        y_TD = run_local(
             x_TD,
             local_TK,  # outside [0, local experts): another device's
             weight_TK,
@@ -67,9 +80,20 @@ def _expert_mlp(
     return run(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora, key)
 
 
-def _attend(mesh, q_BTNH, k_BSGH, v_BSGV, *, segment_ids_BT, positions_BT, sinks_N=None, **options):
+def _attend(
+    mesh,
+    run_local,
+    q_BTNH,
+    k_BSGH,
+    v_BSGV,
+    *,
+    segment_ids_BT,
+    positions_BT,
+    sinks_N=None,
+    **options,
+):
     def local(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N):
-        return attend(
+        return run_local(
             q_BTNH,
             k_BSGH,
             v_BSGV,
@@ -84,9 +108,9 @@ def _attend(mesh, q_BTNH, k_BSGH, v_BSGV, *, segment_ids_BT, positions_BT, sinks
     return run(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N)
 
 
-def _summed_nll(mesh, hidden_TD, head_DV, targets_T, mask_T, **options):
+def _summed_nll(mesh, run_local, hidden_TD, head_DV, targets_T, mask_T, **options):
     def local(hidden_TD, head_DV, targets_T, mask_T):
-        return summed_nll(hidden_TD, head_DV, targets_T, mask_T, **options)[None]
+        return run_local(hidden_TD, head_DV, targets_T, mask_T, **options)[None]
 
     rows = P(ROWS)
     # One partial sum a shard: a sum inside would be transposed to a second one.

@@ -1,0 +1,220 @@
+"""Compiles the full training step of a config for a TPU topology, without a TPU and its weights.
+
+    python benchmarks/aot_tpu.py --topology v5p:4x4x4 --config configs/mixtral.py \\
+        mesh.fsdp=8 mesh.expert=8 train.batch_size=64 train.micro_batches=1
+
+Needs `pip install 'drlora-jax[tpu]'`; nothing runs on a device. The model is that of `--model`: a
+config.json or a directory with one, by default the published one of benchmarks/models that
+`model.path` names. Prints the memory of a chip, the FLOPs and every collective with its bytes over
+a step, and exits with 1 when the step does not fit a chip, when a collective moves a layer's
+experts of more than one expert shard, the logits or the state of the factors, or when experts are
+computed by a dense expansion.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+
+# Before jax is imported: there is no TPU here to ask.
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
+
+import hlo_text as hlo
+import jax
+from jax.experimental import topologies
+
+from drlora_jax import prepare, train
+from drlora_jax.allocation import make_policy
+from drlora_jax.cli import run_and_exit
+from drlora_jax.config import load_config
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.models.families import parse_config
+from drlora_jax.ops.backends import dense_expansions
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.plan import flops_per_token
+from drlora_jax.units import format_bytes
+
+MODELS = pathlib.Path(__file__).parent / "models"
+ORIGIN_PARTS = 4  # of an operation's name, from its end
+CHIP_GIB = {"v5p": 95, "v6e": 32, "v5e": 16, "v4": 32}
+
+
+def main(argv=None) -> int:
+    args = _arguments(argv)
+    config = load_config(args.config, args.overrides)
+    devices = _devices(args.topology)
+    run = train.build(
+        abstract_job(config, _model_values(args.model, config), len(devices)), devices
+    )
+    compiled, seconds = train.compile_step(run)
+    text = compiled.as_text()
+    if args.text:
+        pathlib.Path(args.text).write_text(text)
+    limit = args.chip_gib or CHIP_GIB[args.topology.split(":")[0]]
+    collectives = hlo.collectives(text)
+    lines = [f"compiled in {seconds:.0f} s for {len(devices)} chips of {args.topology}"]
+    lines += _memory_lines(run, compiled, limit)
+    lines += _flops_lines(run, compiled)
+    lines += _collective_lines(collectives)
+    print("\n".join(lines))
+    complaints = _complaints(run, compiled, text, collectives, limit)
+    if complaints:
+        raise RunError("The step breaks a rule of this check: " + "; ".join(complaints))
+    return 0
+
+
+def _arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--topology", default="v5p:4x4x4", help="NAME:SHAPE, such as v6e:4x4")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--model", help="config.json of the model, or a directory with one")
+    parser.add_argument("--chip-gib", type=float, help="memory of a chip, for other generations")
+    parser.add_argument("--text", metavar="FILE", help="also write the compiled module there")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def _devices(name: str):
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        raise UserError(
+            f"--topology {name}: {str(error).splitlines()[0]}. It needs libtpu "
+            "(pip install 'drlora-jax[tpu]') and a name such as v5p:4x4x4."
+        ) from error
+
+
+def _model_values(model: str | None, config) -> dict:
+    name = config.model.path.rsplit("/", 1)[-1]
+    file = pathlib.Path(model) if model else MODELS / f"{name}.json"
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        known = ", ".join(sorted(each.stem for each in MODELS.glob("*.json")))
+        raise UserError(f"There is no {file}; give --model config.json, or one of {known}.")
+    return json.loads(file.read_text())
+
+
+def abstract_job(config, model_values: dict, device_count: int) -> prepare.Job:
+    """The job of a config without files: no data, weights, tokenizer or run directory."""
+    model_config = parse_config(model_values)
+    adapter = prepare.make_adapter(config, model_config)
+    sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
+    prepare.check_mesh(config, model_config, sizes)
+    steps = config.train.steps
+    if steps is None:
+        raise UserError("Set train.steps: without data there are no epochs to count.")
+    shapes = prepare.capacity_shapes(config, model_config, adapter)
+    return prepare.Job(
+        config=config,
+        run_dir=None,
+        is_new=True,
+        directory=None,
+        origin={},
+        model_config=model_config,
+        adapter=adapter,
+        policy=make_policy(config, shapes, steps),
+        loader=None,
+        eval_batches=[],
+        mesh_sizes=sizes,
+        total_steps=steps,
+        schedule_steps=steps,
+        lines=[],
+    )
+
+
+# ------------------------------------------------------------------------------------------ report
+
+
+def _peak(compiled) -> int:
+    analysis = compiled.memory_analysis()
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def _memory_lines(run, compiled, limit: float) -> list[str]:
+    lines = train.memory_lines(run.abstract_params, run.abstract_state, compiled)
+    return [*lines, f"            {_peak(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"]
+
+
+def _flops_lines(run, compiled) -> list[str]:
+    section, chips = run.job.config.train, run.mesh.size
+    tokens = section.batch_size * section.sequence_length
+    model = flops_per_token(run.job.model_config, section.sequence_length) * tokens / chips
+    return [f"FLOPs       {model / 1e12:.2f} T of the model a step and chip (4 N + attention)"]
+
+
+def _collective_lines(collectives: list[hlo.Collective]) -> list[str]:
+    total = sum(each.bytes * each.times for each in collectives)
+    lines = [f"collectives {format_bytes(total)} a step and chip, by result", ""]
+    groups: dict = {}
+    for each in collectives:
+        key = (each.kind, each.shape, each.origin)
+        groups[key] = groups.get(key, 0) + each.times
+    rows = [(times * hlo.shape_bytes(key[1]), times, *key) for key, times in groups.items()]
+    for moved, times, kind, shape, origin in sorted(rows, reverse=True):
+        origin = "/".join(origin.split("/")[-ORIGIN_PARTS:])
+        lines.append(f"{format_bytes(moved):>10}  {times:5d} x {kind:18} {shape:40} {origin}")
+    return lines
+
+
+def _complaints(run, compiled, text, collectives, limit) -> list[str]:
+    found = []
+    if _peak(compiled) > limit * 2**30:
+        found.append(f"{_peak(compiled) / 2**30:.1f} GiB do not fit a chip of {limit:g} GiB")
+    config = run.job.model_config
+    if config.moe is not None:
+        found += [f"{each} looks like a dense expansion" for each in _expansions(run, text)]
+    for each in collectives:
+        reason = hlo.forbidden(each, forbidden_sizes(run))
+        if reason:
+            found.append(f"{each.kind} of {each.shape} moves {reason} ({each.origin})")
+    return sorted(set(found))
+
+
+def _expansions(run, text: str) -> list[str]:
+    config, section, sizes = run.job.model_config, run.job.config.train, run.mesh.shape
+    routing = config.moe.routing
+    experts = routing.num_experts // sizes["expert"]
+    if experts == 1:  # every row is this expert's, or nobody's here
+        return []
+    row_shards = sizes["data"] * sizes["fsdp"]  # an expert group's tokens are gathered
+    tokens = section.batch_size // section.micro_batches * section.sequence_length // row_shards
+    widths = (config.width, config.moe.expert_dim, 2 * config.moe.expert_dim)
+    return dense_expansions(
+        text,
+        experts=experts,
+        rows=tokens * routing.experts_per_token,
+        widths=widths,
+    )
+
+
+def forbidden_sizes(run) -> hlo.Limits:
+    config, sizes = run.job.model_config, run.mesh.shape
+    local, matrices = 0, ()
+    if config.moe is not None:
+        local = config.moe.routing.num_experts // sizes["expert"]
+        hidden = config.moe.expert_dim
+        matrices = ((config.width, 2 * hidden), (hidden, config.width))
+    lora = {
+        tuple(size for size in leaf.shape[1:] if size != 1)
+        for leaf in jax.tree.leaves(run.abstract_state.lora)
+        if "expert" in leaf.sharding.spec and sizes["expert"] > 1
+    }
+    return hlo.Limits(
+        local_experts=local,
+        expert_shapes=matrices,
+        vocab=config.vocab_size,
+        head=config.vocab_size * config.width,
+        global_lora=lora,
+    )
+
+
+if __name__ == "__main__":
+    run_and_exit(main)

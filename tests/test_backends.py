@@ -1,0 +1,143 @@
+"""What runs where: the choice by platform, and reading compiled programs for what must not be."""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from drlora_jax.ops import backends, grouped_ragged, ops_for
+from drlora_jax.parallel.mesh import make_mesh, platform_of
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def load_hlo_text():
+    spec = importlib.util.spec_from_file_location("hlo_text", ROOT / "benchmarks/hlo_text.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_experts_by_platform():
+    assert platform_of(make_mesh((1, 1, 1, 1))) == "cpu"
+    assert ops_for("cpu").expert_mlp.keywords == {"backend": "block"}
+    assert ops_for("cpu") == ops_for("cpu")  # one program, not two
+    assert ops_for("tpu").expert_mlp is grouped_ragged.expert_mlp
+    assert ops_for("gpu").expert_mlp.keywords == {"backend": "dense"}
+    fused = {backends.RAGGED_FUSION: True}
+    assert ops_for("gpu", fused).expert_mlp is grouped_ragged.expert_mlp
+
+
+def test_compiler_options(monkeypatch):
+    """On a GPU only where the compiled case has no expansion, and only for 16-bit results."""
+    found = []
+
+    def probe(dtype, options, device):
+        if found == ["error"]:
+            raise RuntimeError("No supported configs found")
+        return found
+
+    monkeypatch.setattr(backends, "ragged_probe", probe)
+    monkeypatch.setattr(backends.jax, "devices", lambda kind: [kind])
+    for result, options in (([], True), (["bf16[5,384,128]"], False), (["error"], False)):
+        found[:] = result
+        backends._is_fused_on_gpu.cache_clear()
+        given = backends.compiler_options("gpu", jnp.bfloat16)
+        assert given == ({backends.RAGGED_FUSION: True} if options else {})
+        assert backends.compiler_options("gpu", jnp.float32) == {}
+    backends._is_fused_on_gpu.cache_clear()
+    assert backends.compiler_options("cpu", jnp.bfloat16) == {}
+    assert backends.compiler_options("tpu", jnp.bfloat16) == {}
+
+
+def test_the_dense_expansion_is_found():
+    """On CPU `lax.ragged_dot` is one, and a plain product is none."""
+    assert backends.ragged_probe("float32", {})
+    text = jax.jit(jnp.matmul).lower(jnp.ones((384, 128)), jnp.ones((128, 256))).compile().as_text()
+    assert not backends.dense_expansions(text, experts=5, rows=384, widths=(128, 256))
+
+
+MODULE = """\
+HloModule step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(32)
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+%fused (p: bf16[4,8]) -> bf16[32,8] {
+  %all-gather.1 = bf16[32,8]{1,0} all-gather(%p), dimensions={0}, metadata={op_name="a/b"}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = bf16[32,8] fusion(%x), kind=kCustom, calls=%fused
+  %r = (f32[8]{0}, f32[4,2]{1,0}) all-reduce(%a, %b), to_apply=%sum, metadata={op_name="c"}
+}
+
+%known (p: (s32[])) -> (s32[]) {
+  %s = (bf16[4,8], bf16[32,8]) all-gather-start(%p), dimensions={0}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+  %while.2 = (s32[]) while(%u), condition=%c, body=%known, backend_config={"known_trip_count":{"n":"3"}}
+  %p = u32[] collective-permute(%k), source_target_pairs={{0,1}}
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_module():
+    hlo = load_hlo_text()
+    found = [(each.kind, each.shape, each.times, each.bytes) for each in hlo.collectives(MODULE)]
+    assert found == [
+        ("all-gather", "bf16[32,8]", 32, 512),
+        ("all-reduce", "f32[8] f32[4,2]", 32, 64),
+        ("all-gather", "bf16[32,8]", 3, 512),
+        ("collective-permute", "u32[]", 1, 4),
+    ]
+
+
+def test_what_may_travel():
+    hlo = load_hlo_text()
+    # Width 16, hidden 24, 4 of 8 experts a shard, vocabulary 100, rank 2.
+    limits = hlo.Limits(4, ((16, 48), (24, 16)), 100, 1600, {(8, 2, 16)})
+
+    def reason(shape):
+        return hlo.forbidden(hlo.Collective("all-gather", shape, 1, ""), limits)
+
+    allowed = ("bf16[1,4,16,48]", "bf16[4,24,16]", "bf16[4096,16]", "bf16[16,100]", "f32[4,2,16]")
+    assert not any(reason(shape) for shape in allowed)
+    assert "experts of one shard" in reason("bf16[8,16,48]")
+    assert "experts of one shard" in reason("s32[1] bf16[2,4,24,16]")
+    assert reason("f32[64,100]") == "logits"
+    assert reason("f32[1,8,2,16]") == "factors of all experts"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
+)
+def test_a_small_step_compiles_for_tpu(tmp_path):
+    """Expert-parallel and FSDP, with the real grouped product, attention and growth state."""
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "olmoe", "vocab_size": 640, "hidden_size": 256, "intermediate_size": 128,'
+        '"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,'
+        '"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": false}'
+    )
+    command = [sys.executable, "benchmarks/aot_tpu.py", "--topology", "v5e:2x2"]
+    command += ["--config", "configs/olmoe.py", "--model", str(tmp_path), "--text"]
+    command += [str(tmp_path / "hlo"), "mesh.data=1", "mesh.fsdp=2", "mesh.expert=2"]
+    command += ["train.batch_size=8", "train.micro_batches=2", "train.sequence_length=256"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "of 16 GiB of a chip" in done.stdout
+    assert "all-gather" in done.stdout and "reduce-scatter" in done.stdout
+    assert "ragged_dot_tiling" in (tmp_path / "hlo").read_text()
