@@ -79,7 +79,7 @@ class ModelSection(_Section):
     path: str = "bundled:tiny_moe"  # a directory, a hub name, or bundled:NAME
     # Of base weights and activations; auto: bfloat16 on accelerators, float32 on CPUs.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "selective", "full"] = "selective"  # see drlora_jax/models/remat.py
 
     def check(self):
         _require(bool(self.path), "model.path must name a model, got an empty string.")
@@ -130,6 +130,8 @@ class TrainSection(_Section):
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    # Adam's step count: of the run, or of every rank since it first had a gradient
+    bias_correction: Literal["global", "per_rank"] = "global"
     max_grad_norm: float | None = 1.0
     balance_loss: float = 0.0  # weight of the load-balance loss; 0: off
     balance_form: Literal["pooled", "per_layer"] = "pooled"  # of all MoE layers at once, or each
@@ -217,7 +219,8 @@ class AllocationSection(_Section):
     frequency_decay: float = 0.9  # of the routing-frequency EMA, an optimizer step
     importance_decay: float = 0.9  # of the rank-importance EMA
     frequency: Literal["weight", "count"] = "weight"
-    importance: Literal["gate_abs", "gate_sq", "elementwise_product"] = "gate_abs"
+    # probe: not of the active ranks, but of the next one (see allocation/dr_lora.py)
+    importance: Literal["gate_abs", "gate_sq", "elementwise_product", "probe"] = "gate_abs"
     saliency: Literal["product", "frequency", "importance"] = "product"
     warmup_ratio: float | None = (
         None  # of all steps, before the first event; None: train.warmup_ratio

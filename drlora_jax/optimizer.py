@@ -1,6 +1,9 @@
-"""AdamW with gradient clipping and a schedule, out of optax."""
+"""AdamW with gradient clipping and a schedule, out of optax; and Adam that counts by rank."""
+
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from drlora_jax.config import TrainSection
@@ -39,14 +42,56 @@ def make_optimizer(
             make_schedule(section, total_steps, router_learning_rate)
         )
         rate = optax.partition({"lora": rate, "router": router_rate}, label_leaves)
+    adam = {"global": optax.scale_by_adam, "per_rank": scale_by_rank_adam}[section.bias_correction]
     parts = [
-        optax.scale_by_adam(section.beta1, section.beta2, section.epsilon),
+        adam(section.beta1, section.beta2, section.epsilon),
         optax.add_decayed_weights(section.weight_decay),
         rate,
     ]
     if section.max_grad_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(section.max_grad_norm))
     return optax.chain(*parts), schedule
+
+
+class RankAdamState(NamedTuple):
+    count: Any  # i32 like the factors with a last axis of 1: gradients seen by a row
+    mu: Any
+    nu: Any
+
+
+def scale_by_rank_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam whose bias correction counts, row by row, the steps that brought the row a gradient.
+
+    Rows are the last axis: the ranks of A and B. `optax.scale_by_adam` counts the steps of the
+    whole run, so the first update of a rank that is activated late is (1 - b1) / sqrt(1 - b2) times
+    as long as it should be (3.2 for the defaults). A rank that is not active has a gradient of
+    exactly zero; so has B's row, and not A's, in the step after an activation.
+    """
+
+    def init(params):
+        return RankAdamState(
+            jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape[:-1], 1), jnp.int32), params),
+            optax.tree.zeros_like(params),
+            optax.tree.zeros_like(params),
+        )
+
+    def update(grads, state, params=None):
+        del params
+        count = jax.tree.map(
+            lambda count, grad: count + jnp.any(grad != 0, axis=-1, keepdims=True),
+            state.count,
+            grads,
+        )
+        mu = jax.tree.map(lambda mu, grad: b1 * mu + (1 - b1) * grad, state.mu, grads)
+        nu = jax.tree.map(lambda nu, grad: b2 * nu + (1 - b2) * grad**2, state.nu, grads)
+
+        def leaf(mu, nu, count):
+            steps = jnp.maximum(count, 1).astype(mu.dtype)
+            return mu / (1 - b1**steps) / (jnp.sqrt(nu / (1 - b2**steps)) + eps)
+
+        return jax.tree.map(leaf, mu, nu, count), RankAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def label_leaves(tree):

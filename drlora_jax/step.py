@@ -157,24 +157,50 @@ def lora_like(
     return jax.tree.map_with_path(leaf, lora)
 
 
+def with_probe(mask_LER: jax.Array) -> jax.Array:
+    """The mask with every expert's next inactive rank let through. Its B row is zero, so the model
+    computes the same; its B row has a gradient.
+    """
+    return jnp.concatenate([jnp.ones_like(mask_LER[..., :1]), mask_LER[..., :-1]], axis=-1)
+
+
+def probe_importance(
+    config: ModelConfig, roles: tuple[str, ...], grads: dict, mask_LER: jax.Array
+) -> jax.Array:
+    """sum_i dB_ik^2 for the rank k that `with_probe` added, 0 for all others, f32 [L, P, E, R]."""
+    rows_LPER = _over_roles(
+        config, roles, lambda layer, role: jnp.sum(layer(grads, role)["b"] ** 2, axis=-1)
+    )
+    return rows_LPER * (with_probe(mask_LER) - mask_LER)[:, None]
+
+
 def elementwise_importance(
     config: ModelConfig, roles: tuple[str, ...], lora: dict, grads: dict
 ) -> jax.Array:
     """(sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank, f32 [L, P, E, R]."""
 
-    def of_layer(segment, layer):
-        rows = []
-        for role in roles:
-            factors, grad = (tree[segment][layer]["moe"][f"{role}_lora"] for tree in (lora, grads))
-            a_side, b_side = (
-                jnp.sum(jnp.abs(factors[side] * grad[side]), axis=-1) for side in ("a", "b")
-            )
-            rows.append(a_side * b_side)
-        return jnp.stack(rows, axis=1)  # [repeats, P, E, R]
+    def sides(layer, role):
+        factors, grad = layer(lora, role), layer(grads, role)
+        a_side, b_side = (
+            jnp.sum(jnp.abs(factors[side] * grad[side]), axis=-1) for side in ("a", "b")
+        )
+        return a_side * b_side
 
-    segments = {}
-    for segment, layer in split_layers(config, jnp.zeros(len(config.moe_layers))):
-        segments.setdefault(segment, []).append(of_layer(segment, layer))
+    return _over_roles(config, roles, sides)
+
+
+def _over_roles(config: ModelConfig, roles: tuple[str, ...], measure: Callable) -> jax.Array:
+    """[L, P, E, R] of measure(layer, role) -> [repeats, E, R], where layer(tree, role) has the
+    leaves `a` and `b` of a tree like `lora`.
+    """
+    segments: dict = {}
+    for segment, name in split_layers(config, jnp.zeros(len(config.moe_layers))):
+
+        def layer(tree, role, segment=segment, name=name):
+            return tree[segment][name]["moe"][f"{role}_lora"]
+
+        rows = [measure(layer, role) for role in roles]
+        segments.setdefault(segment, []).append(jnp.stack(rows, axis=1))
     return stack_layers(list(segments.values()))
 
 
@@ -235,7 +261,8 @@ def make_train_step(
         """Gradients of this micro-batch's part of the loss, and what it measured."""
 
         def loss_fn(lora, gate_LPER):
-            masked_LPER = gate_LPER * state.mask_LER[:, None]
+            mask_LER = with_probe(state.mask_LER) if policy.needs_probe else state.mask_LER
+            masked_LPER = gate_LPER * mask_LER[:, None]
             variables = {
                 "params": params,
                 "lora": lora,
@@ -278,8 +305,13 @@ def make_train_step(
                 if policy.needs_elementwise
                 else None
             )
+            probe = (
+                probe_importance(config, roles, grads, state.mask_LER)
+                if policy.needs_probe
+                else None
+            )
             measured = StepStats(
-                gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M
+                gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M, probe
             )
             stats = policy.accumulate(state.stats, measured)
             if options.freeze_idle_experts:
@@ -292,6 +324,8 @@ def make_train_step(
                 config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
             ),
         )
+        if policy.needs_probe:  # a probe is looked at, not trained
+            grads = jax.tree.map(lambda grad, on: jnp.where(on, grad, 0), grads, hold.active)
         lora, opt_state = held_update(tx, grads, state.opt_state, state.lora, hold)
         metrics = {
             "loss": jnp.sum(terms_M.nll) / targets,

@@ -52,6 +52,18 @@ ARMS = (
         ("allocation.kind=pattern",),
         ranks_of="dr_lora",
     ),
+    # What might be in the way of growth, each mended alone.
+    Arm("early_end", "dr_lora, growth ends at half time", ("allocation.last_event=100",)),
+    Arm(
+        "rank_adam",
+        "dr_lora, Adam counts the steps of every rank",
+        ("train.bias_correction=per_rank",),
+    ),
+    Arm(
+        "probe",
+        "dr_lora, importance of the next rank instead of the present ones",
+        ("allocation.importance=probe",),
+    ),
 )
 
 
@@ -76,6 +88,6 @@ def get_study() -> Study:
         arms=ARMS,
         seeds=(1, 2, 3, 4, 5),
         tuning_seed=0,
-        learning_rates=(1e-3, 2e-3, 4e-3),
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
         reference="lora_r16",
     )

@@ -38,17 +38,19 @@ def main() -> int:
     parser.add_argument("--study", type=pathlib.Path, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where the runs go")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cells at a time")
+    parser.add_argument("--arms", help="only these, by name with commas; default: all")
     parser.add_argument("--again", metavar="TASK/ARM/SEED", help="repeat one cell and compare")
     args = parser.parse_args()
     study, out = load_study(args.study), args.out.resolve()
     if args.again:
         return again(study, args.study, out, args.again)
-    is_complete = run_all(study, args.study, out, args.jobs)
+    arms = args.arms.split(",") if args.arms else [arm.name for arm in study.arms]
+    is_complete = run_all(study, args.study, out, args.jobs, arms)
     return 0 if is_complete else 75
 
 
-def run_all(study: Study, file: pathlib.Path, out: pathlib.Path, jobs: int) -> bool:
-    """Keeps `jobs` trainings going until nothing is left; False if it was stopped."""
+def run_all(study: Study, file: pathlib.Path, out: pathlib.Path, jobs: int, arms) -> bool:
+    """Keeps `jobs` trainings going until nothing of `arms` is left; False if cells are missing."""
     running: dict[Cell, tuple[subprocess.Popen, int]] = {}
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,7 +59,8 @@ def run_all(study: Study, file: pathlib.Path, out: pathlib.Path, jobs: int) -> b
         done = finished_losses(study, out)
         if not stopped:
             cores = set(range(jobs)) - {core for _, core in running.values()}
-            waiting = [cell for cell in ready_cells(study, done) if cell not in running]
+            waiting = [cell for cell in ready_cells(study, done) if cell.arm in arms]
+            waiting = [cell for cell in waiting if cell not in running]
             for cell, core in zip(waiting, sorted(cores), strict=False):
                 running[cell] = launch(study, file, cell, out, done, core), core
                 print(f"{time.strftime('%H:%M:%S')}  {cell.key}", flush=True)

@@ -39,8 +39,10 @@ def finish(study, loss=lambda cell: 2.0):
 
 
 def test_every_cell_is_run_once_and_after_what_it_needs():
-    def loss(cell):  # 2e-3 is best, of dr_lora 4e-3
-        return abs(cell.learning_rate - (4e-3 if cell.arm == "dr_lora" else 2e-3))
+    low, middle, high = STUDY.learning_rates
+
+    def loss(cell):
+        return abs(cell.learning_rate - (high if cell.arm == "dr_lora" else middle))
 
     waves, done = finish(STUDY, loss)
     cells = [cell for wave in waves for cell in wave]
@@ -49,12 +51,12 @@ def test_every_cell_is_run_once_and_after_what_it_needs():
     for cell in cells:
         assert cell.is_tuning == (cell.seed == STUDY.tuning_seed)
         if not cell.is_tuning:
-            assert cell.learning_rate == (4e-3 if cell.arm == "dr_lora" else 2e-3)
+            assert cell.learning_rate == (high if cell.arm == "dr_lora" else middle)
             tuning = [c for c in cells if c[:2] == cell[:2] and c.is_tuning]
             assert max(wave_of[c] for c in tuning) < wave_of[cell]
         if cell.arm == "frozen_final":
             source = source_of_ranks(STUDY, cell, done)
-            assert source[:1] + source[3:] == cell[:1] + cell[3:] and source.learning_rate == 4e-3
+            assert source[:1] + source[3:] == cell[:1] + cell[3:] and source.learning_rate == high
             assert wave_of[source] < wave_of[cell]
 
 
@@ -74,7 +76,7 @@ def test_configs_of_arms_differ_only_in_what_the_arm_means():
         config = apply_overrides(STUDY.base, overrides_of(STUDY, cell, OUT, done))
         meant = {change.split("=")[0] for change in arm.overrides}
         changed = set(differences(to_dict(config), STUDY.base)) - {"train.learning_rate"}
-        assert changed <= meant and all(name.startswith("allocation.") for name in changed)
+        assert changed <= meant
         budget = make_policy(config, shapes, config.train.steps).budget
         assert budget == (256 if cell.arm == "lora_r32" else 128)
 
@@ -130,7 +132,7 @@ def test_results_page_says_what_the_data_say(name):
     assert all(f"<!-- {block} -->" in page for block in blocks)
 
 
-STUDY_FILE = '''
+STUDY_FILE = """
 import json, pathlib
 from drlora_jax.config import from_dict
 from experiments.study import Arm, Study, Task
@@ -144,7 +146,7 @@ def get_study():
     rows = [str(HERE / name) for name in ("train.jsonl", "heldout.jsonl", "heldout.jsonl")]
     arm = Arm("uniform", "plain", ("allocation.kind=uniform",))
     return Study("tiny", get_config(), (Task("sums", *rows),), (arm,), (1,), 0, (1e-2,), "uniform")
-'''
+"""
 
 
 def test_a_study_runs_to_its_end_and_repeats(tmp_path, monkeypatch, capsys):
@@ -155,7 +157,7 @@ def test_a_study_runs_to_its_end_and_repeats(tmp_path, monkeypatch, capsys):
     file.write_text(STUDY_FILE)
     monkeypatch.setattr("experiments.results.RESULTS", tmp_path)
     study = load_study(file)
-    assert run_lib.run_all(study, file, out, jobs=1)
+    assert run_lib.run_all(study, file, out, jobs=1, arms=["uniform"])
     cells = json.loads((tmp_path / "tiny.json").read_text())["cells"]
     assert [cell["is_tuning"] for cell in cells] == [True, False]
     assert cells[1]["changes"].keys() == {"allocation.kind"}

@@ -5,9 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_step import Stepper, expert_leaves
 
 from drlora_jax.config import TrainSection
-from drlora_jax.optimizer import label_leaves, make_optimizer, make_schedule
+from drlora_jax.optimizer import (
+    RankAdamState,
+    label_leaves,
+    make_optimizer,
+    make_schedule,
+    scale_by_rank_adam,
+)
 
 PEAK = 3e-4
 
@@ -101,3 +108,50 @@ def test_labels():
     tree = {"segment_0": {"layer_0": {"moe": {"router_delta": 0, "up_lora": {"a": 0, "b": 0}}}}}
     labels = label_leaves(tree)["segment_0"]["layer_0"]["moe"]
     assert labels == {"router_delta": "router", "up_lora": {"a": "lora", "b": "lora"}}
+
+
+def test_rank_adam_starts_every_row_anew():
+    """Row by row Adam's own recursion, from the first step that brought the row a gradient."""
+    draw, (b1, b2, eps) = np.random.default_rng(0), (0.9, 0.999, 1e-8)
+    grads = draw.normal(size=(6, 3, 4)).astype(np.float32)
+    grads[:4, 1] = 0  # activated late
+    grads[3, 0] = 0  # no gradient for once: its moments decay, its count stays
+    tx = scale_by_rank_adam(b1, b2, eps)
+    params = {"b": jnp.zeros((3, 4))}
+    state, steps = tx.init(params), []
+    for grad in grads:
+        update, state = tx.update({"b": jnp.asarray(grad)}, state, params)
+        steps.append(np.asarray(update["b"]))
+    for row in range(3):
+        mu, nu, count = np.zeros(4), np.zeros(4), 0
+        for index, grad in enumerate(grads[:, row].astype(np.float64)):
+            count += bool(grad.any())
+            mu, nu = b1 * mu + (1 - b1) * grad, b2 * nu + (1 - b2) * grad**2
+            expected = 0.0
+            if count:
+                expected = mu / (1 - b1**count) / (np.sqrt(nu / (1 - b2**count)) + eps)
+            np.testing.assert_allclose(steps[index][row], expected, rtol=1e-4, atol=1e-6)
+    plain = optax.scale_by_adam(b1, b2, eps)
+    update, _ = plain.update({"b": jnp.asarray(grads[0])}, plain.init(params))
+    np.testing.assert_allclose(steps[0][[0, 2]], update["b"][jnp.array([0, 2])], rtol=1e-6)
+    # The first update of the late row is as long as any first update.
+    np.testing.assert_allclose(np.abs(steps[4][1]), 1.0, rtol=1e-3)
+
+
+def test_rank_adam_in_a_run(tmp_path):
+    """Over growth events: inactive rows keep zero moments and counts, and the run learns."""
+    stepper = Stepper(tmp_path, train=dict(bias_correction="per_rank"))
+    losses = [float(stepper.step()["loss"]) for _ in range(9)]
+    assert losses[-1] < losses[0] - 0.1
+    state = stepper.position.state
+    found = [
+        s for s in jax.tree.leaves(state.opt_state, is_leaf=_is_rank_state) if _is_rank_state(s)
+    ]
+    mask_LER = np.asarray(state.mask_LER) > 0
+    count_LER = np.asarray(expert_leaves(found[0].count)["up", "b"])[..., 0]
+    assert (count_LER[~mask_LER] == 0).all() and (count_LER[mask_LER] > 0).all()
+    assert len(np.unique(count_LER[mask_LER])) > 1  # ranks of several ages
+
+
+def _is_rank_state(value):
+    return isinstance(value, RankAdamState)

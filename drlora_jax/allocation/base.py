@@ -36,6 +36,8 @@ class StepStats(NamedTuple):
     count_MLE: jax.Array  # f32, times each expert was chosen by valid tokens
     weight_MLE: jax.Array  # f32, combine weight each expert got
     tokens_M: jax.Array  # f32, valid tokens
+    # f32, |d loss / d B|^2 of every expert's next inactive rank, 0 elsewhere; only if asked for
+    probe_LPER: jax.Array | None = None
 
 
 class Event(NamedTuple):
@@ -54,6 +56,7 @@ class Policy(NamedTuple):
     budget: int  # active ranks of a layer at the end
     last_event: int = 0  # optimizer steps a run needs at least
     needs_elementwise: bool = False
+    needs_probe: bool = False  # the step lets every expert's next inactive rank have a gradient
     # A policy that wants to see how the base routes the task: rows of training data to read before
     # step 1, and from the counts f32 [L, E] the capacity to start with, recorded as an event.
     profile_rows: int = 0

@@ -14,6 +14,11 @@ met. Then the importance starts anew; the frequency goes on. A young average is 
 ** updates, expert by expert, so that an expert that was updated less often since the reset is not
 scored lower for it.
 
+With `importance="probe"` g is what one more rank would bring, instead of what the present ones
+bring: the squared gradient of the B row of the expert's next inactive rank, which is what a small
+gradient step on it would take off the loss. A row of B that is zero has no gate gradient, so new
+ranks dilute the mean of the paper's g; the probe does not depend on the ranks there are.
+
 `released` does what the authors' code does instead: ranks are counted in module slots (quota and
 target times the projections, one step counted once per expert), frequency is a decayed sum of
 counts, the importance EMA is applied twice a micro-batch and is not de-biased, and sums are floored
@@ -204,6 +209,8 @@ def dr_lora(
         # is linear.
         if importance == "elementwise_product":
             rank_importance = step.elementwise_LPER
+        elif importance == "probe":
+            rank_importance = step.probe_LPER
         else:
             rank_importance = jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
             rank_importance = rank_importance**2 if importance == "gate_sq" else rank_importance
@@ -222,9 +229,9 @@ def dr_lora(
         if score == "random":
             return np.random.default_rng([seed, step]).random(ranks_LE.shape)
         importance_LPER = np.asarray(stats.importance_LPER, np.float64)
-        mean_LPE = (
-            importance_LPER.sum(axis=-1) / np.maximum(ranks_LE, 1)[:, None, :]
-        )  # inactive ranks hold 0
+        mean_LPE = importance_LPER.sum(axis=-1)  # inactive ranks hold 0; a probe is one rank
+        if importance != "probe":
+            mean_LPE = mean_LPE / np.maximum(ranks_LE, 1)[:, None, :]
         g_LE, f_LE = mean_LPE.mean(axis=1), np.asarray(stats.frequency_LE)
         if not released:
             bias_LE = 1.0 - importance_decay ** np.asarray(stats.updates_LE, np.float64)
@@ -263,6 +270,7 @@ def dr_lora(
         budget=shapes.experts * r_target,
         last_event=schedule.last if schedule.count else 0,
         needs_elementwise=importance == "elementwise_product",
+        needs_probe=importance == "probe",
         describe=(
             f"dr_lora: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), "
             f"{schedule.count} events at "
