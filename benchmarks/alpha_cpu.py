@@ -2,13 +2,14 @@
 singular values in float64.
 
     python tools/smollm2.py --out build/smollm2
-    python benchmarks/alpha_cpu.py --model build/smollm2 --sizes 4096x4096,4096x11008
+    OMP_NUM_THREADS=1 python benchmarks/alpha_cpu.py --model build/smollm2 \
+        --sizes 4096x4096,4096x11008
 
 Of the model's matrices: the largest difference of an exponent of a matrix and of a layer mean, and
 how many experts a layer gets otherwise (5 a layer, beta 2.5). Of random matrices of the given sizes
-the time, and what the model that --count makes of them would take. Seconds are the processor's, of
-all threads, so that a busy machine does not change them much; on two free cores the wall time is
-between a half and the whole of that.
+the time, and what the model that --count makes of them would take. Seconds are the processor's, so
+that a busy machine does not change them much. `drlora_jax.alpha` takes as many matrices at once as
+there are cores, each in one thread.
 """
 
 import argparse

@@ -6,9 +6,15 @@ used. The spectra of the weights are kept in a cache; with other options the sam
 seconds, and an analysis that was stopped goes on.
 """
 
+import os
+
+if __name__ == "__main__":
+    # A thread for each matrix, not several in BLAS: those wait for each other by spinning, which on
+    # a busy machine made a matrix take tens of times as long. It must be said before NumPy loads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import argparse
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -31,6 +37,7 @@ from drlora_jax.spectra import ESTIMATORS
 
 SLOW = 2.0  # seconds; a layer that took longer is reported
 LONGEST_BAR = 40  # characters
+MOST_THREADS = 8  # unless said; one of them needs 0.9 GiB for the matrices of a 7B model
 
 
 class Result(NamedTuple):
@@ -49,6 +56,7 @@ def main(argv=None) -> int:
     files = [_check_file(name, getattr(args, name)) for name in ("out", "svg")]
     directory = find_model(args.model)
     config = read_model_config(directory)
+    cli.check_positive(args, "threads")
     _allocate(args, [1.0] * config.num_layers)  # refused now, not after the analysis
     cache = None if args.no_cache else _cache_folder(args.cache)
     print(f"model       {args.model}: {config.family}, {config.num_layers} layers", flush=True)
@@ -92,10 +100,25 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="FILE.json", help="all exponents, matrix by matrix")
     parser.add_argument("--svg", metavar="FILE.svg", help="a chart of exponents and experts")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=_free_cores(),
+        help="matrices at once (default: as many as cores, at most 8)",
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--cache", metavar="DIR", help=f"of spectra (default: {default_cache()})")
     where.add_argument("--no-cache", action="store_true", help="neither read nor write one")
     return parser.parse_args(argv)
+
+
+def _free_cores() -> int:
+    """Cores that this process may use, unless BLAS was told to use several itself."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        return 1
+    is_told = hasattr(os, "sched_getaffinity")  # by Linux
+    cores = len(os.sched_getaffinity(0)) if is_told else os.cpu_count() or 1
+    return min(cores, MOST_THREADS)
 
 
 def _check_file(name: str, path: str | None) -> pathlib.Path | None:
@@ -134,7 +157,9 @@ def _allocate(args: argparse.Namespace, alpha_L: list[float]) -> np.ndarray:
 
 
 def _fits(args, config: ModelConfig, directory, cache) -> Iterator[LayerFit]:
-    return fit_layers(config, directory, estimator=args.estimator, cache=cache)
+    return fit_layers(
+        config, directory, estimator=args.estimator, cache=cache, threads=args.threads
+    )
 
 
 def _with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]:
@@ -142,7 +167,7 @@ def _with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]
     start = time.monotonic()
     for fit in layers:
         seconds = time.monotonic() - start
-        if seconds > SLOW:
+        if seconds > SLOW and not fit.is_cached:
             done = f"layer {fit.layer + 1} of {total}"
             print(
                 f"{done}: {len(fit.matrices)} matrices, {seconds:.0f} s",

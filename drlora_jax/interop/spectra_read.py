@@ -15,6 +15,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -83,11 +84,13 @@ def fit_layers(
     *,
     estimator: Estimator = "fix_finger",
     cache: pathlib.Path | None = None,
+    threads: int = 1,
 ) -> Iterator[LayerFit]:
-    """Every layer in order, each when it is done. The host holds one matrix at a time.
+    """Every layer in order, each when it is done. The host holds one matrix a thread at a time.
 
     Args:
       cache: a folder for the spectra of any number of models, which is made; none where None.
+      threads: matrices at once. More than one is of use where BLAS has one thread itself.
 
     Raises:
       UserError: weights that are not those of config.json, or a matrix without an exponent.
@@ -100,7 +103,9 @@ def fit_layers(
         spectra = _load(file, matrices, identity) if file else None
         is_cached = spectra is not None
         if spectra is None:
-            spectra = {matrix.name: _spectrum(matrix) for matrix in matrices}
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(_spectrum, matrices))
+            spectra = {each.name: values_N for each, values_N in zip(matrices, found, strict=True)}
             if file:
                 _store(file, spectra, identity)
         fits = [MatrixFit(each, _fit(each, spectra[each.name], estimator)) for each in matrices]
