@@ -26,10 +26,10 @@ def test_experts_by_platform():
     assert platform_of(make_mesh((1, 1, 1, 1))) == "cpu"
     assert ops_for("cpu").expert_mlp.keywords == {"backend": "block"}
     assert ops_for("cpu") == ops_for("cpu")  # one program, not two
-    assert ops_for("tpu").expert_mlp is grouped_ragged.expert_mlp
+    assert ops_for("tpu").expert_mlp.func is grouped_ragged.expert_mlp
     assert ops_for("gpu").expert_mlp.keywords == {"backend": "dense"}
     fused = {backends.RAGGED_FUSION: True}
-    assert ops_for("gpu", fused).expert_mlp is grouped_ragged.expert_mlp
+    assert ops_for("gpu", fused).expert_mlp.func is grouped_ragged.expert_mlp
 
 
 def test_compiler_options(monkeypatch):

@@ -181,7 +181,7 @@ REFUSED = {
     "data.path must be a,b,..., got 'a'": (DataSection, {"path": "a"}),
     "data.path must be a,b,..., got (1,)": (DataSection, {"path": (1,)}),
     "data.pack must be bool, got 1": (DataSection, {"pack": 1}),
-    "model.remat must be none | full, got None": (ModelSection, {"remat": None}),
+    "model.remat must be none | selective | full, got None": (ModelSection, {"remat": None}),
     "adapter.rank must be int | none, got 2.0": (AdapterSection, {"rank": 2.0}),
     # Ranges.
     "run.dir must name a directory, got an empty string": (RunSection, {"dir": ""}),

@@ -124,3 +124,21 @@ def test_no_array_of_tokens_by_vocabulary(head_grad, monkeypatch):
         shapes = set(array_shapes(jax.make_jaxpr(function)(hidden, head).jaxpr))
         assert (8, VOCABULARY) in shapes  # a chunk's logits are found, so the walk goes deep enough
         assert max(np.prod(shape) for shape in shapes if VOCABULARY in shape) <= 8 * VOCABULARY
+
+
+def test_chunks_without_targets_are_not_computed(monkeypatch):
+    """What is not read can be anything: 16 tokens with targets, and the rest undefined."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 8)
+    hidden, head, targets, _ = make_inputs(40)
+    mask = jnp.asarray(np.random.default_rng(0).permutation(40) < 16, jnp.float32)
+    spoiled = jnp.where(mask[:, None] > 0, hidden, jnp.nan)
+    loss, d_hidden, _ = formula(hidden, head, targets, mask)
+    got = value_and_grads((spoiled, head, targets, mask))
+    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
+    np.testing.assert_allclose(got[1], d_hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_no_target_at_all():
+    hidden, head, targets, mask = make_inputs(21)
+    loss, d_hidden, _ = value_and_grads((hidden, head, targets, 0 * mask))
+    assert loss == 0 and not np.any(d_hidden)

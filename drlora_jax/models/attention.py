@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.models.architecture import AttentionConfig
 from drlora_jax.models.layers import Projection, RmsNorm, rotate
+from drlora_jax.models.remat import keep
 from drlora_jax.ops.attention import attend_cached
 
 
@@ -47,9 +48,9 @@ class Attention(nn.Module):
                 y = RmsNorm(self.norm_epsilon, self.dtype, name=f"{role}_norm")(y)
             return y
 
-        q_BTNH = rotate(heads("q", config.num_heads), positions_BT, config.rope)
-        k_BTGH = rotate(heads("k", config.num_kv_heads), positions_BT, config.rope)
-        v_BTGH = heads("v", config.num_kv_heads)
+        q_BTNH = keep(rotate(heads("q", config.num_heads), positions_BT, config.rope), "q")
+        k_BTGH = keep(rotate(heads("k", config.num_kv_heads), positions_BT, config.rope), "k")
+        v_BTGH = keep(heads("v", config.num_kv_heads), "v")
         sinks_N = None
         if config.has_sinks:
             sinks_N = self.param("sinks", nn.initializers.zeros, (config.num_heads,), self.dtype)
@@ -74,7 +75,7 @@ class Attention(nn.Module):
                 positions_BT=positions_BT,
                 **options,
             )
-        out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1)
+        out_BTD = keep(out_BTNH, "attn_out").reshape(*x_BTD.shape[:2], -1)
         return project("o", x_BTD.shape[-1], config.has_output_bias, out_BTD)
 
     def _cached(self, name: str, new_BTGH: jax.Array, positions_BT: jax.Array) -> jax.Array:

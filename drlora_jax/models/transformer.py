@@ -9,7 +9,6 @@ and in generation `cache` (keys and values).
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -26,6 +25,7 @@ from drlora_jax.models.architecture import (
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
 from drlora_jax.models.moe import Moe, RoutingStats
+from drlora_jax.models.remat import Remat, keep, rematerialised
 from drlora_jax.ops import Ops
 from drlora_jax.ops.grouped import ACTIVATIONS
 
@@ -40,7 +40,7 @@ class DecoderOptions:
     adapter: AdapterSpec = NO_ADAPTER
     ops: Ops = Ops()  # on one device, or over a mesh
     base_grad: bool = False  # gradients of the expert weights themselves (pretraining)
-    remat: Literal["none", "full"] = "none"
+    remat: Remat = "none"
     cache_length: int = 0  # key and value slots a row for generation; 0: no cache
 
 
@@ -57,8 +57,8 @@ class DenseFfn(nn.Module):
                 features, f"{self.location}/{role}", self.dtype, self.adapter, name=role
             )(inputs)
 
-        gate = project("gate", self.config.hidden_dim, x_BTD)
-        up = project("up", self.config.hidden_dim, x_BTD)
+        gate = keep(project("gate", self.config.hidden_dim, x_BTD), "mlp_gu")
+        up = keep(project("up", self.config.hidden_dim, x_BTD), "mlp_gu")
         return project("down", x_BTD.shape[-1], ACTIVATIONS[self.config.activation](gate) * up)
 
 
@@ -91,6 +91,7 @@ class Block(nn.Module):
             name="attention",
         )
         x_BTD = x_BTD + attention(norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT)
+        x_BTD = keep(x_BTD, "moe_in")
         y_BTD, stats = norm("ffn_norm")(x_BTD), None
         if isinstance(self.layer.ffn, MoeConfig):
             run, base_grad = self.options.ops.expert_mlp, self.options.base_grad
@@ -140,7 +141,7 @@ class Decoder(nn.Module):
         config, dtype = self.config, self.options.dtype
         shape_VD = (config.vocab_size, config.width)
         x_BTD = self.param("embedding", kernel_init, shape_VD, dtype)[tokens_BT]
-        unit = nn.remat(Unit, prevent_cse=False) if self.options.remat == "full" else Unit
+        unit = rematerialised(Unit, self.options.remat)
         per_segment = []
         for index, segment in enumerate(config.segments):
             scanned = nn.scan(

@@ -21,14 +21,13 @@ class Ops(NamedTuple):
     summed_nll: Callable = summed_nll
 
 
-def ops_for(platform: str, options: dict | None = None) -> Ops:
+def ops_for(platform: str, options: dict | None = None, *, expert_shards: int = 1) -> Ops:
     """What runs in programs compiled for `platform` with these compiler options."""
-    backend = expert_backend(platform, options)
+    return Ops(expert_mlp=_experts(expert_backend(platform, options), expert_shards == 1))
+
+
+@cache  # one function a choice, so that equal options stay equal
+def _experts(backend: str, keeps_hidden: bool) -> Callable:
     if backend == "ragged":
-        return Ops(expert_mlp=grouped_ragged.expert_mlp)
-    return Ops(expert_mlp=_with_backend(backend))
-
-
-@cache  # one function a backend, so that equal options stay equal
-def _with_backend(backend: str) -> Callable:
+        return partial(grouped_ragged.expert_mlp, keeps_hidden=keeps_hidden)
     return partial(expert_mlp, backend=backend)

@@ -1,9 +1,10 @@
 """Sum of next-token negative log-likelihoods without a [tokens, vocabulary] array.
 
-The head is applied to chunks of tokens. With a frozen head the gradient of the hidden states is
-computed in the same forward chunk (two matrix products instead of three), and the backward pass
-only scales it. With a trained head (pretraining) each chunk is recomputed in the backward pass.
-Letters: T tokens, D model, V vocabulary, C chunks.
+The head is applied to chunks of tokens. With a frozen head tokens with a target come first and the
+chunks after the last of them are not computed: a prompt costs nothing here. The gradient of the
+hidden states is computed in the same forward chunk (two matrix products instead of three), and the
+backward pass only scales it. With a trained head (pretraining, where every token is a target) each
+chunk is recomputed in the backward pass. Letters: T tokens, D model, V vocabulary, C chunks.
 """
 
 import functools
@@ -31,17 +32,18 @@ def summed_nll(
       soft_cap: logits become cap * tanh(logits / cap).
       head_grad: whether the head receives a gradient.
     """
-    pad = -hidden_TD.shape[0] % min(CHUNK_TOKENS, hidden_TD.shape[0])
+    size = min(CHUNK_TOKENS, hidden_TD.shape[0])
+    pad = -hidden_TD.shape[0] % size
     hidden_TD = jnp.pad(hidden_TD, ((0, pad), (0, 0)))
     targets_T, mask_T = jnp.pad(targets_T, (0, pad)), jnp.pad(mask_T, (0, pad))
-    size = min(CHUNK_TOKENS, hidden_TD.shape[0])
+    if not head_grad:
+        head_DV = lax.stop_gradient(head_DV)
+        return _frozen_head_nll(soft_cap, size, hidden_TD, targets_T, mask_T, head_DV)
     chunks = (
         hidden_TD.reshape(-1, size, hidden_TD.shape[1]),
         targets_T.reshape(-1, size),
         mask_T.reshape(-1, size),
     )
-    if not head_grad:
-        return _frozen_head_nll(soft_cap, *chunks, lax.stop_gradient(head_DV))
     chunk_nll = jax.checkpoint(functools.partial(_chunk_nll, soft_cap))
     return jnp.sum(lax.map(lambda chunk: chunk_nll(*chunk, head_DV), chunks))
 
@@ -54,27 +56,53 @@ def _chunk_nll(soft_cap, hidden_TD, targets_T, mask_T, head_DV):
     return jnp.sum((jax.nn.logsumexp(logits_TV, axis=-1) - target_T) * mask_T)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _frozen_head_nll(soft_cap, hidden_CTD, targets_CT, mask_CT, head_DV):
-    chunks = (hidden_CTD, targets_CT, mask_CT)
-    return jnp.sum(lax.map(lambda chunk: _chunk_nll(soft_cap, *chunk, head_DV), chunks))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen_head_nll(soft_cap, size, hidden_TD, targets_T, mask_T, head_DV):
+    def chunk(nll, start, inputs):
+        return nll + _chunk_nll(soft_cap, *inputs, head_DV)
+
+    order_T = _targets_first(mask_T)
+    tokens = (hidden_TD[order_T], targets_T[order_T], mask_T[order_T])
+    return _each_chunk(size, chunk, jnp.zeros(()), tokens)
 
 
-def _frozen_head_forward(soft_cap, hidden_CTD, targets_CT, mask_CT, head_DV):
-    def chunk(inputs):
-        hidden_TD, targets_T, mask_T = inputs
-        return jax.value_and_grad(functools.partial(_chunk_nll, soft_cap))(
-            hidden_TD, targets_T, mask_T, head_DV
+def _frozen_head_forward(soft_cap, size, hidden_TD, targets_T, mask_T, head_DV):
+    def chunk(carry, start, inputs):
+        nll, d_hidden_TD = carry
+        chunk_nll, d_chunk_TD = jax.value_and_grad(functools.partial(_chunk_nll, soft_cap))(
+            *inputs, head_DV
         )
+        d_hidden_TD = lax.dynamic_update_slice_in_dim(d_hidden_TD, d_chunk_TD, start, axis=0)
+        return nll + chunk_nll, d_hidden_TD
 
-    nll_C, d_hidden_CTD = lax.map(chunk, (hidden_CTD, targets_CT, mask_CT))
-    return jnp.sum(nll_C), (d_hidden_CTD, mask_CT, head_DV)
+    order_T = _targets_first(mask_T)
+    tokens = (hidden_TD[order_T], targets_T[order_T], mask_T[order_T])
+    start = (jnp.zeros(()), jnp.zeros_like(hidden_TD))
+    nll, d_hidden_TD = _each_chunk(size, chunk, start, tokens)
+    return nll, (d_hidden_TD[jnp.argsort(order_T)], head_DV)
 
 
-def _frozen_head_backward(soft_cap, saved, cotangent):
-    d_hidden_CTD, mask_CT, head_DV = saved
-    d_hidden_CTD = (cotangent * d_hidden_CTD).astype(d_hidden_CTD.dtype)
-    return d_hidden_CTD, None, jnp.zeros_like(mask_CT), jnp.zeros_like(head_DV)
+def _frozen_head_backward(soft_cap, size, saved, cotangent):
+    d_hidden_TD, head_DV = saved
+    d_hidden_TD = (cotangent * d_hidden_TD).astype(d_hidden_TD.dtype)
+    zeros_T = jnp.zeros(d_hidden_TD.shape[0], jnp.float32)
+    return d_hidden_TD, None, zeros_T, jnp.zeros_like(head_DV)
 
 
 _frozen_head_nll.defvjp(_frozen_head_forward, _frozen_head_backward)
+
+
+def _targets_first(mask_T):
+    return jnp.argsort(mask_T == 0, stable=True)
+
+
+def _each_chunk(size: int, run, carry, tokens):
+    """`run(carry, start, chunk of tokens)` over the chunks that have a target."""
+
+    def one(index, carry):
+        start = index * size
+        inputs = [lax.dynamic_slice_in_dim(values, start, size) for values in tokens]
+        return run(carry, start, inputs)
+
+    chunks = (jnp.sum(tokens[2] != 0) + size - 1) // size
+    return lax.fori_loop(0, chunks, one, carry)

@@ -42,10 +42,13 @@ def expert_mlp(
     spec: ExpertSpec,
     *,
     dropout: Dropout | None = None,
+    keeps_hidden: bool = True,
 ) -> jax.Array:
     """Sum over the K experts of each token of the LoRA-adapted gated MLP, in the dtype of x_TD.
 
-    Arguments as in `ops.grouped.expert_mlp`.
+    Arguments as in `ops.grouped.expert_mlp`. `keeps_hidden` gives `models.remat` the chance to
+    keep pre-activations: right where most slots are computed here, wrong on an expert shard, where
+    most rows of these arrays belong to others.
     """
     if not spec.base_grad:
         w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
@@ -57,10 +60,16 @@ def expert_mlp(
     p_P = jnp.where(plan.is_here_P, p_P.at[plan.order_P].get(unique_indices=True), 0)
 
     def delta(rows, role):
-        return _low_rank(_drop(rows, slots_P, role, spec, dropout), lora[role], spec.scale, plan)
+        rows = _drop(rows, slots_P, role, spec, dropout)
+        z_PR = _dot(rows, lora[role].a_ERD.astype(rows.dtype).swapaxes(1, 2), plan)
+        z_PR = checkpoint_name(z_PR, "moe_z") if keeps_hidden else z_PR
+        gated_ERF = lora[role].b_ERF * (spec.scale * lora[role].gate_ER)[:, :, None]
+        return _dot(z_PR, gated_ERF.astype(rows.dtype), plan)
 
     x_PD = _dispatch(x_TD, plan)
-    gate_up_PF = checkpoint_name(_dot(x_PD, w_gate_up_EDF, plan), "moe_gu")
+    gate_up_PF = _dot(x_PD, w_gate_up_EDF, plan)
+    if keeps_hidden:
+        gate_up_PF = checkpoint_name(gate_up_PF, "moe_gu")
     gate_PF, up_PF = jnp.split(gate_up_PF, 2, axis=-1)
     if "gate_up" in lora:
         delta_gate, delta_up = jnp.split(delta(x_PD, "gate_up"), 2, axis=-1)
@@ -126,13 +135,6 @@ def _tiling(num_rows: int, width_in: int, width_out: int):
         return contextlib.nullcontext()
     tile_in, tile_out = min(width_in, tiles[-1]), min(width_out, tiles[-1])
     return set_xla_metadata(ragged_dot_tiling=f"{TILE_ROWS},{tile_in},{tile_out}")
-
-
-def _low_rank(rows, factors: RoleLora, scale: float, plan: _Plan):
-    a_ERD, b_ERF, gate_ER = factors
-    z_PR = _dot(rows, a_ERD.astype(rows.dtype).swapaxes(1, 2), plan)
-    gated_ERF = (b_ERF * (scale * gate_ER)[:, :, None]).astype(rows.dtype)
-    return _dot(checkpoint_name(z_PR, "moe_z"), gated_ERF, plan)
 
 
 def _sum_slots(rows_PD, plan: _Plan):

@@ -20,7 +20,7 @@ from drlora_jax.parallel.mesh import ROWS, platform_of
 
 def sharded_ops(mesh: Mesh, options: dict | None = None) -> Ops:
     """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device."""
-    ops = ops_for(platform_of(mesh), options)
+    ops = ops_for(platform_of(mesh), options, expert_shards=mesh.shape["expert"])
     if mesh.size == 1:
         return ops
     return Ops(
