@@ -78,7 +78,9 @@ class Throughput:
         self._tokens, self._seconds, self._since = 0, 0.0, time.perf_counter()
 
     def pause(self) -> None:
-        self._seconds += time.perf_counter() - self._since
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+        self._since = None
 
     def resume(self) -> None:
         self._since = time.perf_counter()

@@ -23,6 +23,7 @@ MBPP_SHA256 = (
     "ccf64ceae9c5403bf50a044cb6d505bfd2a2963ee58338ba268fd65beab92a9f"  # of the uncompressed file
 )
 TUNE, TEST = 60, 140
+LONGEST = 400  # characters of a question: a few MBPP tests are longer than a row of the experiment
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     maths = _ordered(_read(BUNDLED / "heldout.jsonl"))
     write("maths_tune", maths[:TUNE])
     write("maths_test", maths[TUNE : TUNE + TEST])
-    code = _ordered(rows)
+    code = _ordered([row for row in rows if len(row["prompt"]) <= LONGEST])
     write("code_tune", code[:TUNE])
     write("code_test", code[TUNE : TUNE + TEST])
     heldout = {row[field] for row in code[: TUNE + TEST] for field in row}

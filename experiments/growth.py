@@ -53,16 +53,23 @@ ARMS = (
         ranks_of="dr_lora",
     ),
     # What might be in the way of growth, each mended alone.
-    Arm("early_end", "dr_lora, growth ends at half time", ("allocation.last_event=100",)),
+    Arm(
+        "early_end",
+        "dr_lora, growth ends at half time",
+        ("allocation.last_event=100",),
+        rate_of="dr_lora",
+    ),
     Arm(
         "rank_adam",
         "dr_lora, Adam counts the steps of every rank",
         ("train.bias_correction=per_rank",),
+        rate_of="dr_lora",
     ),
     Arm(
         "probe",
         "dr_lora, importance of the next rank instead of the present ones",
         ("allocation.importance=probe",),
+        rate_of="dr_lora",
     ),
 )
 

@@ -104,6 +104,8 @@ def rate_table(study: Study, results: dict, task: str) -> str:
     """Tuning losses by learning rate, the smallest in bold."""
     rows = []
     for arm in study.arms:
+        if arm.rate_of is not None:
+            continue
         cells = analyse.select(results, task=task, arm=arm.name, is_tuning=True)
         losses = [
             cells[rate]["test_loss"] if rate in cells else None for rate in study.learning_rates
@@ -195,6 +197,9 @@ CONTRASTS = (  # question, arm, minus
     ("its final ranks from step 1 against uniform ranks", "frozen_final", "lora_r16"),
     ("growth by lot against uniform ranks", "random", "lora_r16"),
     ("growth by saliency against the static quarter", "dr_lora", "moe_sieve"),
+    ("growth that ends at half time", "early_end", "dr_lora"),
+    ("Adam that counts by rank", "rank_adam", "dr_lora"),
+    ("importance of the next rank", "probe", "dr_lora"),
     ("twice the budget against the budget", "lora_r32", "lora_r16"),
 )
 

@@ -68,7 +68,7 @@ def run_all(study: Study, file: pathlib.Path, out: pathlib.Path, jobs: int, arms
             process.terminate()  # each saves at its next step
         if not running:
             break
-        time.sleep(0.5)
+        time.sleep(2)
         for cell, (process, _) in list(running.items()):
             if process.poll() is None:
                 continue
@@ -87,7 +87,7 @@ def launch(study, file, cell: Cell, out, done, core: int | None, run_dir=None) -
     changes = overrides_of(study, cell, out, done)
     if run_dir is not None:
         changes[0] = f"run.dir={run_dir}"
-    log = pathlib.Path(changes[0].removeprefix("run.dir=")).with_suffix(".log")
+    log = pathlib.Path(changes[0].removeprefix("run.dir=") + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "drlora_jax.train", "--config", str(file), *changes]
 

@@ -27,6 +27,7 @@ class Arm(NamedTuple):
     about: str  # one line for tables
     overrides: tuple[str, ...]
     ranks_of: str | None = None  # an arm whose final ranks, same task and seed, are the pattern
+    rate_of: str | None = None  # an arm whose tuned learning rate it takes; None: tuned itself
 
 
 class Study(NamedTuple):
@@ -76,6 +77,7 @@ def tuning_cells(study: Study, task: str, arm: str) -> list[Cell]:
 
 def tuned_rate(study: Study, task: str, arm: str, done: Losses) -> float | None:
     """The learning rate with the smallest tuning loss; None until all of them are measured."""
+    arm = study.arm(arm).rate_of or arm
     cells = tuning_cells(study, task, arm)
     if any(cell not in done for cell in cells):
         return None
@@ -96,7 +98,8 @@ def known_cells(study: Study, done: Losses) -> list[Cell]:
     cells = []
     for task in study.tasks:
         for arm in study.arms:
-            cells += tuning_cells(study, task.name, arm.name)
+            if arm.rate_of is None:
+                cells += tuning_cells(study, task.name, arm.name)
     for seed in study.seeds:  # seed by seed, so that an early look compares all arms
         for task in study.tasks:
             for arm in study.arms:
@@ -119,8 +122,9 @@ def ready_cells(study: Study, done: Losses) -> list[Cell]:
 
 
 def count_cells(study: Study) -> int:
-    rates, seeds = len(study.learning_rates), len(study.seeds)
-    return len(study.tasks) * len(study.arms) * (rates + seeds)
+    tuned = sum(arm.rate_of is None for arm in study.arms)
+    cells = tuned * len(study.learning_rates) + len(study.arms) * len(study.seeds)
+    return len(study.tasks) * cells
 
 
 def overrides_of(study: Study, cell: Cell, out: pathlib.Path, done: Losses) -> list[str]:

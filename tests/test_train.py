@@ -30,24 +30,23 @@ def built(tmp_path_factory):
 @pytest.fixture
 def start_run(built, monkeypatch):
     """Takes a run in the named directory; with `stop_after`, SIGTERM arrives during that step."""
-    run, compiled, folder = built
+    run, (compiled, seconds), folder = built
 
     def start(name, stop_after=None):
         config = dataclasses.replace(run.job.config, run=tiny_config(folder, name).run)
         directory = RunDirectory(str(folder / name))
         is_new = directory.stored() is None
         job = run.job._replace(config=config, run_dir=directory, is_new=is_new)
-        batches = job.loader.batch
 
-        def batch(row_index):
-            if stop_after is not None and row_index == (stop_after - 1) * config.train.batch_size:
+        def step(params, state, batch):
+            if stop_after is not None and int(state.step) == stop_after - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return batches(row_index)
+            return compiled(params, state, batch)
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         with monkeypatch.context() as patch:
-            patch.setattr(train_lib, "compile_step", lambda run: compiled)
-            patch.setattr(job.loader, "batch", batch)
+            patch.setattr(train_lib, "compile_step", lambda run: (step, seconds))
+            patch.setattr(train_lib, "memory_lines", lambda *_: [])
             try:
                 return train_lib.train(run._replace(job=job))
             finally:
