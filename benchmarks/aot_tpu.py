@@ -139,7 +139,7 @@ def _peak(compiled) -> int:
 
 
 def _memory_lines(run, compiled, limit: float) -> list[str]:
-    lines = train.memory_lines(run.abstract_params, run.abstract_state, compiled)
+    lines = train.plan_lines(run, compiled)
     return [*lines, f"            {_peak(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"]
 
 

@@ -80,6 +80,7 @@ class ModelSection(_Section):
     # Of base weights and activations; auto: bfloat16 on accelerators, float32 on CPUs.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "selective", "full"] = "selective"  # see drlora_jax/models/remat.py
+    attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"  # drlora_jax/ops
 
     def check(self):
         _require(bool(self.path), "model.path must name a model, got an empty string.")

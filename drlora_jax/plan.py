@@ -4,7 +4,10 @@ against.
 
 import jax
 
+from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
+from drlora_jax.ops.attention import Call, cannot, choose_backend
+from drlora_jax.ops.backends import expert_backend
 from drlora_jax.units import format_bytes
 
 
@@ -36,6 +39,29 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
         for layer in segment.unit
     )
     return 4.0 * active_parameters(config) + 3.5 * attention
+
+
+def attention_backends(config: ModelConfig, length: int, dtype, platform: str, wanted: str):
+    """The backends that the layers' attention takes; a wanted one that can not do it is refused."""
+    chosen = set()
+    for segment in config.segments:
+        for layer in segment.unit:
+            section = layer.attention
+            widths = (section.head_dim, section.head_dim)
+            call = Call(length, *widths, dtype, section.soft_cap, section.has_sinks)
+            reason = None if wanted == "auto" else cannot(wanted, call)
+            if reason:
+                raise UserError(f"model.attention={wanted} can not be used here: {reason}.")
+            chosen.add(choose_backend(platform, call) if wanted == "auto" else wanted)
+    return sorted(chosen)
+
+
+def backend_line(config: ModelConfig, attention: list[str], platform: str, options: dict) -> str:
+    """Which implementations of the operations a run takes."""
+    parts = [f"attention {', '.join(attention)}"]
+    if config.moe is not None:
+        parts.insert(0, f"experts {expert_backend(platform, options)}")
+    return f"computed    {'; '.join(parts)} on {platform}"
 
 
 def memory_lines(params, state, compiled) -> list[str]:

@@ -7,6 +7,7 @@ saved.
 """
 
 import contextlib
+import functools
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ from drlora_jax.allocation import CapacityState, Event, masks_from_ranks
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.config import load_config
 from drlora_jax.data.loader import BATCH_DTYPES, Batch, count_tokens, split_micro_batches
+from drlora_jax.data.prefetch import made_ahead
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
@@ -30,7 +32,13 @@ from drlora_jax.ops.backends import compiler_options
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
-from drlora_jax.plan import checkpoint_bytes, flops_per_token, memory_lines
+from drlora_jax.plan import (
+    attention_backends,
+    backend_line,
+    checkpoint_bytes,
+    flops_per_token,
+    memory_lines,
+)
 from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with
 from drlora_jax.reporting.writer import ReportWriter
@@ -54,7 +62,7 @@ def main(argv=None) -> int:
     job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         compiled, _ = compile_step(run)
-        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
+        print("\n".join(plan_lines(run, compiled)))
         print("dry run: everything checks out, nothing was written")
         return EXIT_DONE
     return train(run)
@@ -72,6 +80,7 @@ class Run(NamedTuple):
     eval_step: Any  # jitted
     abstract_params: dict
     abstract_state: TrainState
+    backends: str  # a line that says which implementations were chosen
 
 
 class Checkpoint(NamedTuple):
@@ -92,11 +101,14 @@ def build(job: Job, devices=None) -> Run:
     """
     config = job.config
     mesh = mesh_lib.make_mesh(job.mesh_sizes, devices)
-    compiler = compiler_options(mesh_lib.platform_of(mesh), config.model.dtype)
+    platform, dtype = mesh_lib.platform_of(mesh), jnp.dtype(config.model.dtype)
+    compiler = compiler_options(platform, dtype)
+    wanted, length = config.model.attention, config.train.sequence_length
+    attention = attention_backends(job.model_config, length, dtype, platform, wanted)
     options = DecoderOptions(
-        dtype=jnp.dtype(config.model.dtype),
+        dtype=dtype,
         adapter=job.adapter,
-        ops=sharded_ops(mesh, compiler),
+        ops=sharded_ops(mesh, compiler, attention=wanted),
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
@@ -131,6 +143,7 @@ def build(job: Job, devices=None) -> Run:
         eval_step=jax.jit(make_eval_step(model), compiler_options=compiler),
         abstract_params=params,
         abstract_state=state,
+        backends=backend_line(job.model_config, attention, platform, compiler),
     )
 
 
@@ -170,6 +183,11 @@ def compile_step(run: Run):
     start = time.perf_counter()
     inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
     return run.step.lower(*inputs).compile(), time.perf_counter() - start
+
+
+def plan_lines(run: Run, compiled) -> list[str]:
+    """How the step is computed, and what it takes."""
+    return [run.backends, *memory_lines(run.abstract_params, run.abstract_state, compiled)]
 
 
 def abstract_batch(run: Run) -> Batch:
@@ -212,7 +230,7 @@ def _train(run: Run) -> int:
     stop: list[int] = []
     with _stop_signals(stop):
         compiled, seconds = compile_step(run)
-        print("\n".join(["", *memory_lines(run.abstract_params, run.abstract_state, compiled)]))
+        print("\n".join(["", *plan_lines(run, compiled)]))
         how = "resuming" if done else "starting"
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
         params = load_params(job.model_config, job.directory, run.abstract_params)
@@ -323,16 +341,32 @@ def _loop(
         job.run_dir.log_metrics(row)
         progress.show(row)
     meter.resume()
-    while step < job.total_steps and not stop:
+
+    def make(step):
         batch = job.loader.batch(step * section.batch_size)
-        device_batch = jax.device_put(split_micro_batches(batch, section.micro_batches), rows)
+        on_device = jax.device_put(split_micro_batches(batch, section.micro_batches), rows)
+        return on_device, count_tokens(batch)
+
+    def log_row(step, tokens, metrics, more=None):
+        _require_finite(run, step, metrics, params)
+        row = _metrics_row(run, step, tokens, metrics) | meter.take() | peak_memory() | (more or {})
+        job.run_dir.log_metrics(row)
+        progress.show(row)
+
+    late = None  # a row that is logged while the next step runs: reading it would wait for its own
+    batches = made_ahead(make, range(step, job.total_steps))
+    while step < job.total_steps and not stop:
+        device_batch, tokens = next(batches)
         state, metrics = compiled(params, position.state, device_batch)
+        if late is not None:
+            late()
+            late = None
         step += 1
-        position = Position(state, position.capacity, position.tokens + count_tokens(batch))
-        meter.add(count_tokens(batch))
+        position = Position(state, position.capacity, position.tokens + tokens)
+        meter.add(tokens)
         progress.advance()
         due = _due(job, step)
-        if any(due) or stop:
+        if due.event or due.evaluation or due.checkpoint or stop:
             _require_finite(run, step, metrics, params)
         if due.event:
             before, position = position, grow(run, position, step, _routing(metrics))
@@ -341,21 +375,25 @@ def _loop(
             )
             _show_ranks(run, position, progress)
         eval_loss = None
-        if due.row:
-            row = _metrics_row(run, step, position, metrics) | meter.take() | peak_memory()
+        if due.evaluation:
+            jax.block_until_ready(position.state.step)
             meter.pause()
-            if due.evaluation:
-                eval_loss = evaluate(run, params, position.state)
-                row |= {"eval_loss": eval_loss} | _routing(metrics)
-            job.run_dir.log_metrics(row)
-            progress.show(row)
+            eval_loss = evaluate(run, params, position.state)
+            log_row(step, position.tokens, metrics, {"eval_loss": eval_loss} | _routing(metrics))
             meter.resume()
+        elif due.row and (due.checkpoint or stop):
+            log_row(step, position.tokens, metrics)
+        elif due.row:
+            late = functools.partial(log_row, step, position.tokens, metrics)
         if due.checkpoint or stop:
             jax.block_until_ready(position.state.step)  # so that the wait is not counted as saving
             meter.pause()
             save(run, checkpoints, position, step, eval_loss)
             report.request()
             meter.resume()
+    batches.close()
+    if late is not None:  # stopped between a row's step and the next
+        late()
     progress.close()
     if step == job.total_steps:
         progress.note(f"done: {job.run_dir.path}")
@@ -442,9 +480,7 @@ def log_event(
     run: Run, step: int, capacity: CapacityState, event: Event, routing: dict | None = None
 ) -> None:
     layers, budget = run.job.model_config.moe_layers, run.job.policy.budget
-    run.job.run_dir.log_ranks(
-        step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing
-    )
+    run.job.run_dir.log_ranks(step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing)
 
 
 def evaluate(run: Run, params, state: TrainState) -> float:
@@ -460,11 +496,11 @@ def evaluate(run: Run, params, state: TrainState) -> float:
     return nll / max(targets, 1.0)
 
 
-def _metrics_row(run: Run, step: int, position: Position, metrics: dict) -> dict:
+def _metrics_row(run: Run, step: int, tokens: int, metrics: dict) -> dict:
     row = {
         "step": step,
         "loss": float(metrics["loss"]),
-        "tokens": position.tokens,
+        "tokens": tokens,
         "learning_rate": float(run.schedule(step - 1)),
         "grad_norm": float(metrics["grad_norm"]),
     }

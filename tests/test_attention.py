@@ -84,12 +84,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])  # row by row, and batched
+# Row by row, batched, and in blocks.
+HOW = {
+    "rows": {"backend": "xla", "platform": "cpu"},
+    "batched": {"backend": "xla", "platform": "tpu"},
+    "chunked": {"backend": "chunked"},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", CASES)
-def test_values(name, platform, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+def test_values(name, how):
     inputs = make_inputs()
-    got = np.asarray(run(*inputs, **CASES[name]))
+    got = np.asarray(run(*inputs, **CASES[name], **HOW[how]))
     assert got.shape == (*SEGMENTS.shape, 4, 5) and np.all(np.isfinite(got))
     expected = loop_attention(*inputs, **CASES[name])
     np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)

@@ -75,7 +75,7 @@ class Attention(nn.Module):
                 positions_BT=positions_BT,
                 **options,
             )
-        out_BTD = keep(out_BTNH, "attn_out").reshape(*x_BTD.shape[:2], -1)
+        out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1)
         return project("o", x_BTD.shape[-1], config.has_output_bias, out_BTD)
 
     def _cached(self, name: str, new_BTGH: jax.Array, positions_BT: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from drlora_jax.ops import grouped_ragged
-from drlora_jax.ops.attention import attend
+from drlora_jax.ops.attention import Backend, attend
 from drlora_jax.ops.backends import expert_backend
 from drlora_jax.ops.cross_entropy import summed_nll
 from drlora_jax.ops.grouped import expert_mlp
@@ -21,9 +21,18 @@ class Ops(NamedTuple):
     summed_nll: Callable = summed_nll
 
 
-def ops_for(platform: str, options: dict | None = None, *, expert_shards: int = 1) -> Ops:
+def ops_for(
+    platform: str,
+    options: dict | None = None,
+    *,
+    expert_shards: int = 1,
+    attention: Backend = "auto",
+) -> Ops:
     """What runs in programs compiled for `platform` with these compiler options."""
-    return Ops(expert_mlp=_experts(expert_backend(platform, options), expert_shards == 1))
+    return Ops(
+        expert_mlp=_experts(expert_backend(platform, options), expert_shards == 1),
+        attend=_attention(attention, platform),
+    )
 
 
 @cache  # one function a choice, so that equal options stay equal
@@ -31,3 +40,8 @@ def _experts(backend: str, keeps_hidden: bool) -> Callable:
     if backend == "ragged":
         return partial(grouped_ragged.expert_mlp, keeps_hidden=keeps_hidden)
     return partial(expert_mlp, backend=backend)
+
+
+@cache
+def _attention(backend: Backend, platform: str) -> Callable:
+    return partial(attend, backend=backend, platform=platform)

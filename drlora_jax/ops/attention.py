@@ -2,12 +2,66 @@
 
 A query sees keys of its own document (`segment_ids`) at or before its position, inside the window
 if there is one. Positions restart in every document, so comparing them is the causal mask. Padding
-has segment 0 and sees padding only. Letters: B batch, T query, S key, N query heads, G key-value
-heads, H head width, V value width.
+has segment 0 and sees padding only.
+
+Backends with the same numbers:
+  xla      scores of a whole row, [N, T, S]: on CPU row by row, elsewhere batched
+  chunked  blocks with an online softmax (`attention_chunked`), for long rows
+  splash   jax's kernel for TPU (`attention_splash`)
+  cudnn    NVIDIA's kernel through jax, with the documents as a mask [B, T, S]
+
+Letters: B batch, T query, S key, N query heads, G key-value heads, H head width, V value width.
 """
+
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from drlora_jax.ops import attention_chunked, attention_splash
+
+Backend = Literal["auto", "xla", "chunked", "cudnn", "splash"]
+# Longer rows are computed in blocks: on CPU because that is faster, elsewhere because of memory.
+LONG_ROW = {"cpu": attention_chunked.BLOCK}
+LONG_ROW_ELSEWHERE = 2048
+
+
+class Call(NamedTuple):
+    """What decides which backend can do it."""
+
+    length: int
+    head_width: int
+    value_width: int
+    dtype: jnp.dtype
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+
+def cannot(backend: str, call: Call) -> str | None:
+    """Why a backend can not do this, or None."""
+    if backend in ("cudnn", "splash") and call.has_sinks:
+        return "it has no attention sinks"
+    if backend == "splash" and call.length % attention_splash.LANES:
+        return f"it needs rows of a multiple of {attention_splash.LANES} tokens, got {call.length}"
+    if backend != "cudnn":
+        return None
+    if call.soft_cap is not None:
+        return "it has no soft cap"
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in 16-bit floats, not in {jnp.dtype(call.dtype).name}"
+    if call.head_width != call.value_width or call.head_width > 128 or call.head_width % 8:
+        return f"it needs heads of at most 128, a multiple of 8, got {call.head_width}"
+    return None
+
+
+def choose_backend(platform: str, call: Call) -> str:
+    """What `auto` means for programs compiled for `platform`."""
+    own = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
+    if own and cannot(own, call) is None:
+        return own
+    is_long = call.length > LONG_ROW.get(platform, LONG_ROW_ELSEWHERE)
+    return "chunked" if is_long else "xla"
 
 
 def attend(
@@ -21,6 +75,8 @@ def attend(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    backend: Backend = "auto",
+    platform: str | None = None,
 ) -> jax.Array:
     """Softmax attention, f32 inside, in the dtype of the queries outside.
 
@@ -28,21 +84,72 @@ def attend(
       window: keys a query sees, itself included; None sees all.
       soft_cap: scores become cap * tanh(scores / cap) before the mask.
       sinks_N: one extra logit per head that takes probability and has no value.
+      platform: that the program is compiled for; None is this process's.
 
     Returns:
       [B, T, N, V].
     """
-    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks_N": sinks_N}
+    platform = platform or jax.default_backend()
+    widths = (q_BTNH.shape[3], v_BSGV.shape[3])
+    call = Call(q_BTNH.shape[1], *widths, q_BTNH.dtype, soft_cap, sinks_N is not None)
+    if backend == "auto":
+        backend = choose_backend(platform, call)
+    elif reason := cannot(backend, call):
+        raise ValueError(f"attention backend {backend}: {reason}.")
+    rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    if backend == "splash":
+        interpret = platform != "tpu"
+        return attention_splash.attend_splash(*rows[:4], **options, interpret=interpret)
+    if backend == "cudnn":
+        return checkpoint_name(_attend_cudnn(*rows, scale, window), "attn_out")
+    if backend == "chunked":
+        return _attend_chunked(rows, sinks_N, platform, attention_chunked.Options(**options))
 
     def attend_row(inputs):
-        return _attend_row(*inputs, **options)
+        return _attend_row(*inputs, **options, sinks_N=sinks_N)
 
-    rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
-    if jax.default_backend() == "cpu":
+    if platform == "cpu":
         # Row by row the scores stay in cache, and the backward pass recomputes them: 1.8 times
         # faster than batched.
-        return jax.lax.map(jax.checkpoint(attend_row), rows)
-    return jax.vmap(attend_row)(rows)
+        return checkpoint_name(jax.lax.map(jax.checkpoint(attend_row), rows), "attn_out")
+    return checkpoint_name(jax.vmap(attend_row)(rows), "attn_out")
+
+
+def _attend_chunked(rows, sinks_N, platform: str, options: attention_chunked.Options):
+    if sinks_N is None:
+        sinks_N = jnp.full(rows[0].shape[2], -jnp.inf)
+    sinks_N = sinks_N.astype(jnp.float32)
+
+    def attend_row(inputs):
+        return attention_chunked.attend_row(*inputs, sinks_N, options)
+
+    return jax.lax.map(attend_row, rows) if platform == "cpu" else jax.vmap(attend_row)(rows)
+
+
+def _attend_cudnn(
+    q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, scale, window, implementation="cudnn"
+):
+    seen_BTS = jax.vmap(lambda ids_T, at_T: _is_seen(ids_T, at_T, window))(
+        segment_ids_BT, positions_BT
+    )
+    # The flag lets the kernel leave out the upper half; the mask says the rest.
+    return jax.nn.dot_product_attention(
+        q_BTNH,
+        k_BSGH,
+        v_BSGV,
+        mask=seen_BTS[:, None],
+        scale=scale,
+        is_causal=True,
+        implementation=implementation,
+    )
+
+
+def _is_seen(segment_ids_T, positions_T, window: int | None):
+    """Which keys each query of a row sees, [T, S]."""
+    age_TS = positions_T[:, None] - positions_T[None, :]
+    is_seen_TS = (segment_ids_T[:, None] == segment_ids_T[None, :]) & (age_TS >= 0)
+    return is_seen_TS if window is None else is_seen_TS & (age_TS < window)
 
 
 def attend_cached(
@@ -105,10 +212,7 @@ def _attend_row(
         )
         * scale
     )
-    age_TS = positions_T[:, None] - positions_T[None, :]
-    is_seen_TS = (segment_ids_T[:, None] == segment_ids_T[None, :]) & (age_TS >= 0)
-    if window is not None:
-        is_seen_TS &= age_TS < window
+    is_seen_TS = _is_seen(segment_ids_T, positions_T, window)
     sinks = None if sinks_N is None else sinks_N[:, None, None]
     weights_NTS = _softmax(scores, is_seen_TS[None], soft_cap, sinks)
     return jnp.einsum("NTS,NSV->TNV", weights_NTS.astype(v_NSV.dtype), v_NSV)

@@ -14,13 +14,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from drlora_jax.ops import Ops, ops_for
+from drlora_jax.ops.attention import Backend
 from drlora_jax.ops.grouped import Dropout
 from drlora_jax.parallel.mesh import ROWS, platform_of
 
 
-def sharded_ops(mesh: Mesh, options: dict | None = None) -> Ops:
+def sharded_ops(mesh: Mesh, options: dict | None = None, *, attention: Backend = "auto") -> Ops:
     """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device."""
-    ops = ops_for(platform_of(mesh), options, expert_shards=mesh.shape["expert"])
+    ops = ops_for(
+        platform_of(mesh), options, expert_shards=mesh.shape["expert"], attention=attention
+    )
     if mesh.size == 1:
         return ops
     return Ops(

@@ -1,0 +1,149 @@
+"""Long packed rows: every backend that runs here against scores of a whole row, and its leaks."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drlora_jax.errors import UserError
+from drlora_jax.models.families import parse_config
+from drlora_jax.ops import attention
+from drlora_jax.ops.attention import Call, attend, cannot, choose_backend
+from drlora_jax.plan import attention_backends
+
+LENGTH, HEADS, WIDTH = 256, 4, 8
+# Documents that begin and end inside blocks, two of them within one block, and padding.
+SIZES = ((100, 20, 70), (256,))
+SEGMENTS = np.array(
+    [
+        np.repeat([*range(1, len(row) + 1), 0], [*row, LENGTH - sum(row)]).astype(np.int32)
+        for row in SIZES
+    ]
+)
+POSITIONS = np.array(
+    [
+        np.concatenate([*map(np.arange, row), np.zeros(LENGTH - sum(row))]).astype(np.int32)
+        for row in SIZES
+    ]
+)
+SINKS = np.array([0.5, -40.0, 1.0, 0.0], np.float32)
+CASES = {
+    "plain": {},
+    "window_and_cap": {"window": 50, "soft_cap": 1.3},
+    "sinks": {"sinks_N": SINKS},
+}
+
+
+def make_inputs(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    shapes = [(2, LENGTH, count, WIDTH) for count in (HEADS, 2, 2)]
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnames=("backend", "window", "soft_cap"))
+def run(q, k, v, cotangent, sinks_N=None, *, backend, window=None, soft_cap=None):
+    """(values, gradients of everything) of sum(values * cotangent); padding is left out."""
+    is_real = jnp.asarray(SEGMENTS > 0)[:, :, None, None]
+
+    def values(q, k, v, sinks_N):
+        out = attend(
+            q,
+            k,
+            v,
+            segment_ids_BT=jnp.asarray(SEGMENTS),
+            positions_BT=jnp.asarray(POSITIONS),
+            scale=0.3,
+            window=window,
+            soft_cap=soft_cap,
+            sinks_N=sinks_N,
+            backend=backend,
+        )
+        return jnp.where(is_real, out, 0)
+
+    out, pull = jax.vjp(values, q, k, v, sinks_N)
+    return out, pull(cotangent)
+
+
+@functools.cache
+def whole_rows(name):
+    inputs, cotangent = make_inputs(), make_inputs(1)[0]
+    return run(*inputs, cotangent, **CASES[name], backend="xla")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["chunked", "splash"])
+def test_values_and_gradients(backend, name):
+    if backend == "splash" and name == "sinks":
+        pytest.skip("no sinks")
+    got = run(*make_inputs(), make_inputs(1)[0], **CASES[name], backend=backend)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(whole_rows(name)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("backend", ["xla", "chunked", "splash"])
+def test_documents_do_not_see_each_other(backend):
+    """Changing one document leaves outputs and gradients of the others bit-identical."""
+    inputs, others, cotangent = make_inputs(), make_inputs(2), make_inputs(1)[0]
+    is_changed = (SEGMENTS == 2)[:, :, None, None]
+    mixed = [jnp.where(is_changed, b, a) for a, b in zip(inputs, others, strict=True)]
+    before, after = (
+        jax.tree.leaves(run(*values, cotangent, backend=backend)) for values in (inputs, mixed)
+    )
+    for one, other in zip(before, after, strict=True):
+        kept, moved = SEGMENTS != 2, SEGMENTS == 2
+        np.testing.assert_array_equal(np.asarray(one)[kept], np.asarray(other)[kept])
+        assert not np.allclose(np.asarray(one)[moved], np.asarray(other)[moved])
+
+
+def test_the_mask_given_to_cudnn():
+    """jax's own computation with what the kernel would be given."""
+    inputs = make_inputs()
+    packed = (jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
+    got = attention._attend_cudnn(*inputs, *packed, 0.3, None, implementation="xla")
+    expected, _ = whole_rows("plain")
+    real = SEGMENTS > 0
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=1e-5)
+
+
+def test_blocks_hold_no_row_of_scores():
+    """The largest array in values and gradients grows with the row's length, not its square."""
+    inputs, cotangent = make_inputs(), make_inputs(1)[0]
+
+    def largest(backend):
+        function = functools.partial(run.__wrapped__, backend=backend)
+        compiled = jax.jit(function).lower(*inputs, cotangent).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    long = HEADS * LENGTH * LENGTH * 4
+    assert largest("xla") > long
+    assert f"{LENGTH},{LENGTH}]" not in str(
+        jax.make_jaxpr(functools.partial(run.__wrapped__, backend="chunked"))(*inputs, cotangent)
+    )
+
+
+def test_choice():
+    bf16 = Call(4096, 128, 128, jnp.dtype(jnp.bfloat16))
+    assert choose_backend("tpu", bf16) == "splash"
+    assert choose_backend("gpu", bf16) == "cudnn"
+    assert choose_backend("cpu", bf16) == "chunked"
+    assert choose_backend("cpu", bf16._replace(length=64)) == "xla"
+    assert choose_backend("tpu", bf16._replace(has_sinks=True)) == "chunked"
+    assert choose_backend("tpu", bf16._replace(length=1000)) == "xla"
+    assert choose_backend("gpu", bf16._replace(dtype=jnp.dtype(jnp.float32))) == "chunked"
+    assert choose_backend("gpu", bf16._replace(soft_cap=30.0, length=512)) == "xla"
+    assert "at most 128" in cannot("cudnn", bf16._replace(head_width=192))
+
+
+def test_a_backend_that_can_not_do_it_is_refused():
+    from tiny import OLMOE
+
+    config, float32 = parse_config(OLMOE), jnp.dtype(jnp.float32)
+    assert attention_backends(config, 64, float32, "cpu", "auto") == ["xla"]
+    assert attention_backends(config, 512, float32, "cpu", "chunked") == ["chunked"]
+    message = "model.attention=splash can not be used here: it needs rows of a multiple of 128"
+    with pytest.raises(UserError, match=message):
+        attention_backends(config, 64, float32, "cpu", "splash")
+    with pytest.raises(ValueError, match="cudnn: it computes in 16-bit floats, not in float32"):
+        run.__wrapped__(*make_inputs(), make_inputs(1)[0], backend="cudnn")
