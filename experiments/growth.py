@@ -23,12 +23,14 @@ TASKS = (
         "bundled:gsm8k/train.jsonl",
         "experiments/data/maths_tune.jsonl",
         "experiments/data/maths_test.jsonl",
+        learning_rates=(1.5e-3, 3e-3, 6e-3),
     ),
     Task(
         "code",
         "experiments/data/code_train.jsonl",
         "experiments/data/code_tune.jsonl",
         "experiments/data/code_test.jsonl",
+        learning_rates=(3e-3, 6e-3, 1.2e-2),
     ),
 )
 
@@ -95,6 +97,5 @@ def get_study() -> Study:
         arms=ARMS,
         seeds=(1, 2, 3, 4, 5),
         tuning_seed=0,
-        learning_rates=(1.5e-3, 3e-3, 6e-3),
         reference="lora_r16",
     )

@@ -102,14 +102,12 @@ def loss_table(study: Study, results: dict, task: str) -> str:
 
 def rate_table(study: Study, results: dict, task: str) -> str:
     """Tuning losses by learning rate, the smallest in bold."""
-    rows = []
+    rows, rates = [], study.task(task).learning_rates
     for arm in study.arms:
         if arm.rate_of is not None:
             continue
         cells = analyse.select(results, task=task, arm=arm.name, is_tuning=True)
-        losses = [
-            cells[rate]["test_loss"] if rate in cells else None for rate in study.learning_rates
-        ]
+        losses = [cells[rate]["test_loss"] if rate in cells else None for rate in rates]
         known = [loss for loss in losses if loss is not None]
         shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
         shown = [
@@ -117,7 +115,7 @@ def rate_table(study: Study, results: dict, task: str) -> str:
             for text, loss in zip(shown, losses, strict=True)
         ]
         rows.append([f"`{arm.name}`", *shown])
-    return _markdown(["arm", *[f"{rate:g}" for rate in study.learning_rates]], rows)
+    return _markdown(["arm", *[f"{rate:g}" for rate in rates]], rows)
 
 
 def rank_table(study: Study, results: dict, task: str) -> str:

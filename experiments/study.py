@@ -19,6 +19,7 @@ class Task(NamedTuple):
     train_rows: str  # files
     tune_rows: str
     test_rows: str
+    learning_rates: tuple[float, ...]  # of the tuning cells of every arm
     overrides: tuple[str, ...] = ()
 
 
@@ -37,7 +38,6 @@ class Study(NamedTuple):
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     tuning_seed: int
-    learning_rates: tuple[float, ...]
     reference: str  # the arm that the others are compared with
 
     def task(self, name: str) -> Task:
@@ -72,7 +72,8 @@ def load_study(path: pathlib.Path) -> Study:
 
 
 def tuning_cells(study: Study, task: str, arm: str) -> list[Cell]:
-    return [Cell(task, arm, rate, study.tuning_seed, True) for rate in study.learning_rates]
+    rates = study.task(task).learning_rates
+    return [Cell(task, arm, rate, study.tuning_seed, True) for rate in rates]
 
 
 def tuned_rate(study: Study, task: str, arm: str, done: Losses) -> float | None:
@@ -123,8 +124,8 @@ def ready_cells(study: Study, done: Losses) -> list[Cell]:
 
 def count_cells(study: Study) -> int:
     tuned = sum(arm.rate_of is None for arm in study.arms)
-    cells = tuned * len(study.learning_rates) + len(study.arms) * len(study.seeds)
-    return len(study.tasks) * cells
+    tuning = tuned * sum(len(task.learning_rates) for task in study.tasks)
+    return tuning + len(study.tasks) * len(study.arms) * len(study.seeds)
 
 
 def overrides_of(study: Study, cell: Cell, out: pathlib.Path, done: Losses) -> list[str]:
