@@ -12,7 +12,6 @@ computed by a dense expansion.
 """
 
 import argparse
-import json
 import os
 import pathlib
 
@@ -27,19 +26,16 @@ os.environ |= {
 import hlo_text as hlo
 import jax
 from jax.experimental import topologies
+from jobs import abstract_job, model_values
 
-from drlora_jax import prepare, train
-from drlora_jax.allocation import make_policy
+from drlora_jax import train
 from drlora_jax.cli import run_and_exit
 from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.models.families import parse_config
 from drlora_jax.ops.backends import dense_expansions
-from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.plan import flops_per_token
 from drlora_jax.units import format_bytes
 
-MODELS = pathlib.Path(__file__).parent / "models"
 ORIGIN_PARTS = 4  # of an operation's name, from its end
 CHIP_GIB = {"v5p": 95, "v6e": 32, "v5e": 16, "v4": 32}
 
@@ -48,9 +44,7 @@ def main(argv=None) -> int:
     args = _arguments(argv)
     config = load_config(args.config, args.overrides)
     devices = _devices(args.topology)
-    run = train.build(
-        abstract_job(config, _model_values(args.model, config), len(devices)), devices
-    )
+    run = train.build(abstract_job(config, model_values(args.model, config), len(devices)), devices)
     compiled, seconds = train.compile_step(run)
     text = compiled.as_text()
     if args.text:
@@ -89,44 +83,6 @@ def _devices(name: str):
             f"--topology {name}: {str(error).splitlines()[0]}. It needs libtpu "
             "(pip install 'drlora-jax[tpu]') and a name such as v5p:4x4x4."
         ) from error
-
-
-def _model_values(model: str | None, config) -> dict:
-    name = config.model.path.rsplit("/", 1)[-1]
-    file = pathlib.Path(model) if model else MODELS / f"{name}.json"
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        known = ", ".join(sorted(each.stem for each in MODELS.glob("*.json")))
-        raise UserError(f"There is no {file}; give --model config.json, or one of {known}.")
-    return json.loads(file.read_text())
-
-
-def abstract_job(config, model_values: dict, device_count: int) -> prepare.Job:
-    """The job of a config without files: no data, weights, tokenizer or run directory."""
-    model_config = parse_config(model_values)
-    adapter = prepare.make_adapter(config, model_config)
-    sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
-    prepare.check_mesh(config, model_config, sizes)
-    steps = config.train.steps
-    if steps is None:
-        raise UserError("Set train.steps: without data there are no epochs to count.")
-    shapes = prepare.capacity_shapes(config, model_config, adapter)
-    return prepare.Job(
-        config=config,
-        run_dir=None,
-        is_new=True,
-        directory=None,
-        origin={},
-        model_config=model_config,
-        adapter=adapter,
-        policy=make_policy(config, shapes, steps),
-        loader=None,
-        eval_batches=[],
-        mesh_sizes=sizes,
-        total_steps=steps,
-        schedule_steps=steps,
-        lines=[],
-    )
 
 
 # ------------------------------------------------------------------------------------------ report
