@@ -1,0 +1,125 @@
+"""What dynamic ranks cost: whole training steps in turns, one of each variant a round.
+
+    python benchmarks/rank_cost.py [--rounds 40] [--r-max 32,64,128]
+
+On the bundled model's shape with random weights. `uniform` is plain LoRA of rank 16 that has memory
+for 16; the others are DR-LoRA with 16 active ranks in every expert and more allocated: same active
+parameters, plus importance, statistics, masks and inactive rows. Prints each variant's time over
+that of `uniform`, the mean of the rounds' ratios with a 95 % interval, and the time of a growth
+event in steps.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jobs import abstract_job
+
+from drlora_jax import train
+from drlora_jax.allocation import CapacityState, masks_from_ranks
+from drlora_jax.config import (
+    AdapterSection,
+    AllocationSection,
+    MeshSection,
+    ModelSection,
+    TrainConfig,
+    TrainSection,
+)
+from drlora_jax.data.loader import Batch
+from drlora_jax.models.transformer import init_variables
+
+RANK, ROWS, LENGTH = 16, 4, 512
+MODEL = pathlib.Path(train.__file__).parent / "bundled" / "tiny_moe" / "config.json"
+
+
+class Variant:
+    """A compiled step with its own state; `step()` takes one and returns its seconds."""
+
+    def __init__(self, values: dict, allocation: AllocationSection, batch: Batch, params=None):
+        config = TrainConfig(
+            model=ModelSection(dtype="float32"),
+            train=TrainSection(steps=1000, batch_size=ROWS, sequence_length=LENGTH),
+            adapter=AdapterSection(targets=("gate", "up", "down"), dropout=0.0),
+            allocation=allocation,
+            mesh=MeshSection(data=1),
+        )
+        self.run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
+        self.compiled, _ = train.compile_step(self.run)
+        make = jax.jit(lambda key: init_variables(self.run.model, key)["params"])
+        self.params = make(jax.random.key(0)) if params is None else params
+        state = train.start(self.run).state
+        ranks_LE = np.full(state.mask_LER.shape[:2], RANK, np.int32)
+        mask_LER = masks_from_ranks(ranks_LE, state.mask_LER.shape[2])
+        self.state = state._replace(mask_LER=jax.device_put(mask_LER, state.mask_LER.sharding))
+        self.batch = batch
+
+    def step(self) -> float:
+        start = time.perf_counter()
+        self.state, metrics = self.compiled(self.params, self.state, self.batch)
+        jax.block_until_ready(metrics["loss"])
+        return time.perf_counter() - start
+
+    def event(self) -> float:
+        """Statistics to the host, a decision, new mask values back."""
+        start = time.perf_counter()
+        policy, state = self.run.job.policy, self.state
+        ranks_LE = np.full(state.mask_LER.shape[:2], RANK, np.int32)
+        stats = jax.device_get(state.stats)
+        _, stats, _ = policy.update(CapacityState(ranks_LE), stats, 200)
+        mask_LER = masks_from_ranks(ranks_LE, state.mask_LER.shape[2])
+        stats = jax.device_put(stats, jax.tree.map(lambda leaf: leaf.sharding, state.stats))
+        mask_LER = jax.device_put(mask_LER, state.mask_LER.sharding)
+        self.state = jax.block_until_ready(state._replace(mask_LER=mask_LER, stats=stats))
+        return time.perf_counter() - start
+
+
+def random_batch(vocab: int) -> Batch:
+    draw, shape = np.random.default_rng(0), (1, ROWS, LENGTH)
+    ids = draw.integers(2, vocab, size=shape).astype(np.int32)
+    ones, positions = np.ones(shape, np.int32), np.arange(LENGTH, dtype=np.int32)
+    positions = np.broadcast_to(positions, shape)
+    arrays = (ids, np.roll(ids, -1, axis=2), ones, positions, np.ones(shape, np.float32))
+    return Batch(*map(jnp.asarray, arrays))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--r-max", default="32,64,128", help="allocated ranks, with commas")
+    args = parser.parse_args()
+    values = json.loads(MODEL.read_text())
+    batch = random_batch(values["vocab_size"])
+    plain = Variant(values, AllocationSection(kind="uniform", r_target=RANK), batch)
+    variants = {"uniform": plain}
+    for r_max in map(int, args.r_max.split(",")):
+        section = AllocationSection(r_init=8, r_target=RANK, r_max=r_max, interval=20)
+        variants[f"dr_lora, r_max {r_max}"] = Variant(values, section, batch, plain.params)
+    names, draw = list(variants), np.random.default_rng(1)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(args.rounds + 3):
+        for name in draw.permutation(names):  # no variant always runs after the same one
+            taken = variants[name].step()
+            if index >= 3:
+                seconds[name].append(taken)
+    for name in names[1:]:
+        ratios = np.array(seconds[name]) / np.array(seconds["uniform"])
+        half = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
+        event = statistics.median(variants[name].event() for _ in range(10))
+        print(
+            f"{name}: {ratios.mean():.3f} of uniform ({ratios.mean() - half:.3f} to "
+            f"{ratios.mean() + half:.3f}, median {np.median(ratios):.3f}, {len(ratios)} rounds), "
+            f"event {event / statistics.median(seconds[name]):.3f} steps"
+        )
+    rate = ROWS * LENGTH / statistics.median(seconds["uniform"])
+    print(f"uniform: {rate:,.0f} tokens/s; jax {jax.__version__} on {jax.devices()[0].device_kind}")
+
+
+if __name__ == "__main__":
+    main()
