@@ -95,8 +95,9 @@ def _peak(compiled) -> int:
 
 
 def _memory_lines(run, compiled, limit: float) -> list[str]:
-    lines = train.plan_lines(run, compiled)
-    return [*lines, f"            {_peak(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"]
+    lines = train.memory_lines(run.abstract_params, run.abstract_state, compiled)
+    share = f"            {_peak(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"
+    return [run.backends, run.forecast, *lines, share]
 
 
 def _flops_lines(run, compiled) -> list[str]:

@@ -68,7 +68,10 @@ def _walk(bodies, name: str, times: int, found: list[Collective]) -> None:
     for line in bodies.get(name, ()):
         match = _COLLECTIVE.search(line)
         if match:
-            found.append(_collective(match, line, times))
+            each = _collective(match, line, times)
+            # A reduce-scatter that the TPU compiler made one program of: its shape is the input's.
+            is_scatter = "all-reduce-scatter" in name
+            found.append(each._replace(kind="reduce-scatter") if is_scatter else each)
             continue
         inner = times * _trips(bodies, line) if " while(" in line else times
         for called in _CALLED.findall(line):

@@ -5,6 +5,7 @@ against.
 import jax
 
 from drlora_jax.errors import UserError
+from drlora_jax.memory import POLICIES, Layout, bytes_on_one_device, predicted_step_bytes
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.ops.attention import Call, cannot, choose_backend
 from drlora_jax.ops.backends import expert_backend
@@ -64,13 +65,26 @@ def backend_line(config: ModelConfig, attention: list[str], platform: str, optio
     return f"computed    {'; '.join(parts)} on {platform}"
 
 
+def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: str) -> str:
+    """What a step will take on each device, with this and the other policies, before compiling."""
+    lora = bytes_on_one_device(state.lora)
+    resident = bytes_on_one_device((params, state))
+    total = {
+        name: format_bytes(resident + predicted_step_bytes(config, layout, lora, name))
+        for name in POLICIES
+    }
+    others = ", ".join(f"{total[name]} with {name}" for name in POLICIES if name != remat)
+    return f"forecast    {total[remat]} on each device with model.remat={remat} ({others})"
+
+
 def memory_lines(params, state, compiled) -> list[str]:
     """Bytes on one device: base, adapters, moments, and what the compiled step needs besides."""
-    lora, moments = _bytes(state.lora), _bytes(state.opt_state)
+    base, lora, moments, rest = (
+        format_bytes(bytes_on_one_device(tree))
+        for tree in (params, state.lora, state.opt_state, (state.mask_LER, state.stats))
+    )
     lines = [
-        f"memory      base {format_bytes(_bytes(params))}, factors {format_bytes(lora)}, moments "
-        f"{format_bytes(moments)}, "
-        f"masks and statistics {format_bytes(_bytes((state.mask_LER, state.stats)))}"
+        f"memory      base {base}, factors {lora}, moments {moments}, masks and statistics {rest}"
     ]
     analysis = compiled.memory_analysis()
     if analysis is not None:
@@ -87,15 +101,3 @@ def checkpoint_bytes(state) -> int:
     """Of one checkpoint: what is trained, its moments and the policy's statistics."""
     leaves = jax.tree.leaves((state.lora, state.opt_state, state.stats))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _bytes(tree) -> int:
-    """On one device: what its shard of every leaf takes."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-        size = leaf.dtype.itemsize
-        for dimension in shape:
-            size *= dimension
-        total += size
-    return total

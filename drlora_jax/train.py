@@ -26,9 +26,10 @@ from drlora_jax.data.loader import BATCH_DTYPES, Batch, count_tokens, split_micr
 from drlora_jax.data.prefetch import made_ahead
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
+from drlora_jax.memory import Layout
 from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.ops.backends import compiler_options
+from drlora_jax.ops.backends import compiler_options, expert_backend
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
@@ -37,6 +38,7 @@ from drlora_jax.plan import (
     backend_line,
     checkpoint_bytes,
     flops_per_token,
+    memory_forecast,
     memory_lines,
 )
 from drlora_jax.prepare import Job, prepare
@@ -47,6 +49,7 @@ from drlora_jax.step import (
     AuxiliaryWeights,
     StepOptions,
     TrainState,
+    expert_roles,
     init_lora,
     make_eval_step,
     make_train_step,
@@ -59,10 +62,11 @@ def main(argv=None) -> int:
     check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
     run = build(job)
+    print(f"{run.backends}\n{run.forecast}\n", flush=True)
     job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         compiled, _ = compile_step(run)
-        print("\n".join(plan_lines(run, compiled)))
+        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
         print("dry run: everything checks out, nothing was written")
         return EXIT_DONE
     return train(run)
@@ -81,6 +85,7 @@ class Run(NamedTuple):
     abstract_params: dict
     abstract_state: TrainState
     backends: str  # a line that says which implementations were chosen
+    forecast: str  # a line on what the step will take
 
 
 class Checkpoint(NamedTuple):
@@ -118,6 +123,7 @@ def build(job: Job, devices=None) -> Run:
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda: _initial_state(job, model, tx))
     state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    layout = memory_layout(job, mesh, expert_backend(platform, compiler))
     ratio = config.allocation.warmup_ratio
     ratio = config.train.warmup_ratio if ratio is None else ratio
     step_options = StepOptions(
@@ -144,6 +150,7 @@ def build(job: Job, devices=None) -> Run:
         abstract_params=params,
         abstract_state=state,
         backends=backend_line(job.model_config, attention, platform, compiler),
+        forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
     )
 
 
@@ -185,9 +192,20 @@ def compile_step(run: Run):
     return run.step.lower(*inputs).compile(), time.perf_counter() - start
 
 
-def plan_lines(run: Run, compiled) -> list[str]:
-    """How the step is computed, and what it takes."""
-    return [run.backends, *memory_lines(run.abstract_params, run.abstract_state, compiled)]
+def memory_layout(job: Job, mesh, experts: str) -> Layout:
+    """What of a run decides what a step takes."""
+    section, shape = job.config.train, mesh.shape
+    rows = section.batch_size // section.micro_batches
+    shards = shape["data"] * shape["fsdp"] * shape["expert"]
+    return Layout(
+        tokens=rows * section.sequence_length // shards,
+        item=jnp.dtype(job.config.model.dtype).itemsize,
+        experts=experts,
+        expert_shards=shape["expert"],
+        fsdp=shape["fsdp"],
+        max_rank=job.adapter.max_rank,
+        roles=len(expert_roles(job.adapter)),
+    )
 
 
 def abstract_batch(run: Run) -> Batch:
@@ -230,7 +248,7 @@ def _train(run: Run) -> int:
     stop: list[int] = []
     with _stop_signals(stop):
         compiled, seconds = compile_step(run)
-        print("\n".join(["", *plan_lines(run, compiled)]))
+        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
         how = "resuming" if done else "starting"
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
         params = load_params(job.model_config, job.directory, run.abstract_params)

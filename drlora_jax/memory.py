@@ -1,0 +1,108 @@
+"""What a training step will take on one device, before it is compiled.
+
+What lies there anyway is counted exactly: base, factors, moments, statistics. A step adds
+
+    gradients   of the factors, twice: of this micro-batch and of those before
+    kept        what the backward pass finds, by `model.remat` (models/remat.py), for every layer
+    weights     of one layer, cut out of their stack; gathered over fsdp
+    working set the larger of the head's chunk of logits and one layer's backward pass
+
+Largest arrays only; the compiled step is the measure. Letters as in `models.layers`.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from drlora_jax.models.architecture import LayerConfig, ModelConfig, MoeConfig
+from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
+
+POLICIES = ("none", "selective", "full")
+LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
+ROW_COPIES = {"block": 3, "dense": 3, "ragged": 4}  # [P, D]: rows, results, and their gradients
+HIDDEN_COPIES = {"block": 0, "dense": 0, "ragged": 6}  # [P, F]: gate | up, h, and their gradients
+NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
+
+
+class Layout(NamedTuple):
+    """What of a run decides its memory."""
+
+    tokens: int  # of one micro-batch on one device
+    item: int  # bytes of an activation
+    experts: str  # backend of the expert operation
+    expert_shards: int = 1
+    fsdp: int = 1
+    max_rank: int = 0
+    roles: int = 0  # projections of an expert with factors
+
+
+def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, remat: str) -> int:
+    """What a step adds to what lies on a device anyway."""
+    layers = [(layer, segment.repeats) for segment in config.segments for layer in segment.unit]
+    kept = sum(repeats * _kept(config, layer, layout, remat) for layer, repeats in layers)
+    weights = max(layout.fsdp * _weight_bytes(config, layer, layout) for layer, _ in layers)
+    chunk = min(CHUNK_TOKENS, layout.tokens)
+    head = LOGIT_COPIES * 4 * chunk * config.vocab_size
+    working = max(head, *(_working(config, layer, layout) for layer, _ in layers))
+    return 2 * lora_bytes + kept + weights + working
+
+
+def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -> int:
+    """Bytes of one layer that the backward pass finds."""
+    residual = config.width * layout.item
+    if remat == "full":
+        return layout.tokens * residual
+    attention = layer.attention
+    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+    token = 2 * residual + heads * attention.head_dim * layout.item + 4 * attention.num_heads
+    if not isinstance(layer.ffn, MoeConfig):
+        token += 2 * layer.ffn.hidden_dim * layout.item
+    elif layout.experts == "ragged" and (layout.expert_shards == 1 or remat == "none"):
+        slots = layer.ffn.routing.experts_per_token * layout.expert_shards
+        wide = 2 * layer.ffn.expert_dim + layout.roles * layout.max_rank
+        token += slots * wide * layout.item
+    kept = layout.tokens * token
+    if remat == "none":
+        kept += layout.tokens * NORM_COPIES * config.width * 4
+        if layout.experts == "block":  # its gradient keeps its weights, and the scan stacks them
+            kept += _expert_bytes(config, layer, layout)
+    return kept
+
+
+def _expert_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
+    """The experts of one layer on one expert shard, as far as fsdp cuts them."""
+    if not isinstance(layer.ffn, MoeConfig):
+        return 0
+    experts = layer.ffn.routing.num_experts // layout.expert_shards
+    return experts * 3 * config.width * layer.ffn.expert_dim * layout.item // layout.fsdp
+
+
+def _weight_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
+    attention = layer.attention
+    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
+    matrices = heads * attention.head_dim * config.width
+    if not isinstance(layer.ffn, MoeConfig):
+        matrices += 3 * config.width * layer.ffn.hidden_dim
+    return matrices * layout.item // layout.fsdp + _expert_bytes(config, layer, layout)
+
+
+def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
+    """One layer's backward pass."""
+    if not isinstance(layer.ffn, MoeConfig):
+        return 4 * layout.tokens * layer.ffn.hidden_dim * layout.item
+    # The tokens of an expert group are gathered on each of its devices.
+    slots = layout.tokens * layout.expert_shards
+    slots *= 1 if layout.experts == "dense" else layer.ffn.routing.experts_per_token
+    wide = ROW_COPIES[layout.experts] * config.width
+    wide += HIDDEN_COPIES[layout.experts] * layer.ffn.expert_dim
+    return slots * wide * layout.item
+
+
+def bytes_on_one_device(tree) -> int:
+    """What a device's shard of every leaf takes."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

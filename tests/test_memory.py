@@ -1,0 +1,55 @@
+"""What is said about memory before compiling, against the compiled step."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import pytest
+from test_grouped import QUICK
+
+from drlora_jax import train
+from drlora_jax.config import load_config
+from drlora_jax.interop.hf_read import find_model
+from drlora_jax.memory import Layout, bytes_on_one_device, predicted_step_bytes
+
+abstract_job = runpy.run_path(pathlib.Path(__file__).parents[1] / "benchmarks" / "jobs.py")[
+    "abstract_job"
+]
+
+
+def build(remat):
+    config = load_config("bundled:tiny", [f"model.remat={remat}", "model.dtype=float32"])
+    values = json.loads((find_model(config.model.path) / "config.json").read_text())
+    return train.build(abstract_job(config, values, 1), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("remat", ["selective", "full"])
+def test_forecast(remat):
+    """Within 15 % of the compiled step, everything counted, for the shipped configuration."""
+    run = build(remat)
+    inputs = (run.abstract_params, run.abstract_state, train.abstract_batch(run))
+    analysis = run.step.lower(*inputs).compile(compiler_options=QUICK).memory_analysis()
+    measured = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    layout = train.memory_layout(run.job, run.mesh, "block")
+    lora = bytes_on_one_device(run.abstract_state.lora)
+    resident = bytes_on_one_device(inputs)
+    predicted = resident + predicted_step_bytes(run.job.model_config, layout, lora, remat)
+    assert abs(predicted / measured - 1) <= 0.15, (predicted / 2**20, measured / 2**20)
+    assert f"with model.remat={remat}" in run.forecast
+
+
+def test_what_a_forecast_depends_on():
+    config = build("selective").job.model_config
+    layout = Layout(tokens=4096, item=2, experts="ragged", max_rank=16, roles=2)
+
+    def predict(remat="selective", lora=0, **changes):
+        return predicted_step_bytes(config, layout._replace(**changes), lora, remat)
+
+    full, selective, none = (predict(remat) for remat in ("full", "selective", "none"))
+    assert full < selective < none
+    assert predict(lora=1000) == selective + 2000
+    # An expert shard keeps no pre-activations, of which most are others'.
+    assert predict(expert_shards=4) < selective * 4
+    assert predict(tokens=8192) < 2 * selective
+    assert jax.tree.all(jax.tree.map(lambda size: size > 0, [full, selective, none]))
