@@ -57,8 +57,8 @@ ARMS = (
     # What might be in the way of growth, each mended alone.
     Arm(
         "early_end",
-        "dr_lora, growth ends at half time",
-        ("allocation.last_event=100",),
+        "dr_lora, growth ends after a quarter",
+        ("allocation.last_event=50",),
         rate_of="dr_lora",
     ),
     Arm(

@@ -195,7 +195,7 @@ CONTRASTS = (  # question, arm, minus
     ("its final ranks from step 1 against uniform ranks", "frozen_final", "lora_r16"),
     ("growth by lot against uniform ranks", "random", "lora_r16"),
     ("growth by saliency against the static quarter", "dr_lora", "moe_sieve"),
-    ("growth that ends at half time", "early_end", "dr_lora"),
+    ("growth that ends after a quarter of the steps", "early_end", "dr_lora"),
     ("Adam that counts by rank", "rank_adam", "dr_lora"),
     ("importance of the next rank", "probe", "dr_lora"),
     ("twice the budget against the budget", "lora_r32", "lora_r16"),
