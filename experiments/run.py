@@ -91,16 +91,18 @@ def launch(study, file, cell: Cell, out, done, core: int | None, run_dir=None) -
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "drlora_jax.train", "--config", str(file), *changes]
 
-    def pin():
-        os.setpgid(0, 0)  # Ctrl-C reaches this program only, which then asks each to save
-        if core is not None and hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[core % len(cores)]})
-
     with log.open("a") as handle:
-        return subprocess.Popen(
-            command, cwd=ROOT, stdout=handle, stderr=subprocess.STDOUT, preexec_fn=pin
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # Ctrl-C reaches this program only, which then asks each to save
         )
+    if core is not None and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(process.pid, {cores[core % len(cores)]})
+    return process
 
 
 def again(study: Study, file: pathlib.Path, out: pathlib.Path, name: str) -> int:

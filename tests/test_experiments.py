@@ -12,7 +12,7 @@ from drlora_jax.allocation import CapacityShapes, make_policy
 from drlora_jax.config import apply_overrides, to_dict
 from experiments import analyse, report
 from experiments import run as run_lib
-from experiments.results import differences, finished_losses, read_results
+from experiments.results import RESULTS, differences, finished_losses, read_results
 from experiments.study import (
     Cell,
     count_cells,
@@ -126,7 +126,7 @@ def test_fill_replaces_named_blocks_only():
     assert filled == page.replace("old", "new \\1")
 
 
-@pytest.mark.parametrize("name", ["growth"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in RESULTS.glob("*.json")))
 def test_results_page_says_what_the_data_say(name):
     """The tables of docs/results.md are those of the stored results, which are all of the study."""
     study, results = load_study(ROOT / "experiments" / f"{name}.py"), read_results(name)
