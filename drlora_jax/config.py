@@ -241,9 +241,7 @@ class AllocationSection(_Section):
         # Nothing grows: r_target is the mean rank, r_max what is allocated (uniform: r_target).
         _positive("allocation", {"r_target": self.r_target, "r_max": self.r_max})
         if self.kind == "moe_sieve":
-            _require(
-                0 < self.share <= 1, f"allocation.share must be in (0, 1], got {self.share}."
-            )
+            _require(0 < self.share <= 1, f"allocation.share must be in (0, 1], got {self.share}.")
             _positive("allocation", {"profile_rows": self.profile_rows})
         if self.kind == "pattern":
             _require(
