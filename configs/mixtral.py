@@ -6,8 +6,8 @@ Hardware: eight devices with 24 GB or more each (base 87 GiB in bfloat16, 12 GiB
   mesh.expert=8; rank state 1 GiB a device), for example 8 x H100 or a TPU v5p-16; mesh.fsdp shards
   the base further. 3,750 steps of 48 rows of 512 tokens are 92 M tokens. Expected time, an estimate
   from FLOPs that was not measured: half an hour on 8 x H200 at 40 % of peak with grouped expert
-  kernels; on accelerators this release runs every local expert on every token instead (4 times the
-  expert work), so count on 2 hours.
+  kernels. The line `computed` of the output says whether experts run so; `dense` is every local
+  expert on every token, 4 times the expert work: count on 2 hours.
 """
 
 from drlora_jax.config import (

@@ -5,8 +5,8 @@
 Hardware: one device with 80 GB (base 13 GiB in bfloat16, rank state 3 GiB), or any number with
   mesh.data=-1. 3,750 steps of 48 rows of 512 tokens are 92 M tokens. Expected time, an estimate
   from FLOPs that was not measured: 22 minutes on one H200 at 40 % of peak with grouped expert
-  kernels; on accelerators this release runs every expert on every token instead (8 times the expert
-  work, see docs/benchmarks.md), so count on 2 to 3 hours. Reported by the authors (three runs,
+  kernels. The line `computed` of the output says whether experts run so; `dense` is every expert on
+  every token, 8 times the expert work: count on 2 to 3 hours. Reported by the authors (three runs,
   arXiv 2601.04823v5): GSM8K 28.4 with 8 shots.
 """
 
