@@ -274,6 +274,10 @@ class AllocationSection(_Section):
             "allocation.released=True fixes importance=gate_abs and saliency=product, "
             f"got {self.importance} and {self.saliency}.",
         )
+        _require(
+            self.kind == "dr_lora" or not self.released,
+            f"allocation.released=True is a form of kind=dr_lora, got kind={self.kind}.",
+        )
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,22 @@ REFUSED = {
         AllocationSection,
         {"released": True, "importance": "gate_sq"},
     ),
+    "allocation.released=True is a form of kind=dr_lora, got kind=random": (
+        AllocationSection,
+        {"released": True, "kind": "random"},
+    ),
+    "allocation.share must be in (0, 1], got 0": (
+        AllocationSection,
+        {"kind": "moe_sieve", "share": 0.0},
+    ),
+    "allocation.profile_rows must be greater than 0, got 0": (
+        AllocationSection,
+        {"kind": "moe_sieve", "profile_rows": 0},
+    ),
+    "allocation.kind=pattern needs allocation.pattern=FILE": (
+        AllocationSection,
+        {"kind": "pattern"},
+    ),
     "mesh sizes must be positive, at most one -1": (MeshSection, {"data": 0}),
     "at most one -1 (the rest of the devices), got (-1, -1, 1, 1)": (MeshSection, {"fsdp": -1}),
     "mesh.tensor=2: tensor parallelism is not available": (MeshSection, {"tensor": 2}),

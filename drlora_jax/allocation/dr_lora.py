@@ -257,9 +257,9 @@ def dr_lora(
         state = CapacityState(ranks_LE.astype(np.int32))
         return state, stats, Event(saliency_LE.astype(np.float32))
 
-    last = schedule.last
+    last, name = schedule.last, "random" if score == "random" else "dr_lora"
     return Policy(
-        name="dr_lora",
+        name=name,
         init=lambda: CapacityState(np.full((shapes.layers, shapes.experts), r_init, np.int32)),
         init_stats=init_stats,
         accumulate=accumulate,
@@ -272,7 +272,7 @@ def dr_lora(
         needs_elementwise=importance == "elementwise_product",
         needs_probe=importance == "probe",
         describe=(
-            f"dr_lora: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), "
+            f"{name}: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), "
             f"{schedule.count} events at "
             f"steps {schedule.first} to {last}, {schedule.quota} "
             f"{'slots' if released else 'ranks'} a layer and event, "
