@@ -30,7 +30,7 @@ from drlora_jax.models.transformer import (
     split_layers,
     stack_layers,
 )
-from drlora_jax.ops.grouped import ROLES
+from drlora_jax.ops.grouped_parts import ROLES
 
 
 class TrainState(NamedTuple):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drlora_jax.ops.grouped import Dropout, ExpertSpec, RoleLora, expert_mlp
+from drlora_jax.ops.grouped import expert_mlp
+from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
 
 BACKENDS = ("block", "dense")
 SCALE = 2.0
@@ -167,6 +168,8 @@ CASES = {
     # Experts 1 and 3 get nothing.
     "empty_groups": (np.array([0, 2, 4], np.int32)[choose(33, 2, 3)], 5, ("up", "down"), SPEC),
     "at_block_borders": (groups(64, 128, 63, 65, 1, 0), 6, ("gate", "up", "down"), TRAINED),
+    # Blocks of 128 and of 64 rows; the last is of either.
+    "two_block_sizes": (groups(300, 129, 40, 190, 0), 5, ("gate_up", "down"), TRAINED),
     "60_experts_gelu": (
         choose(37, 4, 60),
         60,
@@ -251,6 +254,41 @@ def test_rank_gates(backend):
         for factor, grad in ((factors.a_ERD, d_a), (factors.b_ERF, d_b)):
             total_ER = np.sum(np.asarray(factor, np.float64) * grad, axis=-1)
             assert relative_error(d_gate, total_ER) <= 1e-5
+
+
+@pytest.mark.parametrize("ranks", (16, 17, 40))
+def test_pages_of_ranks(ranks):
+    """Whole pages, an overlapping last page; experts whose open ranks end in every page."""
+    inputs = list(make_inputs(choose(90, 2, 7), 7, ("gate_up", "down"), ranks=ranks))
+    open_E = np.array([0, 1, 15, 16, 17, 33, 40]).clip(max=ranks)
+    mask_ER = jnp.asarray(np.arange(ranks) < open_E[:, None], jnp.float32)
+    inputs[-1] = {
+        role: RoleLora(factors.a_ERD, random_like(factors.b_ERF) * mask_ER[..., None], mask_ER)
+        for role, factors in inputs[-1].items()
+    }
+    dy = random_like(inputs[0])
+    expected = reference(inputs, np.asarray(dy, np.float64), "silu")
+    got = value_and_pull(tuple(inputs), dy, TRAINED, "block")
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) <= 1e-5
+
+
+def test_work_follows_the_last_open_gate():
+    """Factors behind it are not read: even NaN there changes nothing."""
+    inputs = make_inputs(choose(50, 2, 3), 3, ("up", "down"), ranks=48)
+    mask_ER = jnp.broadcast_to(jnp.arange(48) < 16, (3, 48)).astype(jnp.float32)
+    dy, results = random_like(inputs[0]), []
+    for filler in (0.0, jnp.nan):
+        lora = {
+            role: RoleLora(
+                jnp.where(mask_ER[..., None] > 0, factors.a_ERD, filler),
+                jnp.where(mask_ER[..., None] > 0, factors.b_ERF, filler),
+                mask_ER,
+            )
+            for role, factors in inputs[-1].items()
+        }
+        results.append(value_and_pull((*inputs[:-1], lora), dy, SPEC, "block"))
+    jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 def test_growth_keeps_outputs_bit_equal():

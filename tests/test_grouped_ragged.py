@@ -1,8 +1,6 @@
 """Expert MLPs with `lax.ragged_dot` against the NumPy float64 loop of test_grouped and the block
 backend."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,19 +20,11 @@ from test_grouped import (
 )
 
 from drlora_jax.ops import grouped_ragged
-from drlora_jax.ops.grouped import Dropout
+from drlora_jax.ops.grouped_parts import Dropout
 
 
-@functools.partial(jax.jit, static_argnames=("spec",), compiler_options=QUICK)
 def ragged(inputs, dy, spec, dropout=None):
-    """(y, gradients) in the order of `reference`."""
-    x_TD, expert_TK, *rest = inputs
-
-    def run(x_TD, *rest):
-        return grouped_ragged.expert_mlp(x_TD, expert_TK, *rest, spec, dropout=dropout)
-
-    y_TD, pull = jax.vjp(run, x_TD, *rest)
-    return y_TD, pull(dy)
+    return value_and_pull(inputs, dy, spec, "ragged", dropout)
 
 
 # One expert, all rows in one group, empty groups, odd counts, many experts; ranks 0 to the maximum.
@@ -89,7 +79,7 @@ def test_undefined_rows_do_not_leak(monkeypatch):
     )
     expected = ragged(inputs, dy, TRAINED)
     monkeypatch.setattr(grouped_ragged.lax, "ragged_dot", leaves_nan)
-    got = ragged.__wrapped__(inputs, dy, TRAINED)
+    got = value_and_pull.__wrapped__(inputs, dy, TRAINED, "ragged")
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(one, other) <= 1e-6
 
@@ -150,9 +140,9 @@ def test_a_frozen_base_gets_no_weight_gradient():
     counts = []
     for spec in (SPEC, TRAINED):
         text = str(
-            jax.make_jaxpr(lambda *args, spec=spec: ragged.__wrapped__(*args, spec))(
-                inputs, inputs[0]
-            )
+            jax.make_jaxpr(
+                lambda *args, spec=spec: value_and_pull.__wrapped__(*args, spec, "ragged")
+            )(inputs, inputs[0])
         )
         counts.append(text.count("ragged_dot_general["))
     assert counts[1] - counts[0] == 2  # gate_up and down

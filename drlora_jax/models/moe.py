@@ -16,7 +16,7 @@ from drlora_jax.adapters.expert_lora import ExpertLora
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.models.architecture import MoeConfig, RoutingConfig
 from drlora_jax.models.layers import kernel_init
-from drlora_jax.ops.grouped import ROLES, Dropout, ExpertSpec
+from drlora_jax.ops.grouped_parts import ROLES, Dropout, ExpertSpec
 
 
 class RoutingStats(NamedTuple):

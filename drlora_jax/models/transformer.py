@@ -27,7 +27,7 @@ from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
 from drlora_jax.models.moe import Moe, RoutingStats
 from drlora_jax.models.remat import Remat, keep, rematerialised
 from drlora_jax.ops import Ops
-from drlora_jax.ops.grouped import ACTIVATIONS
+from drlora_jax.ops.grouped_parts import ACTIVATIONS
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
-from drlora_jax.ops import grouped_ragged
 from drlora_jax.ops.attention import Backend, attend
 from drlora_jax.ops.backends import expert_backend
 from drlora_jax.ops.cross_entropy import summed_nll
@@ -37,9 +36,7 @@ def ops_for(
 
 @cache  # one function a choice, so that equal options stay equal
 def _experts(backend: str, keeps_hidden: bool) -> Callable:
-    if backend == "ragged":
-        return partial(grouped_ragged.expert_mlp, keeps_hidden=keeps_hidden)
-    return partial(expert_mlp, backend=backend)
+    return partial(expert_mlp, backend=backend, keeps_hidden=keeps_hidden)
 
 
 @cache

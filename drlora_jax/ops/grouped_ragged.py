@@ -27,40 +27,21 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from drlora_jax.ops.grouped import ACTIVATIONS, Dropout, ExpertSpec, RoleLora, _drop
+from drlora_jax.ops.grouped_parts import ACTIVATIONS, drop
 
 THIN, WIDEST_TILE, TILE_ROWS = 512, 4096, 128
 
 
-def expert_mlp(
-    x_TD: jax.Array,
-    expert_TK: jax.Array,
-    weight_TK: jax.Array,
-    w_gate_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
-    lora: dict[str, RoleLora],
-    spec: ExpertSpec,
-    *,
-    dropout: Dropout | None = None,
-    keeps_hidden: bool = True,
-) -> jax.Array:
-    """Sum over the K experts of each token of the LoRA-adapted gated MLP, in the dtype of x_TD.
-
-    Arguments as in `ops.grouped.expert_mlp`. `keeps_hidden` gives `models.remat` the chance to
-    keep pre-activations: right where most slots are computed here, wrong on an expert shard, where
-    most rows of these arrays belong to others.
-    """
-    if not spec.base_grad:
-        w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
-    if dropout is None:
-        spec, dropout = spec._replace(dropout=0.0), Dropout(jax.random.key(0))
+def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden):
+    """As `ops.grouped.expert_mlp`."""
+    w_gate_up_EDF, w_down_EFD = weights
     plan = _sort_slots(expert_TK, w_gate_up_EDF.shape[0])
     slots_P = plan.order_P + dropout.first_slot
-    p_P = weight_TK.astype(jnp.float32).reshape(-1)
+    p_P = weight_TK.reshape(-1)
     p_P = jnp.where(plan.is_here_P, p_P.at[plan.order_P].get(unique_indices=True), 0)
 
     def delta(rows, role):
-        rows = _drop(rows, slots_P, role, spec, dropout)
+        rows = drop(rows, slots_P, role, spec, dropout)
         z_PR = _dot(rows, lora[role].a_ERD.astype(rows.dtype).swapaxes(1, 2), plan)
         z_PR = checkpoint_name(z_PR, "moe_z") if keeps_hidden else z_PR
         gated_ERF = lora[role].b_ERF * (spec.scale * lora[role].gate_ER)[:, :, None]

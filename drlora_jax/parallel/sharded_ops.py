@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from drlora_jax.ops import Ops, ops_for
 from drlora_jax.ops.attention import Backend
-from drlora_jax.ops.grouped import Dropout
+from drlora_jax.ops.grouped_parts import Dropout
 from drlora_jax.parallel.mesh import ROWS, platform_of
 
 

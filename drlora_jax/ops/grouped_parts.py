@@ -1,0 +1,66 @@
+"""What the backends of the expert operation share: its types, activations, products and dropout."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+INPUT_ROLES = ("gate", "up", "gate_up")
+ROLES = (*INPUT_ROLES, "down")
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class RoleLora(NamedTuple):
+    """Factors of one projection of all experts, as rank rows; `gate` multiplies each rank."""
+
+    a_ERD: jax.Array  # f32 [E, R, D_in]
+    b_ERF: jax.Array  # f32 [E, R, D_out]
+    gate_ER: jax.Array  # f32 [E, R], mask times one
+
+
+class ExpertSpec(NamedTuple):
+    """What is static about the operation."""
+
+    activation: str = "silu"
+    scale: float = 1.0
+    dropout: float = 0.0
+    base_grad: bool = False
+
+
+class Dropout(NamedTuple):
+    """Randomness that does not depend on how tokens are sorted or sharded: one stream per (role,
+    slot).
+    """
+
+    key: jax.Array
+    first_slot: jax.Array | int = 0  # number of this shard's first slot in the whole batch
+
+
+def matmul(left, right):
+    """Products accumulate in f32 and return in the dtype of the tokens."""
+    return jnp.matmul(left, right, preferred_element_type=jnp.float32).astype(left.dtype)
+
+
+def _hash(x):
+    """lowbias32: a bijection of uint32 in which every input bit flips every output bit half the
+    time.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def drop(x_BD, slots_B, role: str, spec: ExpertSpec, dropout: Dropout):
+    """Dropout of rows by their slot numbers; being linear, it is its own pullback."""
+    if spec.dropout == 0.0:
+        return x_BD
+    row_seed, column_seed = jax.random.bits(
+        jax.random.fold_in(dropout.key, ROLES.index(role)), (2,), jnp.uint32
+    )
+    # A counter hash of (slot, column): jax.random inside the block loop takes twice as long to
+    # compile, and a draw by block would depend on how the tokens are sorted.
+    row_B = _hash(slots_B.astype(jnp.uint32) ^ row_seed)
+    column_D = jnp.arange(x_BD.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + column_seed
+    keep_BD = _hash(row_B[:, None] ^ column_D[None]) >= jnp.uint32(round(spec.dropout * 2**32))
+    return jnp.where(keep_BD, x_BD / (1.0 - spec.dropout), 0).astype(x_BD.dtype)
