@@ -108,6 +108,7 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     from drlora_jax.config import ModelSection, TrainSection
     from drlora_jax.data.loader import Batch, split_micro_batches
     from drlora_jax.interop.hf_read import load_model, read_model_config
+    from drlora_jax.ops import ops_for
     from drlora_jax.optimizer import make_optimizer
     from drlora_jax.step import StepOptions, TrainState, init_lora, make_train_step
 
@@ -115,7 +116,9 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     paths = resolve_targets(config, "expert_lora", ("gate_up", "down", "q", "v"))
     adapter = AdapterSpec(paths, scale=2.0, rank=RANK, max_rank=RANK)
     model, params = load_model(directory, adapter=adapter)
-    options = dataclasses.replace(model.options, remat=remat or ModelSection().remat)
+    options = dataclasses.replace(
+        model.options, remat=remat or ModelSection().remat, ops=ops_for("cpu")
+    )
     model = model.clone(options=options)
     policy = uniform(CapacityShapes(4, 2, 64, RANK), rank=RANK)
     tx, _ = make_optimizer(TrainSection(steps=1000, learning_rate=1e-4), 1000)

@@ -36,9 +36,11 @@ class Attention(nn.Module):
             return Projection(features, path, self.dtype, self.adapter, has_bias, name=role)(inputs)
 
         def heads(role, count):
-            """Projects, normalises and clips, [B, T, count, H]."""
+            """Projects, normalises, clips and rotates, [B, T, count, H]."""
             y = project(role, count * config.head_dim, config.has_qkv_bias, x_BTD)
-            is_normed = role != "v"
+            is_normed = role != "v" and config.qk_norm != "none"
+            if is_normed:  # the norm's gradient needs what it was given, or the projection again
+                y = keep(y, role)
             if is_normed and config.qk_norm == "full":
                 y = RmsNorm(self.norm_epsilon, self.dtype, name=f"{role}_norm")(y)
             if config.clip_qkv is not None:
@@ -46,11 +48,12 @@ class Attention(nn.Module):
             y = y.reshape(*y.shape[:2], count, config.head_dim)
             if is_normed and config.qk_norm == "head":
                 y = RmsNorm(self.norm_epsilon, self.dtype, name=f"{role}_norm")(y)
-            return y
+            if role != "v":
+                y = rotate(y, positions_BT, config.rope)
+            return y if is_normed else keep(y, role)
 
-        q_BTNH = keep(rotate(heads("q", config.num_heads), positions_BT, config.rope), "q")
-        k_BTGH = keep(rotate(heads("k", config.num_kv_heads), positions_BT, config.rope), "k")
-        v_BTGH = keep(heads("v", config.num_kv_heads), "v")
+        q_BTNH, k_BTGH = heads("q", config.num_heads), heads("k", config.num_kv_heads)
+        v_BTGH = heads("v", config.num_kv_heads)
         sinks_N = None
         if config.has_sinks:
             sinks_N = self.param("sinks", nn.initializers.zeros, (config.num_heads,), self.dtype)

@@ -78,6 +78,14 @@ def routing_stats(logits_TE: jax.Array, routing: Routing, is_valid_T: jax.Array)
     )
 
 
+class ExpertStack(NamedTuple):
+    """Frozen expert weights of a segment's scan, and the layer that is meant."""
+
+    gate_up_LEDF: jax.Array
+    down_LEFD: jax.Array
+    layer: jax.Array
+
+
 class Moe(nn.Module):
     config: MoeConfig
     location: str
@@ -87,7 +95,9 @@ class Moe(nn.Module):
     base_grad: bool
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, RoutingStats]:
+    def __call__(
+        self, x_BTD, segment_ids_BT, stack: ExpertStack | None = None
+    ) -> tuple[jax.Array, RoutingStats]:
         width, routing_config = x_BTD.shape[-1], self.config.routing
         experts, hidden = routing_config.num_experts, self.config.expert_dim
         x_TD, is_valid_T = x_BTD.reshape(-1, width), segment_ids_BT.reshape(-1) > 0
@@ -97,6 +107,9 @@ class Moe(nn.Module):
 
         w_gate_up_EDF = self.param("gate_up", kernel_init, (experts, width, 2 * hidden), self.dtype)
         w_down_EFD = self.param("down", kernel_init, (experts, hidden, width), self.dtype)
+        weights, which = (w_gate_up_EDF, w_down_EFD), {}
+        if stack is not None:
+            weights, which = (stack.gate_up_LEDF, stack.down_LEFD), {"layer": stack.layer}
         shapes = {role: (width, hidden) for role in ("gate", "up")}
         shapes |= {"gate_up": (width, 2 * hidden), "down": (hidden, width)}
         lora = {
@@ -113,11 +126,11 @@ class Moe(nn.Module):
             # Padding is computed by no expert: its output is zero and it costs nothing.
             jnp.where(is_valid_T[:, None], routing.expert_TK, experts),
             routing.weight_TK,
-            w_gate_up_EDF,
-            w_down_EFD,
+            *weights,
             lora,
             spec,
             dropout=Dropout(self.make_rng("dropout")) if is_dropping else None,
+            **which,
         )
         return y_TD.reshape(x_BTD.shape), stats
 

@@ -24,7 +24,7 @@ from drlora_jax.models.architecture import (
 )
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
-from drlora_jax.models.moe import Moe, RoutingStats
+from drlora_jax.models.moe import ExpertStack, Moe, RoutingStats
 from drlora_jax.models.remat import Remat, keep, rematerialised
 from drlora_jax.ops import Ops
 from drlora_jax.ops.grouped_parts import ACTIVATIONS
@@ -71,7 +71,7 @@ class Block(nn.Module):
     location: str
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT, positions_BT):
+    def __call__(self, x_BTD, segment_ids_BT, positions_BT, stack: ExpertStack | None = None):
         dtype, adapter = self.options.dtype, self.options.adapter
         epsilon = self.config.norm_epsilon
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
             moe = Moe(
                 self.layer.ffn, f"{self.location}/moe", dtype, adapter, run, base_grad, name="moe"
             )
-            y_BTD, stats = moe(y_BTD, segment_ids_BT)
+            y_BTD, stats = moe(y_BTD, segment_ids_BT, stack)
         else:
             y_BTD = DenseFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")(
                 y_BTD
@@ -115,12 +115,13 @@ class Unit(nn.Module):
     location: str
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT, positions_BT):
+    def __call__(self, x_BTD, segment_ids_BT, positions_BT, stacks, repeat):
         stats = []
         for index, layer in enumerate(self.segment.unit):
             name = f"layer_{index}"
             block = Block(self.config, self.options, layer, f"{self.location}/{name}", name=name)
-            x_BTD, layer_stats = block(x_BTD, segment_ids_BT, positions_BT)
+            stack = ExpertStack(*stacks[name], repeat) if name in stacks else None
+            x_BTD, layer_stats = block(x_BTD, segment_ids_BT, positions_BT, stack)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return x_BTD, stats
@@ -148,17 +149,34 @@ class Decoder(nn.Module):
                 unit,
                 variable_axes={"params": 0, "lora": 0, "rank_mask": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=nn.broadcast,
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=segment.repeats,
             )
             name = f"segment_{index}"
             run = scanned(config, self.options, segment, name, name=name)
-            x_BTD, stats = run(x_BTD, segment_ids_BT, positions_BT)
+            inputs = (segment_ids_BT, positions_BT, self._expert_stacks(name))
+            x_BTD, stats = run(x_BTD, *inputs, jnp.arange(segment.repeats))
             per_segment.append(stats)
         x_BTD = RmsNorm(config.norm_epsilon, dtype, name="final_norm")(x_BTD)
         if not config.tie_embeddings:
             self.param("head", kernel_init, shape_VD[::-1], dtype)
         return x_BTD, stack_layers(per_segment)
+
+    def _expert_stacks(self, segment: str) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Layer of the unit -> its experts in all repeats, where the operation reads stacks.
+
+        A scan copies each layer's weights out of their stack before anything reads them; where
+        memory is slow, as on CPU, that costs as much as some of the products.
+        """
+        options = self.options
+        if not options.ops.reads_stacks or options.base_grad or self.is_initializing():
+            return {}
+        layers = self.variables["params"][segment].items()
+        return {
+            name: (layer["moe"]["gate_up"], layer["moe"]["down"])
+            for name, layer in layers
+            if "moe" in layer
+        }
 
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:

@@ -18,6 +18,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable = expert_mlp
     attend: Callable = attend
     summed_nll: Callable = summed_nll
+    reads_stacks: bool = False  # expert_mlp takes the stack of all layers with a layer's number
 
 
 def ops_for(
@@ -28,9 +29,11 @@ def ops_for(
     attention: Backend = "auto",
 ) -> Ops:
     """What runs in programs compiled for `platform` with these compiler options."""
+    backend = expert_backend(platform, options)
     return Ops(
-        expert_mlp=_experts(expert_backend(platform, options), expert_shards == 1),
+        expert_mlp=_experts(backend, expert_shards == 1),
         attend=_attention(attention, platform),
+        reads_stacks=backend == "block",
     )
 
 

@@ -41,6 +41,7 @@ def expert_mlp(
     dropout: Dropout | None = None,
     backend: str = "auto",
     keeps_hidden: bool = True,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over the K experts of each token of the LoRA-adapted gated MLP.
 
@@ -54,9 +55,11 @@ def expert_mlp(
         where a gate is.
       spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
       backend: block | ragged | dense | auto (block on CPU, else dense).
-      keeps_hidden: gives `models.remat` the chance to keep pre-activations (by the names `moe_gu`,
-        `moe_z`): right where most slots are computed here, wrong on an expert shard, where most
-        rows of these arrays belong to others.
+      keeps_hidden: of `ragged`: gives `models.remat` the chance to keep pre-activations (by the
+        names `moe_gu`, `moe_z`): right where most slots are computed here, wrong on an expert
+        shard, where most rows of these arrays belong to others.
+      layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, of which this one
+        is meant. `block` reads them expert by expert and copies no layer.
 
     Returns:
       y_TD in the dtype of x_TD.
@@ -68,8 +71,13 @@ def expert_mlp(
     if dropout is None:
         spec, dropout = spec._replace(dropout=0.0), Dropout(jax.random.key(0))
     weights, weight_TK = (w_gate_up_EDF, w_down_EFD), weight_TK.astype(jnp.float32)
+    if backend == "block" and layer is None:
+        weights, layer = (w_gate_up_EDF[None], w_down_EFD[None]), 0
+    elif backend != "block" and layer is not None:
+        weights = (w_gate_up_EDF[layer], w_down_EFD[layer])
     arguments = (spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
-    if backend == "dense":
-        return grouped_dense.expert_mlp(*arguments)
-    run = {"block": grouped_block, "ragged": grouped_ragged}[backend]
-    return run.expert_mlp(*arguments, keeps_hidden)
+    if backend == "block":
+        return grouped_block.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
+    if backend == "ragged":
+        return grouped_ragged.expert_mlp(*arguments, keeps_hidden)
+    return grouped_dense.expert_mlp(*arguments)

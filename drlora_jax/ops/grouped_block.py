@@ -7,9 +7,10 @@ Compute follows the active rank: factors are worked on in pages of `PAGE` rank r
 walks its pages up to the last open gate. Growth changes counts, never shapes. What lies behind the
 last open gate is not read, and its cotangents are zero.
 
-The backward pass is written out. It reads the pre-activations (`moe_gu`) that the forward pass
-wrote, or that `models.remat` had computed again, and takes everything else from the tokens; the
-down product is never repeated.
+The backward pass is written out and starts from the tokens: it repeats the product with gate and
+up, never the one with down. To keep pre-activations is no faster: writing and reading them costs as
+much as the product. For the same reason weights are read from the stack of all layers, one expert
+at a time, and sums over experts are added up in place.
 
 Letters: T tokens, K experts per token, P = T * K slots (and a tail of one block), B rows of a
   block, E experts, D model, F expert hidden, R ranks, Q ranks of a page.
@@ -21,7 +22,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from drlora_jax.ops.grouped_parts import ACTIVATIONS, RoleLora, drop, matmul
 
@@ -29,85 +29,64 @@ SMALL_ROWS, LARGE_ROWS = 64, 256
 PAGE = 16  # what AVX-512 holds in one register: thinner products cost as much
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7))
-def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden):
-    """As `ops.grouped.expert_mlp`."""
-    walk = _Walk(spec, expert_TK, weight_TK, weights, lora, dropout)
-    return _forward(walk, x_TD, writes_hidden=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, layer):
+    """As `ops.grouped.expert_mlp`; `weights` are stacks [L, E, ...], of which `layer` is used."""
+    return _forward(_Walk(spec, expert_TK, weight_TK, weights, lora, dropout, layer), x_TD)
 
 
-def _expert_mlp_forward(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden):
-    walk = _Walk(spec, expert_TK, weight_TK, weights, lora, dropout)
-    y_TD, gate_up_PF = _forward(walk, x_TD, writes_hidden=True)
-    if keeps_hidden:
-        gate_up_PF = checkpoint_name(gate_up_PF, "moe_gu")
-    return y_TD, (x_TD, expert_TK, weight_TK, weights, lora, dropout, gate_up_PF)
+def _expert_mlp_forward(spec, *inputs):
+    return expert_mlp(spec, *inputs), inputs
 
 
-def _expert_mlp_backward(spec, keeps_hidden, saved, dy_TD):
-    x_TD, expert_TK, weight_TK, weights, lora, dropout, gate_up_PF = saved
-    walk = _Walk(spec, expert_TK, weight_TK, weights, lora, dropout)
-    dx_TD, dp_P, d_weights, d_lora = _backward(walk, x_TD, gate_up_PF, dy_TD)
-    return dx_TD, None, dp_P.reshape(weight_TK.shape), d_weights, d_lora, None
+def _expert_mlp_backward(spec, inputs, dy_TD):
+    x_TD, _, weight_TK, *_ = inputs
+    dx_TD, dp_P, d_weights, d_lora = _backward(_Walk(spec, *inputs[1:]), x_TD, dy_TD)
+    return dx_TD, None, dp_P.reshape(weight_TK.shape), d_weights, d_lora, None, None
 
 
 expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward)
 
 
-def _forward(walk: "_Walk", x_TD, *, writes_hidden: bool):
-    """Sums over experts [T, D], and pre-activations [P, 2F] in sorted order if asked for."""
-    spec = walk.spec
-    hidden = walk.weights[0].shape[2] if writes_hidden else 0
+def _forward(walk: "_Walk", x_TD):
+    """Sums over experts, [T, D]."""
 
-    def one_block(block: _Block, carry):
-        y_TD, gate_up_PF = carry
-        w_gate_up_DF, w_down_FD = block.weights
-        x_BD = x_TD[block.tokens_B]
-        gate_up_BF = matmul(x_BD, w_gate_up_DF)
-        for role in walk.input_roles:
-            part_BF = _columns(gate_up_BF, role)
-            part_BF = walk.add_low_rank(block, role, x_BD, part_BF)
-            gate_up_BF = _with_columns(gate_up_BF, role, part_BF)
-        if writes_hidden:
-            gate_up_PF = _write_block(gate_up_PF, gate_up_BF, block.row)
-        h_BF = _activate(spec, x_TD.dtype, gate_up_BF, block.p_B)
-        y_BD = matmul(h_BF, w_down_FD)
+    def one_block(block: _Block, y_TD):
+        h_BF = _activate(
+            walk.spec, x_TD.dtype, walk.pre_activations(block, x_TD[block.tokens_B]), block.p_B
+        )
+        y_BD = matmul(h_BF, block.w_down_FD)
         if "down" in walk.lora:
             y_BD = walk.add_low_rank(block, "down", h_BF, y_BD)
         # Rows past the group's end add zeros.
-        return y_TD.at[block.tokens_B].add(y_BD.astype(jnp.float32)), gate_up_PF
+        return y_TD.at[block.tokens_B].add(y_BD.astype(jnp.float32))
 
-    carry = (
-        jnp.zeros(x_TD.shape, jnp.float32),
-        jnp.zeros((walk.num_rows, hidden), x_TD.dtype),
-    )
-    y_TD, gate_up_PF = walk.run(one_block, carry)
-    return y_TD.astype(x_TD.dtype), gate_up_PF
+    return walk.run(one_block, jnp.zeros(x_TD.shape, jnp.float32)).astype(x_TD.dtype)
 
 
-def _backward(walk: "_Walk", x_TD, gate_up_PF, dy_TD):
+def _backward(walk: "_Walk", x_TD, dy_TD):
+    """Cotangents of tokens [T, D], combine weights [P], base weights (None if frozen), factors."""
     spec = walk.spec
 
     def one_block(block: _Block, carry):
         dx_TD, dp_P, d_weights, d_lora = carry
-        w_gate_up_DF, w_down_FD = block.weights
         x_BD, dy_BD = x_TD[block.tokens_B], dy_TD[block.tokens_B]
-        gate_up_BF = lax.dynamic_slice_in_dim(gate_up_PF, block.row, len(block.p_B))
+        gate_up_BF = walk.pre_activations(block, x_BD)
         h_BF, pull = jax.vjp(functools.partial(_activate, spec, x_TD.dtype), gate_up_BF, block.p_B)
-        dh_BF = matmul(dy_BD, w_down_FD.T)
+        dh_BF = matmul(dy_BD, block.w_down_FD.T)
         if "down" in walk.lora:
             dh_BF, d_lora = walk.pull_low_rank(block, "down", h_BF, dy_BD, dh_BF, d_lora)
         # p = 0 on rows past the end makes their share of every sum exactly zero; dp itself is not.
         d_gate_up_BF, dp_B = pull(dh_BF)
         dp_B = jnp.where(block.is_inside_B, dp_B, 0)
-        dx_BD = matmul(d_gate_up_BF, w_gate_up_DF.T)
+        dx_BD = matmul(d_gate_up_BF, block.w_gate_up_DF.T)
         for role in walk.input_roles:
             part_BF = _columns(d_gate_up_BF, role)
             dx_BD, d_lora = walk.pull_low_rank(block, role, x_BD, part_BF, dx_BD, d_lora)
         if spec.base_grad:
             grads = (_gram(x_BD, d_gate_up_BF), _gram(h_BF, dy_BD))
             d_weights = tuple(
-                _add_at(total, grad[None], block.expert)
+                _add_at(total, grad[None, None], walk.layer, block.expert)
                 for total, grad in zip(d_weights, grads, strict=True)
             )
         dx_TD = dx_TD.at[block.tokens_B].add(dx_BD.astype(jnp.float32))
@@ -120,14 +99,14 @@ def _backward(walk: "_Walk", x_TD, gate_up_PF, dy_TD):
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(walk.num_slots, jnp.float32),
-        jax.tree.map(zeros, walk.weights) if spec.base_grad else (),
+        jax.tree.map(zeros, walk.weights if spec.base_grad else ()),
         jax.tree.map(zeros, walk.lora),
     )
     dx_TD, dp_P, d_weights, d_lora = walk.run(one_block, carry)
     if spec.base_grad:
         d_weights = jax.tree.map(lambda grad, w: grad.astype(w.dtype), d_weights, walk.weights)
     else:
-        d_weights = jax.tree.map(jnp.zeros_like, walk.weights)
+        d_weights = None
     return dx_TD.astype(x_TD.dtype), dp_P, d_weights, d_lora
 
 
@@ -135,8 +114,8 @@ class _Block(NamedTuple):
     """Some rows of one expert's group."""
 
     expert: jax.Array
-    weights: tuple[jax.Array, jax.Array]  # of the expert
-    row: jax.Array  # sorted position of the first
+    w_gate_up_DF: jax.Array  # of the expert
+    w_down_FD: jax.Array
     tokens_B: jax.Array
     slots_B: jax.Array
     p_B: jax.Array  # combine weights, 0 past the end of the group
@@ -150,13 +129,12 @@ class _Walk:
     expert here come last and are never visited.
     """
 
-    def __init__(self, spec, expert_TK, weight_TK, weights, lora, dropout):
-        num_experts, self.num_slots = weights[0].shape[0], expert_TK.size
+    def __init__(self, spec, expert_TK, weight_TK, weights, lora, dropout, layer):
+        num_experts, self.num_slots = weights[0].shape[1], expert_TK.size
         self.spec, self.weights, self.lora, self._dropout = spec, weights, lora, dropout
-        self._per_token = expert_TK.shape[1]
+        self._per_token, self.layer = expert_TK.shape[1], layer
         self.input_roles = [role for role in lora if role != "down"]
         self._rows = block_rows(self.num_slots, num_experts)
-        self.num_rows = self.num_slots + self._rows[1]
         expert_P = expert_TK.reshape(-1)
         is_elsewhere_P = (expert_P < 0) | (expert_P >= num_experts)
         expert_P = jnp.where(is_elsewhere_P, num_experts, expert_P)
@@ -171,7 +149,7 @@ class _Walk:
         """`one_block(block, carry) -> carry` for all blocks, in sorted order."""
 
         def one_expert(expert, carry):
-            weights = jax.tree.map(lambda w: w[expert], self.weights)
+            weights = [w[self.layer, expert] for w in self.weights]
             for rows, first, count in self._blocks(self._size_E[expert]):
 
                 def one(index, carry, rows=rows, first=first):
@@ -202,7 +180,16 @@ class _Walk:
 
         p_B = jnp.where(is_inside_B, read(self._weight_P), 0)
         slots_B = read(self._slot_P)
-        return _Block(expert, weights, row, slots_B // self._per_token, slots_B, p_B, is_inside_B)
+        tokens_B = slots_B // self._per_token
+        return _Block(expert, *weights, tokens_B, slots_B, p_B, is_inside_B)
+
+    def pre_activations(self, block: _Block, x_BD):
+        """[gate | up], factors included."""
+        gate_up_BF = matmul(x_BD, block.w_gate_up_DF)
+        for role in self.input_roles:
+            part_BF = self.add_low_rank(block, role, x_BD, _columns(gate_up_BF, role))
+            gate_up_BF = _with_columns(gate_up_BF, role, part_BF)
+        return gate_up_BF
 
     def _drop(self, block: _Block, role: str, rows_BD):
         slots_B = block.slots_B + self._dropout.first_slot
@@ -217,7 +204,7 @@ class _Walk:
             z_BQ = (z_BQ * (self.spec.scale * page.gate_Q)[None]).astype(in_BD.dtype)
             return out_BF + matmul(z_BQ, page.b_QF)
 
-        return self._each_page(block, role, in_BD.dtype, one_page, out_BF)
+        return self._each_page(block.expert, role, in_BD.dtype, one_page, out_BF)
 
     def pull_low_rank(self, block: _Block, role: str, in_BD, d_out_BF, d_in_BD, d_lora):
         """d_in with this role's share, and the factors' gradients with this block's."""
@@ -241,12 +228,12 @@ class _Walk:
 
         zeros_BD = jnp.zeros_like(d_in_BD)
         d_low_BD, grads = self._each_page(
-            block, role, in_BD.dtype, one_page, (zeros_BD, d_lora[role])
+            block.expert, role, in_BD.dtype, one_page, (zeros_BD, d_lora[role])
         )
         d_low_BD = self._drop(block, role, d_low_BD)
         return d_in_BD + d_low_BD, d_lora | {role: grads}
 
-    def _each_page(self, block: _Block, role: str, dtype, one_page, carry):
+    def _each_page(self, expert, role: str, dtype, one_page, carry):
         factors = self.lora[role]
         max_rank = factors.gate_ER.shape[1]
         width = min(PAGE, max_rank)
@@ -260,7 +247,7 @@ class _Walk:
 
             def cut(array):
                 sizes = (1, width, *array.shape[2:])
-                starts = (block.expert, first, *[0] * (array.ndim - 2))
+                starts = (expert, first, *[0] * (array.ndim - 2))
                 return lax.dynamic_slice(array, starts, sizes)[0]
 
             a_QD, b_QF, gate_Q = map(cut, factors)
@@ -275,7 +262,7 @@ class _Walk:
 
         if max_rank <= PAGE:
             return run(0, carry)
-        return lax.fori_loop(0, self._pages[role][block.expert], run, carry)
+        return lax.fori_loop(0, self._pages[role][expert], run, carry)
 
 
 class _Page(NamedTuple):
@@ -324,10 +311,6 @@ def _with_columns(gate_up_BF, role: str, part_BF):
 def _gram(left_BX, right_BY):
     """sum_B left right^T in f32."""
     return jnp.matmul(left_BX.T, right_BY, preferred_element_type=jnp.float32)
-
-
-def _write_block(array, block, row):
-    return lax.dynamic_update_slice_in_dim(array, block.astype(array.dtype), row, axis=0)
 
 
 def _add_at(total, part, *first):
