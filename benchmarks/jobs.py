@@ -26,7 +26,7 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
 
 def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepare.Job:
     """The job of a config without files: no data, weights, tokenizer or run directory."""
-    model_config = parse_config(values)
+    model_config = prepare.with_adapter_experts(parse_config(values), config.adapter)
     adapter = prepare.make_adapter(config, model_config)
     sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
     prepare.check_mesh(config, model_config, sizes)

@@ -179,13 +179,19 @@ class TrainSection(_Section):
 
 @dataclass(frozen=True)
 class AdapterSection(_Section):
-    kind: Literal["expert_lora", "lora"] = "expert_lora"
+    # expert_lora: on the experts of an MoE; lora: one pair a matrix; mixlora: experts of its own on
+    # the FFNs of a dense model, with a router
+    kind: Literal["expert_lora", "lora", "mixlora"] = "expert_lora"
     targets: tuple[str, ...] = ("up", "down")  # roles, or regular expressions over parameter paths
     scale: float = 2.0  # alpha / rank: constant, whatever rank is active
     dropout: float = 0.1  # on the input of every low-rank product, in training
     rank: int | None = None  # of plain LoRA (attention, dense FFN); None: allocation.r_target
     router: Literal["frozen", "after_warmup"] = "frozen"
     router_learning_rate: float | None = None  # None: train.learning_rate
+    num_experts: int = 8  # of mixlora
+    experts_per_token: int = 2  # of mixlora
+    # of mixlora, instead of experts_per_token: the best experts up to this sum of probabilities
+    top_p: float | None = None
     freeze_idle_experts: bool = True  # no tokens in a step: factors and moments stay as they are
 
     def check(self):
@@ -203,6 +209,21 @@ class AdapterSection(_Section):
             f"adapter.rank must be greater than 0, got {self.rank}.",
         )
         _at_most("adapter.rank", self.rank or 0, LARGEST_RANK)
+        _positive("adapter", {"num_experts": self.num_experts})
+        _require(
+            0 < self.experts_per_token <= self.num_experts,
+            "adapter.experts_per_token must be from 1 to adapter.num_experts "
+            f"({self.num_experts}), got {self.experts_per_token}.",
+        )
+        _require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"adapter.top_p must be in (0, 1] or None, got {self.top_p}.",
+        )
+        _require(
+            self.kind == "expert_lora" or self.router == "frozen",
+            f"adapter.router={self.router} is about the routers of an MoE: with "
+            f"adapter.kind={self.kind} leave it at frozen (a mixlora router always trains).",
+        )
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})
 
@@ -316,6 +337,11 @@ class TrainConfig:
             _require(
                 isinstance(value, cls), f"{item.name} must be a {cls.__name__}, got {value!r}."
             )
+        _require(
+            self.adapter.kind != "mixlora" or self.allocation.kind != "moe_sieve",
+            "allocation.kind=moe_sieve counts whom a trained router chooses; the router of "
+            "adapter.kind=mixlora is new. Use uniform, dr_lora, random or pattern.",
+        )
         _require(
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",
             "adapter.kind=lora has no experts to share ranks among: "

@@ -17,7 +17,7 @@ from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_read import find_model, read_headers, read_model_config
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.prepare import make_adapter
+from drlora_jax.prepare import make_adapter, with_adapter_experts
 from drlora_jax.reporting.read import RunLog, budget, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
 from drlora_jax.units import format_bytes
@@ -160,6 +160,7 @@ def _base_lines(run: RunLog) -> list[str]:
     try:
         config = _stored_config(run)
         model = read_model_config(find_local(config.model.path))
+        model = with_adapter_experts(model, config.adapter)
         rows = coverage(model, make_adapter(config, model), config.adapter.targets)
     except UserError as error:
         return [f"base        {run.config.get('model.path')}: {error}"]

@@ -33,7 +33,7 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_para
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.precision import resolve_dtype
-from drlora_jax.prepare import check_experts_divide, make_adapter
+from drlora_jax.prepare import check_experts_divide, make_adapter, with_adapter_experts
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import expert_roles, gates_tree, init_lora
 
@@ -60,6 +60,7 @@ class Loaded(NamedTuple):
         """The same model without its adapter."""
         options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
         return self._replace(
+            # A dense FFN with routing and no adapter is a dense FFN.
             model=self.model.clone(options=options),
             variables={"params": self.variables["params"]},
             step=None,
@@ -99,6 +100,8 @@ def load_run(
         mesh or MeshSection(),
         source.base_fingerprint,
     )
+    if not base_only:
+        loaded = loaded._replace(model=loaded.model.clone(config=source.model_config))
     loaded = loaded._replace(config=source.config, run_dir=source.run_dir)
     return loaded if base_only else _with_adapter(loaded, source)
 
@@ -129,7 +132,7 @@ def find_run(run_dir: str, *, step: str = "latest", model_path: str | None = Non
             "with --model-path."
         )
     checkpoints = RunDirectory(run_dir).checkpoints
-    model_config = read_model_config(directory)
+    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
     return RunSource(
         run_dir=pathlib.Path(run_dir),
         config=config,

@@ -33,7 +33,7 @@ def make_optimizer(
     """The optimizer of a run and its learning-rate schedule (optimizer steps done -> rate).
 
     Args:
-      router_learning_rate: peak rate of `router_delta` leaves; None: like everything else.
+      router_learning_rate: peak rate of routers; None: like everything else.
     """
     schedule = make_schedule(section, total_steps, section.learning_rate)
     rate = optax.scale_by_learning_rate(schedule)
@@ -95,7 +95,7 @@ def scale_by_rank_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
 
 def label_leaves(tree):
-    """`router` for router deltas, `lora` for every other leaf."""
+    """`router` for routers and their deltas, `lora` for every other leaf."""
     return jax.tree.map_with_path(
-        lambda path, _: "router" if path[-1].key == "router_delta" else "lora", tree
+        lambda path, _: "router" if path[-1].key in ("router", "router_delta") else "lora", tree
     )

@@ -60,7 +60,7 @@ def attention_backends(config: ModelConfig, length: int, dtype, platform: str, w
 def backend_line(config: ModelConfig, attention: list[str], platform: str, options: dict) -> str:
     """Which implementations of the operations a run takes."""
     parts = [f"attention {', '.join(attention)}"]
-    if config.moe is not None:
+    if config.experts_module == "moe" and config.moe is not None:
         parts.insert(0, f"experts {expert_backend(platform, options)}")
     return f"computed    {'; '.join(parts)} on {platform}"
 

@@ -23,7 +23,7 @@ from drlora_jax.interop.hf_read import (
     read_headers,
     read_model_config,
 )
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import DenseFfnConfig, ModelConfig, RoutingConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.precision import resolve_dtype
@@ -53,7 +53,7 @@ class Job(NamedTuple):
 def prepare(config: TrainConfig) -> Job:
     """Reads and checks everything a run needs; raises UserError for what the user can mend."""
     directory = find_model(config.model.path)
-    model_config = read_model_config(directory)
+    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
     devices = _device_count()
     config = _with_resolved_dtype(config)
     abstract = abstract_params(
@@ -124,6 +124,26 @@ def _with_resolved_dtype(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
+def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
+    """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN."""
+    if section.kind != "mixlora":
+        return model_config
+    routing = RoutingConfig(
+        section.num_experts, section.experts_per_token, normalize=True, top_p=section.top_p
+    )
+
+    def layer(config):
+        if not isinstance(config.ffn, DenseFfnConfig):
+            return config
+        return dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, routing=routing))
+
+    segments = tuple(
+        dataclasses.replace(segment, unit=tuple(map(layer, segment.unit)))
+        for segment in model_config.segments
+    )
+    return dataclasses.replace(model_config, segments=segments)
+
+
 def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
     section: AdapterSection = config.adapter
     return AdapterSpec(
@@ -133,6 +153,7 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
         rank=section.rank or config.allocation.r_target,
         max_rank=allocated_rank(config),
         train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
+        experts_module="mlp" if section.kind == "mixlora" else "moe",
     )
 
 

@@ -125,7 +125,9 @@ def auxiliary_loss(
 def expert_roles(adapter: AdapterSpec) -> tuple[str, ...]:
     """Roles with factors on the routed experts, in the order of the P axis."""
     return tuple(
-        role for role in ROLES if any(path.endswith(f"/moe/{role}") for path in adapter.paths)
+        role
+        for role in ROLES
+        if any(path.endswith(f"/{adapter.experts_module}/{role}") for path in adapter.paths)
     )
 
 
@@ -134,7 +136,7 @@ def gates_tree(config: ModelConfig, roles: tuple[str, ...], gate_LPER: jax.Array
     tree: dict = {}
     for (segment, layer), gate in split_layers(config, gate_LPER).items():
         roles_tree = {f"{role}_lora": {"gate": gate[:, index]} for index, role in enumerate(roles)}
-        tree.setdefault(segment, {})[layer] = {"moe": roles_tree}
+        tree.setdefault(segment, {})[layer] = {config.experts_module: roles_tree}
     return tree if roles else {}
 
 
@@ -143,7 +145,8 @@ def lora_like(
 ) -> dict:
     """A tree like `lora` of what multiplies or selects each leaf, broadcastable to it.
 
-    Expert factors get mask_LER (times expert_LE), router deltas get `router`, plain LoRA gets True.
+    Expert factors get mask_LER (times expert_LE), router deltas get `router`; plain LoRA and the
+    routers of an adapter's own experts get True.
     """
     per_layer = split_layers(config, (expert_LE[:, :, None] & (mask_LER > 0))[..., None])
 
@@ -151,7 +154,7 @@ def lora_like(
         names = [part.key for part in path]
         if names[-1] == "router_delta":
             return router
-        is_expert = len(names) > 3 and names[2] == "moe"
+        is_expert = len(names) > 3 and names[3].endswith("_lora")
         return per_layer[names[0], names[1]] if is_expert else jnp.asarray(True)
 
     return jax.tree.map_with_path(leaf, lora)
@@ -197,7 +200,7 @@ def _over_roles(config: ModelConfig, roles: tuple[str, ...], measure: Callable) 
     for segment, name in split_layers(config, jnp.zeros(len(config.moe_layers))):
 
         def layer(tree, role, segment=segment, name=name):
-            return tree[segment][name]["moe"][f"{role}_lora"]
+            return tree[segment][name][config.experts_module][f"{role}_lora"]
 
         rows = [measure(layer, role) for role in roles]
         segments.setdefault(segment, []).append(jnp.stack(rows, axis=1))

@@ -117,7 +117,8 @@ def build(job: Job, devices=None) -> Run:
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
-    router_rate = config.adapter.router_learning_rate if job.adapter.train_router else None
+    has_router = job.adapter.train_router or config.adapter.kind == "mixlora"
+    router_rate = config.adapter.router_learning_rate if has_router else None
     tx, schedule = make_optimizer(config.train, job.total_steps, router_learning_rate=router_rate)
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))

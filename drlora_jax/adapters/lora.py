@@ -24,6 +24,7 @@ class AdapterSpec:
     rank: int = 0  # of plain LoRA
     max_rank: int = 0  # of every expert
     train_router: bool = False
+    experts_module: str = "moe"  # whose paths mean factors of experts: the base's, or mlp (MixLoRA)
 
 
 NO_ADAPTER = AdapterSpec()

@@ -1,9 +1,10 @@
 """Which weight matrices an adapter config means, and the table that says so before the first step.
 
 A target is a role (q, k, v, o on attention; gate, up, down, gate_up on the experts for
-`expert_lora` and on dense FFNs for `lora`) or a regular expression over module paths such as
-segment_0/layer_0/attention/q. A target that matches nothing, and an expert method that adapts no
-expert, is refused: experts left out in silence are the commonest mistake with this kind of model.
+`expert_lora`, on dense FFNs for `lora` and `mixlora`) or a regular expression over module paths
+such as segment_0/layer_0/attention/q. A target that matches nothing, and an expert method that
+adapts no expert, is refused: experts left out in silence are the commonest mistake with this kind
+of model.
 """
 
 import re
@@ -64,6 +65,11 @@ def resolve_targets(config: ModelConfig, kind: str, targets: tuple[str, ...]) ->
     """The module paths that carry factors; `<layer>/moe/gate_up` for the fused role."""
     adapted: set[str] = set()
     every = list(matrices(config))
+    if kind == "mixlora" and any(matrix.kind == "experts" for matrix in every):
+        raise UserError(
+            f"adapter.kind=mixlora makes experts on dense FFNs, and this {config.family} model has "
+            "experts of its own; use adapter.kind=expert_lora."
+        )
     for target in targets:
         paths = _match(every, kind, target)
         if not paths:
@@ -115,6 +121,8 @@ def _check_experts(config: ModelConfig, kind: str, adapted: set[str]) -> None:
             f"or set adapter.kind=lora (model: {config.family}, {len(config.moe_layers)} MoE "
             f"layers)."
         )
+    if kind == "mixlora":
+        _check_mixture(_ffn_roles(config, adapted))
     if kind == "lora" and any(roles):
         raise UserError(
             "adapter.targets: adapter.kind=lora does not adapt experts; use expert_lora."
@@ -127,6 +135,30 @@ def _check_experts(config: ModelConfig, kind: str, adapted: set[str]) -> None:
     if roles and "gate_up" in roles[0] and roles[0] & {"gate", "up"}:
         raise UserError(
             "adapter.targets: gate_up next to gate or up on the experts; one or the other."
+        )
+
+
+def _ffn_roles(config: ModelConfig, adapted: set[str]) -> dict[str, set[str]]:
+    """Adapted roles of the dense FFN of every layer."""
+    per_layer: dict[str, set[str]] = {}
+    for matrix in matrices(config):
+        if matrix.kind == "ffn":
+            layer, _, role = matrix.path.rpartition("/")
+            per_layer.setdefault(layer, set()).update({role} if matrix.path in adapted else ())
+    return per_layer
+
+
+def _check_mixture(every_layer: dict[str, set[str]]) -> None:
+    roles = list(every_layer.values())
+    if not any(roles):
+        raise UserError(
+            "adapter.targets: adapter.kind=mixlora adapts no FFN; add gate, up or down, or set "
+            "adapter.kind=lora."
+        )
+    if any(found != roles[0] for found in roles):
+        raise UserError(
+            "adapter.targets must adapt the same FFN projections in every layer for "
+            f"adapter.kind=mixlora, got {every_layer}."
         )
 
 
@@ -146,13 +178,36 @@ class Coverage(NamedTuple):
 
 def coverage(config: ModelConfig, spec: AdapterSpec, targets: tuple[str, ...]) -> list[Coverage]:
     """Every weight matrix, adapted or frozen, and by which rule."""
-    return [_cover(matrix, spec, targets) for matrix in matrices(config)]
+    rows = [_cover(config, matrix, spec, targets) for matrix in matrices(config)]
+    return rows + _mixture_routers(config) if spec.experts_module == "mlp" else rows
 
 
-def _cover(matrix: Matrix, spec: AdapterSpec, targets: tuple[str, ...]) -> Coverage:
+def _mixture_routers(config: ModelConfig) -> list[Coverage]:
+    size = config.width * config.moe.routing.num_experts
+    return [
+        Coverage(
+            f"segment_{index}/layer_{position}/mlp/router",
+            segment.repeats,
+            0,
+            segment.repeats * size,
+            "new, trained",
+        )
+        for index, segment in enumerate(config.segments)
+        for position, _ in enumerate(segment.unit)
+    ]
+
+
+def _cover(
+    config: ModelConfig, matrix: Matrix, spec: AdapterSpec, targets: tuple[str, ...]
+) -> Coverage:
     row = Coverage(matrix.path, matrix.count, matrix.parameters, 0, "")
     size = matrix.in_features + matrix.out_features
     if matrix.path in spec.paths:
+        if matrix.kind == "ffn" and spec.experts_module == "mlp":
+            experts = config.moe.routing.num_experts
+            status = f"{experts} LoRA experts, rank up to {spec.max_rank}"
+            trained = matrix.count * experts * spec.max_rank * size
+            return row._replace(trained=trained, status=status)
         rank = spec.max_rank if matrix.kind == "experts" else spec.rank
         label = f"LoRA, rank up to {rank}" if matrix.kind == "experts" else f"LoRA, rank {rank}"
         return row._replace(trained=matrix.count * rank * size, status=label)

@@ -46,6 +46,7 @@ class RoutingConfig:
     has_selection_bias: bool = False  # added to the scores for the choice only
     num_groups: int = 1  # experts lie in groups, of which `top_groups` may be chosen from
     top_groups: int = 1
+    top_p: float | None = None  # as many of the best experts as it takes to pass this probability
     group_score: Literal["max", "top2_sum"] = "max"
 
 
@@ -53,6 +54,7 @@ class RoutingConfig:
 class DenseFfnConfig:
     hidden_dim: int
     activation: str = "silu"
+    routing: RoutingConfig | None = None  # of LoRA experts that an adapter puts on it (MixLoRA)
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,26 @@ class ModelConfig:
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """Model layer index of every MoE layer, in order: the L axis of masks and statistics."""
+        """Model layer index of every layer with experts, the base's or an adapter's, in order: the
+        L axis of masks and statistics.
+        """
         layers = [layer for segment in self.segments for layer in segment.unit * segment.repeats]
-        return tuple(
-            index for index, layer in enumerate(layers) if isinstance(layer.ffn, MoeConfig)
-        )
+        return tuple(index for index, layer in enumerate(layers) if layer.ffn.routing is not None)
 
     @property
-    def moe(self) -> MoeConfig | None:
-        """The MoE configuration that all MoE layers share; None for a dense model."""
+    def moe(self) -> MoeConfig | DenseFfnConfig | None:
+        """The FFN that all layers with experts share; None if there are none."""
         found = {
             layer.ffn
             for segment in self.segments
             for layer in segment.unit
-            if isinstance(layer.ffn, MoeConfig)
+            if layer.ffn.routing is not None
         }
         if len(found) > 1:
             raise ValueError(f"MoE layers of one model must be alike, got {found}.")
         return found.pop() if found else None
+
+    @property
+    def experts_module(self) -> str:
+        """Name of the module that has the experts: the base's `moe`, or a dense FFN's `mlp`."""
+        return "moe" if isinstance(self.moe, MoeConfig) else "mlp"

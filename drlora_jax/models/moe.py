@@ -45,6 +45,8 @@ def choose_experts(
         if config.score == "sigmoid"
         else jax.nn.softmax(logits_TE, axis=-1)
     )
+    if config.top_p is not None:
+        return _choose_top_p(score_TE, config)
     choice_TE = score_TE if bias_E is None else score_TE + bias_E[None]
     if config.num_groups > 1:
         choice_TE = _limit_to_groups(choice_TE, config)
@@ -52,6 +54,20 @@ def choose_experts(
     weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
     if config.normalize:
         weight_TK = weight_TK / (jnp.sum(weight_TK, axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_TK, weight_TK * config.scaling)
+
+
+def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:
+    """Every expert up to and with the first that takes the sum of scores over `top_p`."""
+    num_experts = score_TE.shape[-1]
+    weight_TK, expert_TK = jax.lax.top_k(score_TE, num_experts)
+    before_TK = jnp.cumsum(weight_TK, axis=-1) - weight_TK
+    is_chosen_TK = before_TK <= config.top_p
+    weight_TK = jnp.where(is_chosen_TK, weight_TK, 0.0)
+    if config.normalize:
+        weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
+    # An index that is no expert's: not counted, not computed.
+    expert_TK = jnp.where(is_chosen_TK, expert_TK, num_experts)
     return Routing(expert_TK, weight_TK * config.scaling)
 
 

@@ -24,6 +24,7 @@ from drlora_jax.models.architecture import (
 )
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
+from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.moe import ExpertStack, Moe, RoutingStats
 from drlora_jax.models.remat import Remat, keep, rematerialised
 from drlora_jax.ops import Ops
@@ -99,6 +100,9 @@ class Block(nn.Module):
                 self.layer.ffn, f"{self.location}/moe", dtype, adapter, run, base_grad, name="moe"
             )
             y_BTD, stats = moe(y_BTD, segment_ids_BT, stack)
+        elif self.layer.ffn.routing is not None and adapter.paths:
+            mixture = MixtureFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")
+            y_BTD, stats = mixture(y_BTD, segment_ids_BT)
         else:
             y_BTD = DenseFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")(
                 y_BTD
@@ -230,7 +234,7 @@ def split_layers(config: ModelConfig, array_L) -> dict[tuple[str, str], jax.Arra
     slices, start = {}, 0
     for index, segment in enumerate(config.segments):
         layers = [
-            f"layer_{i}" for i, layer in enumerate(segment.unit) if isinstance(layer.ffn, MoeConfig)
+            f"layer_{i}" for i, layer in enumerate(segment.unit) if layer.ffn.routing is not None
         ]
         size = segment.repeats * len(layers)
         part = array_L[start : start + size].reshape(
