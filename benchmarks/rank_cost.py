@@ -1,12 +1,15 @@
 """What dynamic ranks cost: whole training steps in turns, one of each variant a round.
 
     python benchmarks/rank_cost.py [--rounds 40] [--r-max 32,64,128]
+    python benchmarks/rank_cost.py --operation    the expert operation alone
 
 On the bundled model's shape with random weights. `uniform` is plain LoRA of rank 16 that has memory
 for 16; the others are DR-LoRA with 16 active ranks in every expert and more allocated: same active
 parameters, plus importance, statistics, masks and inactive rows. Prints each variant's time over
 that of `uniform`, the mean of the rounds' ratios with a 95 % interval, and the time of a growth
-event in steps.
+event in steps. `--operation` times one layer's experts (64 of 256, 8 active, width 512, 2,048
+tokens), forward and gradient, with ranks from 8 to 24 around 16 in every expert, and prints what
+the factors add to the operation without factors, by allocated rank.
 """
 
 import argparse
@@ -32,6 +35,8 @@ from drlora_jax.config import (
 )
 from drlora_jax.data.loader import Batch
 from drlora_jax.models.transformer import init_variables
+from drlora_jax.ops.grouped import expert_mlp
+from drlora_jax.ops.grouped_parts import ExpertSpec, RoleLora
 
 RANK, ROWS, LENGTH = 16, 4, 512
 MODEL = pathlib.Path(train.__file__).parent / "bundled" / "tiny_moe" / "config.json"
@@ -87,13 +92,64 @@ def random_batch(vocab: int) -> Batch:
     return Batch(*map(jnp.asarray, arrays))
 
 
+def operation(rounds: int, r_maxes: list[int]) -> None:
+    draw = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(draw.normal(size=shape) * 0.05, jnp.float32)
+
+    tokens, experts, width, hidden = 2048, 64, 512, 256
+    base = (normal(experts, width, 2 * hidden), normal(experts, hidden, width))
+    x_TD = normal(tokens, width)
+    chosen = np.argsort(draw.random((tokens, experts)), axis=1)[:, :8]
+    expert_TK = jnp.asarray(chosen, jnp.int32)
+    weight_TK = jnp.asarray(draw.random((tokens, 8)), jnp.float32)
+    ranks_E = draw.permutation(np.linspace(8, 24, experts).round().astype(int))
+
+    def factors(r_max: int) -> dict[str, RoleLora]:
+        gate_ER = jnp.asarray(np.arange(r_max) < ranks_E[:, None], jnp.float32)
+        shapes = {"gate_up": (width, 2 * hidden), "down": (hidden, width)}
+        return {
+            role: RoleLora(
+                normal(experts, r_max, d_in),
+                normal(experts, r_max, d_out) * gate_ER[..., None],
+                gate_ER,
+            )
+            for role, (d_in, d_out) in shapes.items()
+        }
+
+    @jax.jit
+    def gradients(x_TD, lora, base):
+        def loss(x_TD, lora):
+            spec = ExpertSpec(scale=2.0)
+            return jnp.sum(expert_mlp(x_TD, expert_TK, weight_TK, *base, lora, spec) ** 2)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(x_TD, lora)
+
+    variants = {"none": {}} | {f"r_max {r_max}": factors(r_max) for r_max in r_maxes}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(rounds + 2):
+        for name in draw.permutation(list(variants)):
+            start = time.perf_counter()
+            jax.block_until_ready(gradients(x_TD, variants[name], base))
+            if index >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    least = {name: 1000 * min(taken) for name, taken in seconds.items()}
+    for name in list(variants)[1:]:
+        print(f"{name}: {least[name]:.1f} ms, of it factors {least[name] - least['none']:.1f} ms")
+    print(f"without factors {least['none']:.1f} ms (least of {rounds} interleaved rounds)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--r-max", default="32,64,128", help="allocated ranks, with commas")
+    parser.add_argument("--operation", action="store_true", help="one layer's experts alone")
     args = parser.parse_args()
+    if args.operation:
+        return operation(args.rounds, [int(r_max) for r_max in args.r_max.split(",")])
     values = json.loads(MODEL.read_text())
     batch = random_batch(values["vocab_size"])
     plain = Variant(values, AllocationSection(kind="uniform", r_target=RANK), batch)

@@ -7,7 +7,10 @@ import numpy as np
 from experiments import analyse
 from experiments.study import Study
 
-COLOURS = ("#222222", "#888888", "#0b6fb8", "#d9822b", "#2a9d5c", "#a23b72", "#5b4bb5", "#b3261e")
+COLOURS = (
+    *("#222222", "#888888", "#0b6fb8", "#d9822b", "#2a9d5c"),
+    *("#a23b72", "#5b4bb5", "#b3261e", "#17a2b8"),
+)
 
 
 def draw_all(study: Study, results: dict, folder: pathlib.Path) -> None:
@@ -53,6 +56,7 @@ def differences(study: Study, results: dict):
             axis.plot(found.mean, row, "D", color=colour, ms=5)
         axis.axvline(0, color="black", lw=0.8)
         axis.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
+        axis.locator_params(axis="x", nbins=5)
         axis.set_title(f"{task.name}: held-out loss minus {study.reference}")
         axis.set_xlabel("nats a token (left is better)")
     figure.tight_layout()
@@ -77,7 +81,7 @@ def curves(study: Study, results: dict):
         axis.set_title(f"{task.name}: held-out loss minus {study.reference}")
         axis.set_xlabel("thousand tokens")
     axes[0].set_ylabel("nats a token")
-    axes[-1].legend(fontsize=7)
+    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return figure
 

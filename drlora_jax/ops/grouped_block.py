@@ -260,9 +260,9 @@ class _Walk:
             )
             return one_page(page, carry)
 
-        if max_rank <= PAGE:
-            return run(0, carry)
-        return lax.fori_loop(0, self._pages[role][expert], run, carry)
+        # The first page is not worth a loop, which would keep its products apart from what follows.
+        carry = run(0, carry)
+        return carry if max_rank <= PAGE else lax.fori_loop(1, self._pages[role][expert], run, carry)
 
 
 class _Page(NamedTuple):
