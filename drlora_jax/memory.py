@@ -20,7 +20,7 @@ from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
 
 POLICIES = ("none", "selective", "full")
 LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
-ROW_COPIES = {"block": 3, "dense": 3, "ragged": 4}  # [P, D]: rows, results, and their gradients
+ROW_COPIES = {"block": 1, "dense": 3, "ragged": 4}  # [P, D]: rows, results, and their gradients
 HIDDEN_COPIES = {"block": 0, "dense": 0, "ragged": 6}  # [P, F]: gate | up, h, and their gradients
 NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
 
@@ -35,6 +35,7 @@ class Layout(NamedTuple):
     fsdp: int = 1
     max_rank: int = 0
     roles: int = 0  # projections of an expert with factors
+    reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
 
 
 def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, remat: str) -> int:
@@ -65,7 +66,8 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
     kept = layout.tokens * token
     if remat == "none":
         kept += layout.tokens * NORM_COPIES * config.width * 4
-        if layout.experts == "block":  # its gradient keeps its weights, and the scan stacks them
+        if layout.experts == "block" and not layout.reads_stacks:
+            # Its gradient keeps its weights, and the scan stacks them.
             kept += _expert_bytes(config, layer, layout)
     return kept
 
@@ -84,7 +86,8 @@ def _weight_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> in
     matrices = heads * attention.head_dim * config.width
     if not isinstance(layer.ffn, MoeConfig):
         matrices += 3 * config.width * layer.ffn.hidden_dim
-    return matrices * layout.item // layout.fsdp + _expert_bytes(config, layer, layout)
+    experts = 0 if layout.reads_stacks else _expert_bytes(config, layer, layout)
+    return matrices * layout.item // layout.fsdp + experts
 
 
 def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:

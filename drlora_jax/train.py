@@ -206,6 +206,7 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         fsdp=shape["fsdp"],
         max_rank=job.adapter.max_rank,
         roles=len(expert_roles(job.adapter)),
+        reads_stacks=experts == "block" and mesh.size == 1,
     )
 
 

@@ -4,8 +4,8 @@ The number of blocks is dynamic, so nothing is dropped, group sizes are free and
 depend on skew. `lax.ragged_dot` is not used: on CPU it is a dense expansion.
 
 Compute follows the active rank: factors are worked on in pages of `PAGE` rank rows, and an expert
-walks its pages up to the last open gate. Growth changes counts, never shapes. What lies behind the
-last open gate is not read, and its cotangents are zero.
+walks its pages up to that of the last open gate. Growth changes counts, never shapes. What lies
+behind that page is not read, and its cotangents are zero.
 
 The backward pass is written out and starts from the tokens: it repeats the product with gate and
 up, never the one with down. To keep pre-activations is no faster: writing and reading them costs as
@@ -240,9 +240,8 @@ class _Walk:
 
         def run(index, carry):
             wanted = index * width
-            first = jnp.minimum(
-                wanted, max_rank - width
-            )  # the last page may overlap the one before
+            # The last page may overlap the one before.
+            first = jnp.minimum(wanted, max_rank - width)
             is_own_Q = first + jnp.arange(width) >= wanted
 
             def cut(array):
@@ -262,7 +261,9 @@ class _Walk:
 
         # The first page is not worth a loop, which would keep its products apart from what follows.
         carry = run(0, carry)
-        return carry if max_rank <= PAGE else lax.fori_loop(1, self._pages[role][expert], run, carry)
+        return (
+            carry if max_rank <= PAGE else lax.fori_loop(1, self._pages[role][expert], run, carry)
+        )
 
 
 class _Page(NamedTuple):
