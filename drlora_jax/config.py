@@ -131,6 +131,7 @@ class TrainSection(_Section):
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+    b_learning_rate_ratio: float = 1.0  # of B's learning rate to A's (LoRA+: 16)
     # Adam's step count: of the run, or of every rank since it first had a gradient
     bias_correction: Literal["global", "per_rank"] = "global"
     max_grad_norm: float | None = 1.0
@@ -157,6 +158,7 @@ class TrainSection(_Section):
         given = {name: getattr(self, name) for name in counts}
         _positive("train", {name: value for name, value in given.items() if value is not None})
         _positive("train", {"learning_rate": self.learning_rate, "epsilon": self.epsilon})
+        _positive("train", {"b_learning_rate_ratio": self.b_learning_rate_ratio})
         _fraction(
             "train", {"warmup_ratio": self.warmup_ratio, "beta1": self.beta1, "beta2": self.beta2}
         )
@@ -192,6 +194,7 @@ class AdapterSection(_Section):
     experts_per_token: int = 2  # of mixlora
     # of mixlora, instead of experts_per_token: the best experts up to this sum of probabilities
     top_p: float | None = None
+    freeze_a: bool = False  # only B trains (FFA-LoRA)
     freeze_idle_experts: bool = True  # no tokens in a step: factors and moments stay as they are
 
     def check(self):

@@ -37,11 +37,17 @@ def make_optimizer(
     """
     schedule = make_schedule(section, total_steps, section.learning_rate)
     rate = optax.scale_by_learning_rate(schedule)
-    if router_learning_rate is not None:
-        router_rate = optax.scale_by_learning_rate(
-            make_schedule(section, total_steps, router_learning_rate)
+    ratio = section.b_learning_rate_ratio
+    if router_learning_rate is not None or ratio != 1:
+        peaks = {"lora": 1.0, "b": ratio, "router": 1.0}
+        peaks = {label: share * section.learning_rate for label, share in peaks.items()}
+        if router_learning_rate is not None:
+            peaks["router"] = router_learning_rate
+        rates = {label: make_schedule(section, total_steps, peak) for label, peak in peaks.items()}
+        rate = optax.partition(
+            {label: optax.scale_by_learning_rate(each) for label, each in rates.items()},
+            label_leaves,
         )
-        rate = optax.partition({"lora": rate, "router": router_rate}, label_leaves)
     adam = {"global": optax.scale_by_adam, "per_rank": scale_by_rank_adam}[section.bias_correction]
     parts = [
         adam(section.beta1, section.beta2, section.epsilon),
@@ -95,7 +101,6 @@ def scale_by_rank_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
 
 def label_leaves(tree):
-    """`router` for routers and their deltas, `lora` for every other leaf."""
-    return jax.tree.map_with_path(
-        lambda path, _: "router" if path[-1].key in ("router", "router_delta") else "lora", tree
-    )
+    """`router` for routers and their deltas, `b` for B, `lora` for every other leaf."""
+    labels = {"router": "router", "router_delta": "router", "b": "b"}
+    return jax.tree.map_with_path(lambda path, _: labels.get(path[-1].key, "lora"), tree)

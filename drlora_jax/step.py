@@ -249,6 +249,7 @@ def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: 
 class StepOptions(NamedTuple):
     auxiliary: AuxiliaryWeights = AuxiliaryWeights()
     freeze_idle_experts: bool = True
+    freeze_a: bool = False
     router_start: int = 0  # steps before a trained router moves
     seed: int = 0  # of dropout
 
@@ -321,8 +322,11 @@ def make_train_step(
                 is_used_LE = jnp.sum(measured.count_MLE, axis=0) > 0
         moves_router = state.step >= options.router_start
         every_rank = jnp.ones_like(state.mask_LER)
+        trains = lora_like(config, state.lora, is_used_LE, every_rank, moves_router)
+        if options.freeze_a:
+            trains = jax.tree.map_with_path(lambda path, leaf: leaf & (path[-1].key != "a"), trains)
         hold = Hold(
-            trains=lora_like(config, state.lora, is_used_LE, every_rank, moves_router),
+            trains=trains,
             active=lora_like(
                 config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
             ),

@@ -21,6 +21,7 @@ import optax
 from drlora_jax import cli
 from drlora_jax.allocation import CapacityState, Event, masks_from_ranks
 from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.config import load_config
 from drlora_jax.data.loader import BATCH_DTYPES, Batch, count_tokens, split_micro_batches
 from drlora_jax.data.prefetch import made_ahead
@@ -61,6 +62,9 @@ def main(argv=None) -> int:
     job = prepare(load_config(args.config, args.overrides))
     check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
+    cache = keep_compiled_programs(jax.default_backend())
+    if cache is not None:
+        print(f"programs    compiled ones are kept in {cache}")
     run = build(job)
     print(f"{run.backends}\n{run.forecast}\n", flush=True)
     job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
@@ -132,6 +136,7 @@ def build(job: Job, devices=None) -> Run:
             config.train.balance_loss, config.train.z_loss, config.train.balance_form
         ),
         freeze_idle_experts=config.adapter.freeze_idle_experts,
+        freeze_a=config.adapter.freeze_a,
         router_start=int(ratio * job.schedule_steps),
         seed=config.run.seed,
     )

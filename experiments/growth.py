@@ -79,7 +79,7 @@ ARMS = (
 def get_config() -> TrainConfig:
     return TrainConfig(
         run=RunSection(log_every=10, checkpoint_every=100, keep_last=1),
-        model=ModelSection(path="bundled:tiny_moe", dtype="float32"),
+        model=ModelSection(path="bundled:tiny_moe", dtype="float32", remat="none"),
         data=DataSection(template="tokenizer"),
         train=TrainSection(
             steps=200, batch_size=4, sequence_length=256, warmup_ratio=0.05, eval_every=25

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.ops import backends, ops_for
 from drlora_jax.parallel.mesh import make_mesh, platform_of
 
@@ -30,6 +31,19 @@ def test_experts_by_platform():
     assert ops_for("gpu").expert_mlp.keywords["backend"] == "dense"
     fused = {backends.RAGGED_FUSION: True}
     assert ops_for("gpu", fused).expert_mlp.keywords["backend"] == "ragged"
+
+
+def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert keep_compiled_programs("cpu") is None
+        assert keep_compiled_programs("gpu") == str(tmp_path / "drlora_jax" / "xla")
+        jax.config.update("jax_compilation_cache_dir", "/elsewhere")  # the user's
+        assert keep_compiled_programs("tpu") == "/elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_compiler_options(monkeypatch):

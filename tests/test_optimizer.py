@@ -62,8 +62,8 @@ def stated_adamw(section, params, grads_per_step, rates):
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 1e3, None])
-@pytest.mark.parametrize("router_rate", [None, 5e-2])
-def test_adamw(max_grad_norm, router_rate):
+@pytest.mark.parametrize(("router_rate", "ratio"), [(None, 1), (5e-2, 1), (None, 16), (5e-2, 4)])
+def test_adamw(max_grad_norm, router_rate, ratio):
     steps = 6
     section = TrainSection(
         steps=steps,
@@ -74,6 +74,7 @@ def test_adamw(max_grad_norm, router_rate):
         beta2=0.95,
         epsilon=1e-6,
         max_grad_norm=max_grad_norm,
+        b_learning_rate_ratio=ratio,
     )
     rng = np.random.default_rng(0)
     shapes = {"a": (3, 4), "b": (5,), "router_delta": (2, 3)}
@@ -97,7 +98,7 @@ def test_adamw(max_grad_norm, router_rate):
         options = {"total": steps, "warmup": 2, "schedule": "linear", "peak": peak}
         return lambda step: stated_rate(step, **options)
 
-    rates = dict.fromkeys(shapes, rate(1e-2)) | {"router_delta": rate(router_rate or 1e-2)}
+    rates = {"a": rate(1e-2), "b": rate(ratio * 1e-2), "router_delta": rate(router_rate or 1e-2)}
     expected = stated_adamw(section, params, grads_per_step, rates)
     for name in shapes:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -107,7 +108,7 @@ def test_adamw(max_grad_norm, router_rate):
 def test_labels():
     tree = {"segment_0": {"layer_0": {"moe": {"router_delta": 0, "up_lora": {"a": 0, "b": 0}}}}}
     labels = label_leaves(tree)["segment_0"]["layer_0"]["moe"]
-    assert labels == {"router_delta": "router", "up_lora": {"a": "lora", "b": "lora"}}
+    assert labels == {"router_delta": "router", "up_lora": {"a": "lora", "b": "b"}}
 
 
 def test_rank_adam_starts_every_row_anew():

@@ -165,6 +165,7 @@ FIELDS = (
     _field("adapter.num_experts=0", "adapter.num_experts must be"),
     _field("adapter.top_p=0", "adapter.top_p must be in"),
     _field("adapter.kind=lora", "no experts to share ranks among"),
+    _field("train.b_learning_rate_ratio=0", "b_learning_rate_ratio must be greater than 0"),
     _field("adapter.rank=0", "adapter.rank must be greater than 0"),
     _field("adapter.rank=1000000", "adapter.rank must be at most 65536"),
     _field("allocation.r_init=3", "0 <= r_init <= r_target <= r_max, got 3, 2, 4"),
