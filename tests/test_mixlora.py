@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,12 @@ def by_hand(variables, x_BTD, chosen_TK):
     return jnp.stack(rows).reshape(x_BTD.shape)
 
 
+def quick(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
 def value_and_grads(function):
-    return jax.jit(jax.value_and_grad(function, (0, 1, 2), has_aux=True), compiler_options=QUICK)
+    return quick(jax.value_and_grad(function, (0, 1, 2), has_aux=True))
 
 
 def largest_error(got, expected) -> float:
@@ -202,10 +207,11 @@ def test_starts_as_its_base():
     model = adapted(LLAMA, config_with())
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 11), 0, 64)
     ones_BT, positions_BT = jnp.ones_like(tokens_BT), jnp.tile(jnp.arange(11), (2, 1))
-    variables = model.init(jax.random.key(0), tokens_BT, ones_BT, positions_BT)
-    y, stats = model.apply(variables, tokens_BT, ones_BT, positions_BT)
+    inputs = (tokens_BT, ones_BT, positions_BT)
+    variables = quick(model.init)(jax.random.key(0), *inputs)
+    y, stats = quick(model.apply)(variables, *inputs)
     base = Decoder(parse_config(LLAMA), DecoderOptions())
-    expected, _ = base.apply({"params": variables["params"]}, tokens_BT, ones_BT, positions_BT)
+    expected, _ = quick(base.apply)({"params": variables["params"]}, *inputs)
     assert stats.count_E.shape == (3, 8)
     assert float(jnp.abs(y - expected).max()) <= 1e-6
 
@@ -268,7 +274,9 @@ def test_growth_holds_its_budget(folder):
     factors = loaded.variables["lora"]["segment_0"]["layer_0"]["mlp"]
     inactive_LER = np.arange(4) >= loaded.ranks_LE[..., None]
     assert not np.asarray(factors["up_lora"]["b"])[inactive_LER].any()
-    first = init_lora(loaded.model, jax.random.key(0))["segment_0"]["layer_0"]["mlp"]["router"]
+    first = quick(partial(init_lora, loaded.model))(jax.random.key(0))["segment_0"]["layer_0"][
+        "mlp"
+    ]["router"]
     assert float(jnp.abs(factors["router"] - first).max()) > 1e-3  # it trained
 
 
@@ -276,17 +284,15 @@ def test_the_loaded_model_gives_the_logged_loss_and_its_base(folder):
     run, loaded = train.build(prepare(config_of(folder))), load_run(str(folder / "run"))
     batch, *_ = run.job.eval_batches
     inputs = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
-    adapted, _ = loaded.model.apply(loaded.variables, *inputs)
+    adapted, _ = quick(loaded.model.apply)(loaded.variables, *inputs)
     base = loaded.base()
-    plain, _ = base.model.apply(base.variables, *inputs)
+    plain, _ = quick(base.model.apply)(base.variables, *inputs)
     untouched = load_run(str(folder / "run"), base_only=True)
-    expected, _ = untouched.model.apply(untouched.variables, *inputs)
+    expected, _ = quick(untouched.model.apply)(untouched.variables, *inputs)
     np.testing.assert_array_equal(plain, expected)
     assert float(jnp.abs(adapted - plain).max()) > 1e-3
-    nll = sum(
-        float(batch_loss(loaded.model, loaded.variables, each, AuxiliaryWeights())[0].nll)
-        for each in run.job.eval_batches
-    )
+    loss = quick(lambda v, b: batch_loss(loaded.model, v, b, AuxiliaryWeights())[0].nll)
+    nll = sum(float(loss(loaded.variables, each)) for each in run.job.eval_batches)
     targets = sum(float(np.sum(each.target_mask_BT)) for each in run.job.eval_batches)
     assert nll / targets == pytest.approx(logged(folder / "run", "eval_loss")[-1], rel=1e-5)
 
@@ -296,7 +302,7 @@ def test_two_devices_compute_the_same(folder):
     losses = []
     for data in (1, 2):
         loaded = load_run(str(folder / "run"), mesh=MeshSection(data=data))
-        loss = jax.jit(lambda v, b, m=loaded.model: batch_loss(m, v, b, AuxiliaryWeights())[0].nll)
+        loss = quick(lambda v, b, m=loaded.model: batch_loss(m, v, b, AuxiliaryWeights())[0].nll)
         losses.append(float(loss(loaded.variables, batch)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
