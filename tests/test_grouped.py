@@ -393,7 +393,7 @@ def test_dropout_rate_and_scale(backend):
 def test_dropout_is_the_same_in_both_backends():
     spec = SPEC._replace(dropout=0.25)
     inputs = make_inputs(choose(45, 2, 5), 5)
-    dy, dropout = random_like(inputs[0]), Dropout(jax.random.key(3), 11)
+    dy, dropout = random_like(inputs[0]), Dropout(jax.random.key(3), 11 + 2 * jnp.arange(45))
     block, dense = (value_and_pull(inputs, dy, spec, name, dropout) for name in BACKENDS)
     for one, other in zip(jax.tree.leaves(block), jax.tree.leaves(dense), strict=True):
         assert relative_error(one, other) <= 1e-5
@@ -409,16 +409,16 @@ def test_dropout_does_not_depend_on_where_a_token_lies(backend):
     key, rest = jax.random.key(3), inputs[3:]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def run(x_TD, expert_TK, weight_TK, first_slot):
-        dropout = Dropout(key, first_slot)
+    def run(x_TD, expert_TK, weight_TK, first_token):
+        dropout = Dropout(key, 2 * (first_token + jnp.arange(len(x_TD))))
         per_token = (x_TD, expert_TK, weight_TK)
         return expert_mlp(*per_token, *rest, spec, dropout=dropout, backend=backend)
 
     whole = run(*inputs[:3], 0)
     for first in (16, 0, 8):
         shard = [value[first : first + 8] for value in inputs[:3]]
-        assert relative_error(run(*shard, 2 * first), whole[first : first + 8]) <= 1e-6
-        assert relative_error(run(*shard, 2 * first + 100), whole[first : first + 8]) > 0.01
+        assert relative_error(run(*shard, first), whole[first : first + 8]) <= 1e-6
+        assert relative_error(run(*shard, first + 50), whole[first : first + 8]) > 0.01
 
 
 # ------------------------------------------------------------------------------------------- shape

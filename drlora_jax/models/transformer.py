@@ -145,7 +145,8 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, RoutingStats | None]:
         config, dtype = self.config, self.options.dtype
         shape_VD = (config.vocab_size, config.width)
-        x_BTD = self.param("embedding", kernel_init, shape_VD, dtype)[tokens_BT]
+        table_VD = self.param("embedding", kernel_init, shape_VD, dtype)
+        x_BTD = self.options.ops.embed(table_VD, tokens_BT)
         unit = rematerialised(Unit, self.options.remat)
         per_segment = []
         for index, segment in enumerate(config.segments):

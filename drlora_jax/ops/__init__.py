@@ -10,6 +10,11 @@ from drlora_jax.ops.cross_entropy import summed_nll
 from drlora_jax.ops.grouped import expert_mlp
 
 
+def look_up(table_VD, tokens_BT):
+    """Token embeddings [B, T, D]."""
+    return table_VD[tokens_BT]
+
+
 class Ops(NamedTuple):
     """Functions with the signatures of ours on one device; `parallel.sharded_ops` has those for a
     mesh.
@@ -18,6 +23,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable = expert_mlp
     attend: Callable = attend
     summed_nll: Callable = summed_nll
+    embed: Callable = look_up
     reads_stacks: bool = False  # expert_mlp takes the stack of all layers with a layer's number
 
 

@@ -192,7 +192,7 @@ class _Walk:
         return gate_up_BF
 
     def _drop(self, block: _Block, role: str, rows_BD):
-        slots_B = block.slots_B + self._dropout.first_slot
+        slots_B = self._dropout.slots(block.slots_B, self._per_token)
         return drop(rows_BD, slots_B, role, self.spec, self._dropout)
 
     def add_low_rank(self, block: _Block, role: str, in_BD, out_BF):

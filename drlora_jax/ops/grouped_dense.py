@@ -19,7 +19,7 @@ def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout):
         expert, weights_e, lora_e = inputs
         chosen_TK = expert_TK == expert
         p_T = jnp.sum(weight_TK * chosen_TK, axis=1)
-        slots_T = dropout.first_slot + tokens_T + jnp.argmax(chosen_TK, axis=1)
+        slots_T = dropout.slots(tokens_T + jnp.argmax(chosen_TK, axis=1), num_slots)
         return y_TD + _expert_rows(spec, slots_T, dropout, x_TD, p_T, weights_e, lora_e), None
 
     experts = (jnp.arange(num_experts), weights, lora)

@@ -34,7 +34,13 @@ class Dropout(NamedTuple):
     """
 
     key: jax.Array
-    first_slot: jax.Array | int = 0  # number of this shard's first slot in the whole batch
+    first_slot_T: jax.Array | None = None  # each token's first slot in the whole batch, if a part
+
+    def slots(self, slots_B: jax.Array, per_token: int) -> jax.Array:
+        """Numbers in the whole batch of slots of these tokens."""
+        if self.first_slot_T is None:
+            return slots_B
+        return self.first_slot_T[slots_B // per_token] + slots_B % per_token
 
 
 def matmul(left, right):

@@ -36,7 +36,7 @@ def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_h
     """As `ops.grouped.expert_mlp`."""
     w_gate_up_EDF, w_down_EFD = weights
     plan = _sort_slots(expert_TK, w_gate_up_EDF.shape[0])
-    slots_P = plan.order_P + dropout.first_slot
+    slots_P = dropout.slots(plan.order_P, expert_TK.shape[1])
     p_P = weight_TK.reshape(-1)
     p_P = jnp.where(plan.is_here_P, p_P.at[plan.order_P].get(unique_indices=True), 0)
 

@@ -1,9 +1,10 @@
 """The device mesh and where every array lies on it.
 
 Axes: `data` replicates, `fsdp` shards base weights along their width, `expert` shards experts,
-  `tensor` is reserved. Rows of a batch are sharded over (data, fsdp, expert). Masks, importance and
-  factors of an expert lie with the expert. The rules are one table: the first regular expression
-  that matches a leaf's path decides, and every leaf must match one.
+  `tensor` shards attention heads, the hidden width of dense FFNs, the vocabulary, and experts once
+  more. Rows of a batch are sharded over (data, fsdp, expert). Masks, importance and factors of an
+  expert lie with the expert. The rules are one table: the first regular expression that matches a
+  leaf's path decides, and every leaf must match one.
 """
 
 import re
@@ -20,19 +21,22 @@ from drlora_jax.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
+EXPERTS = ("expert", "tensor")
 
 # Paths look like params/segment_0/layer_0/moe/gate_up; leaves of a segment lead with [repeats].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"params/embedding", PartitionSpec(None, "fsdp")),
-    (r"params/head", PartitionSpec("fsdp", None)),
-    (r"params/.*/moe/(gate_up|down)", PartitionSpec(None, "expert", "fsdp")),
-    (r"params/.*/kernel", PartitionSpec(None, "fsdp")),
-    (r"params/.*", PartitionSpec()),  # norms, biases, routers, sinks
-    (r"lora/.*/moe/\w+_lora/[ab]", PartitionSpec(None, "expert")),
-    (r"lora/.*", PartitionSpec()),  # plain LoRA, router deltas
-    (r"mask_LER", PartitionSpec(None, "expert")),
-    (r"stats/\w+_LE", PartitionSpec(None, "expert")),
-    (r"stats/\w+_LPER", PartitionSpec(None, None, "expert")),
+    (r"params/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"params/head", PartitionSpec("fsdp", "tensor")),
+    (r"params/.*/moe/(gate_up|down)", PartitionSpec(None, EXPERTS, "fsdp")),
+    (r"params/.*/(o|down)/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"params/.*/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"params/.*/(q|k|v|gate|up)/bias", PartitionSpec(None, "tensor")),
+    (r"params/.*", PartitionSpec()),  # norms, other biases, routers, sinks
+    (r"lora/.*/moe/\w+_lora/[ab]", PartitionSpec(None, EXPERTS)),
+    (r"lora/.*", PartitionSpec()),  # plain LoRA, router deltas, experts of an adapter's own
+    (r"mask_LER", PartitionSpec(None, EXPERTS)),
+    (r"stats/\w+_LE", PartitionSpec(None, EXPERTS)),
+    (r"stats/\w+_LPER", PartitionSpec(None, None, EXPERTS)),
     (r"step|stats(/.*)?", PartitionSpec()),
 )
 
@@ -52,12 +56,34 @@ def resolve_sizes(section: MeshSection, device_count: int) -> tuple[int, ...]:
 
 
 def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of AXES over this process's devices, or over those of a described topology."""
+    """A mesh of AXES over all processes' devices, or over those of a described topology.
+
+    Where the devices are several slices, which a slower network connects, `data` goes over the
+    slices, or else `fsdp`. Raises UserError when neither can.
+    """
     devices = (jax.devices() if devices is None else devices)[: int(np.prod(sizes))]
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
     # An axis of 8 on a torus of 4 x 4 x 4 is part of two of its axes.
-    placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    options = {"allow_split_physical_axes": True}
+    if slices > 1:
+        across = _axis_across(slices, sizes)
+        outer = [slices if axis == across else 1 for axis in AXES]
+        inner = [size // factor for size, factor in zip(sizes, outer, strict=True)]
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
+    else:
+        placed = mesh_utils.create_device_mesh(sizes, devices, **options)
     # jax defaults to Explicit axes, which our code does not write shardings for.
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _axis_across(slices: int, sizes: tuple[int, ...]) -> str:
+    for axis in ("data", "fsdp"):
+        if sizes[AXES.index(axis)] % slices == 0:
+            return axis
+    raise UserError(
+        f"The devices are {slices} slices: mesh.data or mesh.fsdp must be a multiple of {slices}, "
+        f"got data={sizes[0]}, fsdp={sizes[1]}; expert and tensor stay inside a slice."
+    )
 
 
 def platform_of(mesh: Mesh) -> str:
@@ -87,20 +113,34 @@ def spec_for(path: str) -> PartitionSpec:
     raise AssertionError(f"no partition rule matches {path}")
 
 
+def shards_of(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Parts that a dimension is cut into by the axes of its place in a spec."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return int(np.prod([mesh.shape[name] for name in names], dtype=int))
+
+
 def shardings_for(mesh: Mesh, tree: Any, root: str) -> Any:
     """A tree like `tree` of shardings; axes that do not divide a dimension are left out."""
 
     def leaf(path, value):
-        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-        spec = spec_for("/".join([root, *names]).strip("/"))
-        spec = spec[: len(value.shape)]
-        fits = [
-            axis if axis is None or size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(spec, value.shape, strict=False)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*fits))
+        spec = spec_for(_path_name(root, path))
+        return NamedSharding(mesh, fitting_spec(mesh, spec, value.shape))
 
     return jax.tree.map_with_path(leaf, tree)
+
+
+def fitting_spec(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec without the axes that do not divide their dimension."""
+    fits = [
+        axes if size % shards_of(mesh, axes) == 0 else None
+        for axes, size in zip(spec, shape, strict=False)
+    ]
+    return PartitionSpec(*fits)
+
+
+def _path_name(root: str, path) -> str:
+    names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
+    return "/".join([root, *names]).strip("/")
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
