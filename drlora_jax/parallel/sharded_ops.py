@@ -1,9 +1,11 @@
 """The operations of `ops` over a mesh, in `shard_map`: each device works on its rows, and on its
 experts.
 
-Expert parallelism is dropless: the tokens of an expert group are gathered, every device runs its
-own experts on them, and the partial sums are scattered back. Nothing else of the model needs
-communication but what the partition rules say.
+Expert parallelism is dropless: the tokens of an expert group are gathered, or those that a device
+needs are sent to it (`parallel.exchange`), every device runs its own experts on them, and the
+partial sums go back. Over `tensor` a device has some of the
+attention heads, some of the experts (its rows are those of the whole group) and a part of the
+vocabulary. Nothing else of the model needs communication but what the partition rules say.
 """
 
 from functools import partial
@@ -16,20 +18,35 @@ from jax.sharding import PartitionSpec as P
 from drlora_jax.ops import Ops, ops_for
 from drlora_jax.ops.attention import Backend
 from drlora_jax.ops.grouped_parts import Dropout
-from drlora_jax.parallel.mesh import ROWS, platform_of
+from drlora_jax.parallel.exchange import GATHER, choose_exchange, exchange, plan_dispatch
+from drlora_jax.parallel.mesh import (
+    EXPERTS,
+    ROWS,
+    fitting_spec,
+    platform_of,
+    shards_of,
+    spec_for,
+)
 
 
-def sharded_ops(mesh: Mesh, options: dict | None = None, *, attention: Backend = "auto") -> Ops:
-    """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device."""
+def sharded_ops(
+    mesh: Mesh, options: dict | None = None, *, attention: Backend = "auto", exchange: str = "auto"
+) -> Ops:
+    """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device.
+
+    Args:
+      exchange: how tokens get to their experts: gather, ragged, padded, or auto by sizes.
+    """
     ops = ops_for(
-        platform_of(mesh), options, expert_shards=mesh.shape["expert"], attention=attention
+        platform_of(mesh), options, expert_shards=shards_of(mesh, EXPERTS), attention=attention
     )
     if mesh.size == 1:
         return ops
     return Ops(
-        partial(_expert_mlp, mesh, ops.expert_mlp),
+        partial(_expert_mlp, mesh, ops.expert_mlp, exchange),
         partial(_attend, mesh, ops.attend),
         partial(_summed_nll, mesh, ops.summed_nll),
+        partial(_embed, mesh),
     )
 
 
@@ -43,6 +60,7 @@ def _shard_map(function, mesh, in_specs, out_specs):
 def _expert_mlp(
     mesh,
     run_local,
+    wanted,
     x_TD,
     expert_TK,
     weight_TK,
@@ -53,34 +71,56 @@ def _expert_mlp(
     *,
     dropout=None,
 ):
-    expert_shards = mesh.shape["expert"]
+    kind = choose_exchange(wanted, platform_of(mesh), mesh.shape["expert"], expert_TK.shape[1])
+    travel = _gathered if kind == GATHER else partial(_exchanged, kind)
     has_dropout = dropout is not None
     key = dropout.key if has_dropout else jax.random.key(0)
+
+    def local(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora, key):
+        tokens, choices = expert_TK.shape
+        first_token = jax.lax.axis_index(ROWS) * tokens
+        first_slot_T = (first_token + jnp.arange(tokens)) * choices
+
+        def run(x_TD, expert_TK, weight_TK, first_slot_T):
+            # Outside [0, local experts): another device's.
+            local_TK = expert_TK - jax.lax.axis_index(EXPERTS) * w_gate_up_EDF.shape[0]
+            weights = (weight_TK, w_gate_up_EDF, w_down_EFD)
+            own = Dropout(key, first_slot_T) if has_dropout else None
+            return run_local(x_TD, local_TK, *weights, lora, spec, dropout=own)
+
+        experts_a_peer = w_gate_up_EDF.shape[0] * mesh.shape["tensor"]
+        y_TD = travel(run, experts_a_peer, x_TD, expert_TK, weight_TK, first_slot_T)
+        return jax.lax.psum(y_TD, "tensor")
+
+    rows, experts = P(ROWS), P(EXPERTS)
+    sharded = _shard_map(local, mesh, (rows, rows, rows, experts, experts, experts, P()), rows)
+    return sharded(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora, key)
+
+
+def _gathered(run, _, *tokens):
+    """Every device of an expert group sees all the group's tokens; partial sums are scattered."""
 
     def gather(array):
         return jax.lax.all_gather(array, "expert", axis=0, tiled=True)
 
-    def local(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora, key):
-        # The rows of an expert group are contiguous in the batch, so slots keep their numbers.
-        group = jax.lax.axis_index("data") * mesh.shape["fsdp"] + jax.lax.axis_index("fsdp")
-        first_slot = group * expert_TK.size * expert_shards
-        x_TD, expert_TK, weight_TK = gather(x_TD), gather(expert_TK), gather(weight_TK)
-        local_TK = expert_TK - jax.lax.axis_index("expert") * w_gate_up_EDF.shape[0]
-        y_TD = run_local(
-            x_TD,
-            local_TK,  # outside [0, local experts): another device's
-            weight_TK,
-            w_gate_up_EDF,
-            w_down_EFD,
-            lora,
-            spec,
-            dropout=Dropout(key, first_slot) if has_dropout else None,
-        )
-        return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
+    y_TD = run(*map(gather, tokens))
+    return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
 
-    rows, experts = P(ROWS), P("expert")
-    run = _shard_map(local, mesh, (rows, rows, rows, experts, experts, experts, P()), rows)
-    return run(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora, key)
+
+def _exchanged(kind, run, experts_a_peer, x_TD, expert_TK, weight_TK, first_slot_T):
+    """Every device gets the tokens that chose one of its experts, and sends their sums back."""
+    tokens, peers = x_TD.shape[0], jax.lax.axis_size("expert")
+    token_S, traffic = plan_dispatch(expert_TK, experts_a_peer, "expert")
+
+    def send(array, fill=0):
+        rows_S = array.at[token_S].get(mode="fill", fill_value=fill)
+        return exchange(kind, "expert", peers * tokens, rows_S, traffic)
+
+    # Behind the last row received there are zeros, and 0 is an expert: numbers travel one higher.
+    numbers_QN = send(jnp.concatenate([expert_TK + 1, first_slot_T[:, None]], axis=1))
+    y_QD = run(send(x_TD), numbers_QN[:, :-1] - 1, send(weight_TK), numbers_QN[:, -1])
+    y_SD = exchange(kind, "expert", token_S.shape[0], y_QD, traffic.back())
+    return jnp.zeros_like(x_TD).at[token_S].add(y_SD, mode="drop")
 
 
 def _attend(
@@ -95,7 +135,15 @@ def _attend(
     sinks_N=None,
     **options,
 ):
+    tensor, groups = mesh.shape["tensor"], k_BSGH.shape[2]
+    splits_groups = groups % tensor == 0
+
     def local(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N):
+        if not splits_groups:  # several devices share a key-value head: each takes its own
+            own = jax.lax.axis_index("tensor") * groups // tensor
+            k_BSGH, v_BSGV = (
+                jax.lax.dynamic_slice_in_dim(whole, own, 1, axis=2) for whole in (k_BSGH, v_BSGV)
+            )
         return run_local(
             q_BTNH,
             k_BSGH,
@@ -106,19 +154,46 @@ def _attend(
             **options,
         )
 
-    rows = P(ROWS)
-    run = _shard_map(local, mesh, (rows, rows, rows, rows, rows, P()), rows)
+    rows, split = P(ROWS), P(ROWS, None, "tensor")
+    keys = split if splits_groups else rows
+    run = _shard_map(local, mesh, (split, keys, keys, rows, rows, P("tensor")), split)
     return run(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N)
 
 
 def _summed_nll(mesh, run_local, hidden_TD, head_DV, targets_T, mask_T, **options):
+    is_split = mesh.shape["tensor"] > 1 and head_DV.shape[1] % mesh.shape["tensor"] == 0
+    if is_split and not options.get("head_grad"):
+        options |= {"vocab_axis": "tensor"}
+
     def local(hidden_TD, head_DV, targets_T, mask_T):
         return run_local(hidden_TD, head_DV, targets_T, mask_T, **options)[None]
 
-    rows = P(ROWS)
+    rows, head = P(ROWS), P(None, options.get("vocab_axis"))
     # One partial sum a shard: a sum inside would be transposed to a second one.
     return jnp.sum(
-        _shard_map(local, mesh, (rows, P(), rows, rows), rows)(
+        _shard_map(local, mesh, (rows, head, rows, rows), rows)(
             hidden_TD, head_DV, targets_T, mask_T
         )
     )
+
+
+def _embed(mesh, table_VD, tokens_BT):
+    """Rows of the table where they lie: tokens travel to them, and their vectors back."""
+    spec = fitting_spec(mesh, spec_for("params/embedding"), table_VD.shape)
+
+    def local(table_VD, tokens_BT):
+        is_wide = spec[1] is None or mesh.shape["fsdp"] == 1
+        if not is_wide:
+            tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        own_BT = tokens_BT
+        if spec[0] is not None:  # outside [0, rows here): another device's, and zero here
+            own_BT = tokens_BT - jax.lax.axis_index("tensor") * table_VD.shape[0]
+            own_BT = jnp.where(own_BT < 0, table_VD.shape[0], own_BT)
+        x_BTD = table_VD.at[own_BT].get(mode="fill", fill_value=0)
+        if spec[0] is not None:
+            x_BTD = jax.lax.psum(x_BTD, "tensor")
+        if not is_wide:
+            x_BTD = jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return x_BTD
+
+    return _shard_map(local, mesh, (spec, P(ROWS)), P(ROWS))(table_VD, tokens_BT)
