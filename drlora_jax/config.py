@@ -65,6 +65,10 @@ class RunSection(_Section):
     checkpoint_every: int = 100  # steps; evaluations, the last step and SIGTERM save as well
     keep_last: int = 2  # newest checkpoints kept, besides the best by eval loss
     tensorboard: bool = False  # also write the logs for TensorBoard, in run.dir/tensorboard
+    # With several processes: seconds without a sign of life after which one is given up, and
+    # seconds in which nothing moves (a step, a file read, a compilation) after which all end.
+    heartbeat_timeout: int = 60
+    stall_timeout: int = 1800
 
     def check(self):
         _require(bool(self.dir), "run.dir must name a directory, got an empty string.")
@@ -72,6 +76,8 @@ class RunSection(_Section):
         _require(in_range, f"run.seed must be 0 or more and below 2**32, got {self.seed}.")
         counts = {"log_every": self.log_every, "checkpoint_every": self.checkpoint_every}
         _positive("run", counts | {"keep_last": self.keep_last})
+        limits = {"heartbeat_timeout": self.heartbeat_timeout, "stall_timeout": self.stall_timeout}
+        _positive("run", limits)
 
 
 @dataclass(frozen=True)
@@ -310,17 +316,15 @@ class MeshSection(_Section):
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    # How tokens get to their experts: all to all devices, each where it is needed (ragged: on TPU;
+    # padded: anywhere, for tests), or by sizes.
+    exchange: Literal["auto", "gather", "ragged", "padded"] = "auto"
 
     def check(self):
-        sizes = dataclasses.astuple(self)
+        sizes = (self.data, self.fsdp, self.expert, self.tensor)
         _require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
             f"mesh sizes must be positive, at most one -1 (the rest of the devices), got {sizes}.",
-        )
-        _require(
-            self.tensor == 1,
-            f"mesh.tensor={self.tensor}: tensor parallelism is not available; use mesh.data, "
-            f"mesh.fsdp and mesh.expert.",
         )
 
 

@@ -33,7 +33,7 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_para
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.precision import resolve_dtype
-from drlora_jax.prepare import check_experts_divide, make_adapter, with_adapter_experts
+from drlora_jax.prepare import check_model_divides, make_adapter, with_adapter_experts
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import expert_roles, gates_tree, init_lora
 
@@ -170,7 +170,7 @@ def read_stored(run_dir: str) -> dict:
 def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None) -> Loaded:
     model_config = read_model_config(directory)
     sizes = mesh_lib.resolve_sizes(section, jax.device_count())
-    check_experts_divide(model_config, sizes)
+    check_model_divides(model_config, sizes)
     plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
     abstract = abstract_params(plain)
     match_keys(model_config, read_headers(directory), abstract)

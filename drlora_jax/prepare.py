@@ -25,6 +25,7 @@ from drlora_jax.interop.hf_read import (
 )
 from drlora_jax.models.architecture import DenseFfnConfig, ModelConfig, RoutingConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_dir import RunDirectory
@@ -70,7 +71,7 @@ def prepare(config: TrainConfig) -> Job:
     total_steps = config.train.steps or math.ceil(
         loader.total_rows(config.train.epochs) / config.train.batch_size
     )
-    run_dir = RunDirectory(config.run.dir)
+    run_dir = RunDirectory(config.run.dir, writes=hosts.is_main())
     origin = {"base_fingerprint": fingerprint(directory), "data_fingerprint": _digest(loader)}
     stored = run_dir.stored()
     if stored is not None:
@@ -85,7 +86,7 @@ def prepare(config: TrainConfig) -> Job:
     rows = coverage(model_config, adapter, config.adapter.targets)
     mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
-    lines.append(f"mesh        {mesh} on {jax.devices()[0].device_kind}, {config.model.dtype}")
+    lines.append(f"mesh        {mesh} on {_devices_line()}, {config.model.dtype}")
     return Job(
         config=config,
         run_dir=run_dir,
@@ -102,6 +103,12 @@ def prepare(config: TrainConfig) -> Job:
         schedule_steps=schedule_steps,
         lines=lines,
     )
+
+
+def _devices_line() -> str:
+    processes = jax.process_count()
+    many = f", {processes} processes of {jax.local_device_count()}" if processes > 1 else ""
+    return f"{jax.devices()[0].device_kind}{many}"
 
 
 def _device_count() -> int:
@@ -185,15 +192,26 @@ def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int,
             f"x mesh.fsdp x "
             f"mesh.expert ({data} x {fsdp} x {expert})."
         )
-    check_experts_divide(model_config, sizes)
+    check_model_divides(model_config, sizes)
 
 
-def check_experts_divide(model_config: ModelConfig, sizes: tuple[int, ...]) -> None:
-    moe, expert = model_config.moe, sizes[AXES.index("expert")]
-    if moe and moe.routing.num_experts % expert:
+def check_model_divides(model_config: ModelConfig, sizes: tuple[int, ...]) -> None:
+    """Refuses a mesh over which experts or attention heads can not be dealt out equally."""
+    expert, tensor = (sizes[AXES.index(axis)] for axis in ("expert", "tensor"))
+    moe = model_config.moe
+    # Experts that an adapter makes on a dense FFN are everywhere.
+    if moe and model_config.experts_module == "moe" and moe.routing.num_experts % (expert * tensor):
         raise UserError(
-            f"mesh.expert={expert} must divide the number of experts ({moe.routing.num_experts})."
+            f"mesh.expert x mesh.tensor ({expert} x {tensor}) must divide the number of experts "
+            f"({moe.routing.num_experts}); take smaller ones and more mesh.fsdp or mesh.data."
         )
+    for layer in (layer for segment in model_config.segments for layer in segment.unit):
+        heads, groups = layer.attention.num_heads, layer.attention.num_kv_heads
+        if heads % tensor or (groups % tensor and tensor % groups):
+            raise UserError(
+                f"mesh.tensor={tensor} must divide the {heads} attention heads, and divide the "
+                f"{groups} key-value heads or be a multiple of them; take a smaller one."
+            )
 
 
 def _digest(loader: Loader) -> str:

@@ -34,11 +34,20 @@ MAY_CHANGE = {
     "run.tensorboard",
 }
 MAY_CHANGE |= {"run.keep_last", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor"}
+MAY_CHANGE |= {"mesh.exchange", "run.heartbeat_timeout", "run.stall_timeout"}
 
 
 class RunDirectory:
-    def __init__(self, path: str):
+    """Reads and writes the files of a run.
+
+    Args:
+      writes: whether this process is the one that does; in the others what would write does
+        nothing.
+    """
+
+    def __init__(self, path: str, *, writes: bool = True):
         self.path = expand_user(path)
+        self._writes = writes
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.ranks_file = self.path / "ranks.jsonl"
@@ -90,7 +99,7 @@ class RunDirectory:
 
     def locked(self) -> contextlib.AbstractContextManager:
         """For whoever writes here: refuses while another live process does."""
-        return hold_lock(self.path)
+        return hold_lock(self.path) if self._writes else contextlib.nullcontext()
 
     def has_checkpoint(self) -> bool:
         names = [entry.name for entry in self.checkpoints.glob("*")]
@@ -129,6 +138,8 @@ class RunDirectory:
         """Writes config.json; `schedule_steps` fixes the growth schedule for good, `made_with` is
         for the record.
         """
+        if not self._writes:
+            return
         values = {
             "config": to_dict(config),
             **origin,
@@ -152,6 +163,8 @@ class RunDirectory:
 
     def cut_back(self, step: int) -> None:
         """Drops the lines of both logs that are later than `step`; all of them for a start at 0."""
+        if not self._writes:
+            return
         last = step if step else -1
         for file in (self.metrics_file, self.ranks_file):
             kind = kind_of(file)
@@ -168,6 +181,8 @@ class RunDirectory:
                 raise RunError(message) from error
 
     def log_metrics(self, values: dict) -> None:
+        if not self._writes:
+            return
         _append(self.metrics_file, values)
         for sink in self.sinks:
             sink.metrics(values)
@@ -182,6 +197,8 @@ class RunDirectory:
         more: dict | None = None,
     ) -> None:
         """A row of ranks.jsonl; `more` is added to it as it stands."""
+        if not self._writes:
+            return
         values = {
             "step": step,
             "layers": list(layers),

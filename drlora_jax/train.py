@@ -6,8 +6,9 @@ already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a s
 saved.
 """
 
-import contextlib
 import functools
+import json
+import os
 import signal
 import threading
 import time
@@ -17,14 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from drlora_jax import cli
 from drlora_jax.allocation import CapacityState, Event, masks_from_ranks
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.compilation import keep_compiled_programs
-from drlora_jax.config import load_config
-from drlora_jax.data.loader import BATCH_DTYPES, Batch, count_tokens, split_micro_batches
+from drlora_jax.config import load_config, to_dict
+from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.data.prefetch import made_ahead
+from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.memory import Layout
@@ -32,8 +35,10 @@ from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.ops.backends import compiler_options, expert_backend
 from drlora_jax.optimizer import make_optimizer
+from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.plan import (
     attention_backends,
     backend_line,
@@ -43,7 +48,7 @@ from drlora_jax.plan import (
     memory_lines,
 )
 from drlora_jax.prepare import Job, prepare
-from drlora_jax.provenance import made_with
+from drlora_jax.provenance import made_with, versions
 from drlora_jax.reporting.writer import ReportWriter
 from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import (
@@ -59,7 +64,9 @@ from drlora_jax.step import (
 
 def main(argv=None) -> int:
     args = cli.parse_arguments("python -m drlora_jax.train", __doc__, argv)
-    job = prepare(load_config(args.config, args.overrides))
+    config = load_config(args.config, args.overrides)
+    hosts.join(config.run.heartbeat_timeout)
+    job = prepare(config)
     check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
     cache = keep_compiled_programs(jax.default_backend())
@@ -117,7 +124,7 @@ def build(job: Job, devices=None) -> Run:
     options = DecoderOptions(
         dtype=dtype,
         adapter=job.adapter,
-        ops=sharded_ops(mesh, compiler, attention=wanted),
+        ops=sharded_ops(mesh, compiler, attention=wanted, exchange=config.mesh.exchange),
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
@@ -152,7 +159,11 @@ def build(job: Job, devices=None) -> Run:
             out_shardings=(_shardings(state), mesh_lib.replicated(mesh)),
             compiler_options=compiler,
         ),
-        eval_step=jax.jit(make_eval_step(model), compiler_options=compiler),
+        eval_step=jax.jit(
+            make_eval_step(model),
+            out_shardings=mesh_lib.replicated(mesh),
+            compiler_options=compiler,
+        ),
         abstract_params=params,
         abstract_state=state,
         backends=backend_line(job.model_config, attention, platform, compiler),
@@ -237,56 +248,96 @@ class Position(NamedTuple):
 
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
-    with run.job.run_dir.locked():
-        return _train(run)
+    with run.job.run_dir.locked(), Watchdog(run.job.config.run.stall_timeout) as watchdog:
+        return _train(run, watchdog)
 
 
-def _train(run: Run) -> int:
+def _train(run: Run, watchdog: Watchdog) -> int:
     job, config = run.job, run.job.config
+    checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
+    done = checkpoints.latest_step() or 0
+    # Before anything is written, so that nobody finds files that another process has just made.
+    _agree(run, "at the start", done)
     if job.is_new:
         facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
-    checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
-    done = checkpoints.latest_step() or 0
     if done >= job.total_steps:
         print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
         return EXIT_DONE
     job.run_dir.cut_back(done)
-    stop: list[int] = []
-    with _stop_signals(stop):
+    with _StopSignals() as stop:
+        watchdog.beat("compiling")
         compiled, seconds = compile_step(run)
         print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
         how = "resuming" if done else "starting"
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
+        watchdog.beat("loading the base")
         params = load_params(job.model_config, job.directory, run.abstract_params)
-        job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
-        position = restore(run, checkpoints, done) if done else start_profiled(run, params)
-        with ReportWriter(job.run_dir.path) as report, Progress(job.total_steps, done) as progress:
+        if hosts.is_main():
+            job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
+        with (
+            ReportWriter(job.run_dir.path, writes=hosts.is_main()) as report,
+            Progress(job.total_steps, done) as progress,
+        ):
             try:
-                return _loop(run, compiled, params, position, checkpoints, stop, report, progress)
+                with hosts.leaving_with_peers(progress.close):
+                    watchdog.beat("restoring")
+                    position = (
+                        restore(run, checkpoints, done) if done else start_profiled(run, params)
+                    )
+                    around = Around(checkpoints, stop, report, progress, watchdog)
+                    return _loop(run, compiled, params, position, around)
             finally:
                 for each in (*job.run_dir.sinks, checkpoints):
                     each.close()
 
 
-@contextlib.contextmanager
-def _stop_signals(stop: list[int]):
-    """SIGTERM and SIGINT ask for a stop at the next step; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers
-        return
+class Around(NamedTuple):
+    """What the loop talks to."""
 
-    def ask(number, _):
-        stop.append(number)
-        signal.signal(number, before[number])
+    checkpoints: Checkpoints
+    stop: "_StopSignals"
+    report: ReportWriter
+    progress: Progress
+    watchdog: Watchdog
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+
+class _StopSignals:
+    """SIGTERM and SIGINT ask for a stop at the next step; a second one ends the process at once.
+
+    With several processes jax hears SIGTERM, tells the others, and all stop at the same step.
+    """
+
+    def __init__(self):
+        self._numbers: list[int] = []
+        self._before: dict = {}
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may set handlers
+        is_alone = jax.process_count() == 1
+        numbers = (signal.SIGTERM, signal.SIGINT) if is_alone else (signal.SIGINT,)
+        ask = self._ask if is_alone else self._ask_all
+        self._before = {number: signal.signal(number, ask) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _ask(self, number, _):
+        self._numbers.append(number)
+        signal.signal(number, self._before[number])
+
+    def _ask_all(self, number, _):
+        signal.signal(number, self._before[number])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def reached(self, step: int) -> bool:
+        """Whether the run is to stop after this step; to be asked once after every step."""
+        if jax.process_count() == 1:
+            return bool(self._numbers)
+        return multihost_utils.reached_preemption_sync_point(step)
 
 
 def start(run: Run) -> Position:
@@ -318,7 +369,7 @@ def profile(run: Run, params, state: TrainState) -> np.ndarray:
     for first in range(0, run.job.policy.profile_rows, rows):
         batch = run.job.loader.batch(first)
         micro = jax.tree.map(lambda array: array[:rows], batch)
-        micro = jax.device_put(micro, mesh_lib.rows(run.mesh))
+        micro = hosts.place(micro, mesh_lib.rows(run.mesh))
         _, _, stats = run.eval_step(params, state.lora, state.mask_LER, micro)
         total_LE = total_LE + np.asarray(stats.count_E, np.float64)
     return total_LE
@@ -332,7 +383,7 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
     )
     wanted = Checkpoint(abstract.step, abstract.lora, abstract.opt_state, abstract.stats, ranks)
     saved, host = checkpoints.restore(step, wanted, host_names=("tokens",))
-    capacity = CapacityState(np.array(saved.ranks_LE))
+    capacity = CapacityState(np.array(hosts.to_host(saved.ranks_LE)))
     mask_LER = _place_mask(run, capacity)
     state = TrainState(saved.step, saved.lora, saved.opt_state, mask_LER, saved.stats)
     return Position(state, capacity, host["tokens"])
@@ -341,7 +392,8 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
 def save(
     run: Run, checkpoints: Checkpoints, position: Position, step: int, eval_loss: float | None
 ) -> None:
-    state, ranks_LE = position.state, jnp.asarray(position.capacity.ranks_LE)
+    state = position.state
+    ranks_LE = hosts.place(position.capacity.ranks_LE, mesh_lib.replicated(run.mesh))
     arrays = Checkpoint(state.step, state.lora, state.opt_state, state.stats, ranks_LE)
     checkpoints.save(step, arrays, {"tokens": position.tokens}, eval_loss=eval_loss)
 
@@ -349,28 +401,29 @@ def save(
 def _place_mask(run: Run, capacity: CapacityState):
     # Same shape, dtype and sharding as ever: a new mask is new values, not a new program.
     mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
-    return jax.device_put(mask_LER, run.abstract_state.mask_LER.sharding)
+    return hosts.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
-def _loop(
-    run: Run, compiled, params, position: Position, checkpoints, stop, report, progress
-) -> int:
+def _loop(run: Run, compiled, params, position: Position, around: Around) -> int:
     job, section = run.job, run.job.config.train
+    checkpoints, stop, report, progress, watchdog = around
     step = int(position.state.step)
+    is_stopping = stop.reached(step)
     if job.policy.last_event or np.unique(position.capacity.ranks_LE).size > 1:
         _show_ranks(run, position, progress)
     meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
     rows = mesh_lib.rows(run.mesh, leading=1)
-    if step == 0 and job.eval_batches and not stop:
+    if step == 0 and job.eval_batches and not is_stopping:
+        watchdog.beat("evaluating before step 1")
         row = {"step": 0, "eval_loss": evaluate(run, params, position.state)}
         job.run_dir.log_metrics(row)
         progress.show(row)
     meter.resume()
 
     def make(step):
-        batch = job.loader.batch(step * section.batch_size)
-        on_device = jax.device_put(split_micro_batches(batch, section.micro_batches), rows)
-        return on_device, count_tokens(batch)
+        first_row = step * section.batch_size
+        batch = sharded_batch(job.loader, first_row, section.micro_batches, rows)
+        return batch, job.loader.token_count(first_row)
 
     def log_row(step, tokens, metrics, more=None):
         _require_finite(run, step, metrics, params)
@@ -380,7 +433,8 @@ def _loop(
 
     late = None  # a row that is logged while the next step runs: reading it would wait for its own
     batches = made_ahead(make, range(step, job.total_steps))
-    while step < job.total_steps and not stop:
+    while step < job.total_steps and not is_stopping:
+        watchdog.beat(f"step {step + 1}")
         device_batch, tokens = next(batches)
         state, metrics = compiled(params, position.state, device_batch)
         if late is not None:
@@ -390,10 +444,12 @@ def _loop(
         position = Position(state, position.capacity, position.tokens + tokens)
         meter.add(tokens)
         progress.advance()
+        is_stopping = stop.reached(step)
         due = _due(job, step)
-        if due.event or due.evaluation or due.checkpoint or stop:
+        if due.event or due.evaluation or due.checkpoint or is_stopping:
             _require_finite(run, step, metrics, params)
         if due.event:
+            watchdog.beat(f"the event after step {step}")
             before, position = position, grow(run, position, step, _routing(metrics))
             progress.note(
                 describe_ranks(step, before.capacity.ranks_LE, position.capacity.ranks_LE)
@@ -402,15 +458,17 @@ def _loop(
         eval_loss = None
         if due.evaluation:
             jax.block_until_ready(position.state.step)
+            watchdog.beat(f"evaluating after step {step}")
             meter.pause()
             eval_loss = evaluate(run, params, position.state)
             log_row(step, position.tokens, metrics, {"eval_loss": eval_loss} | _routing(metrics))
             meter.resume()
-        elif due.row and (due.checkpoint or stop):
+        elif due.row and (due.checkpoint or is_stopping):
             log_row(step, position.tokens, metrics)
         elif due.row:
             late = functools.partial(log_row, step, position.tokens, metrics)
-        if due.checkpoint or stop:
+        if due.checkpoint or is_stopping:
+            watchdog.beat(f"saving step {step}")
             jax.block_until_ready(position.state.step)  # so that the wait is not counted as saving
             meter.pause()
             save(run, checkpoints, position, step, eval_loss)
@@ -426,9 +484,7 @@ def _loop(
     if checkpoints.latest_step() != step and step:
         save(run, checkpoints, position, step, None)
     kept = "saved" if step else "nothing to save yet"
-    progress.note(
-        f"stopped by signal {stop[0]} at step {step}, {kept}; the same command goes on from here"
-    )
+    progress.note(f"stopped by a signal at step {step}, {kept}; the same command goes on from here")
     return EXIT_RESUMABLE
 
 
@@ -491,14 +547,43 @@ def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
 
 
 def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
-    """A growth event: statistics to the host, new ranks, new mask values back."""
+    """A growth event: statistics to the host, new ranks, new mask values back.
+
+    All processes see the same statistics; process 0 decides.
+    """
     job, state = run.job, position.state
-    stats = jax.device_get(state.stats)
-    capacity, stats, event = job.policy.update(position.capacity, stats, step)
+    _agree(run, f"at the event after step {step}", step, position)
+    stats = hosts.to_host(state.stats)
+    decided = hosts.from_main(job.policy.update(position.capacity, stats, step))
+    capacity, stats, event = decided
     log_event(run, step, capacity, event, routing)
-    stats = jax.device_put(stats, _shardings(run.abstract_state.stats))
+    stats = hosts.place(stats, _shardings(run.abstract_state.stats))
     state = state._replace(mask_LER=_place_mask(run, capacity), stats=stats)
     return Position(state, capacity, position.tokens)
+
+
+def _agree(run: Run, when: str, step: int, position: Position | None = None) -> None:
+    """Raises RunError when the processes differ in what must be the same."""
+    if jax.process_count() == 1:
+        return
+    config = to_dict(run.job.config)
+    for section, name in (("run", "dir"), ("model", "path"), ("data", "path")):
+        config[section].pop(name)  # where things are may differ by host; what they are may not
+    fields = {
+        "step": hosts.digest(str(step)),
+        "config": hosts.digest(json.dumps(config)),
+        "base": hosts.digest(run.job.origin["base_fingerprint"]),
+        "data": hosts.digest(run.job.origin["data_fingerprint"]),
+        "versions": hosts.digest(json.dumps(versions())),
+    }
+    truths = {}
+    if position is not None:
+        ranks_LE = position.capacity.ranks_LE
+        expected_LER = masks_from_ranks(ranks_LE, run.job.adapter.max_rank)
+        held = hosts.digest_on_devices(position.state.mask_LER, expected_LER)
+        fields |= {"ranks": hosts.digest(ranks_LE), "mask": held}
+        truths = {"mask": hosts.digest(expected_LER)}
+    hosts.check_agreement(when, fields, truths)
 
 
 def log_event(
@@ -513,7 +598,8 @@ def evaluate(run: Run, params, state: TrainState) -> float:
     rows = mesh_lib.rows(run.mesh)
     nll, targets = 0.0, 0.0
     for batch in run.job.eval_batches:
-        measured = run.eval_step(params, state.lora, state.mask_LER, jax.device_put(batch, rows))
+        batch = hosts.place(batch, rows)
+        measured = run.eval_step(params, state.lora, state.mask_LER, batch)
         nll, targets = nll + float(measured[0]), targets + float(measured[1])
     if not np.isfinite(nll):
         _require_finite_base(params)

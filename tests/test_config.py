@@ -286,7 +286,6 @@ REFUSED = {
     ),
     "mesh sizes must be positive, at most one -1": (MeshSection, {"data": 0}),
     "at most one -1 (the rest of the devices), got (-1, -1, 1, 1)": (MeshSection, {"fsdp": -1}),
-    "mesh.tensor=2: tensor parallelism is not available": (MeshSection, {"tensor": 2}),
     "adapter.kind=lora has no experts to share ranks among": (
         TrainConfig,
         {"adapter": AdapterSection(kind="lora")},

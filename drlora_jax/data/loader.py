@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.data.packing import fill_row, one_a_row, pack
+from drlora_jax.data.packing import RowArrays, fill_row, one_a_row, pack
 from drlora_jax.data.tokenize import Document
 from drlora_jax.errors import UserError
 
@@ -88,6 +88,15 @@ class Loader:
             self.pad_id,
         )
 
+    def row(self, row_index: int) -> RowArrays:
+        """The arrays of one row."""
+        return fill_row(self.documents, self._row(row_index), self.sequence_length, self.pad_id)
+
+    def token_count(self, row_index: int) -> int:
+        """Tokens of the batch from a global row index on, without making it."""
+        rows = range(row_index, row_index + self.batch_size)
+        return sum(int(self._lengths[self._row(index)].sum()) for index in rows)
+
     def _row(self, row_index: int) -> np.ndarray:
         if row_index < 0:
             raise ValueError(f"A row index is 0 or more, got {row_index}.")
@@ -126,19 +135,6 @@ def stack_rows(
     """The arrays of planned rows, stacked."""
     filled = [fill_row(documents, row, sequence_length, pad_id) for row in rows]
     return Batch(*(np.stack(arrays) for arrays in zip(*filled, strict=True)))
-
-
-def rows_for_process(batch: Batch, process_index: int, process_count: int) -> Batch:
-    """The part of a global batch that one process feeds: contiguous, disjoint, equal."""
-    size = len(batch.tokens_BT)
-    if size % process_count:
-        raise UserError(
-            f"train.batch_size ({size}) must be a multiple of the number of processes "
-            f"({process_count})."
-        )
-    share = size // process_count
-    part = slice(process_index * share, (process_index + 1) * share)
-    return Batch(*(array[part] for array in batch))
 
 
 def split_micro_batches(batch: Batch, count: int) -> Batch:

@@ -29,6 +29,7 @@ from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of, read
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table, parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.parallel.hosts import place
 
 READABLE_DTYPES = ("F32", "BF16", "F16")
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
@@ -354,14 +355,14 @@ def _load_leaf(leaf: jax.ShapeDtypeStruct, by_layer: dict, read) -> jax.Array:
     if None in by_layer:
         host = np.empty(leaf.shape, leaf.dtype)
         _fill(host, by_layer[None], read, skip=0)
-        return jax.device_put(host, leaf.sharding)
+        return place(host, leaf.sharding)
     buffer = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
     write_layer, layer_sharding = _layer_writer(leaf.sharding)
     for layer, entries in sorted(by_layer.items()):
         host = np.empty(leaf.shape[1:], leaf.dtype)
         _fill(host, entries, read, skip=1)
         # Placed before the call, so that no device holds more than its part of the layer.
-        buffer = write_layer(buffer, jax.device_put(host, layer_sharding), layer)
+        buffer = write_layer(buffer, place(host, layer_sharding), layer)
     return buffer
 
 

@@ -13,10 +13,13 @@ class ReportWriter:
     after that. A context: on the way out the last request is finished.
 
     A report that can not be written never ends a run: it is said once, on standard error.
+
+    Args:
+      writes: False where another process of the run writes it.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
+    def __init__(self, directory: pathlib.Path, *, writes: bool = True):
+        self._directory, self._writes = directory, writes
         self._wanted, self._ended, self._has_failed = threading.Event(), False, False
         self._thread = threading.Thread(target=self._work, name="report", daemon=True)
 
@@ -41,6 +44,8 @@ class ReportWriter:
             self._write()
 
     def _write(self) -> None:
+        if not self._writes:
+            return
         try:
             write_report([self._directory], self._directory / "report.html")
         except (OSError, UserError, RunError) as error:

@@ -1,0 +1,266 @@
+"""The processes of a run: how they find each other, what they agree on, and how they end together.
+
+One process drives the devices of one host. `join` connects it with its peers before jax is used:
+without arguments on TPU pods, under Slurm and Open MPI, else by the environment variables
+
+    JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=N  JAX_PROCESS_ID=i
+
+Every process computes the same; process 0 decides what ranks grow, writes the run directory and
+speaks. Nobody waits for ever: jax ends a process whose peer gives no sign of life for
+`run.heartbeat_timeout` seconds, and `parallel.watchdog` one whose peers are alive but stuck.
+"""
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from drlora_jax.errors import EXIT_RESUMABLE, RunError, UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+INITIAL_TIMEOUT = 300  # seconds for all processes to start
+# How collectives and the coordination service name a peer that has gone.
+_LOSS_WORDS = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "socket closed")
+_LOSS_STATUS = ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
+
+
+# -------------------------------------------------------------------------------------- setting up
+
+
+def join(heartbeat_timeout: int) -> None:
+    """Connects this process with its peers, if the environment says that there are any.
+
+    Args:
+      heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+    """
+    arguments = cluster_arguments(os.environ)
+    if arguments is None or jax.distributed.is_initialized():
+        return
+    _end_resumably_on_abort()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=INITIAL_TIMEOUT,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            # A process that has ended waits this long for the others to end, too.
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"The processes of this run do not find each other ({_first_line(error)}); check "
+            f"{ADDRESS}, or set {COUNT}=1 to run one process alone."
+        ) from error
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for good)
+
+
+def cluster_arguments(environment: Mapping[str, str]) -> dict | None:
+    """What `jax.distributed.initialize` is to be told; None where there is one process only."""
+    if environment.get(COUNT) == "1":
+        return None
+    explicit = [name for name in (ADDRESS, COUNT, INDEX) if name in environment]
+    if len(explicit) == 3:
+        return _explicit_arguments(environment)
+    if COUNT in explicit or INDEX in explicit:
+        missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in environment]
+        raise UserError(
+            f"{' and '.join(explicit)} are set, {' and '.join(missing)} not: give all three, or "
+            "none."
+        )
+    if _is_many(environment, "SLURM_NTASKS") and "SLURM_PROCID" in environment:
+        return _slurm_arguments(environment)
+    if _is_many(environment, "OMPI_COMM_WORLD_SIZE") or _is_tpu_host(environment):
+        return {}  # jax asks the cluster
+    return None
+
+
+def _explicit_arguments(environment) -> dict:
+    try:
+        count, index = int(environment[COUNT]), int(environment[INDEX])
+    except ValueError:
+        count, index = 0, 0
+    if not 0 <= index < count:
+        raise UserError(
+            f"{INDEX} must be a whole number from 0 to {COUNT} - 1, got {environment[INDEX]} of "
+            f"{environment[COUNT]}."
+        )
+    address = environment[ADDRESS]
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _slurm_arguments(environment) -> dict:
+    # jax takes one GPU a task for granted; one task a node is to have all of the node's.
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE"))
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
+    if tasks is not None and tasks.split("(")[0] == "1" and gpus.isdigit() and int(gpus) > 1:
+        return {"local_device_ids": list(range(int(gpus)))}
+    return {}
+
+
+def _is_many(environment, name: str) -> bool:
+    value = environment.get(name, "1")
+    return value.isdigit() and int(value) > 1
+
+
+def _is_tpu_host(environment) -> bool:
+    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
+        return False
+    has_chips = any(pathlib.Path("/dev").glob("accel[0-9]*"))
+    has_chips = has_chips or any(pathlib.Path("/dev/vfio").glob("[0-9]*"))
+    return has_chips and importlib.util.find_spec("libtpu") is not None
+
+
+_SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+@_SIGNAL_HANDLER
+def _aborted(_):
+    message = (
+        "failed: a process of this run is lost, or gave no sign of life in time (the lines above "
+        "say which). The same command, started on all hosts, goes on from the last checkpoint.\n"
+    )
+    os.write(2, message.encode())
+    os._exit(EXIT_RESUMABLE)
+
+
+def _end_resumably_on_abort() -> None:
+    """jax calls abort() in a thread of its own when a peer is lost. A handler written in Python
+    would wait for the main thread, which waits for the peer; this one runs at once.
+    """
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
+
+
+def is_main() -> bool:
+    """Whether this is the process that decides, writes and speaks."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
+    """Inside, an error that means that another process has gone ends this one, after `before`, with
+    one message: the usual way out would wait for the process that is gone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_lost_peer(error):
+            before()
+            reason = _first_line(error)
+            print(
+                f"failed: process {jax.process_index()} has lost another process of this run "
+                f"({reason}). The same command, started on all hosts, goes on from the last "
+                "checkpoint.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_RESUMABLE)
+        raise
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether what a step raised means that another process has gone."""
+    text = str(error)
+    named = any(word in text.lower() for word in _LOSS_WORDS)
+    return jax.process_count() > 1 and named and text.lstrip().startswith(_LOSS_STATUS)
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Host arrays, the same on every process, as device arrays; each process copies its parts.
+
+    Args:
+      shardings: one sharding (None: wherever jax puts it), or a tree of them like `tree`.
+    """
+
+    def leaf(value, sharding):
+        if sharding is None or sharding.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda value: leaf(value, shardings), tree)
+    return jax.tree.map(leaf, tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """Device arrays, whole, as NumPy arrays on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_main(tree: Any) -> Any:
+    """The NumPy arrays of process 0, on every process."""
+    if jax.process_count() == 1:
+        return tree
+    shapes = jax.tree.map(lambda value: np.asarray(value).dtype, tree)
+    sent = multihost_utils.broadcast_one_to_all(tree)
+    return jax.tree.map(lambda value, dtype: np.asarray(value, dtype), sent, shapes)
+
+
+# --------------------------------------------------------------------------------------- agreement
+
+
+def digest(*values: Any) -> str:
+    """sha256 of arrays and texts."""
+    hashed = hashlib.sha256()
+    for value in values:
+        part = value if isinstance(value, str) else np.ascontiguousarray(value).tobytes()
+        hashed.update(part.encode() if isinstance(part, str) else part)
+    return hashed.hexdigest()
+
+
+def digest_on_devices(array: jax.Array, expected: np.ndarray) -> str:
+    """Digest of `expected` with the parts that this process's devices hold put in its place."""
+    held = np.array(expected)
+    for shard in array.addressable_shards:
+        part = np.asarray(shard.data)
+        if not np.array_equal(held[shard.index], part):
+            held[shard.index] = part
+            break  # a second copy on another device, if right, must not hide it
+    return digest(held)
+
+
+def check_agreement(when: str, fields: dict[str, str], truths: dict[str, str]) -> None:
+    """Raises RunError, on all processes, when their digests of a field differ.
+
+    Args:
+      fields: name to digest, the same names in the same order everywhere.
+      truths: of some fields what the digest must be; of the others it is what most processes have,
+        process 0 in doubt.
+    """
+    own = np.array([list(bytes.fromhex(each)) for each in fields.values()], np.uint8)
+    all_PFB = own[None]
+    if jax.process_count() > 1:
+        all_PFB = np.asarray(multihost_utils.process_allgather(own))
+    complaints = []
+    for index, name in enumerate(fields):
+        found = [bytes(row).hex() for row in all_PFB[:, index]]
+        truth = truths.get(name, max(found, key=lambda each: (found.count(each), each == found[0])))
+        wrong = [process for process, each in enumerate(found) if each != truth]
+        if wrong:
+            who = "process" if len(wrong) == 1 else "processes"
+            complaints.append(f"{name} of {who} {', '.join(map(str, wrong))}")
+    if complaints:
+        raise RunError(
+            f"The processes of this run do not agree {when}: {' and '.join(complaints)} differ from"
+            " the others. Nothing was saved since; look for a broken host, or other files or "
+            "versions there, and start the same command again."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Runs one training as several processes on this machine, connected over localhost.
+
+    python launch/local.py --processes 2 -- --config configs/tiny.py run.dir=runs/two mesh.data=2
+
+What comes after `--` goes to every `python -m drlora_jax.train`. On CPU each process has
+`--devices` simulated devices. To try a launch before it goes to a cluster, and for tests; one
+process alone drives all GPUs or TPU chips of a machine.
+
+SIGTERM and SIGINT go to the processes, which save and stop at the same step. When one of them ends
+with an error the others get `--grace` seconds. The exit code is 0 when all end with 0, else that of
+the first that did not.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+
+def main() -> int:
+    args = _arguments()
+    address = f"localhost:{args.port or _free_port()}"
+    processes = [_start(index, address, args) for index in range(args.processes)]
+
+    def forward(number, _):
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+    return _wait(processes, args.grace)
+
+
+def _arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices of a process")
+    parser.add_argument("--port", type=int, help="of the coordinator; default: a free one")
+    parser.add_argument("--grace", type=float, default=120, help="seconds; see above")
+    parser.add_argument("train", nargs="+", metavar="argument", help="of drlora_jax.train")
+    args = parser.parse_args()
+    if args.processes < 1 or args.devices < 1:
+        parser.error("--processes and --devices must be 1 or more")
+    return args
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def _start(index: int, address: str, args) -> subprocess.Popen:
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": str(args.processes),
+        "JAX_PROCESS_ID": str(index),
+    }
+    if environment.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+        flags = environment.get("XLA_FLAGS", "")
+        count = f"--xla_force_host_platform_device_count={args.devices}"
+        environment["XLA_FLAGS"] = f"{flags} {count}".strip()
+    command = [sys.executable, "-m", "drlora_jax.train", *args.train]
+    # A group of its own: Ctrl-C reaches the processes once, from here.
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _wait(processes: list[subprocess.Popen], grace: float) -> int:
+    """Until all have ended; ends those that outlive an error of another by `grace` seconds."""
+    code, deadline = 0, None
+    while any(process.poll() is None for process in processes):
+        ended = [process.returncode for process in processes if process.returncode]
+        if ended and deadline is None:
+            code, deadline = ended[0], time.monotonic() + grace
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    bad = [process.returncode for process in processes if process.returncode]
+    code = code or (bad[0] if bad else 0)
+    return code if code >= 0 else 128 - code  # ended by a signal
+
+
+if __name__ == "__main__":
+    sys.exit(main())
