@@ -33,6 +33,7 @@ from drlora_jax.cli import run_and_exit
 from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.ops.backends import dense_expansions
+from drlora_jax.parallel.mesh import EXPERTS, shards_of
 from drlora_jax.plan import flops_per_token
 from drlora_jax.units import format_bytes
 
@@ -43,7 +44,7 @@ CHIP_GIB = {"v5p": 95, "v6e": 32, "v5e": 16, "v4": 32}
 def main(argv=None) -> int:
     args = _arguments(argv)
     config = load_config(args.config, args.overrides)
-    devices = _devices(args.topology)
+    devices = _devices(args.topology, args.slices)
     run = train.build(abstract_job(config, model_values(args.model, config), len(devices)), devices)
     compiled, seconds = train.compile_step(run)
     text = compiled.as_text()
@@ -51,7 +52,8 @@ def main(argv=None) -> int:
         pathlib.Path(args.text).write_text(text)
     limit = args.chip_gib or CHIP_GIB[args.topology.split(":")[0]]
     collectives = hlo.collectives(text)
-    lines = [f"compiled in {seconds:.0f} s for {len(devices)} chips of {args.topology}"]
+    slices = f" x {args.slices} slices" if args.slices > 1 else ""
+    lines = [f"compiled in {seconds:.0f} s for {len(devices)} chips of {args.topology}{slices}"]
     lines += _memory_lines(run, compiled, limit)
     lines += _flops_lines(run, compiled)
     lines += _collective_lines(collectives)
@@ -67,6 +69,7 @@ def _arguments(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topology", default="v5p:4x4x4", help="NAME:SHAPE, such as v6e:4x4")
+    parser.add_argument("--slices", type=int, default=1, help="of that topology each")
     parser.add_argument("--config", required=True)
     parser.add_argument("--model", help="config.json of the model, or a directory with one")
     parser.add_argument("--chip-gib", type=float, help="memory of a chip, for other generations")
@@ -75,9 +78,10 @@ def _arguments(argv):
     return parser.parse_intermixed_args(argv)
 
 
-def _devices(name: str):
+def _devices(name: str, slices: int):
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
         raise UserError(
             f"--topology {name}: {str(error).splitlines()[0]}. It needs libtpu "
@@ -138,7 +142,7 @@ def _complaints(run, compiled, text, collectives, limit) -> list[str]:
 def _expansions(run, text: str) -> list[str]:
     config, section, sizes = run.job.model_config, run.job.config.train, run.mesh.shape
     routing = config.moe.routing
-    experts = routing.num_experts // sizes["expert"]
+    experts = routing.num_experts // shards_of(run.mesh, EXPERTS)
     if experts == 1:  # every row is this expert's, or nobody's here
         return []
     row_shards = sizes["data"] * sizes["fsdp"]  # an expert group's tokens are gathered
@@ -153,16 +157,16 @@ def _expansions(run, text: str) -> list[str]:
 
 
 def forbidden_sizes(run) -> hlo.Limits:
-    config, sizes = run.job.model_config, run.mesh.shape
+    config, expert_shards = run.job.model_config, shards_of(run.mesh, EXPERTS)
     local, matrices = 0, ()
     if config.moe is not None:
-        local = config.moe.routing.num_experts // sizes["expert"]
+        local = config.moe.routing.num_experts // expert_shards
         hidden = config.moe.expert_dim
         matrices = ((config.width, 2 * hidden), (hidden, config.width))
     lora = {
         tuple(size for size in leaf.shape[1:] if size != 1)
         for leaf in jax.tree.leaves(run.abstract_state.lora)
-        if "expert" in leaf.sharding.spec and sizes["expert"] > 1
+        if EXPERTS in leaf.sharding.spec and expert_shards > 1
     }
     return hlo.Limits(
         local_experts=local,

@@ -7,8 +7,11 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+import jax
+
 from drlora_jax import config as config_lib
 from drlora_jax.errors import EXIT_FAILED, EXIT_USER_MISTAKE, RunError, UserError
+from drlora_jax.parallel import hosts
 
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
@@ -130,6 +133,8 @@ def run_and_exit(main: Callable[[], int]) -> None:
             # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
             traceback.print_exc()
             code = _end("failed", _first_line(error), EXIT_FAILED)
+    if code in (EXIT_FAILED, EXIT_USER_MISTAKE) and jax.distributed.is_initialized():
+        hosts.leave(code)
     sys.exit(code)
 
 
@@ -138,7 +143,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _end(how: str, message: str, code: int) -> int:
-    print(f"{how}: {printable(message)}", file=sys.stderr)
+    many = jax.distributed.is_initialized() and jax.process_count() > 1
+    who = f"process {jax.process_index()}: " if many else ""
+    print(f"{how}: {who}{printable(message)}", file=sys.stderr)
     return code
 
 

@@ -32,8 +32,9 @@ class Layout(NamedTuple):
     tokens: int  # of one micro-batch on one device
     item: int  # bytes of an activation
     experts: str  # backend of the expert operation
-    expert_shards: int = 1
+    expert_shards: int = 1  # groups of experts, between which tokens travel
     fsdp: int = 1
+    tensor: int = 1  # parts of attention heads, dense FFNs, the vocabulary, and again of experts
     max_rank: int = 0
     roles: int = 0  # projections of an expert with factors
     reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
@@ -45,7 +46,7 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
     kept = sum(repeats * _kept(config, layer, layout, remat) for layer, repeats in layers)
     weights = max(layout.fsdp * _weight_bytes(config, layer, layout) for layer, _ in layers)
     chunk = min(CHUNK_TOKENS, layout.tokens)
-    head = LOGIT_COPIES * 4 * chunk * config.vocab_size
+    head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
     working = max(head, *(_working(config, layer, layout) for layer, _ in layers))
     return 2 * lora_bytes + kept + weights + working
 
@@ -57,10 +58,12 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
         return layout.tokens * residual
     attention = layer.attention
     heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
-    token = 2 * residual + heads * attention.head_dim * layout.item + 4 * attention.num_heads
+    split = heads * attention.head_dim * layout.item + 4 * attention.num_heads
+    token = 2 * residual + split // layout.tensor
+    shards = layout.expert_shards * layout.tensor
     if not isinstance(layer.ffn, MoeConfig):
-        token += 2 * layer.ffn.hidden_dim * layout.item
-    elif layout.experts == "ragged" and (layout.expert_shards == 1 or remat == "none"):
+        token += 2 * layer.ffn.hidden_dim * layout.item // layout.tensor
+    elif layout.experts == "ragged" and (shards == 1 or remat == "none"):
         slots = layer.ffn.routing.experts_per_token * layout.expert_shards
         wide = 2 * layer.ffn.expert_dim + layout.roles * layout.max_rank
         token += slots * wide * layout.item
@@ -69,7 +72,8 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
         kept += layout.tokens * NORM_COPIES * config.width * 4
         if not isinstance(layer.ffn, MoeConfig):
             slots = layer.ffn.routing.experts_per_token if layer.ffn.routing else 1
-            kept += layout.tokens * FFN_COPIES * slots * layer.ffn.hidden_dim * layout.item
+            hidden = slots * layer.ffn.hidden_dim // layout.tensor
+            kept += layout.tokens * FFN_COPIES * hidden * layout.item
         if layout.experts == "block" and not layout.reads_stacks:
             # Its gradient keeps its weights, and the scan stacks them.
             kept += _expert_bytes(config, layer, layout)
@@ -80,7 +84,7 @@ def _expert_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> in
     """The experts of one layer on one expert shard, as far as fsdp cuts them."""
     if not isinstance(layer.ffn, MoeConfig):
         return 0
-    experts = layer.ffn.routing.num_experts // layout.expert_shards
+    experts = layer.ffn.routing.num_experts // (layout.expert_shards * layout.tensor)
     return experts * 3 * config.width * layer.ffn.expert_dim * layout.item // layout.fsdp
 
 
@@ -91,13 +95,13 @@ def _weight_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> in
     if not isinstance(layer.ffn, MoeConfig):
         matrices += 3 * config.width * layer.ffn.hidden_dim
     experts = 0 if layout.reads_stacks else _expert_bytes(config, layer, layout)
-    return matrices * layout.item // layout.fsdp + experts
+    return matrices * layout.item // (layout.fsdp * layout.tensor) + experts
 
 
 def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
     """One layer's backward pass."""
     if not isinstance(layer.ffn, MoeConfig):
-        return 4 * layout.tokens * layer.ffn.hidden_dim * layout.item
+        return 4 * layout.tokens * layer.ffn.hidden_dim * layout.item // layout.tensor
     # The tokens of an expert group are gathered on each of its devices.
     slots = layout.tokens * layout.expert_shards
     slots *= 1 if layout.experts == "dense" else layer.ffn.routing.experts_per_token

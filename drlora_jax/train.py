@@ -220,6 +220,7 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         experts=experts,
         expert_shards=shape["expert"],
         fsdp=shape["fsdp"],
+        tensor=shape["tensor"],
         max_rank=job.adapter.max_rank,
         roles=len(expert_roles(job.adapter)),
         reads_stacks=experts == "block" and mesh.size == 1,
@@ -248,15 +249,17 @@ class Position(NamedTuple):
 
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
-    with run.job.run_dir.locked(), Watchdog(run.job.config.run.stall_timeout) as watchdog:
-        return _train(run, watchdog)
+    with Watchdog(run.job.config.run.stall_timeout) as watchdog:
+        # All have looked at the run directory before the first writes to it.
+        _agree(run, "before the start", 0)
+        with run.job.run_dir.locked():
+            return _train(run, watchdog)
 
 
 def _train(run: Run, watchdog: Watchdog) -> int:
     job, config = run.job, run.job.config
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
     done = checkpoints.latest_step() or 0
-    # Before anything is written, so that nobody finds files that another process has just made.
     _agree(run, "at the start", done)
     if job.is_new:
         facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
@@ -392,6 +395,7 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
 def save(
     run: Run, checkpoints: Checkpoints, position: Position, step: int, eval_loss: float | None
 ) -> None:
+    _agree(run, f"before step {step} is saved", step, position)
     state = position.state
     ranks_LE = hosts.place(position.capacity.ranks_LE, mesh_lib.replicated(run.mesh))
     arrays = Checkpoint(state.step, state.lora, state.opt_state, state.stats, ranks_LE)

@@ -10,11 +10,12 @@ from drlora_jax.data.loader import (
     count_targets,
     count_tokens,
     eval_batches,
-    rows_for_process,
     split_micro_batches,
 )
+from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.data.tokenize import Document
 from drlora_jax.errors import UserError
+from drlora_jax.parallel.mesh import make_mesh, rows
 
 LENGTH = 16
 
@@ -120,20 +121,30 @@ def test_eval_batches_are_in_order_and_filled_up():
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_processes_share_a_batch(count):
+def test_micro_batches_hold_consecutive_rows(count):
     batch = _loader().batch(0)
-    parts = [rows_for_process(batch, index, count) for index in range(count)]
-    assert _equal(batch, [np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
     micro = split_micro_batches(batch, count)
     assert micro.tokens_BT.shape == (count, 4 // count, LENGTH)
-    for index in range(count):
-        assert _equal([array[index] for array in micro], parts[index])
+    assert _equal(batch, [np.concatenate(array) for array in micro])
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_batch_on_a_mesh_makes_each_row_once(micro_batches, monkeypatch):
+    loader = _loader(batch_size=8)
+    sharding = rows(make_mesh((4, 1, 1, 1)), leading=1)
+    whole = split_micro_batches(loader.batch(8), micro_batches)
+    for one, other in zip(sharded_batch(loader, 8, micro_batches, sharding), whole, strict=True):
+        assert one.sharding == sharding
+        np.testing.assert_array_equal(one, other)
+    made, row = [], loader.row
+    monkeypatch.setattr(loader, "row", lambda index: made.append(index) or row(index))
+    sharded_batch(loader, 8, micro_batches, sharding)
+    assert sorted(made) == list(range(8, 16))
+    assert loader.token_count(8) == int((np.asarray(whole.segment_ids_BT) > 0).sum())
 
 
 def test_refused():
     batch = _loader().batch(0)
-    with pytest.raises(UserError, match=r"batch_size \(4\) must be a multiple of .* \(3\)"):
-        rows_for_process(batch, 0, 3)
     with pytest.raises(UserError, match=r"\(4\) must be a multiple of train.micro_batches \(3\)"):
         split_micro_batches(batch, 3)
     with pytest.raises(UserError, match="no document to train on"):

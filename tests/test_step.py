@@ -27,8 +27,8 @@ from drlora_jax.step import (
 class Stepper:
     """A run without its files: takes steps and events, keeps every position."""
 
-    def __init__(self, tmp_path, **changes):
-        self.run = train_lib.build(prepare(tiny_config(tmp_path, **changes)))
+    def __init__(self, tmp_path, name="run", **changes):
+        self.run = train_lib.build(prepare(tiny_config(tmp_path, name, **changes)))
         self.job = self.run.job
         self.params = load_params(
             self.job.model_config, self.job.directory, self.run.abstract_params

@@ -28,7 +28,8 @@ from jax.experimental import multihost_utils
 from drlora_jax.errors import EXIT_RESUMABLE, RunError, UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-INITIAL_TIMEOUT = 300  # seconds for all processes to start
+# Seconds for all processes to start, and for all to end after the first that has done its work.
+START_TIMEOUT, END_TIMEOUT = 300, 300
 # How collectives and the coordination service name a peer that has gone.
 _LOSS_WORDS = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "socket closed")
 _LOSS_STATUS = ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
@@ -50,10 +51,9 @@ def join(heartbeat_timeout: int) -> None:
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=INITIAL_TIMEOUT,
+            initialization_timeout=START_TIMEOUT,
             heartbeat_timeout_seconds=heartbeat_timeout,
-            # A process that has ended waits this long for the others to end, too.
-            shutdown_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=END_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
@@ -161,10 +161,16 @@ def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
                 f"({reason}). The same command, started on all hosts, goes on from the last "
                 "checkpoint.",
                 file=sys.stderr,
-                flush=True,
             )
-            os._exit(EXIT_RESUMABLE)
+            leave(EXIT_RESUMABLE)
         raise
+
+
+def leave(code: int) -> None:
+    """Ends this process at once; on the usual way out jax waits for all others to end as well."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_lost_peer(error: Exception) -> bool:
@@ -246,20 +252,31 @@ def check_agreement(when: str, fields: dict[str, str], truths: dict[str, str]) -
     all_PFB = own[None]
     if jax.process_count() > 1:
         all_PFB = np.asarray(multihost_utils.process_allgather(own))
-    complaints = []
-    for index, name in enumerate(fields):
-        found = [bytes(row).hex() for row in all_PFB[:, index]]
-        truth = truths.get(name, max(found, key=lambda each: (found.count(each), each == found[0])))
-        wrong = [process for process, each in enumerate(found) if each != truth]
+    by_process = [
+        {name: bytes(row).hex() for name, row in zip(fields, rows_FB, strict=True)}
+        for rows_FB in all_PFB
+    ]
+    wrong = disagreements(by_process, truths)
+    if wrong:
+        raise RunError(
+            f"The processes of this run do not agree {when}. Not as it must be: "
+            f"{', '.join(wrong)}. Look for a broken host, or other files or versions there, and "
+            "start the same command again; it goes on from the last checkpoint, which is good."
+        )
+
+
+def disagreements(by_process: list[dict[str, str]], truths: dict[str, str]) -> list[str]:
+    """Which field of which processes is not what it must be; see `check_agreement`."""
+    found = []
+    for name in by_process[0]:
+        values = [fields[name] for fields in by_process]
+        most = max(values, key=values.count)  # the first of several
+        truth = truths.get(name, most)
+        wrong = [str(process) for process, value in enumerate(values) if value != truth]
         if wrong:
             who = "process" if len(wrong) == 1 else "processes"
-            complaints.append(f"{name} of {who} {', '.join(map(str, wrong))}")
-    if complaints:
-        raise RunError(
-            f"The processes of this run do not agree {when}: {' and '.join(complaints)} differ from"
-            " the others. Nothing was saved since; look for a broken host, or other files or "
-            "versions there, and start the same command again."
-        )
+            found.append(f"{name} of {who} {' and '.join(wrong)}")
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,187 @@
+"""Real processes over localhost: the numbers of one, and ends that no process survives alone.
+
+One run goes through everything: two processes take it to its end; from its checkpoint of step 5
+it is resumed by one process, and by two of which one is told to stop, goes wrong, or is killed.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_step import Stepper
+from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
+
+from drlora_jax import train as train_lib
+from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
+from drlora_jax.prepare import prepare
+
+ROOT = pathlib.Path(__file__).parents[1]
+VALUES = OLMOE | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8}
+MESH = {"data": 2, "expert": 2, "tensor": 2}
+STEPS, FIRST_SAVED = 12, 5  # events after steps 3 and 7
+HEARTBEAT, TIMEOUT = 20, 300  # seconds
+
+CONFIG = """import pathlib
+from tiny import tiny_config
+
+def get_config():
+    run = dict(heartbeat_timeout={heartbeat}, keep_last=9)
+    return tiny_config(pathlib.Path({folder!r}), run=run)
+"""
+
+
+class Runs:
+    """A folder of runs on one model, and what it takes to start processes on them."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        write_tiny_model(folder / "model", VALUES)
+        write_rows(folder / "train.jsonl", 60)
+        write_rows(folder / "heldout.jsonl", 12, seed=1)
+        self.config = folder / "config.py"
+        self.config.write_text(CONFIG.format(folder=str(folder), heartbeat=HEARTBEAT))
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        }
+
+    def arguments(self, name: str, **mesh) -> list[str]:
+        sizes = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
+        return ["--config", str(self.config), f"run.dir={self.folder / name}", *sizes]
+
+    def rows(self, name: str, file="metrics.jsonl") -> list[dict]:
+        return [json.loads(line) for line in (self.folder / name / file).read_text().splitlines()]
+
+    def losses(self, name: str) -> list[float]:
+        return [row["loss"] for row in self.rows(name) if "loss" in row]
+
+    def copy_cut(self, name: str, new: str) -> None:
+        """A run as it was after its first checkpoint."""
+        shutil.copytree(self.folder / name, self.folder / new)
+        for entry in (self.folder / new / "checkpoints").iterdir():
+            if entry.name.isdigit() and int(entry.name) > FIRST_SAVED:
+                shutil.rmtree(entry)
+
+    def two(self, fault: str, name: str, **mesh) -> list[tuple[int, str]]:
+        """Two processes of two devices each with a fault; their exit codes and error outputs."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        devices = " --xla_force_host_platform_device_count=2"
+        shared = self.environment | {
+            "XLA_FLAGS": self.environment["XLA_FLAGS"] + devices,
+            "JAX_COORDINATOR_ADDRESS": address,
+            "JAX_NUM_PROCESSES": "2",
+        }
+        script = [sys.executable, str(ROOT / "tests" / "faulty_train.py"), fault]
+        processes = [
+            subprocess.Popen(
+                [*script, *self.arguments(name, **mesh)],
+                env=shared | {"JAX_PROCESS_ID": str(index)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+        try:
+            errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """The run that two processes of four devices take to its end."""
+    command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", "2"]
+    command += ["--devices", "4", "--", *runs.arguments("whole", **MESH)]
+    done = subprocess.run(
+        command, env=runs.environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert done.returncode == EXIT_DONE, done.stderr[-2000:]
+    assert "2 processes of 4" in done.stdout and done.stdout.count("step 12/12") == 1
+    return runs.losses("whole")
+
+
+def test_two_processes_compute_what_one_device_does(runs, whole):
+    stepper = Stepper(runs.folder, name="one")
+    losses, ranks = [], []
+    for _ in range(STEPS):
+        losses.append(float(stepper.step()["loss"]))
+        ranks.append(stepper.position.capacity.ranks_LE.tolist())
+    np.testing.assert_allclose(whole, losses, rtol=1e-5)
+    events = {row["step"]: row["ranks"] for row in runs.rows("whole", "ranks.jsonl")}
+    assert len(events) == 2 and events == {step: ranks[step - 1] for step in events}
+
+
+def build(runs, name, mesh):
+    run = {"keep_last": 9, "heartbeat_timeout": HEARTBEAT}
+    return train_lib.build(prepare(tiny_config(runs.folder, name, run=run, mesh=mesh)))
+
+
+def restored(runs, name, mesh):
+    """Everything that the first checkpoint brings back on a mesh, as NumPy arrays."""
+    checkpoints = Checkpoints(runs.folder / name / "checkpoints", keep_last=9)
+    position = train_lib.restore(build(runs, name, mesh), checkpoints, FIRST_SAVED)
+    checkpoints.close()
+    return jax.device_get(position)
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 1}], ids=str)
+def test_one_process_resumes_what_two_saved(runs, whole, mesh):
+    name = "x".join(map(str, mesh.values()))
+    runs.copy_cut("whole", name)
+    here, there = restored(runs, name, {"data": 1} | mesh), restored(runs, name, {"expert": 4})
+    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert train_lib.train(build(runs, name, {"data": 1} | mesh)) == EXIT_DONE
+    np.testing.assert_allclose(runs.losses(name), whole, rtol=1e-5)
+    events, expected = (
+        [row["ranks"] for row in runs.rows(each, "ranks.jsonl")] for each in (name, "whole")
+    )
+    assert events == expected and len(events) == 2
+
+
+def test_what_befalls_one_process_ends_both(runs, whole):
+    """Stopped, gone wrong and killed; each time the same command goes on, and the end is the same.
+
+    Resumed at step 5, the second step of a start is the seventh, after which there is an event.
+    """
+    runs.copy_cut("whole", "faulty")
+    mesh = {"data": 2, "expert": 2}
+
+    ends = runs.two("term", "faulty", **mesh)
+    assert [code for code, _ in ends] == [EXIT_RESUMABLE] * 2, ends
+    saved = max(int(entry.name) for entry in (runs.folder / "faulty" / "checkpoints").iterdir())
+    assert FIRST_SAVED + 2 <= saved < STEPS
+
+    runs.copy_cut("faulty", "flipped")
+    for code, text in runs.two("mask", "flipped", **mesh):
+        assert code == EXIT_FAILED
+        assert "do not agree at the event after step 7" in text and "mask of process 1." in text
+
+    start = time.monotonic()
+    (code, text), (killed, _) = runs.two("kill", "flipped", **mesh)
+    assert killed < 0 and code == EXIT_RESUMABLE and "the last checkpoint" in text
+    assert time.monotonic() - start < TIMEOUT
+
+    for name in ("faulty", "flipped"):
+        assert [code for code, _ in runs.two("none", name, **mesh)] == [EXIT_DONE] * 2
+        np.testing.assert_allclose(runs.losses(name), whole, rtol=1e-5)
