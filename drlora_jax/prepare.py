@@ -80,7 +80,7 @@ def prepare(config: TrainConfig) -> Job:
     policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
     if total_steps < policy.last_event:
         raise UserError(
-            f"train.steps={total_steps} ends before the last growth event of this run (step "
+            f"train.steps={total_steps} ends before the last event of this run (step "
             f"{policy.last_event}), so its budget would not be met; take at least as many steps."
         )
     rows = coverage(model_config, adapter, config.adapter.targets)
@@ -165,9 +165,10 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
 
 
 def allocated_rank(config: TrainConfig) -> int:
-    """Ranks that experts have memory for; a uniform allocation never needs more than it has."""
+    """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
     section = config.allocation
-    return section.r_target if section.kind == "uniform" else section.r_max
+    needed = {"uniform": section.r_target, "adalora": section.r_init}
+    return needed.get(section.kind, section.r_max)
 
 
 def capacity_shapes(

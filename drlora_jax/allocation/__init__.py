@@ -1,5 +1,6 @@
 """Allocation policies by their config name."""
 
+from drlora_jax.allocation.adalora import adalora
 from drlora_jax.allocation.base import (
     CapacityShapes,
     CapacityState,
@@ -44,6 +45,19 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
     warmup_ratio = (
         config.train.warmup_ratio if section.warmup_ratio is None else section.warmup_ratio
     )
+    if section.kind == "adalora":
+        return adalora(
+            shapes,
+            total_steps=total_steps,
+            r_init=section.r_init,
+            r_target=section.r_target,
+            interval=section.interval,
+            importance_decay=section.importance_decay,
+            uncertainty_decay=section.uncertainty_decay,
+            warmup_ratio=warmup_ratio,
+            last_event=section.last_event,
+            importance=section.importance,
+        )
     return dr_lora(
         shapes,
         total_steps=total_steps,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -44,6 +45,9 @@ class Event(NamedTuple):
     """What an update decided, for the record."""
 
     saliency_LE: np.ndarray  # f32
+    # i32, for a policy that prunes: new rank k of an expert is its old rank order[k], so that the
+    # active ranks stay a prefix. Factors and moments follow; the policy moves its own statistics.
+    order_LER: np.ndarray | None = None
 
 
 class Policy(NamedTuple):
@@ -62,6 +66,20 @@ class Policy(NamedTuple):
     profile_rows: int = 0
     start: Callable[[np.ndarray], tuple[CapacityState, Event]] | None = None
     describe: str = ""  # one line for the start of a run
+
+
+def rank_importance(step: StepStats, form: str) -> jax.Array:
+    """How much every rank matters to the loss of one step, f32 [L, P, E, R]; jnp, in the step.
+
+    The sign is dropped once, after the sum over micro-batches and devices: the gate gradient is
+    linear.
+    """
+    if form == "elementwise_product":
+        return step.elementwise_LPER
+    if form == "probe":
+        return step.probe_LPER
+    importance_LPER = jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
+    return importance_LPER**2 if form == "gate_sq" else importance_LPER
 
 
 def masks_from_ranks(ranks_LE: np.ndarray, max_rank: int) -> np.ndarray:

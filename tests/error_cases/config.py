@@ -122,6 +122,7 @@ CONFIG_FILES = (
         "got a number of thousands of digits",
     ),
 )
+PRUNING = ("allocation.kind=adalora", "allocation.r_init=4")
 FIELDS = (
     _field("train.steps=many", "train.steps must be int | none, got 'many'"),
     _field("train.steps=3.5", "train.steps must be int | none, got '3.5'"),
@@ -175,6 +176,9 @@ FIELDS = (
     _field(
         "allocation.released=true", "fixes importance=gate_abs", "allocation.importance=gate_sq"
     ),
+    _field("allocation.kind=adalora", "r_target=2, r_init=1, r_max=4"),
+    _field("allocation.importance=probe", "measures the next rank", *PRUNING),
+    _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),
     _field("mesh.data=0", "mesh sizes must be positive"),
     _field("mesh.data=-1", "at most one -1", "mesh.fsdp=-1"),
     _field("mesh.data=999", "data=999 .* does not fit the 8 devices"),
