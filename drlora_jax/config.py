@@ -240,8 +240,12 @@ class AdapterSection(_Section):
 @dataclass(frozen=True)
 class AllocationSection(_Section):
     # random: the schedule of dr_lora, experts drawn by lot
-    kind: Literal["uniform", "dr_lora", "random", "adalora", "moe_sieve", "pattern"] = "dr_lora"
-    r_init: int = 8  # active ranks at the start; from 0 an expert has no importance and grows late
+    kind: Literal["uniform", "dr_lora", "random", "adalora", "moe_sieve", "prilora", "pattern"] = (
+        "dr_lora"
+    )
+    # active ranks at the start; from 0 an expert has no importance and grows late. prilora: of the
+    # first layer
+    r_init: int = 8
     r_target: int = 16  # mean active rank at the end (uniform: always); a layer has E * r_target
     r_max: int = 32  # allocated ranks of every expert (uniform: r_target)
     interval: int = 200  # optimizer steps between events

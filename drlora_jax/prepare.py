@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
 from drlora_jax.allocation import CapacityShapes, Policy, make_policy
+from drlora_jax.allocation.prilora import last_rank
 from drlora_jax.config import AdapterSection, TrainConfig
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
@@ -168,6 +169,7 @@ def allocated_rank(config: TrainConfig) -> int:
     """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
     section = config.allocation
     needed = {"uniform": section.r_target, "adalora": section.r_init}
+    needed["prilora"] = max(section.r_init, last_rank(section.r_init, section.r_target))
     return needed.get(section.kind, section.r_max)
 
 

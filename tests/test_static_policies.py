@@ -1,4 +1,4 @@
-"""MoE-Sieve and fixed patterns: ranks that are decided before step 1."""
+"""MoE-Sieve, PRILoRA and fixed patterns: ranks that are decided before step 1."""
 
 import json
 
@@ -11,6 +11,7 @@ from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.allocation.moe_sieve import moe_sieve, sieve
 from drlora_jax.allocation.pattern import pattern
+from drlora_jax.allocation.prilora import prilora
 from drlora_jax.errors import UserError
 from drlora_jax.prepare import prepare
 
@@ -107,6 +108,30 @@ def test_ranks_of_another_run_are_its_ranks(tmp_path, sieved):
     for _ in range(2):
         one, two = sieved.step(), other.step()
         assert float(one["loss"]) == float(two["loss"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "r_init", "r_target"), [(12, 4, 8), (5, 4, 5), (1, 2, 3), (2, 0, 4), (32, 8, 16)]
+)
+def test_prilora_rises_linearly(layers, r_init, r_target):
+    """Every layer is less than a rank away from the line, and the sum is that of plain LoRA."""
+    policy = prilora(SHAPES._replace(layers=layers), r_init=r_init, r_target=r_target, r_max=64)
+    ranks_LE = policy.init().ranks_LE
+    rank_L = ranks_LE[:, 0]
+    assert (ranks_LE == rank_L[:, None]).all() and ranks_LE.dtype == np.int32
+    assert ranks_LE.sum() == layers * 5 * r_target and (np.diff(rank_L) >= 0).all()
+    for layer, rank in enumerate(rank_L):
+        share = r_init + 2 * (r_target - r_init) * layer / (layers - 1) if layers > 1 else r_target
+        assert abs(rank - share) < 1
+    assert policy.budget == tuple(ranks_LE.sum(axis=1))
+
+
+def test_prilora_may_fall_and_stays_within_its_ends():
+    falling = prilora(SHAPES, r_init=6, r_target=4, r_max=6).init().ranks_LE
+    assert falling[:, 0].tolist() == [6, 2]
+    for r_init, message in ((9, "-1. in the last"), (1, "r_init .1. .* r_init .7. .*r_max .6.")):
+        with pytest.raises(UserError, match=message):
+            prilora(SHAPES, r_init=r_init, r_target=4, r_max=6)
 
 
 def test_pattern_needs_its_file(tmp_path):

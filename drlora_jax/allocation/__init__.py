@@ -12,6 +12,7 @@ from drlora_jax.allocation.base import (
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.allocation.moe_sieve import moe_sieve
 from drlora_jax.allocation.pattern import pattern
+from drlora_jax.allocation.prilora import prilora
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import TrainConfig
 
@@ -35,6 +36,10 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
         return uniform(shapes, rank=section.r_target)
     if section.kind == "pattern":
         return pattern(shapes, path=section.pattern, r_target=section.r_target)
+    if section.kind == "prilora":
+        return prilora(
+            shapes, r_init=section.r_init, r_target=section.r_target, r_max=section.r_max
+        )
     if section.kind == "moe_sieve":
         return moe_sieve(
             shapes,

@@ -57,7 +57,8 @@ class Policy(NamedTuple):
     accumulate: Callable[[Any, StepStats], Any]  # in the step
     is_event: Callable[[int], bool]  # is there an update after this many optimizer steps?
     update: Callable[[CapacityState, Any, int], tuple[CapacityState, Any, Event]]
-    budget: int  # active ranks of a layer at the end
+    # active ranks of a layer at the end; of each layer, where they differ
+    budget: int | tuple[int, ...]
     last_event: int = 0  # optimizer steps a run needs at least
     needs_elementwise: bool = False
     needs_probe: bool = False  # the step lets every expert's next inactive rank have a gradient
@@ -66,6 +67,26 @@ class Policy(NamedTuple):
     profile_rows: int = 0
     start: Callable[[np.ndarray], tuple[CapacityState, Event]] | None = None
     describe: str = ""  # one line for the start of a run
+
+
+def static_policy(
+    name: str, ranks_LE: np.ndarray, *, budget: int | tuple[int, ...], describe: str
+) -> Policy:
+    """Ranks that stay as they are from the first step to the last."""
+
+    def update(state, stats, step):
+        raise AssertionError(f"{name} has no events, asked at step {step}")
+
+    return Policy(
+        name=name,
+        init=lambda: CapacityState(ranks_LE.astype(np.int32)),  # a copy
+        init_stats=lambda: (),
+        accumulate=lambda stats, step_stats: stats,
+        is_event=lambda step: False,
+        update=update,
+        budget=budget,
+        describe=describe,
+    )
 
 
 def rank_importance(step: StepStats, form: str) -> jax.Array:

@@ -178,6 +178,12 @@ FIELDS = (
     ),
     _field("allocation.kind=adalora", "r_target=2, r_init=1, r_max=4"),
     _field("allocation.importance=probe", "measures the next rank", *PRUNING),
+    _field(
+        "allocation.r_init=1",
+        "2 . r_target - r_init .5. in the last; both must be from 0 to allocation.r_max .4.",
+        "allocation.kind=prilora",
+        "allocation.r_target=3",
+    ),
     _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),
     _field("mesh.data=0", "mesh sizes must be positive"),
     _field("mesh.data=-1", "at most one -1", "mesh.fsdp=-1"),
