@@ -240,9 +240,16 @@ class AdapterSection(_Section):
 @dataclass(frozen=True)
 class AllocationSection(_Section):
     # random: the schedule of dr_lora, experts drawn by lot
-    kind: Literal["uniform", "dr_lora", "random", "adalora", "moe_sieve", "prilora", "pattern"] = (
-        "dr_lora"
-    )
+    kind: Literal[
+        "uniform",
+        "dr_lora",
+        "random",
+        "adalora",
+        "moe_sieve",
+        "prilora",
+        "alphalora",
+        "pattern",
+    ] = "dr_lora"
     # active ranks at the start; from 0 an expert has no importance and grows late. prilora: of the
     # first layer
     r_init: int = 8
@@ -266,10 +273,24 @@ class AllocationSection(_Section):
     share: float = 0.25  # of a layer's experts that moe_sieve adapts
     profile_rows: int = 64  # of training data that moe_sieve reads first to count who is used
     pattern: str | None = None  # file of kind pattern: ranks [layers][experts], or a ranks.jsonl
+    experts: int | None = None  # of alphalora with mixlora: active ones, in all layers together
+    alpha_beta: float = 2.5  # alphalora: shares are alpha ** alpha_beta
+    # dr_lora: saliency * (alpha of the expert / mean of its layer) ** spectral_prior; 0: off
+    spectral_prior: float = 0.0
+    # of alphalora and spectral_prior: written by `drlora_jax.alpha --out`; None: computed
+    alpha_file: str | None = None
+    alpha_estimator: Literal["fix_finger", "median"] = "fix_finger"
 
     def check(self):
         _at_most("allocation.r_target", self.r_target, LARGEST_RANK)
         _at_most("allocation.r_max", self.r_max, LARGEST_RANK)
+        _require(
+            self.spectral_prior == 0 or (self.kind == "dr_lora" and not self.released),
+            "allocation.spectral_prior is a factor of the saliency of kind=dr_lora "
+            f"(released=False), got kind={self.kind} and released={self.released}.",
+        )
+        if self.experts is not None:
+            _positive("allocation", {"experts": self.experts})
         if self.kind in ("dr_lora", "random"):
             self._check_growth()
         elif self.kind == "adalora":
@@ -379,6 +400,19 @@ class TrainConfig:
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",
             "adapter.kind=lora has no experts to share ranks among: "
             f"set allocation.kind=uniform, got {self.allocation.kind}.",
+        )
+        has_own_experts = self.adapter.kind == "mixlora"
+        _require(
+            self.allocation.kind != "alphalora"
+            or has_own_experts == (self.allocation.experts is not None),
+            "allocation.experts is how many experts alphalora gives to all layers of "
+            "adapter.kind=mixlora together, which needs it; the experts of another kind are there "
+            f"already. Got {self.allocation.experts} with adapter.kind={self.adapter.kind}.",
+        )
+        _require(
+            not self.allocation.spectral_prior or not has_own_experts,
+            "allocation.spectral_prior compares the pretrained weights of a layer's experts; those "
+            "of adapter.kind=mixlora are new. Leave it at 0.",
         )
 
 

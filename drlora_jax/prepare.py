@@ -7,16 +7,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
-from drlora_jax.allocation import CapacityShapes, Policy, make_policy
+from drlora_jax.allocation import CapacityShapes, Policy, make_policy, needs_exponents
 from drlora_jax.allocation.prilora import last_rank
 from drlora_jax.config import AdapterSection, TrainConfig
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.errors import UserError
+from drlora_jax.interop.exponents import read_exponents
 from drlora_jax.interop.hf_read import (
     find_model,
     fingerprint,
@@ -30,6 +32,7 @@ from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_dir import RunDirectory
+from drlora_jax.spectra import Exponents
 from drlora_jax.step import expert_roles
 
 
@@ -78,7 +81,8 @@ def prepare(config: TrainConfig) -> Job:
     if stored is not None:
         run_dir.check_same(stored, config, origin)
     schedule_steps = stored["schedule_steps"] if stored else total_steps
-    policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
+    shapes = capacity_shapes(config, model_config, adapter)
+    policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
     if total_steps < policy.last_event:
         raise UserError(
             f"train.steps={total_steps} ends before the last event of this run (step "
@@ -169,6 +173,8 @@ def allocated_rank(config: TrainConfig) -> int:
     """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
     section = config.allocation
     needed = {"uniform": section.r_target, "adalora": section.r_init}
+    if config.adapter.kind == "mixlora":  # its experts are there or not
+        needed["alphalora"] = section.r_target
     needed["prilora"] = max(section.r_init, last_rank(section.r_init, section.r_target))
     return needed.get(section.kind, section.r_max)
 
@@ -184,6 +190,21 @@ def capacity_shapes(
         experts=moe.routing.num_experts if moe else 0,
         max_rank=allocated_rank(config),
     )
+
+
+def _make_policy(
+    config: TrainConfig, shapes: CapacityShapes, steps: int, model_config: ModelConfig, directory
+) -> Policy:
+    """The policy, with the exponents of the base's weights where it asks for them."""
+    section = config.allocation
+    if not needs_exponents(section):
+        return make_policy(config, shapes, steps)
+    alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
+    make_policy(config, shapes, steps, alike)  # what can not be is refused before the analysis
+    exponents = read_exponents(
+        model_config, directory, file=section.alpha_file, estimator=section.alpha_estimator
+    )
+    return make_policy(config, shapes, steps, exponents)
 
 
 def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int, ...]) -> None:

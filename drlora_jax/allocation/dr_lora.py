@@ -168,8 +168,10 @@ def dr_lora(
     score: str = "product",
     released: bool = False,
     seed: int = 0,
+    prior_LE: np.ndarray | None = None,
 ) -> Policy:
-    """The policy for `shapes`; arguments are the fields of the config section `allocation`.
+    """The policy for `shapes`; arguments are the fields of the config section `allocation`, and a
+    factor of every expert's saliency (`alphalora.spectral_prior`).
 
     Raises UserError when the schedule can not reach the budget.
     """
@@ -237,7 +239,8 @@ def dr_lora(
             g_LE = np.ones_like(g_LE)
         elif score == "importance":
             f_LE = np.ones_like(f_LE)
-        return saliency(f_LE, g_LE, ranks_LE, gamma, RELEASED_FLOOR if released else 0.0)
+        score_LE = saliency(f_LE, g_LE, ranks_LE, gamma, RELEASED_FLOOR if released else 0.0)
+        return score_LE if prior_LE is None else score_LE * prior_LE
 
     def update(state: CapacityState, stats: Stats, step: int):
         saliency_LE = score_experts(state, stats, step)
@@ -274,6 +277,7 @@ def dr_lora(
             f"steps {schedule.first} to {last}, {schedule.quota} "
             f"{'slots' if released else 'ranks'} a layer and event, "
             f"at most {schedule.cap} an expert"
+            + (", times a spectral prior" if prior_LE is not None else "")
             + (" (as released: may end a little above the budget)" if released else "")
         ),
     )

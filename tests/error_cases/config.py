@@ -184,6 +184,13 @@ FIELDS = (
         "allocation.kind=prilora",
         "allocation.r_target=3",
     ),
+    _field(
+        "allocation.kind=alphalora",
+        "alpha_file=rows.jsonl can not be used: it can not be read as exponents",
+        "allocation.alpha_file=rows.jsonl",
+    ),
+    _field("allocation.experts=9", "are there already", "allocation.kind=alphalora"),
+    _field("allocation.spectral_prior=1", "got kind=random and", "allocation.kind=random"),
     _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),
     _field("mesh.data=0", "mesh sizes must be positive"),
     _field("mesh.data=-1", "at most one -1", "mesh.fsdp=-1"),
