@@ -254,6 +254,8 @@ class AllocationSection(_Section):
     # first layer
     r_init: int = 8
     r_target: int = 16  # mean active rank at the end (uniform: always); a layer has E * r_target
+    # of uniform: r_target divided by the experts a token has, or by those a layer has
+    rank_rule: Literal["fixed", "per_top_k", "per_expert"] = "fixed"
     r_max: int = 32  # allocated ranks of every expert (uniform: r_target)
     interval: int = 200  # optimizer steps between events
     p_grow: float = 0.1  # an expert gains at most ceil(p_grow * (r_max - r_init)) ranks an event
@@ -288,6 +290,11 @@ class AllocationSection(_Section):
             self.spectral_prior == 0 or (self.kind == "dr_lora" and not self.released),
             "allocation.spectral_prior is a factor of the saliency of kind=dr_lora "
             f"(released=False), got kind={self.kind} and released={self.released}.",
+        )
+        _require(
+            self.rank_rule == "fixed" or self.kind == "uniform",
+            f"allocation.rank_rule={self.rank_rule} is a form of kind=uniform, got "
+            f"kind={self.kind}.",
         )
         if self.experts is not None:
             _positive("allocation", {"experts": self.experts})
@@ -400,6 +407,16 @@ class TrainConfig:
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",
             "adapter.kind=lora has no experts to share ranks among: "
             f"set allocation.kind=uniform, got {self.allocation.kind}.",
+        )
+        _require(
+            self.allocation.rank_rule == "fixed" or self.adapter.kind != "lora",
+            f"allocation.rank_rule={self.allocation.rank_rule} divides by a number of experts; "
+            "adapter.kind=lora has none.",
+        )
+        _require(
+            self.allocation.rank_rule != "per_top_k" or self.adapter.top_p is None,
+            "allocation.rank_rule=per_top_k divides by the experts of a token, and with "
+            f"adapter.top_p={self.adapter.top_p} tokens have different numbers of them.",
         )
         has_own_experts = self.adapter.kind == "mixlora"
         _require(

@@ -60,7 +60,7 @@ def prepare(config: TrainConfig) -> Job:
     directory = find_model(config.model.path)
     model_config = with_adapter_experts(read_model_config(directory), config.adapter)
     devices = _device_count()
-    config = _with_resolved_dtype(config)
+    config = with_resolved_rank(_with_resolved_dtype(config), model_config)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -134,6 +134,32 @@ def _with_resolved_dtype(config: TrainConfig) -> TrainConfig:
     """
     dtype = resolve_dtype(config.model.dtype)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+
+
+def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainConfig:
+    """The config with the rank that `allocation.rank_rule` makes of r_target in its place.
+
+    The undivided r_target stays the rank of plain LoRA, where that is not set: the rules make the
+    experts of a token, or of a layer, together as large as one adapter of rank r.
+    """
+    section, moe = config.allocation, model_config.moe
+    if section.rank_rule == "fixed" or moe is None:  # without experts, targets say so
+        return config
+    by, what = {
+        "per_top_k": (moe.routing.experts_per_token, "experts a token"),
+        "per_expert": (moe.routing.num_experts, "experts"),
+    }[section.rank_rule]
+    rank = section.r_target // by
+    if not rank:
+        raise UserError(
+            f"allocation.rank_rule={section.rank_rule} makes rank {section.r_target} // {by} "
+            f"{what} = 0; set allocation.r_target to {by} or more."
+        )
+    return dataclasses.replace(
+        config,
+        allocation=dataclasses.replace(section, r_target=rank, rank_rule="fixed"),
+        adapter=dataclasses.replace(config.adapter, rank=config.adapter.rank or section.r_target),
+    )
 
 
 def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:

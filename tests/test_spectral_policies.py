@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 from test_dr_lora import RANKS_LE, SHAPES, make_policy, make_stats, stated_saliency
 from test_mixlora import TINY
-from tiny import OLMOE, tiny_config, write_tiny_model
+from tiny import tiny_config, write_tiny_model
 
 from drlora_jax import alpha, prepare
 from drlora_jax.allocation import CapacityShapes, CapacityState
@@ -35,9 +35,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spectral")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        for name, values in (("model", OLMOE), ("dense", TINY)):
-            (folder / name).mkdir()
-            write_tiny_model(folder / name, values)
+        tiny_config(folder)  # writes model and data
+        (folder / "dense").mkdir()
+        write_tiny_model(folder / "dense", TINY)
+        for name in ("model", "dense"):
             out = ["--experts", "9", "--out", str(folder / f"{name}.json")]
             assert alpha.main([str(folder / name), *out]) == 0
         yield folder
@@ -216,7 +217,8 @@ def test_jobs_have_the_ranks_of_their_exponents(folder):
         allocation=dense,
     )
     job = prepare.prepare(config)
-    expected = allocate_experts(exponents_of(folder / "dense").layer_L, 7)
+    written = json.loads((folder / "dense.json").read_text())
+    expected = allocate_experts([layer["alpha"] for layer in written["layers"]], 7)
     assert (job.policy.init().ranks_LE == 2).sum(axis=1).tolist() == expected.tolist()
     assert job.adapter.max_rank == 2
 

@@ -35,9 +35,14 @@ def test_sieve_refuses_a_budget_that_does_not_fit():
 
 
 @pytest.fixture(scope="module")
-def sieved(tmp_path_factory):
+def sieved_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sieved")
+
+
+@pytest.fixture(scope="module")
+def sieved(sieved_folder):
     section = dict(kind="moe_sieve", share=0.5, profile_rows=16)
-    return Stepper(tmp_path_factory.mktemp("sieved"), allocation=section)
+    return Stepper(sieved_folder, allocation=section)
 
 
 def test_profile_counts_what_the_base_chooses(sieved):
@@ -132,6 +137,42 @@ def test_prilora_may_fall_and_stays_within_its_ends():
     for r_init, message in ((9, "-1. in the last"), (1, "r_init .1. .* r_init .7. .*r_max .6.")):
         with pytest.raises(UserError, match=message):
             prilora(SHAPES, r_init=r_init, r_target=4, r_max=6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "r_target", "expected"), [("per_top_k", 9, 4), ("per_expert", 9, 2), ("fixed", 9, 9)]
+)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_rank_shared_by_experts(sieved_folder, rule, r_target, expected, rank):
+    """Four experts, two a token; attention keeps the rank that was divided."""
+    config = tiny_config(
+        sieved_folder,
+        "ruled",
+        adapter=dict(rank=rank),
+        allocation=dict(kind="uniform", r_target=r_target, rank_rule=rule),
+    )
+    job = prepare(config)
+    assert job.policy.init().ranks_LE.tolist() == [[expected] * 4] * 2
+    assert job.adapter.max_rank == expected and job.policy.budget == 4 * expected
+    assert job.adapter.rank == (rank or r_target)
+    again = prepare(job.config)  # what config.json keeps is divided no second time
+    assert again.config == job.config and again.adapter == job.adapter
+
+
+@pytest.mark.parametrize(
+    ("allocation", "adapter", "message"),
+    [
+        (dict(r_target=3, rank_rule="per_expert"), {}, "3 // 4 experts = 0; .* to 4 or more"),
+        (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
+        (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "a form of kind=uniform, got kind=dr_"),
+        (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora has none"),
+        (dict(rank_rule="per_top_k"), dict(kind="mixlora", top_p=0.5), "adapter.top_p=0.5"),
+    ],
+)
+def test_ranks_that_can_not_be_shared(sieved_folder, allocation, adapter, message):
+    with pytest.raises(UserError, match=message):
+        section = dict(kind="uniform") | allocation
+        prepare(tiny_config(sieved_folder, "ruled", adapter=adapter, allocation=section))
 
 
 def test_pattern_needs_its_file(tmp_path):

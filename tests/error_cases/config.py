@@ -190,6 +190,12 @@ FIELDS = (
         "allocation.alpha_file=rows.jsonl",
     ),
     _field("allocation.experts=9", "are there already", "allocation.kind=alphalora"),
+    _field(
+        "allocation.rank_rule=per_expert",
+        "2 // 4 experts = 0; set allocation.r_target to 4 or more",
+        "allocation.kind=uniform",
+    ),
+    _field("allocation.rank_rule=per_top_k", "a form of kind=uniform, got kind=dr_lora"),
     _field("allocation.spectral_prior=1", "got kind=random and", "allocation.kind=random"),
     _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),
     _field("mesh.data=0", "mesh sizes must be positive"),
