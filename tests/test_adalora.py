@@ -144,7 +144,8 @@ def folder(tmp_path_factory):
 SECTIONS = {
     "allocation": dict(kind="adalora", r_init=4, r_target=2, interval=2),
     "adapter": dict(dropout=0.0),
-    "train": dict(weight_decay=0.1, b_learning_rate_ratio=2.0, bias_correction="per_rank"),
+    "model": dict(remat="none"),
+    "train": dict(weight_decay=0.1, bias_correction="per_rank", sequence_length=32),
 }
 
 
@@ -156,7 +157,10 @@ def pruned(folder):
     inputs = run.abstract_params, run.abstract_state, train_lib.abstract_batch(run)
     # One program, ahead of time: it refuses other shapes, dtypes and shardings.
     step = run.step.lower(*inputs).compile(compiler_options=QUICK)
-    stepper.run = run._replace(step=step)
+    inputs = run.abstract_params, run.abstract_state.lora, run.abstract_state.mask_LER
+    lowered = run.eval_step.lower(*inputs, stepper.job.eval_batches[0])
+    eval_step = lowered.compile(compiler_options=QUICK)
+    stepper.run = run._replace(step=step, eval_step=eval_step)
     stepper.initial = expert_leaves(stepper.position.state.lora)
     stepper.around = {}
     update = stepper.job.policy.update

@@ -39,13 +39,13 @@ class Placement(NamedTuple):
 
 
 PLACEMENTS = {
-    "expert_lora": Placement(OLMOE, dict(targets=("up", "down"))),
+    "expert_lora": Placement(OLMOE, dict(targets=("up",))),
     "mixlora": Placement(
         TINY,
-        dict(targets=("up", "down"), num_experts=4),
+        dict(targets=("up",), num_experts=4),
         dict(alphalora=dict(r_target=RANKS, experts=7)),
     ),
-    "lora": Placement(TINY, dict(targets=("up", "q"))),
+    "lora": Placement(TINY, dict(targets=("up",))),
 }
 KINDS = {
     "uniform": dict(r_target=RANKS),
@@ -76,6 +76,11 @@ def world(tmp_path_factory):
             out = ["--experts", "9", "--out", str(folder / name / "alpha.json")]
             assert alpha.main([str(folder / name / "model"), *out]) == 0
     return World(folder)
+
+
+def quickly(jitted, *inputs):
+    """Compiled ahead of time, without optimization."""
+    return jitted.lower(*inputs).compile(compiler_options=QUICK)
 
 
 class World:
@@ -110,7 +115,11 @@ class World:
         """Base weights, factors and moments before step 1: the same in all cells of a placement."""
         run = train.build(prepare(self.config("uniform", placement)))
         params = load_params(run.job.model_config, run.job.directory, run.abstract_params)
-        state = train.start(run).state
+        make = jax.jit(
+            lambda: train._initial_state(run.job, run.model, run.tx),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state),
+        )
+        state = quickly(make)()
         return params, *jax.device_get((state.step, state.lora, state.opt_state))
 
     def compiled(self, run: train.Run, placement: str):
@@ -118,14 +127,14 @@ class World:
         is in it by its statistics only.
         """
         policy, (layers, experts, ranks) = run.job.policy, run.abstract_state.mask_LER.shape
-        shapes_LPER = (layers, 2, experts, ranks)
+        shapes_LPER = (layers, 1, experts, ranks)
         shapes = (1, *shapes_LPER), shapes_LPER, (1, layers, experts), (1, layers, experts), (1,)
         measured = StepStats(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
         uses = jax.make_jaxpr(policy.accumulate)(run.abstract_state.stats, measured)
         key = placement, str(uses), policy.needs_elementwise, policy.needs_probe
         if key not in self._steps:
             inputs = run.abstract_params, run.abstract_state, train.abstract_batch(run)
-            self._steps[key] = run.step.lower(*inputs).compile(compiler_options=QUICK)
+            self._steps[key] = quickly(run.step, *inputs)
         return self._steps[key]
 
 
@@ -155,6 +164,8 @@ def check_state(run, position, initial):
 @pytest.mark.parametrize(("kind", "placement"), [cell for cell in CELLS if cell not in REFUSED])
 def test_a_cell_trains(world, kind, placement):
     run = train.build(prepare(world.config(kind, placement)))
+    if kind == "adalora":  # drawn as the first state was, to compare bits
+        run = run._replace(first_lora=quickly(run.first_lora))
     job, policy = run.job, run.job.policy
     job.run_dir.create(job.config, job.origin, STEPS)
     params, step, lora, opt_state = world.first(placement)
