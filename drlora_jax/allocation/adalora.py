@@ -114,22 +114,7 @@ def adalora(
         )
 
     def update(state: CapacityState, stats: Stats, step: int):
-        importance_LPER, uncertainty_LPER = (np.asarray(value, np.float64) for value in stats)
-        score_LER = (importance_LPER * uncertainty_LPER).mean(axis=1)
-        budget = schedule.budget(step)
-        layers = zip(score_LER, state.ranks_LE, strict=True)
-        kept_LER = np.stack([keep_best(*layer, budget) for layer in layers])
-        order_LER = np.argsort(~kept_LER, axis=-1, kind="stable").astype(np.int32)
-        ranks_LE = kept_LER.sum(axis=-1).astype(np.int32)
-        is_active_LER = np.arange(shapes.max_rank) < ranks_LE[..., None]
-
-        def moved(value_LPER):
-            rows = np.take_along_axis(np.asarray(value_LPER), order_LER[:, None], axis=-1)
-            return np.where(is_active_LER[:, None], rows, np.float32(0))
-
-        saliency_LE = np.where(kept_LER, score_LER, 0.0).sum(axis=-1)
-        event = Event(saliency_LE.astype(np.float32), order_LER)
-        return CapacityState(ranks_LE), Stats(*map(moved, stats)), event
+        return prune(state, stats, schedule.budget(step))
 
     return Policy(
         name="adalora",
@@ -146,6 +131,25 @@ def adalora(
             + (f" at steps {first + interval} to {schedule.last}" if count else "")
         ),
     )
+
+
+def prune(state: CapacityState, stats: Stats, budget: int) -> tuple[CapacityState, Stats, Event]:
+    """An event: every layer keeps the `budget` ranks with the largest scores, equation (2)."""
+    importance_LPER, uncertainty_LPER = (np.asarray(value, np.float64) for value in stats)
+    score_LER = (importance_LPER * uncertainty_LPER).mean(axis=1)
+    layers = zip(score_LER, state.ranks_LE, strict=True)
+    kept_LER = np.stack([keep_best(*layer, budget) for layer in layers])
+    order_LER = np.argsort(~kept_LER, axis=-1, kind="stable").astype(np.int32)
+    ranks_LE = kept_LER.sum(axis=-1).astype(np.int32)
+    is_active_LER = np.arange(kept_LER.shape[-1]) < ranks_LE[..., None]
+
+    def moved(value_LPER):
+        rows_LPER = np.take_along_axis(np.asarray(value_LPER), order_LER[:, None], axis=-1)
+        return np.where(is_active_LER[:, None], rows_LPER, np.float32(0))
+
+    saliency_LE = np.where(kept_LER, score_LER, 0.0).sum(axis=-1)
+    event = Event(saliency_LE.astype(np.float32), order_LER)
+    return CapacityState(ranks_LE), Stats(*map(moved, stats)), event
 
 
 def keep_best(score_ER: np.ndarray, ranks_E: np.ndarray, budget: int) -> np.ndarray:

@@ -5,10 +5,9 @@ Of L layers, layer l is due
     r_l = r_s + (r_f - r_s) l / (L - 1),      r_s = `r_init`,  r_f = 2 `r_target` - r_s          (1)
 
 so that the mean is `r_target` and a model has L * E * r_target active ranks, as with every other
-policy; a layer has E * r_l of them, the same for each of its experts. The paper has r_s = 4 and
-r_f = 12 in place of 8 everywhere. Ranks become whole numbers by largest remainder over the layers.
-What else the paper does, to prune single entries of A while training, is not about ranks and is not
-done here.
+policy; a layer has E * r_l of them, the same for each of its experts: 4 to 12, say, in the place of
+8 everywhere. Ranks become whole numbers by largest remainder over the layers. What else the paper
+does, to prune single entries of A while training, is not about ranks and is not done here.
 """
 
 import numpy as np
