@@ -18,7 +18,6 @@ import json
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,12 +29,17 @@ from drlora_jax.allocation.alphalora import ROUNDINGS, allocate_experts
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
 from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of
 from drlora_jax.interop.hf_read import find_model, fingerprint, read_model_config
-from drlora_jax.interop.spectra_read import LayerFit, default_cache, fit_layers
+from drlora_jax.interop.spectra_read import (
+    LayerFit,
+    default_cache,
+    fit_layers,
+    open_cache,
+    with_progress,
+)
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.reporting.alpha_chart import draw_layers
 from drlora_jax.spectra import ESTIMATORS
 
-SLOW = 2.0  # seconds; a layer that took longer is reported
 LONGEST_BAR = 40  # characters
 MOST_THREADS = 8  # unless said; one of them needs 0.9 GiB for the matrices of a 7B model
 
@@ -58,9 +62,9 @@ def main(argv=None) -> int:
     config = read_model_config(directory)
     cli.check_positive(args, "threads")
     _allocate(args, [1.0] * config.num_layers)  # refused now, not after the analysis
-    cache = None if args.no_cache else _cache_folder(args.cache)
+    cache = None if args.no_cache else open_cache(args.cache)
     print(f"model       {args.model}: {config.family}, {config.num_layers} layers", flush=True)
-    layers = list(_with_progress(_fits(args, config, directory, cache), config.num_layers))
+    layers = list(with_progress(_fits(args, config, directory, cache), config.num_layers))
     result = Result(layers, _allocate(args, [each.alpha for each in layers]))
     print("\n".join(table(args, result)))
     contents = (
@@ -131,24 +135,6 @@ def _check_file(name: str, path: str | None) -> pathlib.Path | None:
     return file
 
 
-def _cache_folder(path: str | None) -> pathlib.Path | None:
-    """The folder, made. Without the default one the analysis goes on; one that was named must be
-    there.
-    """
-    folder = default_cache() if path is None else expand_user(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = None if os.access(folder, os.W_OK) else "no permission"
-    except OSError as error:
-        reason = error.strerror
-    if reason is None:
-        return folder
-    if path is not None:
-        raise UserError(f"--cache {path} can not be written: {reason}; give another directory.")
-    print(f"no cache    {folder} can not be written: {reason}", file=sys.stderr)
-    return None
-
-
 def _allocate(args: argparse.Namespace, alpha_L: list[float]) -> np.ndarray:
     try:
         return allocate_experts(alpha_L, args.experts, beta=args.beta, rounding=args.rounding)
@@ -160,22 +146,6 @@ def _fits(args, config: ModelConfig, directory, cache) -> Iterator[LayerFit]:
     return fit_layers(
         config, directory, estimator=args.estimator, cache=cache, threads=args.threads
     )
-
-
-def _with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]:
-    """The same, with a line on standard error for each that took a while."""
-    start = time.monotonic()
-    for fit in layers:
-        seconds = time.monotonic() - start
-        if seconds > SLOW and not fit.is_cached:
-            done = f"layer {fit.layer + 1} of {total}"
-            print(
-                f"{done}: {len(fit.matrices)} matrices, {seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-        yield fit
-        start = time.monotonic()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -240,15 +240,29 @@ class AdapterSection(_Section):
 @dataclass(frozen=True)
 class AllocationSection(_Section):
     # random: the schedule of dr_lora, experts drawn by lot
-    kind: Literal["uniform", "dr_lora", "random", "moe_sieve", "pattern"] = "dr_lora"
-    r_init: int = 8  # active ranks at the start; from 0 an expert has no importance and grows late
+    kind: Literal[
+        "uniform",
+        "dr_lora",
+        "random",
+        "adalora",
+        "moe_sieve",
+        "prilora",
+        "alphalora",
+        "pattern",
+    ] = "dr_lora"
+    # active ranks at the start; from 0 an expert has no importance and grows late. prilora: of the
+    # first layer
+    r_init: int = 8
     r_target: int = 16  # mean active rank at the end (uniform: always); a layer has E * r_target
+    # of uniform: r_target divided by the experts a token has, or by those a layer has
+    rank_rule: Literal["fixed", "per_top_k", "per_expert"] = "fixed"
     r_max: int = 32  # allocated ranks of every expert (uniform: r_target)
-    interval: int = 200  # optimizer steps between growth events
+    interval: int = 200  # optimizer steps between events
     p_grow: float = 0.1  # an expert gains at most ceil(p_grow * (r_max - r_init)) ranks an event
     gamma: float = 1.2  # saliency = f * g / (rank + 1) ** gamma
     frequency_decay: float = 0.9  # of the routing-frequency EMA, an optimizer step
-    importance_decay: float = 0.9  # of the rank-importance EMA
+    importance_decay: float = 0.9  # of the rank-importance EMA (adalora: its beta1)
+    uncertainty_decay: float = 0.85  # adalora: of the EMA of how much the importance varies, beta2
     frequency: Literal["weight", "count"] = "weight"
     # probe: not of the active ranks, but of the next one (see allocation/dr_lora.py)
     importance: Literal["gate_abs", "gate_sq", "elementwise_product", "probe"] = "gate_abs"
@@ -256,18 +270,42 @@ class AllocationSection(_Section):
     warmup_ratio: float | None = (
         None  # of all steps, before the first event; None: train.warmup_ratio
     )
-    last_event: int | None = None  # no growth after this step; None: total steps - interval
+    last_event: int | None = None  # nothing changes after this step; None: total steps - interval
     released: bool = False  # what the authors' released code does, where it differs from the paper
     share: float = 0.25  # of a layer's experts that moe_sieve adapts
     profile_rows: int = 64  # of training data that moe_sieve reads first to count who is used
     pattern: str | None = None  # file of kind pattern: ranks [layers][experts], or a ranks.jsonl
+    experts: int | None = None  # of alphalora with mixlora: active ones, in all layers together
+    alpha_beta: float = 2.5  # alphalora: shares are alpha ** alpha_beta
+    # dr_lora: saliency * (alpha of the expert / mean of its layer) ** spectral_prior; 0: off
+    spectral_prior: float = 0.0
+    # of alphalora and spectral_prior: written by `drlora_jax.alpha --out`; None: computed
+    alpha_file: str | None = None
+    alpha_estimator: Literal["fix_finger", "median"] = "fix_finger"
 
     def check(self):
         _at_most("allocation.r_target", self.r_target, LARGEST_RANK)
         _at_most("allocation.r_max", self.r_max, LARGEST_RANK)
+        _require(
+            self.spectral_prior == 0 or (self.kind == "dr_lora" and not self.released),
+            "allocation.spectral_prior is a factor of the saliency of kind=dr_lora "
+            f"(released=False), got kind={self.kind} and released={self.released}.",
+        )
+        _require(
+            self.rank_rule == "fixed" or self.kind == "uniform",
+            f"allocation.rank_rule={self.rank_rule} is a form of kind=uniform, got "
+            f"kind={self.kind}.",
+        )
+        if self.experts is not None:
+            _positive("allocation", {"experts": self.experts})
         if self.kind in ("dr_lora", "random"):
             self._check_growth()
-            return
+        elif self.kind == "adalora":
+            self._check_pruning()
+        else:
+            self._check_static()
+
+    def _check_static(self):
         # Nothing grows: r_target is the mean rank, r_max what is allocated (uniform: r_target).
         _positive("allocation", {"r_target": self.r_target, "r_max": self.r_max})
         if self.kind == "moe_sieve":
@@ -286,19 +324,10 @@ class AllocationSection(_Section):
             "allocation needs 0 <= r_init <= r_target <= r_max, "
             f"got {self.r_init}, {self.r_target}, {self.r_max}.",
         )
-        _positive("allocation", {"interval": self.interval, "p_grow": self.p_grow})
+        self._check_events()
+        _positive("allocation", {"p_grow": self.p_grow})
         _require(self.gamma >= 0, f"allocation.gamma must be 0 or more, got {self.gamma}.")
-        decays = {
-            "frequency_decay": self.frequency_decay,
-            "importance_decay": self.importance_decay,
-        }
-        _fraction("allocation", decays)
-        if self.warmup_ratio is not None:
-            _fraction("allocation", {"warmup_ratio": self.warmup_ratio})
-        _require(
-            self.last_event is None or self.last_event > 0,
-            f"allocation.last_event must be greater than 0, got {self.last_event}.",
-        )
+        _fraction("allocation", {"frequency_decay": self.frequency_decay})
         _require(
             not self.released or (self.importance == "gate_abs" and self.saliency == "product"),
             "allocation.released=True fixes importance=gate_abs and saliency=product, "
@@ -307,6 +336,31 @@ class AllocationSection(_Section):
         _require(
             self.kind == "dr_lora" or not self.released,
             f"allocation.released=True is a form of kind=dr_lora, got kind={self.kind}.",
+        )
+
+    def _check_pruning(self):
+        _require(
+            0 < self.r_target <= self.r_init <= self.r_max,
+            "allocation.kind=adalora prunes from r_init to r_target: it needs 0 < r_target <= "
+            f"r_init <= r_max, got r_target={self.r_target}, r_init={self.r_init}, "
+            f"r_max={self.r_max}.",
+        )
+        self._check_events()
+        _fraction("allocation", {"uncertainty_decay": self.uncertainty_decay})
+        _require(
+            self.importance != "probe",
+            "allocation.importance=probe measures the next rank, and adalora prunes the present "
+            "ones: set gate_abs, gate_sq or elementwise_product.",
+        )
+
+    def _check_events(self):
+        _positive("allocation", {"interval": self.interval})
+        _fraction("allocation", {"importance_decay": self.importance_decay})
+        if self.warmup_ratio is not None:
+            _fraction("allocation", {"warmup_ratio": self.warmup_ratio})
+        _require(
+            self.last_event is None or self.last_event > 0,
+            f"allocation.last_event must be greater than 0, got {self.last_event}.",
         )
 
 
@@ -353,6 +407,29 @@ class TrainConfig:
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",
             "adapter.kind=lora has no experts to share ranks among: "
             f"set allocation.kind=uniform, got {self.allocation.kind}.",
+        )
+        _require(
+            self.allocation.rank_rule == "fixed" or self.adapter.kind != "lora",
+            f"allocation.rank_rule={self.allocation.rank_rule} divides by a number of experts; "
+            "adapter.kind=lora has none.",
+        )
+        _require(
+            self.allocation.rank_rule != "per_top_k" or self.adapter.top_p is None,
+            "allocation.rank_rule=per_top_k divides by the experts of a token, and with "
+            f"adapter.top_p={self.adapter.top_p} tokens have different numbers of them.",
+        )
+        has_own_experts = self.adapter.kind == "mixlora"
+        _require(
+            self.allocation.kind != "alphalora"
+            or has_own_experts == (self.allocation.experts is not None),
+            "allocation.experts is how many experts alphalora gives to all layers of "
+            "adapter.kind=mixlora together, which needs it; the experts of another kind are there "
+            f"already. Got {self.allocation.experts} with adapter.kind={self.adapter.kind}.",
+        )
+        _require(
+            not self.allocation.spectral_prior or not has_own_experts,
+            "allocation.spectral_prior compares the pretrained weights of a layer's experts; those "
+            "of adapter.kind=mixlora are new. Leave it at 0.",
         )
 
 

@@ -18,7 +18,7 @@ from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_read import find_model, read_headers, read_model_config
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.prepare import make_adapter, with_adapter_experts
-from drlora_jax.reporting.read import RunLog, budget, frames, layer_indices, read_run
+from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
 from drlora_jax.units import format_bytes
 
@@ -182,13 +182,14 @@ def rank_lines(run: RunLog) -> list[str]:
     if not found:
         return []
     step, values = found[-1]
-    limit = budget(run)
-    of = f" of {limit:,}" if limit is not None else ""
-    lines = ["", f"ranks after step {step}", "layer     sum" + " " * len(of) + "   mean  from  to"]
-    for layer, row in zip(layer_indices(run, len(values)), values, strict=True):
+    limits = budgets(run, len(values)) or []
+    width = max((len(f" of {limit:,}") for limit in limits), default=0)
+    lines = ["", f"ranks after step {step}", "layer     sum" + " " * width + "   mean  from  to"]
+    for index, (layer, row) in enumerate(zip(layer_indices(run, len(values)), values, strict=True)):
         mean = statistics.fmean(row) if row else 0.0
         low, high = min(row, default=0), max(row, default=0)
-        lines.append(f"{layer:<6}{sum(row):>7,}{of}{mean:>7.2f}{low:>6}{high:>4}")
+        of = f" of {limits[index]:,}" if limits else ""
+        lines.append(f"{layer:<6}{sum(row):>7,}{of:<{width}}{mean:>7.2f}{low:>6}{high:>4}")
     return lines
 
 

@@ -185,4 +185,5 @@ def describe_ranks(step: int, before_LE: np.ndarray, ranks_LE: np.ndarray) -> st
     if (before_LE == ranks_LE).all():
         return f"step {step}: ranks stay as they are, the budget is spent"
     low, high = ranks_LE.min(), ranks_LE.max()
-    return f"step {step}: ranks grow to a mean of {ranks_LE.mean():.2f}, from {low} to {high}"
+    how = "grow" if ranks_LE.sum() >= before_LE.sum() else "shrink"
+    return f"step {step}: ranks {how} to a mean of {ranks_LE.mean():.2f}, from {low} to {high}"

@@ -7,15 +7,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
-from drlora_jax.allocation import CapacityShapes, Policy, make_policy
+from drlora_jax.allocation import CapacityShapes, Policy, make_policy, needs_exponents
+from drlora_jax.allocation.prilora import last_rank
 from drlora_jax.config import AdapterSection, TrainConfig
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.errors import UserError
+from drlora_jax.interop.exponents import read_exponents
 from drlora_jax.interop.hf_read import (
     find_model,
     fingerprint,
@@ -29,6 +32,7 @@ from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_dir import RunDirectory
+from drlora_jax.spectra import Exponents
 from drlora_jax.step import expert_roles
 
 
@@ -56,7 +60,7 @@ def prepare(config: TrainConfig) -> Job:
     directory = find_model(config.model.path)
     model_config = with_adapter_experts(read_model_config(directory), config.adapter)
     devices = _device_count()
-    config = _with_resolved_dtype(config)
+    config = with_resolved_rank(_with_resolved_dtype(config), model_config)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -77,10 +81,11 @@ def prepare(config: TrainConfig) -> Job:
     if stored is not None:
         run_dir.check_same(stored, config, origin)
     schedule_steps = stored["schedule_steps"] if stored else total_steps
-    policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
+    shapes = capacity_shapes(config, model_config, adapter)
+    policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
     if total_steps < policy.last_event:
         raise UserError(
-            f"train.steps={total_steps} ends before the last growth event of this run (step "
+            f"train.steps={total_steps} ends before the last event of this run (step "
             f"{policy.last_event}), so its budget would not be met; take at least as many steps."
         )
     rows = coverage(model_config, adapter, config.adapter.targets)
@@ -131,6 +136,32 @@ def _with_resolved_dtype(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
+def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainConfig:
+    """The config with the rank that `allocation.rank_rule` makes of r_target in its place.
+
+    The undivided r_target stays the rank of plain LoRA, where that is not set: the rules make the
+    experts of a token, or of a layer, together as large as one adapter of rank r.
+    """
+    section, moe = config.allocation, model_config.moe
+    if section.rank_rule == "fixed" or moe is None:  # without experts, targets say so
+        return config
+    by, what = {
+        "per_top_k": (moe.routing.experts_per_token, "experts a token"),
+        "per_expert": (moe.routing.num_experts, "experts"),
+    }[section.rank_rule]
+    rank = section.r_target // by
+    if not rank:
+        raise UserError(
+            f"allocation.rank_rule={section.rank_rule} makes rank {section.r_target} // {by} "
+            f"{what} = 0; set allocation.r_target to {by} or more."
+        )
+    return dataclasses.replace(
+        config,
+        allocation=dataclasses.replace(section, r_target=rank, rank_rule="fixed"),
+        adapter=dataclasses.replace(config.adapter, rank=config.adapter.rank or section.r_target),
+    )
+
+
 def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
     """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN."""
     if section.kind != "mixlora":
@@ -165,9 +196,13 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
 
 
 def allocated_rank(config: TrainConfig) -> int:
-    """Ranks that experts have memory for; a uniform allocation never needs more than it has."""
+    """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
     section = config.allocation
-    return section.r_target if section.kind == "uniform" else section.r_max
+    needed = {"uniform": section.r_target, "adalora": section.r_init}
+    if config.adapter.kind == "mixlora":  # its experts are there or not
+        needed["alphalora"] = section.r_target
+    needed["prilora"] = max(section.r_init, last_rank(section.r_init, section.r_target))
+    return needed.get(section.kind, section.r_max)
 
 
 def capacity_shapes(
@@ -181,6 +216,21 @@ def capacity_shapes(
         experts=moe.routing.num_experts if moe else 0,
         max_rank=allocated_rank(config),
     )
+
+
+def _make_policy(
+    config: TrainConfig, shapes: CapacityShapes, steps: int, model_config: ModelConfig, directory
+) -> Policy:
+    """The policy, with the exponents of the base's weights where it asks for them."""
+    section = config.allocation
+    if not needs_exponents(section):
+        return make_policy(config, shapes, steps)
+    alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
+    make_policy(config, shapes, steps, alike)  # what can not be is refused before the analysis
+    exponents = read_exponents(
+        model_config, directory, file=section.alpha_file, estimator=section.alpha_estimator
+    )
+    return make_policy(config, shapes, steps, exponents)
 
 
 def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int, ...]) -> None:

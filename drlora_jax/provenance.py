@@ -20,7 +20,7 @@ def made_with(mesh, layers: tuple[int, ...], policy: Policy, max_rank: int) -> d
         "layers": list(layers),
         "max_rank": max_rank,
         "initial_ranks": policy.init().ranks_LE.tolist(),
-        "budget": policy.budget,  # active ranks of a layer at the end
+        "budget": policy.budget,  # active ranks of a layer at the end, or of each layer
     }
 
 

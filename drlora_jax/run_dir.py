@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -193,7 +194,7 @@ class RunDirectory:
         layers,
         ranks_LE: np.ndarray,
         saliency_LE: np.ndarray,
-        budget: int,
+        budget: int | Sequence[int],
         more: dict | None = None,
     ) -> None:
         """A row of ranks.jsonl; `more` is added to it as it stands."""

@@ -26,6 +26,13 @@ ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 BINS = 100  # of the histogram in which fix_finger looks for the peak of the spectrum
 
 
+class Exponents(NamedTuple):
+    """Of the L layers of a model that have experts: plain means over matrices, float64."""
+
+    layer_L: np.ndarray  # over all matrices of the layer
+    expert_LE: np.ndarray | None  # over those of the expert; None where the base has no experts
+
+
 class TailFit(NamedTuple):
     alpha: float
     first: int  # the tail is lambda_first ... lambda_{N-1}, of the eigenvalues above zero

@@ -148,14 +148,24 @@ def lora_like(
     Expert factors get mask_LER (times expert_LE), router deltas get `router`; plain LoRA and the
     routers of an adapter's own experts get True.
     """
-    per_layer = split_layers(config, (expert_LE[:, :, None] & (mask_LER > 0))[..., None])
+
+    def rest(names):
+        return router if names[-1] == "router_delta" else jnp.asarray(True)
+
+    rows_LER1 = (expert_LE[:, :, None] & (mask_LER > 0))[..., None]
+    return over_experts(config, lora, rows_LER1, rest)
+
+
+def over_experts(config: ModelConfig, lora: dict, array_L: jax.Array, rest: Callable) -> dict:
+    """A tree like `lora`: the layers' slices of array_L [L, ...] for factors of experts, and
+    rest(names of the path) for every other leaf.
+    """
+    per_layer = split_layers(config, array_L)
 
     def leaf(path, _):
         names = [part.key for part in path]
-        if names[-1] == "router_delta":
-            return router
         is_expert = len(names) > 3 and names[3].endswith("_lora")
-        return per_layer[names[0], names[1]] if is_expert else jnp.asarray(True)
+        return per_layer[names[0], names[1]] if is_expert else rest(names)
 
     return jax.tree.map_with_path(leaf, lora)
 

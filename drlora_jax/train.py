@@ -49,6 +49,7 @@ from drlora_jax.plan import (
 )
 from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with, versions
+from drlora_jax.reorder import reorder_ranks
 from drlora_jax.reporting.writer import ReportWriter
 from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import (
@@ -93,6 +94,8 @@ class Run(NamedTuple):
     schedule: optax.Schedule
     step: Any  # jitted
     eval_step: Any  # jitted
+    first_lora: Any  # jitted: the factors before step 1
+    reorder: Any  # jitted: `reorder_ranks` of this model
     abstract_params: dict
     abstract_state: TrainState
     backends: str  # a line that says which implementations were chosen
@@ -163,6 +166,15 @@ def build(job: Job, devices=None) -> Run:
             make_eval_step(model),
             out_shardings=mesh_lib.replicated(mesh),
             compiler_options=compiler,
+        ),
+        first_lora=jax.jit(
+            lambda: init_lora(model, jax.random.key(config.run.seed)),
+            out_shardings=_shardings(state.lora),
+        ),
+        reorder=jax.jit(
+            functools.partial(reorder_ranks, model.config, tx),
+            donate_argnums=(0, 1),
+            out_shardings=(_shardings(state.lora), _shardings(state.opt_state)),
         ),
         abstract_params=params,
         abstract_state=state,
@@ -402,6 +414,15 @@ def save(
     checkpoints.save(step, arrays, {"tokens": position.tokens}, eval_loss=eval_loss)
 
 
+def _reordered(run: Run, state: TrainState, order_LER: np.ndarray, mask_LER) -> TrainState:
+    """The state with its rank rows moved, on the same shardings."""
+    order_LER = hosts.place(order_LER, mask_LER.sharding)
+    lora, opt_state = run.reorder(
+        state.lora, state.opt_state, run.first_lora(), order_LER, mask_LER
+    )
+    return state._replace(lora=lora, opt_state=opt_state)
+
+
 def _place_mask(run: Run, capacity: CapacityState):
     # Same shape, dtype and sharding as ever: a new mask is new values, not a new program.
     mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
@@ -551,7 +572,7 @@ def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
 
 
 def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
-    """A growth event: statistics to the host, new ranks, new mask values back.
+    """An event: statistics to the host, new ranks, new mask values back.
 
     All processes see the same statistics; process 0 decides.
     """
@@ -562,7 +583,10 @@ def grow(run: Run, position: Position, step: int, routing: dict | None = None) -
     capacity, stats, event = decided
     log_event(run, step, capacity, event, routing)
     stats = hosts.place(stats, _shardings(run.abstract_state.stats))
-    state = state._replace(mask_LER=_place_mask(run, capacity), stats=stats)
+    mask_LER = _place_mask(run, capacity)
+    if event.order_LER is not None:
+        state = _reordered(run, state, event.order_LER, mask_LER)
+    state = state._replace(mask_LER=mask_LER, stats=stats)
     return Position(state, capacity, position.tokens)
 
 

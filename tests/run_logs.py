@@ -17,7 +17,9 @@ def random_ranks(draw) -> np.ndarray:
     return draw.integers(0, R_MAX + 1, (len(LAYERS), EXPERTS))
 
 
-def write_run(directory: pathlib.Path, seed=0, made_with=True, **train) -> RunDirectory:
+def write_run(
+    directory: pathlib.Path, seed=0, made_with=True, budget=EXPERTS * R_TARGET, **train
+) -> RunDirectory:
     """Forty steps with an evaluation every ten; the ranks of every event are drawn at random."""
     draw = np.random.default_rng(seed)
     config = TrainConfig(
@@ -31,7 +33,7 @@ def write_run(directory: pathlib.Path, seed=0, made_with=True, **train) -> RunDi
         "layers": list(LAYERS),
         "max_rank": R_MAX,
         "initial_ranks": [[R_INIT] * EXPERTS] * len(LAYERS),
-        "budget": EXPERTS * R_TARGET,
+        "budget": budget,
     }
     run = RunDirectory(str(directory))
     origin = {"base_fingerprint": "b" * 64, "data_fingerprint": "d" * 64}
@@ -47,7 +49,7 @@ def write_run(directory: pathlib.Path, seed=0, made_with=True, **train) -> RunDi
             ranks_LE, load_LE = random_ranks(draw), draw.dirichlet(np.ones(EXPERTS), len(LAYERS))
             more = {"routing_load": load_LE.tolist()} if made_with else None
             saliency_LE = draw.random(ranks_LE.shape)
-            run.log_ranks(step, LAYERS, ranks_LE, saliency_LE, EXPERTS * R_TARGET, more)
+            run.log_ranks(step, LAYERS, ranks_LE, saliency_LE, budget, more)
     return run
 
 

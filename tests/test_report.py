@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_logs import EVENTS, EXPERTS, LAYERS, R_INIT, R_TARGET, logged, write_run
 
-from drlora_jax import cli, report
+from drlora_jax import cli, inspect, report
 from drlora_jax.errors import UserError
 from drlora_jax.reporting import charts, maps, page, writer
 from drlora_jax.reporting.read import read_run
@@ -75,6 +75,17 @@ def test_the_rank_table_and_the_figures_are_the_log(run):
     assert f"{np.mean(last['ranks']):.2f}" in Parsed(text).texts
     for layer in last["ranks"]:
         assert f"{sum(layer)} of {EXPERTS * R_TARGET}" in text
+
+
+def test_layers_may_have_budgets_of_their_own(tmp_path):
+    run = write_run(tmp_path / "run", budget=[30, 20, 13])
+    ranks = logged(run.ranks_file)[-1]["ranks"]
+    text = page.make_page([read_run(run.path)])
+    lines = inspect.rank_lines(read_run(run.path))[-3:]
+    for row, limit, line in zip(ranks, (30, 20, 13), lines, strict=True):
+        assert f'<td class="sum">{sum(row)} of {limit}</td>' in text
+        assert f"{sum(row)} of {limit}" in line
+    assert "budget 4.2" in text
 
 
 def test_saliency_is_shown_as_shares_of_its_layer(run):

@@ -1,4 +1,4 @@
-"""MoE-Sieve and fixed patterns: ranks that are decided before step 1."""
+"""MoE-Sieve, PRILoRA and fixed patterns: ranks that are decided before step 1."""
 
 import json
 
@@ -11,6 +11,7 @@ from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.allocation.moe_sieve import moe_sieve, sieve
 from drlora_jax.allocation.pattern import pattern
+from drlora_jax.allocation.prilora import prilora
 from drlora_jax.errors import UserError
 from drlora_jax.prepare import prepare
 
@@ -34,9 +35,14 @@ def test_sieve_refuses_a_budget_that_does_not_fit():
 
 
 @pytest.fixture(scope="module")
-def sieved(tmp_path_factory):
+def sieved_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sieved")
+
+
+@pytest.fixture(scope="module")
+def sieved(sieved_folder):
     section = dict(kind="moe_sieve", share=0.5, profile_rows=16)
-    return Stepper(tmp_path_factory.mktemp("sieved"), allocation=section)
+    return Stepper(sieved_folder, allocation=section)
 
 
 def test_profile_counts_what_the_base_chooses(sieved):
@@ -107,6 +113,66 @@ def test_ranks_of_another_run_are_its_ranks(tmp_path, sieved):
     for _ in range(2):
         one, two = sieved.step(), other.step()
         assert float(one["loss"]) == float(two["loss"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "r_init", "r_target"), [(12, 4, 8), (5, 4, 5), (1, 2, 3), (2, 0, 4), (32, 8, 16)]
+)
+def test_prilora_rises_linearly(layers, r_init, r_target):
+    """Every layer is less than a rank away from the line, and the sum is that of plain LoRA."""
+    policy = prilora(SHAPES._replace(layers=layers), r_init=r_init, r_target=r_target, r_max=64)
+    ranks_LE = policy.init().ranks_LE
+    rank_L = ranks_LE[:, 0]
+    assert (ranks_LE == rank_L[:, None]).all() and ranks_LE.dtype == np.int32
+    assert ranks_LE.sum() == layers * 5 * r_target and (np.diff(rank_L) >= 0).all()
+    for layer, rank in enumerate(rank_L):
+        share = r_init + 2 * (r_target - r_init) * layer / (layers - 1) if layers > 1 else r_target
+        assert abs(rank - share) < 1
+    assert policy.budget == tuple(ranks_LE.sum(axis=1))
+
+
+def test_prilora_may_fall_and_stays_within_its_ends():
+    falling = prilora(SHAPES, r_init=6, r_target=4, r_max=6).init().ranks_LE
+    assert falling[:, 0].tolist() == [6, 2]
+    for r_init, message in ((9, "-1. in the last"), (1, "r_init .1. .* r_init .7. .*r_max .6.")):
+        with pytest.raises(UserError, match=message):
+            prilora(SHAPES, r_init=r_init, r_target=4, r_max=6)
+
+
+@pytest.mark.parametrize(
+    ("rule", "r_target", "expected"), [("per_top_k", 9, 4), ("per_expert", 9, 2), ("fixed", 9, 9)]
+)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_a_rank_shared_by_experts(sieved_folder, rule, r_target, expected, rank):
+    """Four experts, two a token; attention keeps the rank that was divided."""
+    config = tiny_config(
+        sieved_folder,
+        "ruled",
+        adapter=dict(rank=rank),
+        allocation=dict(kind="uniform", r_target=r_target, rank_rule=rule),
+    )
+    job = prepare(config)
+    assert job.policy.init().ranks_LE.tolist() == [[expected] * 4] * 2
+    assert job.adapter.max_rank == expected and job.policy.budget == 4 * expected
+    assert job.adapter.rank == (rank or r_target)
+    again = prepare(job.config)  # what config.json keeps is divided no second time
+    assert again.config == job.config and again.adapter == job.adapter
+
+
+@pytest.mark.parametrize(
+    ("allocation", "adapter", "message"),
+    [
+        (dict(r_target=3, rank_rule="per_expert"), {}, "3 // 4 experts = 0; .* to 4 or more"),
+        (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
+        (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "a form of kind=uniform, got kind=dr_"),
+        (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora has none"),
+        (dict(rank_rule="per_top_k"), dict(kind="mixlora", top_p=0.5), "adapter.top_p=0.5"),
+    ],
+)
+def test_ranks_that_can_not_be_shared(sieved_folder, allocation, adapter, message):
+    with pytest.raises(UserError, match=message):
+        section = dict(kind="uniform") | allocation
+        prepare(tiny_config(sieved_folder, "ruled", adapter=adapter, allocation=section))
 
 
 def test_pattern_needs_its_file(tmp_path):

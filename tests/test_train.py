@@ -267,7 +267,7 @@ def test_a_diverged_run_ends_before_it_is_saved(built, start_run, monkeypatch, n
 def test_fewer_steps_than_the_schedule_needs_are_refused(built, start_run):
     _, _, folder = built
     start_run("shorter", 2)
-    with pytest.raises(UserError, match="before the last growth event of this run .step 7"):
+    with pytest.raises(UserError, match="before the last event of this run .step 7"):
         prepare(tiny_config(folder, "shorter", train=dict(steps=6)))
 
 

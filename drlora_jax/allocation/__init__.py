@@ -1,5 +1,7 @@
 """Allocation policies by their config name."""
 
+from drlora_jax.allocation.adalora import adalora
+from drlora_jax.allocation.alphalora import alphalora_experts, alphalora_ranks, spectral_prior
 from drlora_jax.allocation.base import (
     CapacityShapes,
     CapacityState,
@@ -11,8 +13,10 @@ from drlora_jax.allocation.base import (
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.allocation.moe_sieve import moe_sieve
 from drlora_jax.allocation.pattern import pattern
+from drlora_jax.allocation.prilora import prilora
 from drlora_jax.allocation.uniform import uniform
-from drlora_jax.config import TrainConfig
+from drlora_jax.config import AllocationSection, TrainConfig
+from drlora_jax.spectra import Exponents
 
 __all__ = [
     "CapacityShapes",
@@ -22,18 +26,45 @@ __all__ = [
     "StepStats",
     "make_policy",
     "masks_from_ranks",
+    "needs_exponents",
 ]
 
 
-def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -> Policy:
+def needs_exponents(section: AllocationSection) -> bool:
+    """Whether a policy asks for the heavy-tail exponents of the base's weights."""
+    return section.kind == "alphalora" or section.spectral_prior != 0
+
+
+def make_policy(
+    config: TrainConfig,
+    shapes: CapacityShapes,
+    total_steps: int,
+    exponents: Exponents | None = None,
+) -> Policy:
     """The policy that a config names, for a model's shapes and the number of steps its schedule is
-    made for.
+    made for; `exponents` where it needs them.
     """
     section = config.allocation
+    if section.kind == "alphalora" and config.adapter.kind == "mixlora":
+        return alphalora_experts(
+            shapes,
+            exponents.layer_L,
+            total=section.experts,
+            rank=section.r_target,
+            beta=section.alpha_beta,
+        )
+    if section.kind == "alphalora":
+        return alphalora_ranks(
+            shapes, exponents.expert_LE, r_target=section.r_target, beta=section.alpha_beta
+        )
     if section.kind == "uniform":
         return uniform(shapes, rank=section.r_target)
     if section.kind == "pattern":
         return pattern(shapes, path=section.pattern, r_target=section.r_target)
+    if section.kind == "prilora":
+        return prilora(
+            shapes, r_init=section.r_init, r_target=section.r_target, r_max=section.r_max
+        )
     if section.kind == "moe_sieve":
         return moe_sieve(
             shapes,
@@ -44,6 +75,19 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
     warmup_ratio = (
         config.train.warmup_ratio if section.warmup_ratio is None else section.warmup_ratio
     )
+    if section.kind == "adalora":
+        return adalora(
+            shapes,
+            total_steps=total_steps,
+            r_init=section.r_init,
+            r_target=section.r_target,
+            interval=section.interval,
+            importance_decay=section.importance_decay,
+            uncertainty_decay=section.uncertainty_decay,
+            warmup_ratio=warmup_ratio,
+            last_event=section.last_event,
+            importance=section.importance,
+        )
     return dr_lora(
         shapes,
         total_steps=total_steps,
@@ -61,4 +105,7 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
         score="random" if section.kind == "random" else section.saliency,
         released=section.released,
         seed=config.run.seed,
+        prior_LE=spectral_prior(exponents.expert_LE, section.spectral_prior)
+        if section.spectral_prior
+        else None,
     )

@@ -10,6 +10,11 @@ A light tail (large alpha) is due more. Shares become whole numbers by largest r
 layer has at least one. The authors' own rounding can be had for comparison: it judges by alpha^beta
 itself where the share is meant, takes experts from the layer with the largest exponent, and may
 leave a layer with none or with less.
+
+As a policy it is static. Where the adapter brings its own experts, layer l has n_l of them with the
+rank r and the others with rank 0. Where the experts are the base's, there is nothing to count, and
+(1) divides ranks instead: alpha_le is the mean over the matrices of expert e in layer l, and the
+L * E * r ranks of the model are shared out among all experts of all layers.
 """
 
 from collections.abc import Sequence
@@ -17,6 +22,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
 from drlora_jax.errors import UserError
 
 Rounding = Literal["largest_remainder", "upstream"]
@@ -30,6 +36,7 @@ def allocate_experts(
     *,
     beta: float = 2.5,
     rounding: Rounding = "largest_remainder",
+    most: int | None = None,
 ) -> np.ndarray:
     """Experts of every layer, i64 [L]; their sum is `total`.
 
@@ -38,17 +45,36 @@ def allocate_experts(
       beta: 0 divides evenly; the larger, the more goes to large exponents.
       rounding: `largest_remainder`, at least 1 everywhere; or `upstream`, equal to the authors'
         code, whose numbers can be 0 or negative.
+      most: experts that a layer can have; what is due above it goes to the others in proportion.
+        Not for `upstream`.
 
     Raises:
-      UserError: fewer experts than layers, exponents or beta that are no such numbers.
+      UserError: fewer experts than layers or more than there is room for, exponents or beta that
+        are no such numbers.
     """
     alpha_L = np.asarray(alpha_L, np.float64)
     _check(alpha_L, total, beta)
     if rounding == "upstream":
         return _as_upstream(alpha_L**beta, total)
-    power_L = beta * np.log(alpha_L)
-    weight_L = np.exp(power_L - power_L.max())  # of the largest: no beta overflows
-    return _largest_remainder(total * weight_L / weight_L.sum(), total)
+    if most is not None and total > most * alpha_L.size:
+        raise UserError(
+            f"{total:,} experts do not fit into {alpha_L.size} layers of {most} at most."
+        )
+    return divide(alpha_L, total, beta=beta, most=total if most is None else most)
+
+
+def divide(alpha_N: np.ndarray, total: int, *, beta: float, most: int) -> np.ndarray:
+    """Whole numbers from 1 to `most` in proportion to alpha^beta, i64 [N], with the sum `total`."""
+    power_N = beta * np.log(alpha_N)
+    weight_N = np.exp(power_N - power_N.max())  # of the largest: no beta overflows
+    share_N = total * weight_N / weight_N.sum()
+    is_full_N = share_N > most
+    while (share_N > most).any():
+        rest = total - most * is_full_N.sum()
+        free = weight_N[~is_full_N].sum()
+        share_N = np.where(is_full_N, most, rest * weight_N / (free or 1.0))
+        is_full_N |= share_N > most
+    return largest_remainder(share_N, total, most=most)
 
 
 def _check(alpha_L: np.ndarray, total: int, beta: float) -> None:
@@ -65,13 +91,17 @@ def _check(alpha_L: np.ndarray, total: int, beta: float) -> None:
         )
 
 
-def _largest_remainder(share_L: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers of at least 1 near the shares; among equal remainders the first layer wins."""
-    count_L = np.maximum(np.floor(share_L).astype(np.int64), 1)
+def largest_remainder(
+    share_L: np.ndarray, total: int, *, least: int = 1, most: float = np.inf
+) -> np.ndarray:
+    """Whole numbers from `least` to `most` near the shares, i64, with the sum `total`; among equal
+    remainders the first layer wins.
+    """
+    count_L = np.maximum(np.floor(share_L).astype(np.int64), least)
     while count_L.sum() < total:
-        count_L[np.argmax(share_L - count_L)] += 1
+        count_L[np.argmax(np.where(count_L < most, share_L - count_L, -np.inf))] += 1
     while count_L.sum() > total:  # ones in the place of zeros: paid by who is furthest above
-        above_L = np.where(count_L > 1, count_L - share_L, -np.inf)
+        above_L = np.where(count_L > least, count_L - share_L, -np.inf)
         count_L[np.argmax(above_L)] -= 1
     return count_L
 
@@ -85,3 +115,47 @@ def _as_upstream(weight_L: np.ndarray, total: int) -> np.ndarray:
         else:
             count_L[np.argmax(weight_L - count_L)] -= 1
     return count_L
+
+
+def spectral_prior(alpha_LE: np.ndarray, power: float) -> np.ndarray:
+    """(alpha / its layer's mean)^power: a factor for the saliency of experts, float64 [L, E]."""
+    return (alpha_LE / alpha_LE.mean(axis=1, keepdims=True)) ** power
+
+
+def alphalora_experts(
+    shapes: CapacityShapes, alpha_L: np.ndarray, *, total: int, rank: int, beta: float
+) -> Policy:
+    """Of every layer's experts the first n_l have `rank`, the others none; `total` = sum of n_l."""
+    try:
+        count_L = allocate_experts(alpha_L, total, beta=beta, most=shapes.experts)
+    except UserError as error:
+        raise UserError(f"allocation.experts={total}: {error}") from error
+    is_active_LE = np.arange(shapes.experts) < count_L[:, None]
+    return static_policy(
+        "alphalora",
+        rank * is_active_LE,
+        budget=tuple((rank * count_L).tolist()),
+        describe=f"alphalora: {total} experts of rank {rank}, {count_L.min()} to {count_L.max()} a "
+        f"layer, by exponents {alpha_L.min():.2f} to {alpha_L.max():.2f}",
+    )
+
+
+def alphalora_ranks(
+    shapes: CapacityShapes, alpha_LE: np.ndarray, *, r_target: int, beta: float
+) -> Policy:
+    """Ranks in proportion to alpha^beta of every expert, from 1 to r_max, `r_target` on average."""
+    if r_target > shapes.max_rank:
+        raise UserError(
+            f"allocation.kind=alphalora: r_target ({r_target}) is the mean of the ranks and must "
+            f"be at most allocation.r_max ({shapes.max_rank})."
+        )
+    total = alpha_LE.size * r_target
+    ranks_LE = divide(alpha_LE.ravel(), total, beta=beta, most=shapes.max_rank)
+    ranks_LE = ranks_LE.reshape(alpha_LE.shape)
+    return static_policy(
+        "alphalora",
+        ranks_LE,
+        budget=tuple(ranks_LE.sum(axis=1).tolist()),
+        describe=f"alphalora: ranks {ranks_LE.min()} to {ranks_LE.max()}, a mean of {r_target}, by "
+        f"exponents {alpha_LE.min():.2f} to {alpha_LE.max():.2f}",
+    )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -44,6 +45,9 @@ class Event(NamedTuple):
     """What an update decided, for the record."""
 
     saliency_LE: np.ndarray  # f32
+    # i32, for a policy that prunes: new rank k of an expert is its old rank order[k], so that the
+    # active ranks stay a prefix. Factors and moments follow; the policy moves its own statistics.
+    order_LER: np.ndarray | None = None
 
 
 class Policy(NamedTuple):
@@ -53,7 +57,8 @@ class Policy(NamedTuple):
     accumulate: Callable[[Any, StepStats], Any]  # in the step
     is_event: Callable[[int], bool]  # is there an update after this many optimizer steps?
     update: Callable[[CapacityState, Any, int], tuple[CapacityState, Any, Event]]
-    budget: int  # active ranks of a layer at the end
+    # active ranks of a layer at the end; of each layer, where they differ
+    budget: int | tuple[int, ...]
     last_event: int = 0  # optimizer steps a run needs at least
     needs_elementwise: bool = False
     needs_probe: bool = False  # the step lets every expert's next inactive rank have a gradient
@@ -62,6 +67,40 @@ class Policy(NamedTuple):
     profile_rows: int = 0
     start: Callable[[np.ndarray], tuple[CapacityState, Event]] | None = None
     describe: str = ""  # one line for the start of a run
+
+
+def static_policy(
+    name: str, ranks_LE: np.ndarray, *, budget: int | tuple[int, ...], describe: str
+) -> Policy:
+    """Ranks that stay as they are from the first step to the last."""
+
+    def update(state, stats, step):
+        raise AssertionError(f"{name} has no events, asked at step {step}")
+
+    return Policy(
+        name=name,
+        init=lambda: CapacityState(ranks_LE.astype(np.int32)),  # a copy
+        init_stats=lambda: (),
+        accumulate=lambda stats, step_stats: stats,
+        is_event=lambda step: False,
+        update=update,
+        budget=budget,
+        describe=describe,
+    )
+
+
+def rank_importance(step: StepStats, form: str) -> jax.Array:
+    """How much every rank matters to the loss of one step, f32 [L, P, E, R]; jnp, in the step.
+
+    The sign is dropped once, after the sum over micro-batches and devices: the gate gradient is
+    linear.
+    """
+    if form == "elementwise_product":
+        return step.elementwise_LPER
+    if form == "probe":
+        return step.probe_LPER
+    importance_LPER = jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
+    return importance_LPER**2 if form == "gate_sq" else importance_LPER
 
 
 def masks_from_ranks(ranks_LE: np.ndarray, max_rank: int) -> np.ndarray:

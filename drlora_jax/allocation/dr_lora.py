@@ -32,7 +32,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, CapacityState, Event, Policy, StepStats
+from drlora_jax.allocation.base import (
+    CapacityShapes,
+    CapacityState,
+    Event,
+    Policy,
+    StepStats,
+    rank_importance,
+)
+from drlora_jax.allocation.schedule import event_window
 from drlora_jax.errors import UserError
 
 RELEASED_FLOOR = 1e-6
@@ -73,13 +81,12 @@ def make_schedule(
 
     Raises UserError when no event fits into the run although ranks are to grow.
     """
-    first = max(1, int(warmup_ratio * total_steps))
-    last = total_steps - interval if last_event is None else last_event
-    if last > total_steps:
-        raise UserError(
-            f"allocation.last_event ({last}) must not lie behind the last step of the run "
-            f"({total_steps})."
-        )
+    first, last = event_window(
+        total_steps=total_steps,
+        warmup_ratio=warmup_ratio,
+        interval=interval,
+        last_event=last_event,
+    )
     count = max(0, (last - first) // interval + 1)
     needed = slots * (r_target - r_init)
     if needed and not count:
@@ -161,8 +168,10 @@ def dr_lora(
     score: str = "product",
     released: bool = False,
     seed: int = 0,
+    prior_LE: np.ndarray | None = None,
 ) -> Policy:
-    """The policy for `shapes`; arguments are the fields of the config section `allocation`.
+    """The policy for `shapes`; arguments are the fields of the config section `allocation`, and a
+    factor of every expert's saliency (`alphalora.spectral_prior`).
 
     Raises UserError when the schedule can not reach the budget.
     """
@@ -205,19 +214,9 @@ def dr_lora(
             return _accumulate_released(stats, step, frequency_decay, importance_decay)
         use_LE = jnp.sum(step.weight_MLE if frequency == "weight" else step.count_MLE, axis=0)
         use_LE = use_LE / jnp.maximum(jnp.sum(step.tokens_M), 1.0)
-        # The sign is dropped once, after the sum over micro-batches and devices: the gate gradient
-        # is linear.
-        if importance == "elementwise_product":
-            rank_importance = step.elementwise_LPER
-        elif importance == "probe":
-            rank_importance = step.probe_LPER
-        else:
-            rank_importance = jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
-            rank_importance = rank_importance**2 if importance == "gate_sq" else rank_importance
+        now_LPER = rank_importance(step, importance)
         is_used_LE = jnp.sum(step.count_MLE, axis=0) > 0
-        updated = (
-            importance_decay * stats.importance_LPER + (1 - importance_decay) * rank_importance
-        )
+        updated = importance_decay * stats.importance_LPER + (1 - importance_decay) * now_LPER
         return Stats(
             frequency_LE=frequency_decay * stats.frequency_LE + (1 - frequency_decay) * use_LE,
             importance_LPER=jnp.where(is_used_LE[:, None, :, None], updated, stats.importance_LPER),
@@ -240,7 +239,8 @@ def dr_lora(
             g_LE = np.ones_like(g_LE)
         elif score == "importance":
             f_LE = np.ones_like(f_LE)
-        return saliency(f_LE, g_LE, ranks_LE, gamma, RELEASED_FLOOR if released else 0.0)
+        score_LE = saliency(f_LE, g_LE, ranks_LE, gamma, RELEASED_FLOOR if released else 0.0)
+        return score_LE if prior_LE is None else score_LE * prior_LE
 
     def update(state: CapacityState, stats: Stats, step: int):
         saliency_LE = score_experts(state, stats, step)
@@ -277,6 +277,7 @@ def dr_lora(
             f"steps {schedule.first} to {last}, {schedule.quota} "
             f"{'slots' if released else 'ranks'} a layer and event, "
             f"at most {schedule.cap} an expert"
+            + (", times a spectral prior" if prior_LE is not None else "")
             + (" (as released: may end a little above the budget)" if released else "")
         ),
     )

@@ -8,7 +8,13 @@ other policy, so a chosen expert has E * r_target / chosen of them.
 
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, CapacityState, Event, Policy
+from drlora_jax.allocation.base import (
+    CapacityShapes,
+    CapacityState,
+    Event,
+    Policy,
+    static_policy,
+)
 from drlora_jax.errors import UserError
 
 
@@ -31,24 +37,16 @@ def moe_sieve(shapes: CapacityShapes, *, r_target: int, share: float, profile_ro
         total_L1 = np.maximum(count_LE.sum(axis=1, keepdims=True), 1.0)
         return CapacityState(ranks_LE), Event((count_LE / total_L1).astype(np.float32))
 
-    def update(state, stats, step):
-        raise AssertionError(f"MoE-Sieve has no events after its profile, asked at step {step}")
-
-    return Policy(
-        name="moe_sieve",
-        init=lambda: CapacityState(np.zeros((shapes.layers, shapes.experts), np.int32)),
-        init_stats=lambda: (),
-        accumulate=lambda stats, step_stats: stats,
-        is_event=lambda step: False,
-        update=update,
+    policy = static_policy(
+        "moe_sieve",
+        np.zeros((shapes.layers, shapes.experts), np.int32),  # until the rows were read
         budget=budget,
-        profile_rows=profile_rows,
-        start=start,
         describe=(
             f"moe_sieve: the {chosen} of {shapes.experts} experts that {profile_rows} rows use "
             f"most have rank {budget / chosen:g}, the others none"
         ),
     )
+    return policy._replace(profile_rows=profile_rows, start=start)
 
 
 def sieve(count_E: np.ndarray, chosen: int, budget: int) -> np.ndarray:

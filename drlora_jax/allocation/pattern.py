@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, CapacityState, Policy
+from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
 from drlora_jax.errors import UserError
 from drlora_jax.files import FILE, expand_user, kind_of
 
@@ -27,16 +27,9 @@ def pattern(shapes: CapacityShapes, *, path: str, r_target: int) -> Policy:
             f"more than {shapes.experts} experts * allocation.r_target ({r_target}) = {budget}."
         )
 
-    def update(state, stats, step):
-        raise AssertionError(f"a pattern has no events, asked at step {step}")
-
-    return Policy(
-        name="pattern",
-        init=lambda: CapacityState(ranks_LE.copy()),
-        init_stats=lambda: (),
-        accumulate=lambda stats, step_stats: stats,
-        is_event=lambda step: False,
-        update=update,
+    return static_policy(
+        "pattern",
+        ranks_LE,
         budget=budget,
         describe=f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
         f"a mean of {ranks_LE.mean():g}",

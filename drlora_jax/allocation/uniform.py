@@ -2,20 +2,13 @@
 
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, CapacityState, Policy
+from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
 
 
 def uniform(shapes: CapacityShapes, *, rank: int) -> Policy:
-    def update(state, stats, step):
-        raise AssertionError(f"a uniform allocation has no events, asked at step {step}")
-
-    return Policy(
-        name="uniform",
-        init=lambda: CapacityState(np.full((shapes.layers, shapes.experts), rank, np.int32)),
-        init_stats=lambda: (),
-        accumulate=lambda stats, step_stats: stats,
-        is_event=lambda step: False,
-        update=update,
+    return static_policy(
+        "uniform",
+        np.full((shapes.layers, shapes.experts), rank, np.int32),
         budget=shapes.experts * rank,
         describe=f"uniform: every expert has rank {rank}",
     )

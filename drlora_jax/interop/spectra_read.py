@@ -14,6 +14,8 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -40,6 +42,7 @@ from drlora_jax.spectra import Estimator, TailFit, eigenvalues, fit_tail
 METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
 HALVES = ("gate", "up")  # rows of a fused tensor, in this order
 ROLES = ("q", "k", "v", "o", *HALVES, "down")
+SLOW = 2.0  # seconds; a layer that took longer is reported
 
 
 class WeightMatrix(NamedTuple):
@@ -110,6 +113,22 @@ def fit_layers(
                 _store(file, spectra, identity)
         fits = [MatrixFit(each, _fit(each, spectra[each.name], estimator)) for each in matrices]
         yield LayerFit(layer, fits, is_cached)
+
+
+def with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]:
+    """The same, with a line on standard error for each that took a while."""
+    start = time.monotonic()
+    for fit in layers:
+        seconds = time.monotonic() - start
+        if seconds > SLOW and not fit.is_cached:
+            done = f"layer {fit.layer + 1} of {total}"
+            print(
+                f"{done}: {len(fit.matrices)} matrices, {seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        yield fit
+        start = time.monotonic()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -187,6 +206,24 @@ def default_cache() -> pathlib.Path:
     """Below the user's folder of caches."""
     home = os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")
     return pathlib.Path(home) / "drlora_jax" / "spectra"
+
+
+def open_cache(path: str | None) -> pathlib.Path | None:
+    """The folder, made. Without the default one the analysis goes on; one that was named must be
+    there.
+    """
+    folder = default_cache() if path is None else expand_user(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        reason = None if os.access(folder, os.W_OK) else "no permission"
+    except OSError as error:
+        reason = error.strerror
+    if reason is None:
+        return folder
+    if path is not None:
+        raise UserError(f"--cache {path} can not be written: {reason}; give another directory.")
+    print(f"no cache    {folder} can not be written: {reason}", file=sys.stderr)
+    return None
 
 
 def _digest(spectra: dict[str, np.ndarray], identity: str) -> str:

@@ -6,7 +6,7 @@ import html
 from typing import NamedTuple
 
 from drlora_jax.palette import shade
-from drlora_jax.reporting.read import Frame, RunLog, budget, frames, is_matrix, layer_indices
+from drlora_jax.reporting.read import Frame, RunLog, budgets, frames, is_matrix, layer_indices
 
 MOST_CELLS = 400_000  # of one map over all its steps; what is more is left out evenly
 PALETTE = [shade(index / 63) for index in range(64)]
@@ -137,14 +137,14 @@ def rank_table(run: RunLog) -> str:
     if not found:
         return ""
     step, values = found[-1]
-    limit, layers = budget(run), layer_indices(run, len(values))
+    limits, layers = budgets(run, len(values)), layer_indices(run, len(values))
     experts = range(max(map(len, values)))
     head = "".join(f"<th>{index}</th>" for index in experts)
     rows = []
-    for layer, row in zip(layers, values, strict=True):
+    for index, (layer, row) in enumerate(zip(layers, values, strict=True)):
         cells = "".join(f"<td>{value}</td>" for value in row)
         cells += "<td></td>" * (len(experts) - len(row))
-        of = f" of {limit}" if limit is not None else ""
+        of = f" of {limits[index]}" if limits else ""
         rows.append(f'<tr><th>{layer}</th>{cells}<td class="sum">{sum(row)}{of}</td></tr>')
     return (
         f"<details><summary>Ranks after step {step} as a table</summary>"

@@ -11,11 +11,12 @@ import html
 import json
 import os
 import pathlib
+import statistics
 from collections.abc import Callable
 
 from drlora_jax.reporting import maps, tables
 from drlora_jax.reporting.charts import Chart, Series, draw
-from drlora_jax.reporting.read import RunLog, budget, curve, frames, read_run, total_steps
+from drlora_jax.reporting.read import RunLog, budgets, curve, frames, read_run, total_steps
 
 FOLDER = pathlib.Path(__file__).parent
 GIB = 2.0**30
@@ -173,9 +174,10 @@ def _mean_ranks(runs: list[RunLog], names: list[str]) -> list[Series]:
             continue
         last = max([points[-1][0], *(row["step"] for row in run.metrics)])
         series.append(Series(name, index, [*points, (last, points[-1][1])]))
-        experts = len(frames(run, "ranks")[-1].values[0])
-        if budget(run) is not None and experts and len(runs) == 1:
-            height = budget(run) / experts
+        values = frames(run, "ranks")[-1].values
+        limits, experts = budgets(run, len(values)), len(values[0])
+        if limits and experts and len(runs) == 1:
+            height = statistics.fmean(limits) / experts
             line = [(0, height), (max(last, total_steps(run) or 0), height)]
             series.append(Series("budget", index, line, is_dashed=True))
     return series

@@ -169,10 +169,13 @@ def layer_indices(run: RunLog, count: int) -> list[int]:
     return list(range(count))
 
 
-def budget(run: RunLog) -> int | None:
-    """Active ranks that a layer has at the end."""
+def budgets(run: RunLog, layers: int) -> list[int] | None:
+    """Active ranks that each layer has at the end; logged as one number where all have the same."""
     found = run.events[-1].get("budget") if run.events else run.facts.get("budget")
-    return found if is_number(found) else None
+    if is_number(found):
+        return [found] * layers
+    is_whole = isinstance(found, list) and len(found) == layers and all(map(is_number, found))
+    return found if is_whole else None
 
 
 def total_steps(run: RunLog) -> int | None:

@@ -10,7 +10,7 @@ from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.reporting.charts import number
 from drlora_jax.reporting.read import (
     RunLog,
-    budget,
+    budgets,
     curve,
     frames,
     is_number,
@@ -71,8 +71,8 @@ def _ranks(run: RunLog) -> Figure | None:
     ranks = [value for row in found[-1].values for value in row] if found else []
     if not ranks:
         return None
-    limit, experts = budget(run), len(found[-1].values[0])
-    of = f", budget {limit / experts:.4g}" if limit is not None and experts else ""
+    limits, experts = budgets(run, len(found[-1].values)), len(found[-1].values[0])
+    of = f", budget {statistics.fmean(limits) / experts:.4g}" if limits and experts else ""
     return Figure(f"{statistics.fmean(ranks):.2f}", f"from {min(ranks)} to {max(ranks)}{of}")
 
 

@@ -122,6 +122,7 @@ CONFIG_FILES = (
         "got a number of thousands of digits",
     ),
 )
+PRUNING = ("allocation.kind=adalora", "allocation.r_init=4")
 FIELDS = (
     _field("train.steps=many", "train.steps must be int | none, got 'many'"),
     _field("train.steps=3.5", "train.steps must be int | none, got '3.5'"),
@@ -175,6 +176,28 @@ FIELDS = (
     _field(
         "allocation.released=true", "fixes importance=gate_abs", "allocation.importance=gate_sq"
     ),
+    _field("allocation.kind=adalora", "r_target=2, r_init=1, r_max=4"),
+    _field("allocation.importance=probe", "measures the next rank", *PRUNING),
+    _field(
+        "allocation.r_init=1",
+        "2 . r_target - r_init .5. in the last; both must be from 0 to allocation.r_max .4.",
+        "allocation.kind=prilora",
+        "allocation.r_target=3",
+    ),
+    _field(
+        "allocation.kind=alphalora",
+        "alpha_file=rows.jsonl can not be used: it can not be read as exponents",
+        "allocation.alpha_file=rows.jsonl",
+    ),
+    _field("allocation.experts=9", "are there already", "allocation.kind=alphalora"),
+    _field(
+        "allocation.rank_rule=per_expert",
+        "2 // 4 experts = 0; set allocation.r_target to 4 or more",
+        "allocation.kind=uniform",
+    ),
+    _field("allocation.rank_rule=per_top_k", "a form of kind=uniform, got kind=dr_lora"),
+    _field("allocation.spectral_prior=1", "got kind=random and", "allocation.kind=random"),
+    _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),
     _field("mesh.data=0", "mesh sizes must be positive"),
     _field("mesh.data=-1", "at most one -1", "mesh.fsdp=-1"),
     _field("mesh.data=999", "data=999 .* does not fit the 8 devices"),

@@ -142,7 +142,7 @@ CASES = (
     ),
     _case(
         "fewer steps than the growth schedule needs",
-        "train.steps=6 ends before the last growth event",
+        "train.steps=6 ends before the last event",
         _begun(),
         "train.steps=6",
     ),

@@ -1,0 +1,170 @@
+"""AdaLoRA (arXiv 2303.10512) over experts: all start with `r_init` ranks, and the least important
+ranks of a layer are pruned, event by event, until its budget is met.
+
+AdaLoRA writes an update as P diag(lambda) Q and prunes triplets: a column of P, a singular value
+and a row of Q. Here a triplet is a rank of an expert: its column of B, its gate c_k and its row of
+A. The gate is what lambda is there; its value is 1, so AdaLoRA's sensitivity |w dL/dw| of it is
+
+    I_k = |dL/dc_k| = |sum_j A_kj dL/dA_kj| = |sum_i B_ik dL/dB_ik|                            (1)
+
+which already speaks for the whole triplet, so that the sums over the entries of P and Q that
+AdaLoRA adds are left out, and with them two averages of the size of every factor. Over optimizer
+steps t, with beta1 = `importance_decay` and beta2 = `uncertainty_decay`:
+
+    I-   <- beta1 I-  + (1 - beta1) I                 smoothed sensitivity
+    U    <- beta2 U   + (1 - beta2) |I - I-|          its uncertainty
+    S_k  =  mean over projections of I- U                                                      (2)
+
+An expert without tokens in a step has I = 0, as the gradient says: that is how being chosen seldom
+counts. From the end of warm-up t0 to the last event t1 a layer may keep
+
+    b(t) = b1 + (b0 - b1) (1 - (t - t0) / (t1 - t0))^3                                         (3)
+
+ranks, b0 = E r_init and b1 = E r_target, rounded down; AdaLoRA has one budget for the whole model,
+this one for each layer. The ranks with the largest S stay. They move to the front of their expert
+in the order they had; a pruned rank is as before step 1 and does not come back. An expert may lose
+all its ranks. There is no orthogonality penalty, which is about singular vectors.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drlora_jax.allocation.base import (
+    CapacityShapes,
+    CapacityState,
+    Event,
+    Policy,
+    StepStats,
+    rank_importance,
+)
+from drlora_jax.allocation.schedule import event_window
+from drlora_jax.errors import UserError
+
+
+class Stats(NamedTuple):
+    importance_LPER: jax.Array  # f32, EMA
+    uncertainty_LPER: jax.Array  # f32, EMA
+
+
+class Schedule(NamedTuple):
+    first: int  # optimizer steps done at the end of warm-up; nothing is pruned yet
+    interval: int
+    count: int  # events, each `interval` after the one before
+    start: int  # ranks of a layer at first
+    target: int  # and after the last event
+
+    @property
+    def last(self) -> int:
+        return self.first + self.count * self.interval
+
+    def is_event(self, step: int) -> bool:
+        return self.first < step <= self.last and (step - self.first) % self.interval == 0
+
+    def budget(self, step: int) -> int:
+        """Ranks a layer may have after the event at `step`, equation (3) in whole numbers."""
+        left, span = self.last - step, self.last - self.first
+        return self.target + (self.start - self.target) * left**3 // span**3
+
+
+def adalora(
+    shapes: CapacityShapes,
+    *,
+    total_steps: int,
+    r_init: int,
+    r_target: int,
+    interval: int,
+    importance_decay: float,
+    uncertainty_decay: float,
+    warmup_ratio: float,
+    last_event: int | None = None,
+    importance: str = "gate_abs",
+) -> Policy:
+    """The policy for `shapes`; arguments are the fields of the config section `allocation`.
+
+    Raises UserError when no event fits into the run although ranks are to be pruned.
+    """
+    first, last = event_window(
+        total_steps=total_steps,
+        warmup_ratio=warmup_ratio,
+        interval=interval,
+        last_event=last_event,
+    )
+    count = max(0, (last - first) // interval) if r_init > r_target else 0
+    if r_init > r_target and not count:
+        raise UserError(
+            f"allocation: no pruning event fits: warm-up ends at step {first}, an event comes "
+            f"{interval} steps later at the earliest, and the last may be at step {last} of "
+            f"{total_steps}. Lower allocation.interval ({interval}) or raise train.steps."
+        )
+    schedule = Schedule(first, interval, count, shapes.experts * r_init, shapes.experts * r_target)
+
+    def init_stats():
+        return Stats(jnp.zeros(shapes, jnp.float32), jnp.zeros(shapes, jnp.float32))
+
+    def accumulate(stats: Stats, step: StepStats) -> Stats:
+        now_LPER = rank_importance(step, importance)
+        smooth_LPER = importance_decay * stats.importance_LPER + (1 - importance_decay) * now_LPER
+        apart_LPER = jnp.abs(now_LPER - smooth_LPER)
+        return Stats(
+            smooth_LPER,
+            uncertainty_decay * stats.uncertainty_LPER + (1 - uncertainty_decay) * apart_LPER,
+        )
+
+    def update(state: CapacityState, stats: Stats, step: int):
+        return prune(state, stats, schedule.budget(step))
+
+    return Policy(
+        name="adalora",
+        init=lambda: CapacityState(np.full((shapes.layers, shapes.experts), r_init, np.int32)),
+        init_stats=init_stats,
+        accumulate=accumulate,
+        is_event=schedule.is_event,
+        update=update,
+        budget=schedule.target,
+        last_event=schedule.last if count else 0,
+        needs_elementwise=importance == "elementwise_product",
+        describe=(
+            f"adalora: rank {r_init} pruned to a mean of {r_target}, {count} events"
+            + (f" at steps {first + interval} to {schedule.last}" if count else "")
+        ),
+    )
+
+
+def prune(state: CapacityState, stats: Stats, budget: int) -> tuple[CapacityState, Stats, Event]:
+    """An event: every layer keeps the `budget` ranks with the largest scores, equation (2)."""
+    importance_LPER, uncertainty_LPER = (np.asarray(value, np.float64) for value in stats)
+    score_LER = (importance_LPER * uncertainty_LPER).mean(axis=1)
+    layers = zip(score_LER, state.ranks_LE, strict=True)
+    kept_LER = np.stack([keep_best(*layer, budget) for layer in layers])
+    order_LER = np.argsort(~kept_LER, axis=-1, kind="stable").astype(np.int32)
+    ranks_LE = kept_LER.sum(axis=-1).astype(np.int32)
+    is_active_LER = np.arange(kept_LER.shape[-1]) < ranks_LE[..., None]
+
+    def moved(value_LPER):
+        rows_LPER = np.take_along_axis(np.asarray(value_LPER), order_LER[:, None], axis=-1)
+        return np.where(is_active_LER[:, None], rows_LPER, np.float32(0))
+
+    saliency_LE = np.where(kept_LER, score_LER, 0.0).sum(axis=-1)
+    event = Event(saliency_LE.astype(np.float32), order_LER)
+    return CapacityState(ranks_LE), Stats(*map(moved, stats)), event
+
+
+def keep_best(score_ER: np.ndarray, ranks_E: np.ndarray, budget: int) -> np.ndarray:
+    """bool [E, R]: the `budget` active ranks of one layer with the largest scores.
+
+    Of equal scores the lower rank stays, then the lower expert: without any signal all experts are
+    cut alike. NaN counts as the lowest.
+    """
+    rank_ER, expert_ER = np.broadcast_arrays(
+        np.arange(score_ER.shape[1]), np.arange(score_ER.shape[0])[:, None]
+    )
+    is_active_ER = rank_ER < ranks_E[:, None]
+    score_ER = np.where(np.isnan(score_ER), -np.inf, score_ER)
+    keys = (expert_ER, rank_ER, -score_ER, ~is_active_ER)  # the last one decides first
+    best = np.lexsort([key.ravel() for key in keys])[: min(budget, int(ranks_E.sum()))]
+    kept_ER = np.zeros(score_ER.shape, bool)
+    kept_ER.flat[best] = True
+    return kept_ER

@@ -1,0 +1,19 @@
+"""When the events of a policy may happen."""
+
+from drlora_jax.errors import UserError
+
+
+def event_window(
+    *, total_steps: int, warmup_ratio: float, interval: int, last_event: int | None
+) -> tuple[int, int]:
+    """Optimizer steps done at the end of warm-up, and at the last possible event: `interval` before
+    the end of the run unless it is given.
+    """
+    first = max(1, int(warmup_ratio * total_steps))
+    last = total_steps - interval if last_event is None else last_event
+    if last > total_steps:
+        raise UserError(
+            f"allocation.last_event ({last}) must not lie behind the last step of the run "
+            f"({total_steps})."
+        )
+    return first, last
