@@ -142,7 +142,9 @@ class TrainSection(_Section):
     bias_correction: Literal["global", "per_rank"] = "global"
     max_grad_norm: float | None = 1.0
     balance_loss: float = 0.0  # weight of the load-balance loss; 0: off
-    balance_form: Literal["pooled", "per_layer"] = "pooled"  # of all MoE layers at once, or each
+    # pooled: of all layers with experts at once; per_layer: of each, averaged; switch: the same,
+    # of first choices only
+    balance_form: Literal["pooled", "per_layer", "switch"] = "pooled"
     z_loss: float = 0.0  # weight of the mean squared logsumexp of the router logits; 0: off
     eval_every: int = 100  # steps
     eval_batches: int | None = None  # None: the whole held-out set
@@ -188,20 +190,28 @@ class TrainSection(_Section):
 @dataclass(frozen=True)
 class AdapterSection(_Section):
     # expert_lora: on the experts of an MoE; lora: one pair a matrix; mixlora: experts of its own on
-    # the FFNs of a dense model, with a router
-    kind: Literal["expert_lora", "lora", "mixlora"] = "expert_lora"
+    # the FFNs of a dense model, with a router; mola: on every matrix, each with its router
+    kind: Literal["expert_lora", "lora", "mixlora", "mola"] = "expert_lora"
     targets: tuple[str, ...] = ("up", "down")  # roles, or regular expressions over parameter paths
     scale: float = 2.0  # alpha / rank: constant, whatever rank is active
     dropout: float = 0.1  # on the input of every low-rank product, in training
     rank: int | None = None  # of plain LoRA (attention, dense FFN); None: allocation.r_target
     router: Literal["frozen", "after_warmup"] = "frozen"
     router_learning_rate: float | None = None  # None: train.learning_rate
-    num_experts: int = 8  # of mixlora
-    experts_per_token: int = 2  # of mixlora
-    # of mixlora, instead of experts_per_token: the best experts up to this sum of probabilities
+    num_experts: int = 8  # of mixlora and mola
+    # of every layer, instead of num_experts: 2468 (MoLA: by quarters of the depth), 2,4,4 (by
+    # layer), or FILE.json of drlora_jax.alpha (AlphaLoRA)
+    experts_per_layer: str | None = None
+    experts_per_token: int = 2  # of mixlora and mola; a layer with fewer uses all it has
+    # of both, instead of experts_per_token: the best experts up to this sum of probabilities
     top_p: float | None = None
     freeze_a: bool = False  # only B trains (FFA-LoRA)
     freeze_idle_experts: bool = True  # no tokens in a step: factors and moments stay as they are
+
+    @property
+    def makes_experts(self) -> bool:
+        """Whether the adapter has experts of its own, on a dense model."""
+        return self.kind in ("mixlora", "mola")
 
     def check(self):
         _require(bool(self.targets), "adapter.targets must name at least one projection, got none.")
@@ -220,9 +230,15 @@ class AdapterSection(_Section):
         _at_most("adapter.rank", self.rank or 0, LARGEST_RANK)
         _positive("adapter", {"num_experts": self.num_experts})
         _require(
-            0 < self.experts_per_token <= self.num_experts,
+            0 < self.experts_per_token <= self.num_experts
+            or (self.experts_per_token > 0 and self.experts_per_layer is not None),
             "adapter.experts_per_token must be from 1 to adapter.num_experts "
             f"({self.num_experts}), got {self.experts_per_token}.",
+        )
+        _require(
+            self.experts_per_layer is None or self.makes_experts,
+            "adapter.experts_per_layer is for adapters with experts of their own, "
+            f"adapter.kind=mola or mixlora, got {self.kind}.",
         )
         _require(
             self.top_p is None or 0 < self.top_p <= 1,
@@ -231,7 +247,7 @@ class AdapterSection(_Section):
         _require(
             self.kind == "expert_lora" or self.router == "frozen",
             f"adapter.router={self.router} is about the routers of an MoE: with "
-            f"adapter.kind={self.kind} leave it at frozen (a mixlora router always trains).",
+            f"adapter.kind={self.kind} leave it at frozen (its own router always trains).",
         )
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})
@@ -345,9 +361,16 @@ class TrainConfig:
                 isinstance(value, cls), f"{item.name} must be a {cls.__name__}, got {value!r}."
             )
         _require(
-            self.adapter.kind != "mixlora" or self.allocation.kind != "moe_sieve",
+            not self.adapter.makes_experts or self.allocation.kind != "moe_sieve",
             "allocation.kind=moe_sieve counts whom a trained router chooses; the router of "
-            "adapter.kind=mixlora is new. Use uniform, dr_lora, random or pattern.",
+            f"adapter.kind={self.adapter.kind} is new. Use uniform, dr_lora, random or pattern.",
+        )
+        _require(
+            not self.adapter.makes_experts
+            or self.allocation.kind not in ("dr_lora", "random")
+            or self.allocation.r_init > 0,
+            f"allocation.r_init=0 with adapter.kind={self.adapter.kind}: its experts without a "
+            "rank are never chosen, so none could earn one; set allocation.r_init=1 or more.",
         )
         _require(
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",

@@ -49,11 +49,11 @@ def main(argv=None) -> int:
     limit = _shard_bytes(args)
     out = _check_out(args.out)
     source = find_run(args.run, step=args.step, model_path=args.model_path)
-    if source.config.adapter.kind == "mixlora":
+    if source.config.adapter.makes_experts:
         raise UserError(
-            f"{args.run} was trained with adapter.kind=mixlora: peft and transformers have no form "
-            "for LoRA experts with a router, and a merge would lose the routing. Use the run "
-            "itself, with drlora_jax.evaluate and drlora_jax.generate."
+            f"{args.run} was trained with adapter.kind={source.config.adapter.kind}: peft and "
+            "transformers have no form for LoRA experts with a router, and a merge would lose the "
+            "routing. Use the run itself, with drlora_jax.evaluate and drlora_jax.generate."
         )
     trained = read_trained(source)
     reader = LayerReader(source.model_config, source.directory)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
 from drlora_jax.allocation import CapacityShapes, Policy, make_policy
@@ -54,9 +55,10 @@ class Job(NamedTuple):
 def prepare(config: TrainConfig) -> Job:
     """Reads and checks everything a run needs; raises UserError for what the user can mend."""
     directory = find_model(config.model.path)
-    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
+    model_config = read_model_config(directory)
     devices = _device_count()
-    config = _with_resolved_dtype(config)
+    config = with_resolved_experts(_with_resolved_dtype(config), model_config.num_layers)
+    model_config = with_adapter_experts(model_config, config.adapter)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -78,6 +80,7 @@ def prepare(config: TrainConfig) -> Job:
         run_dir.check_same(stored, config, origin)
     schedule_steps = stored["schedule_steps"] if stored else total_steps
     policy = make_policy(config, capacity_shapes(config, model_config, adapter), schedule_steps)
+    _check_balance(config, policy)
     if total_steps < policy.last_event:
         raise UserError(
             f"train.steps={total_steps} ends before the last growth event of this run (step "
@@ -131,17 +134,30 @@ def _with_resolved_dtype(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
-def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
-    """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN."""
-    if section.kind != "mixlora":
-        return model_config
-    routing = RoutingConfig(
-        section.num_experts, section.experts_per_token, normalize=True, top_p=section.top_p
+def with_resolved_experts(config: TrainConfig, num_layers: int) -> TrainConfig:
+    """So that config.json says how many experts every layer has, whatever becomes of a file."""
+    text = ",".join(map(str, experts_of_layers(config.adapter, num_layers))) or None
+    return dataclasses.replace(
+        config, adapter=dataclasses.replace(config.adapter, experts_per_layer=text)
     )
+
+
+def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
+    """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN, MoLA on
+    every matrix that it adapts.
+    """
+    if not section.makes_experts:
+        return model_config
+    counts = experts_of_layers(section, model_config.num_layers)
+    experts = max(counts, default=section.num_experts)
+    chosen = min(section.experts_per_token, experts)
+    routing = RoutingConfig(experts, chosen, normalize=True, top_p=section.top_p)
 
     def layer(config):
         if not isinstance(config.ffn, DenseFfnConfig):
             return config
+        if section.kind == "mola":
+            return dataclasses.replace(config, linear_routing=routing)
         return dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, routing=routing))
 
     segments = tuple(
@@ -160,7 +176,8 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
         rank=section.rank or config.allocation.r_target,
         max_rank=allocated_rank(config),
         train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
-        experts_module="mlp" if section.kind == "mixlora" else "moe",
+        experts_module={"mixlora": "mlp", "mola": "*"}.get(section.kind, "moe"),
+        experts_per_layer=experts_of_layers(section, model_config.num_layers),
     )
 
 
@@ -174,13 +191,27 @@ def capacity_shapes(
     config: TrainConfig, model_config: ModelConfig, adapter: AdapterSpec
 ) -> CapacityShapes:
     """The axes of ranks, masks and statistics; a dense model has no layers of them."""
-    moe = model_config.moe
+    routing = model_config.routing
     return CapacityShapes(
         layers=len(model_config.moe_layers),
         projections=len(expert_roles(adapter)),
-        experts=moe.routing.num_experts if moe else 0,
+        experts=routing.num_experts if routing else 0,
         max_rank=allocated_rank(config),
     )
+
+
+def _check_balance(config: TrainConfig, policy: Policy) -> None:
+    """The pooled form compares experts of different layers by their number."""
+    section = config.train
+    if not (config.adapter.makes_experts and section.balance_loss):
+        return
+    open_L = (policy.init().ranks_LE > 0).sum(axis=1)
+    if section.balance_form == "pooled" and len(set(open_L.tolist())) > 1:
+        raise UserError(
+            "train.balance_form=pooled adds up experts of the same number over all layers, and "
+            f"here layers have {open_L.min()} to {open_L.max()} of them; set "
+            "train.balance_form=per_layer."
+        )
 
 
 def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int, ...]) -> None:

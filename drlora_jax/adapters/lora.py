@@ -24,7 +24,10 @@ class AdapterSpec:
     rank: int = 0  # of plain LoRA
     max_rank: int = 0  # of every expert
     train_router: bool = False
-    experts_module: str = "moe"  # whose paths mean factors of experts: the base's, or mlp (MixLoRA)
+    # Whose paths mean factors of experts: the base's, mlp (MixLoRA), or * for any (MoLA).
+    experts_module: str = "moe"
+    # Of an adapter's own experts, those of every layer that exist; (): as many everywhere.
+    experts_per_layer: tuple[int, ...] = ()
 
 
 NO_ADAPTER = AdapterSpec()
@@ -48,6 +51,13 @@ def drop_inputs(x_BTD: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
 
 
+def drop_in_training(module: nn.Module, x_BTD: jax.Array, rate: float) -> jax.Array:
+    """The input of a low-rank product: as it is, unless the module was given dropout's key."""
+    if rate == 0 or not module.has_rng("dropout"):
+        return x_BTD
+    return drop_inputs(x_BTD, rate, module.make_rng("dropout"))
+
+
 class PlainLora(nn.Module):
     """One pair of factors for one matrix."""
 
@@ -63,6 +73,5 @@ class PlainLora(nn.Module):
         b_RF = self.variable(
             "lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
-        if self.adapter.dropout > 0 and self.has_rng("dropout"):
-            x_BTD = drop_inputs(x_BTD, self.adapter.dropout, self.make_rng("dropout"))
+        x_BTD = drop_in_training(self, x_BTD, self.adapter.dropout)
         return lora_delta(x_BTD, a_RD, b_RF, self.adapter.scale)

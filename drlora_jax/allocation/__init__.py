@@ -1,5 +1,8 @@
 """Allocation policies by their config name."""
 
+import functools
+
+from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.allocation.base import (
     CapacityShapes,
     CapacityState,
@@ -11,6 +14,7 @@ from drlora_jax.allocation.base import (
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.allocation.moe_sieve import moe_sieve
 from drlora_jax.allocation.pattern import pattern
+from drlora_jax.allocation.unequal import for_counts
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import TrainConfig
 
@@ -29,11 +33,18 @@ def make_policy(config: TrainConfig, shapes: CapacityShapes, total_steps: int) -
     """The policy that a config names, for a model's shapes and the number of steps its schedule is
     made for.
     """
+    counts_L = experts_of_layers(config.adapter, shapes.layers)
+    section = config.allocation
+    if section.kind == "pattern":
+        return pattern(shapes, path=section.pattern, r_target=section.r_target, counts_L=counts_L)
+    make = functools.partial(_for_layers_alike, config, total_steps=total_steps)
+    return for_counts(counts_L, shapes, make) if len(set(counts_L)) > 1 else make(shapes)
+
+
+def _for_layers_alike(config: TrainConfig, shapes: CapacityShapes, *, total_steps: int) -> Policy:
     section = config.allocation
     if section.kind == "uniform":
         return uniform(shapes, rank=section.r_target)
-    if section.kind == "pattern":
-        return pattern(shapes, path=section.pattern, r_target=section.r_target)
     if section.kind == "moe_sieve":
         return moe_sieve(
             shapes,

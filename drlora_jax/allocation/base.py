@@ -53,7 +53,7 @@ class Policy(NamedTuple):
     accumulate: Callable[[Any, StepStats], Any]  # in the step
     is_event: Callable[[int], bool]  # is there an update after this many optimizer steps?
     update: Callable[[CapacityState, Any, int], tuple[CapacityState, Any, Event]]
-    budget: int  # active ranks of a layer at the end
+    budget: int | list[int]  # active ranks of a layer at the end; [L] where layers differ
     last_event: int = 0  # optimizer steps a run needs at least
     needs_elementwise: bool = False
     needs_probe: bool = False  # the step lets every expert's next inactive rank have a gradient
