@@ -205,6 +205,7 @@ class AdapterSection(_Section):
     experts_per_token: int = 2  # of mixlora and mola; a layer with fewer uses all it has
     # of both, instead of experts_per_token: the best experts up to this sum of probabilities
     top_p: float | None = None
+    dora: bool = False  # of kind lora: lengths of the columns of W' train apart (DoRA)
     freeze_a: bool = False  # only B trains (FFA-LoRA)
     freeze_idle_experts: bool = True  # no tokens in a step: factors and moments stay as they are
 
@@ -248,6 +249,12 @@ class AdapterSection(_Section):
             self.kind == "expert_lora" or self.router == "frozen",
             f"adapter.router={self.router} is about the routers of an MoE: with "
             f"adapter.kind={self.kind} leave it at frozen (its own router always trains).",
+        )
+        _require(
+            not self.dora or self.kind == "lora",
+            "adapter.dora=True rescales the columns of one adapted matrix; with "
+            f"adapter.kind={self.kind} every token has other experts, and so another matrix. Set "
+            "adapter.kind=lora.",
         )
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})

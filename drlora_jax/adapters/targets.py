@@ -230,7 +230,10 @@ def _cover(
             return row._replace(trained=trained, status=status)
         rank = spec.max_rank if matrix.kind == "experts" else spec.rank
         label = f"LoRA, rank up to {rank}" if matrix.kind == "experts" else f"LoRA, rank {rank}"
-        return row._replace(trained=matrix.count * rank * size, status=label)
+        each = rank * size
+        if spec.dora:
+            label, each = f"DoRA, rank {rank}", each + matrix.out_features
+        return row._replace(trained=matrix.count * each, status=label)
     fused = matrix.path.rpartition("/")[0] + "/gate_up"
     if matrix.kind == "experts" and matrix.role in ("gate", "up") and fused in spec.paths:
         # The fused pair is counted with gate; up shares it.
