@@ -195,6 +195,8 @@ class AdapterSection(_Section):
     targets: tuple[str, ...] = ("up", "down")  # roles, or regular expressions over parameter paths
     scale: float = 2.0  # alpha / rank: constant, whatever rank is active
     dropout: float = 0.1  # on the input of every low-rank product, in training
+    # of kind lora: share of A's columns and of B's rows left out of a training step (LoRA Dropout)
+    factor_dropout: float = 0.0
     rank: int | None = None  # of plain LoRA (attention, dense FFN); None: allocation.r_target
     router: Literal["frozen", "after_warmup"] = "frozen"
     router_learning_rate: float | None = None  # None: train.learning_rate
@@ -223,7 +225,7 @@ class AdapterSection(_Section):
             f"{self.targets}.",
         )
         _require(self.scale > 0, f"adapter.scale must be greater than 0, got {self.scale}.")
-        _fraction("adapter", {"dropout": self.dropout})
+        _fraction("adapter", {"dropout": self.dropout, "factor_dropout": self.factor_dropout})
         _require(
             self.rank is None or self.rank > 0,
             f"adapter.rank must be greater than 0, got {self.rank}.",
@@ -249,6 +251,12 @@ class AdapterSection(_Section):
             self.kind == "expert_lora" or self.router == "frozen",
             f"adapter.router={self.router} is about the routers of an MoE: with "
             f"adapter.kind={self.kind} leave it at frozen (its own router always trains).",
+        )
+        _require(
+            not self.factor_dropout or self.kind == "lora",
+            "adapter.factor_dropout leaves columns of A and rows of B out for all tokens at once; "
+            f"with adapter.kind={self.kind} tokens have factors of different experts, most of them "
+            "few tokens: use adapter.dropout, or set adapter.kind=lora.",
         )
         _require(
             not self.dora or self.kind == "lora",

@@ -175,6 +175,7 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
         dropout=section.dropout,
         rank=section.rank or config.allocation.r_target,
         dora=section.dora,
+        factor_dropout=section.factor_dropout,
         max_rank=allocated_rank(config),
         train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
         experts_module={"mixlora": "mlp", "mola": "*"}.get(section.kind, "moe"),

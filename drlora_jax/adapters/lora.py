@@ -12,6 +12,9 @@ With DoRA (arXiv 2402.09353) the update turns the columns of W and their lengths
 
 with the norm taken as a constant in the backward pass (section 4.3). What is kept is m - ||W||,
 zero at the start, so that an adapter can be made before its base is read.
+
+LoRA Dropout (arXiv 2404.09610) leaves out columns of A and rows of B (inputs and outputs of the
+update, never ranks), the same for all tokens of a micro-batch.
 """
 
 from dataclasses import dataclass
@@ -30,6 +33,7 @@ class AdapterSpec:
     dropout: float = 0.0
     rank: int = 0  # of plain LoRA
     dora: bool = False  # of plain LoRA
+    factor_dropout: float = 0.0  # of plain LoRA
     max_rank: int = 0  # of every expert
     train_router: bool = False
     # Whose paths mean factors of experts: the base's, mlp (MixLoRA), or * for any (MoLA).
@@ -98,10 +102,18 @@ class PlainLora(nn.Module):
             "lora", "b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
         x_BTD = drop_in_training(self, x_BTD, self.adapter.dropout)
-        delta_BTF = lora_delta(x_BTD, a_RD, b_RF, self.adapter.scale)
+        kept_a_RD, kept_b_RF = self._leave_out(a_RD), self._leave_out(b_RF)
+        delta_BTF = lora_delta(x_BTD, kept_a_RD, kept_b_RF, self.adapter.scale)
         if not self.adapter.dora:
             return delta_BTF
         growth_F = self.variable("lora", "magnitude_delta", jnp.zeros, (self.features,)).value
         scale_F = dora_scale(kernel_DF, a_RD, b_RF, growth_F, self.adapter.scale)
         scale_F = scale_F.reshape((1,) * (product_BTF.ndim - 1) + scale_F.shape)
         return ((scale_F - 1) * product_BTF + scale_F * delta_BTF).astype(product_BTF.dtype)
+
+    def _leave_out(self, rows_RX: jax.Array) -> jax.Array:
+        """Rank rows without the features that LoRA Dropout leaves out, the rest / (1 - rate)."""
+        rate = self.adapter.factor_dropout
+        if rate == 0:
+            return rows_RX
+        return rows_RX * drop_in_training(self, jnp.ones((1, rows_RX.shape[1])), rate)
