@@ -183,12 +183,12 @@ def test_a_run_trains_magnitudes_and_exports_them(tmp_path):
     (tmp_path / "model").mkdir()
     write_tiny_model(tmp_path / "model", LLAMA)
     write_rows(tmp_path / "train.jsonl", 20)
-    write_rows(tmp_path / "heldout.jsonl", 4, seed=1)
     config = tiny_config(
         tmp_path,
+        data=dict(eval_path=()),
         adapter=dict(kind="lora", targets=("q", "up"), dora=True),
         allocation=dict(kind="uniform"),
-        train=dict(steps=3, eval_every=3),
+        train=dict(steps=3),
     )
     run = train.build(prepare(config))
     assert train.train(run) == 0
