@@ -162,7 +162,7 @@ def _check_own_experts(kind: str, every_layer: dict[str, set[str]]) -> None:
         )
     if any(found != roles[0] for found in roles):
         raise UserError(
-            f"adapter.targets must adapt the same projections in every layer for "
+            "adapter.targets must adapt the same projections in every layer for "
             f"adapter.kind={kind}, got {every_layer}."
         )
 
@@ -205,14 +205,13 @@ def own_experts(config: ModelConfig, spec: AdapterSpec, path: str) -> list[int]:
     """
     segment, layer, *_ = path.split("/")
     counts = spec.experts_per_layer or (config.routing.num_experts,) * config.num_layers
-    at = int(layer.removeprefix("layer_"))
+    start = 0
     for index, each in enumerate(config.segments):
-        own, counts = (
-            counts[: each.repeats * len(each.unit)],
-            counts[each.repeats * len(each.unit) :],
-        )
+        width = len(each.unit)
         if segment == f"segment_{index}":
-            return list(own[at :: len(each.unit)])
+            own = counts[start : start + each.repeats * width]
+            return list(own[int(layer.removeprefix("layer_")) :: width])
+        start += each.repeats * width
     raise AssertionError(f"{path} is in no segment of the model")
 
 
