@@ -1,11 +1,12 @@
 """What routed LoRA experts cost beside plain LoRA: whole training steps in turns.
 
-    python benchmarks/mixlora_cost.py [--rounds 10] [--layers 6]
+    python benchmarks/mixlora_cost.py [--kind mixlora] [--rounds 10] [--layers 6]
 
 Shape of SmolLM2-135M with fewer layers, random weights, 4 rows of 512. MixLoRA with 8 experts of
 rank 16, 2 a token, on the FFN and plain LoRA of rank 16 on attention, against plain LoRA of rank 86
-on all seven projections, which has as many trained parameters. Prints the ratio of their times with
-a 95 % interval, and of what the compiled steps take besides their inputs.
+on all seven projections, which has as many trained parameters; or with `--kind mola` 8 experts of
+rank 8 on all seven against plain LoRA of rank 64, which has the same factors. Prints the ratio of
+their times with a 95 % interval, and of what the compiled steps take besides their inputs.
 """
 
 import argparse
@@ -40,24 +41,25 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 TARGETS, ROWS, LENGTH = ("q", "k", "v", "o", "gate", "up", "down"), 4, 512
-EXPERTS, RANK, PLAIN_RANK = 8, 16, 86
+EXPERTS = 8
+RANKS = {"mixlora": (16, 86), "mola": (8, 64)}  # of an expert, and of the plain LoRA beside it
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kind", choices=RANKS, default="mixlora")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     values = SMOLLM2 | {"num_hidden_layers": args.layers}
     batch = random_batch(values["vocab_size"])
+    kind, (rank, plain_rank) = args.kind, RANKS[args.kind]
     adapters = {
-        "lora": (AdapterSection(kind="lora", targets=TARGETS, rank=PLAIN_RANK, dropout=0.0), 0),
-        "mixlora": (
-            AdapterSection(
-                kind="mixlora", targets=TARGETS, rank=RANK, num_experts=EXPERTS, dropout=0.0
-            ),
+        "lora": (AdapterSection(kind="lora", targets=TARGETS, rank=plain_rank, dropout=0.0), 0),
+        kind: (
+            AdapterSection(kind=kind, targets=TARGETS, rank=rank, num_experts=EXPERTS, dropout=0.0),
             1e-3,
         ),
     }
@@ -69,7 +71,7 @@ def main() -> None:
                 steps=1000, batch_size=ROWS, sequence_length=LENGTH, balance_loss=balance
             ),
             adapter=adapter,
-            allocation=AllocationSection(kind="uniform", r_target=RANK, r_max=RANK),
+            allocation=AllocationSection(kind="uniform", r_target=rank, r_max=rank),
             mesh=MeshSection(data=1),
         )
         run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
@@ -93,12 +95,12 @@ def main() -> None:
             variants[name][1] = state
             if index >= 2:
                 seconds[name].append(time.perf_counter() - start)
-    ratios = np.array(seconds["mixlora"]) / np.array(seconds["lora"])
+    ratios = np.array(seconds[kind]) / np.array(seconds["lora"])
     half = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
     print(
-        f"mixlora {ratios.mean():.3f} of lora's time ({ratios.mean() - half:.3f} to "
+        f"{kind} {ratios.mean():.3f} of lora's time ({ratios.mean() - half:.3f} to "
         f"{ratios.mean() + half:.3f}, {len(ratios)} rounds), "
-        f"{sizes['mixlora'] / sizes['lora']:.2f} of its memory; jax {jax.__version__} on "
+        f"{sizes[kind] / sizes['lora']:.2f} of its memory; jax {jax.__version__} on "
         f"{jax.devices()[0].device_kind}"
     )
 

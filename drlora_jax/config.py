@@ -142,7 +142,9 @@ class TrainSection(_Section):
     bias_correction: Literal["global", "per_rank"] = "global"
     max_grad_norm: float | None = 1.0
     balance_loss: float = 0.0  # weight of the load-balance loss; 0: off
-    balance_form: Literal["pooled", "per_layer"] = "pooled"  # of all MoE layers at once, or each
+    # pooled: of all layers with experts at once; per_layer: of each, averaged; switch: the same,
+    # of first choices only
+    balance_form: Literal["pooled", "per_layer", "switch"] = "pooled"
     z_loss: float = 0.0  # weight of the mean squared logsumexp of the router logits; 0: off
     eval_every: int = 100  # steps
     eval_batches: int | None = None  # None: the whole held-out set
@@ -188,20 +190,31 @@ class TrainSection(_Section):
 @dataclass(frozen=True)
 class AdapterSection(_Section):
     # expert_lora: on the experts of an MoE; lora: one pair a matrix; mixlora: experts of its own on
-    # the FFNs of a dense model, with a router
-    kind: Literal["expert_lora", "lora", "mixlora"] = "expert_lora"
+    # the FFNs of a dense model, with a router; mola: on every matrix, each with its router
+    kind: Literal["expert_lora", "lora", "mixlora", "mola"] = "expert_lora"
     targets: tuple[str, ...] = ("up", "down")  # roles, or regular expressions over parameter paths
     scale: float = 2.0  # alpha / rank: constant, whatever rank is active
     dropout: float = 0.1  # on the input of every low-rank product, in training
+    # of kind lora: share of A's columns and of B's rows left out of a training step (LoRA Dropout)
+    factor_dropout: float = 0.0
     rank: int | None = None  # of plain LoRA (attention, dense FFN); None: allocation.r_target
     router: Literal["frozen", "after_warmup"] = "frozen"
     router_learning_rate: float | None = None  # None: train.learning_rate
-    num_experts: int = 8  # of mixlora
-    experts_per_token: int = 2  # of mixlora
-    # of mixlora, instead of experts_per_token: the best experts up to this sum of probabilities
+    num_experts: int = 8  # of mixlora and mola
+    # of every layer, instead of num_experts: 2468 (MoLA: by quarters of the depth), 2,4,4 (by
+    # layer), or FILE.json of drlora_jax.alpha (AlphaLoRA)
+    experts_per_layer: str | None = None
+    experts_per_token: int = 2  # of mixlora and mola; a layer with fewer uses all it has
+    # of both, instead of experts_per_token: the best experts up to this sum of probabilities
     top_p: float | None = None
+    dora: bool = False  # of kind lora: lengths of the columns of W' train apart (DoRA)
     freeze_a: bool = False  # only B trains (FFA-LoRA)
     freeze_idle_experts: bool = True  # no tokens in a step: factors and moments stay as they are
+
+    @property
+    def makes_experts(self) -> bool:
+        """Whether the adapter has experts of its own, on a dense model."""
+        return self.kind in ("mixlora", "mola")
 
     def check(self):
         _require(bool(self.targets), "adapter.targets must name at least one projection, got none.")
@@ -212,7 +225,7 @@ class AdapterSection(_Section):
             f"{self.targets}.",
         )
         _require(self.scale > 0, f"adapter.scale must be greater than 0, got {self.scale}.")
-        _fraction("adapter", {"dropout": self.dropout})
+        _fraction("adapter", {"dropout": self.dropout, "factor_dropout": self.factor_dropout})
         _require(
             self.rank is None or self.rank > 0,
             f"adapter.rank must be greater than 0, got {self.rank}.",
@@ -220,9 +233,15 @@ class AdapterSection(_Section):
         _at_most("adapter.rank", self.rank or 0, LARGEST_RANK)
         _positive("adapter", {"num_experts": self.num_experts})
         _require(
-            0 < self.experts_per_token <= self.num_experts,
+            0 < self.experts_per_token <= self.num_experts
+            or (self.experts_per_token > 0 and self.experts_per_layer is not None),
             "adapter.experts_per_token must be from 1 to adapter.num_experts "
             f"({self.num_experts}), got {self.experts_per_token}.",
+        )
+        _require(
+            self.experts_per_layer is None or self.makes_experts,
+            "adapter.experts_per_layer is for adapters with experts of their own, "
+            f"adapter.kind=mola or mixlora, got {self.kind}.",
         )
         _require(
             self.top_p is None or 0 < self.top_p <= 1,
@@ -231,7 +250,19 @@ class AdapterSection(_Section):
         _require(
             self.kind == "expert_lora" or self.router == "frozen",
             f"adapter.router={self.router} is about the routers of an MoE: with "
-            f"adapter.kind={self.kind} leave it at frozen (a mixlora router always trains).",
+            f"adapter.kind={self.kind} leave it at frozen (its own router always trains).",
+        )
+        _require(
+            not self.factor_dropout or self.kind == "lora",
+            "adapter.factor_dropout leaves columns of A and rows of B out for all tokens at once; "
+            f"with adapter.kind={self.kind} tokens have factors of different experts, most of them "
+            "few tokens: use adapter.dropout, or set adapter.kind=lora.",
+        )
+        _require(
+            not self.dora or self.kind == "lora",
+            "adapter.dora=True rescales the columns of one adapted matrix; with "
+            f"adapter.kind={self.kind} every token has other experts, and so another matrix. Set "
+            "adapter.kind=lora.",
         )
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})
@@ -275,7 +306,7 @@ class AllocationSection(_Section):
     share: float = 0.25  # of a layer's experts that moe_sieve adapts
     profile_rows: int = 64  # of training data that moe_sieve reads first to count who is used
     pattern: str | None = None  # file of kind pattern: ranks [layers][experts], or a ranks.jsonl
-    experts: int | None = None  # of alphalora with mixlora: active ones, in all layers together
+    experts: int | None = None  # of alphalora with mixlora or mola: of all layers
     alpha_beta: float = 2.5  # alphalora: shares are alpha ** alpha_beta
     # dr_lora: saliency * (alpha of the expert / mean of its layer) ** spectral_prior; 0: off
     spectral_prior: float = 0.0
@@ -399,9 +430,16 @@ class TrainConfig:
                 isinstance(value, cls), f"{item.name} must be a {cls.__name__}, got {value!r}."
             )
         _require(
-            self.adapter.kind != "mixlora" or self.allocation.kind != "moe_sieve",
+            not self.adapter.makes_experts or self.allocation.kind != "moe_sieve",
             "allocation.kind=moe_sieve counts whom a trained router chooses; the router of "
-            "adapter.kind=mixlora is new. Use uniform, dr_lora, random or pattern.",
+            f"adapter.kind={self.adapter.kind} is new. Use uniform, dr_lora, random or pattern.",
+        )
+        _require(
+            not self.adapter.makes_experts
+            or self.allocation.kind not in ("dr_lora", "random")
+            or self.allocation.r_init > 0,
+            f"allocation.r_init=0 with adapter.kind={self.adapter.kind}: its experts without a "
+            "rank are never chosen, so none could earn one; set allocation.r_init=1 or more.",
         )
         _require(
             self.adapter.kind != "lora" or self.allocation.kind == "uniform",
@@ -418,18 +456,24 @@ class TrainConfig:
             "allocation.rank_rule=per_top_k divides by the experts of a token, and with "
             f"adapter.top_p={self.adapter.top_p} tokens have different numbers of them.",
         )
-        has_own_experts = self.adapter.kind == "mixlora"
+        has_own_experts = self.adapter.makes_experts
         _require(
             self.allocation.kind != "alphalora"
             or has_own_experts == (self.allocation.experts is not None),
             "allocation.experts is how many experts alphalora gives to all layers of "
-            "adapter.kind=mixlora together, which needs it; the experts of another kind are there "
-            f"already. Got {self.allocation.experts} with adapter.kind={self.adapter.kind}.",
+            "adapter.kind=mixlora or mola together, which need it; the experts of another kind are "
+            f"there already. Got {self.allocation.experts} with adapter.kind={self.adapter.kind}.",
         )
         _require(
             not self.allocation.spectral_prior or not has_own_experts,
             "allocation.spectral_prior compares the pretrained weights of a layer's experts; those "
-            "of adapter.kind=mixlora are new. Leave it at 0.",
+            f"of adapter.kind={self.adapter.kind} are new. Leave it at 0.",
+        )
+        _require(
+            self.adapter.experts_per_layer is None
+            or self.allocation.kind not in ("prilora", "alphalora"),
+            f"allocation.kind={self.allocation.kind} shares ranks or experts out among layers "
+            "alike, and adapter.experts_per_layer makes them different. Use one of them.",
         )
 
 

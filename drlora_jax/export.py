@@ -31,9 +31,10 @@ from drlora_jax.files import ABSENT, DIRECTORY, kind_of
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
 from drlora_jax.interop.factors import layer_factors
+from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.interop.hf_write import rewrite_model
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.merge import adapted_tensors, merge_tensor
+from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
 from drlora_jax.interop.verify import make_prompts
 from drlora_jax.loaded import RunSource, find_run, rank_gates, read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
@@ -49,11 +50,11 @@ def main(argv=None) -> int:
     limit = _shard_bytes(args)
     out = _check_out(args.out)
     source = find_run(args.run, step=args.step, model_path=args.model_path)
-    if source.config.adapter.kind == "mixlora":
+    if source.config.adapter.makes_experts:
         raise UserError(
-            f"{args.run} was trained with adapter.kind=mixlora: peft and transformers have no form "
-            "for LoRA experts with a router, and a merge would lose the routing. Use the run "
-            "itself, with drlora_jax.evaluate and drlora_jax.generate."
+            f"{args.run} was trained with adapter.kind={source.config.adapter.kind}: peft and "
+            "transformers have no form for LoRA experts with a router, and a merge would lose the "
+            "routing. Use the run itself, with drlora_jax.evaluate and drlora_jax.generate."
         )
     trained = read_trained(source)
     reader = LayerReader(source.model_config, source.directory)
@@ -167,7 +168,15 @@ def make_adapter(
         for layer in trained.factors
         if layer.router_DE is not None
     }
-    adapter = peft_write.pack(trained.config, trained.factors, routers, layout)
+    magnitudes = {
+        (layer.place.number, path): column_norms(
+            leaf_at(reader.layer(layer.place), (*path.split("/"), "kernel"))
+        )
+        + growth_F
+        for layer in trained.factors
+        for path, growth_F in layer.magnitudes.items()
+    }
+    adapter = peft_write.pack(trained.config, trained.factors, routers, layout, magnitudes)
     kind = np.dtype(dtype or np.float32)
     tensors = {key: value.astype(kind) for key, value in adapter.tensors.items()}
     return adapter._replace(tensors=tensors)

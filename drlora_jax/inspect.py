@@ -16,7 +16,7 @@ from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_read import find_model, read_headers, read_model_config
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.prepare import make_adapter, with_adapter_experts
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
@@ -87,11 +87,14 @@ def architecture_lines(path: str, config: ModelConfig) -> list[str]:
             f"attention   {each.num_heads} query heads, {each.num_kv_heads} key heads of "
             f"{each.head_dim}{window}"
         )
-    if config.moe:
-        routing = config.moe.routing
+    if config.routing:
+        routing = config.routing
+        kind = "of LoRA (at most)"
+        if isinstance(config.moe, MoeConfig):
+            kind = f"of hidden width {config.moe.expert_dim:,}"
         lines.append(
             f"experts     {routing.num_experts} a layer in {len(config.moe_layers)} layers, "
-            f"{routing.experts_per_token} a token, hidden width {config.moe.expert_dim:,}"
+            f"{routing.experts_per_token} a token, {kind}"
         )
     return lines
 

@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
         """The same model without its adapter."""
         options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
         return self._replace(
-            # A dense FFN with routing and no adapter is a dense FFN.
+            # A dense layer with routing and no adapter is a dense layer.
             model=self.model.clone(options=options),
             variables={"params": self.variables["params"]},
             step=None,
@@ -150,8 +150,8 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray]:
     model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
     lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
     lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
-    moe = source.model_config.moe
-    shape = (len(source.model_config.moe_layers), moe.routing.num_experts if moe else 0)
+    routing = source.model_config.routing
+    shape = (len(source.model_config.moe_layers), routing.num_experts if routing else 0)
     ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
     arrays = read_arrays(source.checkpoints, source.step, {"lora": lora, "ranks_LE": ranks})
     return arrays["lora"], np.array(arrays["ranks_LE"])

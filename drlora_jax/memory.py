@@ -23,6 +23,7 @@ LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
 ROW_COPIES = {"block": 1, "dense": 3, "ragged": 4}  # [P, D]: rows, results, and their gradients
 HIDDEN_COPIES = {"block": 0, "dense": 0, "ragged": 6}  # [P, F]: gate | up, h, and their gradients
 NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
+RANK_COPIES = 2  # [T, E * R] of every routed matrix: with and without the routing's weights
 FFN_COPIES = 4  # [T, F] that it keeps of a dense FFN, for every slot of a token
 
 
@@ -74,6 +75,9 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
             slots = layer.ffn.routing.experts_per_token if layer.ffn.routing else 1
             hidden = slots * layer.ffn.hidden_dim // layout.tensor
             kept += layout.tokens * FFN_COPIES * hidden * layout.item
+        if layer.linear_routing:
+            ranks = layer.linear_routing.num_experts * layout.max_rank
+            kept += layout.tokens * RANK_COPIES * layout.roles * ranks * layout.item
         if layout.experts == "block" and not layout.reads_stacks:
             # Its gradient keeps its weights, and the scan stacks them.
             kept += _expert_bytes(config, layer, layout)

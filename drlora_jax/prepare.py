@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
 from drlora_jax.allocation import CapacityShapes, Policy, make_policy, needs_exponents
@@ -58,9 +59,11 @@ class Job(NamedTuple):
 def prepare(config: TrainConfig) -> Job:
     """Reads and checks everything a run needs; raises UserError for what the user can mend."""
     directory = find_model(config.model.path)
-    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
+    model_config = read_model_config(directory)
     devices = _device_count()
     config = with_resolved_rank(_with_resolved_dtype(config), model_config)
+    config = with_resolved_experts(config, model_config.num_layers)
+    model_config = with_adapter_experts(model_config, config.adapter)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -83,6 +86,7 @@ def prepare(config: TrainConfig) -> Job:
     schedule_steps = stored["schedule_steps"] if stored else total_steps
     shapes = capacity_shapes(config, model_config, adapter)
     policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
+    _check_balance(config, policy)
     if total_steps < policy.last_event:
         raise UserError(
             f"train.steps={total_steps} ends before the last event of this run (step "
@@ -162,17 +166,30 @@ def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainC
     )
 
 
-def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
-    """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN."""
-    if section.kind != "mixlora":
-        return model_config
-    routing = RoutingConfig(
-        section.num_experts, section.experts_per_token, normalize=True, top_p=section.top_p
+def with_resolved_experts(config: TrainConfig, num_layers: int) -> TrainConfig:
+    """So that config.json says how many experts every layer has, whatever becomes of a file."""
+    text = ",".join(map(str, experts_of_layers(config.adapter, num_layers))) or None
+    return dataclasses.replace(
+        config, adapter=dataclasses.replace(config.adapter, experts_per_layer=text)
     )
+
+
+def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
+    """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN, MoLA on
+    every matrix that it adapts.
+    """
+    if not section.makes_experts:
+        return model_config
+    counts = experts_of_layers(section, model_config.num_layers)
+    experts = max(counts, default=section.num_experts)
+    chosen = min(section.experts_per_token, experts)
+    routing = RoutingConfig(experts, chosen, normalize=True, top_p=section.top_p)
 
     def layer(config):
         if not isinstance(config.ffn, DenseFfnConfig):
             return config
+        if section.kind == "mola":
+            return dataclasses.replace(config, linear_routing=routing)
         return dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, routing=routing))
 
     segments = tuple(
@@ -189,9 +206,12 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
         scale=section.scale,
         dropout=section.dropout,
         rank=section.rank or config.allocation.r_target,
+        dora=section.dora,
+        factor_dropout=section.factor_dropout,
         max_rank=allocated_rank(config),
         train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
-        experts_module="mlp" if section.kind == "mixlora" else "moe",
+        experts_module={"mixlora": "mlp", "mola": "*"}.get(section.kind, "moe"),
+        experts_per_layer=experts_of_layers(section, model_config.num_layers),
     )
 
 
@@ -199,7 +219,7 @@ def allocated_rank(config: TrainConfig) -> int:
     """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
     section = config.allocation
     needed = {"uniform": section.r_target, "adalora": section.r_init}
-    if config.adapter.kind == "mixlora":  # its experts are there or not
+    if config.adapter.makes_experts:  # its experts are there or not
         needed["alphalora"] = section.r_target
     needed["prilora"] = max(section.r_init, last_rank(section.r_init, section.r_target))
     return needed.get(section.kind, section.r_max)
@@ -209,11 +229,11 @@ def capacity_shapes(
     config: TrainConfig, model_config: ModelConfig, adapter: AdapterSpec
 ) -> CapacityShapes:
     """The axes of ranks, masks and statistics; a dense model has no layers of them."""
-    moe = model_config.moe
+    routing = model_config.routing
     return CapacityShapes(
         layers=len(model_config.moe_layers),
         projections=len(expert_roles(adapter)),
-        experts=moe.routing.num_experts if moe else 0,
+        experts=routing.num_experts if routing else 0,
         max_rank=allocated_rank(config),
     )
 
@@ -231,6 +251,20 @@ def _make_policy(
         model_config, directory, file=section.alpha_file, estimator=section.alpha_estimator
     )
     return make_policy(config, shapes, steps, exponents)
+
+
+def _check_balance(config: TrainConfig, policy: Policy) -> None:
+    """The pooled form compares experts of different layers by their number."""
+    section = config.train
+    if not (config.adapter.makes_experts and section.balance_loss):
+        return
+    open_L = (policy.init().ranks_LE > 0).sum(axis=1)
+    if section.balance_form == "pooled" and len(set(open_L.tolist())) > 1:
+        raise UserError(
+            "train.balance_form=pooled adds up experts of the same number over all layers, and "
+            f"here layers have {open_L.min()} to {open_L.max()} of them; set "
+            "train.balance_form=per_layer."
+        )
 
 
 def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int, ...]) -> None:

@@ -11,6 +11,7 @@ tokens over the whole batch, in nats; micro-batches and devices add up to exactl
 micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
 """
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ import optax
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.allocation.base import Policy, StepStats
 from drlora_jax.data.loader import Batch
-from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.models.moe import RoutingStats
+from drlora_jax.models.architecture import ATTENTION_ROLES, ModelConfig
+from drlora_jax.models.routing import RoutingStats
 from drlora_jax.models.transformer import (
     Decoder,
     head_weights,
@@ -51,7 +52,7 @@ class LossTerms(NamedTuple):
 class AuxiliaryWeights(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
-    balance_form: str = "pooled"  # over all layers at once, or per_layer and averaged
+    balance_form: str = "pooled"  # over all layers at once, per_layer and averaged, or switch
 
 
 def init_lora(model: Decoder, key: jax.Array) -> dict:
@@ -103,19 +104,22 @@ def auxiliary_loss(
     balance = E * sum_e (C_e / n) (P_e / n) with choices C_e and softmax probabilities P_e of n
     valid tokens. `pooled` sums both over all MoE layers first, as transformers does: one layer's
     idle expert can hide behind another layer's busy one. `per_layer` averages the layers' own
-    losses. Perfect balance gives the experts per token. z = mean logsumexp(logits) ** 2.
+    losses. Perfect balance gives the experts per token. `switch` is per layer with first choices
+    only (perfect balance: 1). E are the experts of the layer that can be chosen; where every
+    matrix has a router (MoLA), a layer's C_e and P_e are the means over them. z = mean
+    logsumexp(logits) ** 2.
     """
     if stats is None or not (weights.balance or weights.z):
         return jnp.zeros(())
-    layers, experts = stats.count_E.shape
-    chosen_LE = jax.lax.stop_gradient(stats.count_E) / tokens
+    choices_LE = stats.first_E if weights.balance_form == "switch" else stats.count_E
+    chosen_LE = jax.lax.stop_gradient(choices_LE) / tokens
     probable_LE = stats.probability_E / tokens
     if weights.balance_form == "pooled":
         chosen_LE, probable_LE = (
             jnp.mean(x, axis=0, keepdims=True) for x in (chosen_LE, probable_LE)
         )
-    balance = experts * jnp.mean(jnp.sum(chosen_LE * probable_LE, axis=1))
-    return weights.balance * balance + weights.z * jnp.sum(stats.log_z_squared) / (tokens * layers)
+    balance = jnp.mean(stats.experts * jnp.sum(chosen_LE * probable_LE, axis=1))
+    return weights.balance * balance + weights.z * jnp.mean(stats.log_z_squared) / tokens
 
 
 # ---------------------------------------------------------------------------------------------
@@ -126,8 +130,8 @@ def expert_roles(adapter: AdapterSpec) -> tuple[str, ...]:
     """Roles with factors on the routed experts, in the order of the P axis."""
     return tuple(
         role
-        for role in ROLES
-        if any(path.endswith(f"/{adapter.experts_module}/{role}") for path in adapter.paths)
+        for role in (*ATTENTION_ROLES, *ROLES)
+        if fnmatch.filter(adapter.paths, f"*/{adapter.experts_module}/{role}")
     )
 
 
@@ -135,8 +139,10 @@ def gates_tree(config: ModelConfig, roles: tuple[str, ...], gate_LPER: jax.Array
     """The model's `rank_mask` collection from one array."""
     tree: dict = {}
     for (segment, layer), gate in split_layers(config, gate_LPER).items():
-        roles_tree = {f"{role}_lora": {"gate": gate[:, index]} for index, role in enumerate(roles)}
-        tree.setdefault(segment, {})[layer] = {config.experts_module: roles_tree}
+        layer_tree = tree.setdefault(segment, {}).setdefault(layer, {})
+        for index, role in enumerate(roles):
+            module, name = config.expert_place(role)
+            layer_tree.setdefault(module, {})[name] = {"gate": gate[:, index]}
     return tree if roles else {}
 
 
@@ -170,11 +176,14 @@ def over_experts(config: ModelConfig, lora: dict, array_L: jax.Array, rest: Call
     return jax.tree.map_with_path(leaf, lora)
 
 
-def with_probe(mask_LER: jax.Array) -> jax.Array:
+def with_probe(config: ModelConfig, mask_LER: jax.Array) -> jax.Array:
     """The mask with every expert's next inactive rank let through. Its B row is zero, so the model
     computes the same; its B row has a gradient.
     """
-    return jnp.concatenate([jnp.ones_like(mask_LER[..., :1]), mask_LER[..., :-1]], axis=-1)
+    first_LE1 = mask_LER[..., :1]
+    if config.experts_module == "moe":  # an adapter's own expert without a rank stays closed
+        first_LE1 = jnp.ones_like(first_LE1)
+    return jnp.concatenate([first_LE1, mask_LER[..., :-1]], axis=-1)
 
 
 def probe_importance(
@@ -184,7 +193,7 @@ def probe_importance(
     rows_LPER = _over_roles(
         config, roles, lambda layer, role: jnp.sum(layer(grads, role)["b"] ** 2, axis=-1)
     )
-    return rows_LPER * (with_probe(mask_LER) - mask_LER)[:, None]
+    return rows_LPER * (with_probe(config, mask_LER) - mask_LER)[:, None]
 
 
 def elementwise_importance(
@@ -210,7 +219,8 @@ def _over_roles(config: ModelConfig, roles: tuple[str, ...], measure: Callable) 
     for segment, name in split_layers(config, jnp.zeros(len(config.moe_layers))):
 
         def layer(tree, role, segment=segment, name=name):
-            return tree[segment][name][config.experts_module][f"{role}_lora"]
+            module, place = config.expert_place(role)
+            return tree[segment][name][module][place]
 
         rows = [measure(layer, role) for role in roles]
         segments.setdefault(segment, []).append(jnp.stack(rows, axis=1))
@@ -275,7 +285,9 @@ def make_train_step(
         """Gradients of this micro-batch's part of the loss, and what it measured."""
 
         def loss_fn(lora, gate_LPER):
-            mask_LER = with_probe(state.mask_LER) if policy.needs_probe else state.mask_LER
+            mask_LER = state.mask_LER
+            if policy.needs_probe:
+                mask_LER = with_probe(config, mask_LER)
             masked_LPER = gate_LPER * mask_LER[:, None]
             variables = {
                 "params": params,

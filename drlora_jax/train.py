@@ -131,7 +131,7 @@ def build(job: Job, devices=None) -> Run:
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
-    has_router = job.adapter.train_router or config.adapter.kind == "mixlora"
+    has_router = job.adapter.train_router or config.adapter.makes_experts
     router_rate = config.adapter.router_learning_rate if has_router else None
     tx, schedule = make_optimizer(config.train, job.total_steps, router_learning_rate=router_rate)
     params = abstract_params(model)

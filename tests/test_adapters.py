@@ -9,6 +9,7 @@ from tiny import OLMOE, random_params
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.models.families import parse_config
+from drlora_jax.models.layers import Projection
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
 from drlora_jax.step import elementwise_importance, expert_roles, gates_tree, init_lora
 
@@ -230,3 +231,28 @@ def test_probe_is_the_gain_of_one_more_rank(tmp_path):
             expected = np.zeros(rows.shape[2])
             expected[rank] = (np.asarray(rows)[layer, expert, rank] ** 2).sum()
             np.testing.assert_allclose(got[layer, index, expert], expected, rtol=1e-3, atol=1e-10)
+
+
+def test_lora_dropout_leaves_out_inputs_and_outputs_for_all_tokens():
+    """Every unit vector as a token: the update as a matrix, kept entries times 1 / (1 - p)^2."""
+    width, features, rate = 40, 30, 0.5
+    spec = AdapterSpec(frozenset({"here"}), scale=2.0, rank=3, factor_dropout=rate)
+    module = Projection(features, "here", jnp.float32, spec)
+    eye_BTD = jnp.eye(width)[None]
+    variables = module.init(jax.random.key(0), eye_BTD)
+    pair = variables["lora"]["lora"]
+    pair["b"] = jax.random.normal(jax.random.key(1), pair["b"].shape)
+    base_DF, whole_DF = variables["params"]["kernel"], 2.0 * pair["a"].T @ pair["b"]
+
+    def share_kept(key):
+        rngs = None if key is None else {"dropout": jax.random.key(key)}
+        return np.asarray((module.apply(variables, eye_BTD, rngs=rngs)[0] - base_DF) / whole_DF)
+
+    np.testing.assert_allclose(share_kept(None), 1.0, rtol=1e-3)  # evaluation leaves nothing out
+    drawn = [share_kept(key) for key in range(2)]
+    for kept_DF in drawn:
+        is_kept_D, is_kept_F = (np.abs(kept_DF).max(axis=axis) > 0.1 for axis in (1, 0))
+        expected = np.outer(is_kept_D, is_kept_F) / (1 - rate) ** 2
+        np.testing.assert_allclose(kept_DF, expected, rtol=1e-3, atol=1e-3)
+        assert 0.2 < is_kept_D.mean() < 0.8 and 0.2 < is_kept_F.mean() < 0.8
+    assert (drawn[0] != drawn[1]).any()

@@ -19,7 +19,7 @@ from drlora_jax.loaded import load_run
 from drlora_jax.models.architecture import DenseFfnConfig, RoutingConfig
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.mixture import MixtureFfn
-from drlora_jax.models.moe import choose_experts
+from drlora_jax.models.routing import choose_experts
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
 from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora
@@ -70,7 +70,8 @@ def count(tree) -> int:
 
 
 def make_ffn(roles=("gate", "up", "down"), routing=None):
-    """A module, variables with random factors (expert e has e open ranks, at most all), inputs."""
+    """A module, variables with random factors (expert e has e open ranks, at most all; 0 is closed
+    for that), inputs."""
     routing = routing or RoutingConfig(EXPERTS, 2, normalize=True)
     config = DenseFfnConfig(HIDDEN, "silu", routing)
     adapter = make_adapter(config_with(), parse_config(LLAMA))
@@ -96,8 +97,9 @@ def make_ffn(roles=("gate", "up", "down"), routing=None):
 
 
 def best_experts(variables, x_BTD, top_k: int) -> np.ndarray:
+    """Of those with a rank: expert 0 has none."""
     logits_TE = np.asarray(x_BTD.reshape(-1, WIDTH)) @ np.asarray(variables["lora"]["router"])
-    return np.argsort(-logits_TE, axis=1, kind="stable")[:, :top_k]
+    return 1 + np.argsort(-logits_TE[:, 1:], axis=1, kind="stable")[:, :top_k]
 
 
 def by_hand(variables, x_BTD, chosen_TK):
@@ -113,7 +115,7 @@ def by_hand(variables, x_BTD, chosen_TK):
 
     rows = []
     for x_D, chosen in zip(x_BTD.reshape(-1, WIDTH), chosen_TK, strict=True):
-        p_E = jax.nn.softmax(x_D @ lora["router"])
+        p_E = jnp.exp(x_D @ lora["router"])
         total = sum(p_E[e] for e in chosen)
         y_D = 0.0
         for e in map(int, chosen):
@@ -196,7 +198,7 @@ def test_top_p_of_one_combines_all_experts():
     routing = RoutingConfig(EXPERTS, 2, normalize=True, top_p=1.0)
     module, variables, x_BTD, segments_BT = make_ffn(routing=routing)
     y_BTD, _ = module.apply(variables, x_BTD, segments_BT)
-    every_TE = best_experts(variables, x_BTD, EXPERTS)
+    every_TE = best_experts(variables, x_BTD, EXPERTS - 1)
     assert largest_error(y_BTD, by_hand(variables, x_BTD, every_TE)) <= 1e-5
 
 

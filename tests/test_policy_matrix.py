@@ -45,6 +45,11 @@ PLACEMENTS = {
         dict(targets=("up",), num_experts=4),
         dict(alphalora=dict(r_target=RANKS, experts=7)),
     ),
+    "mola": Placement(
+        TINY,
+        dict(targets=("up", "q"), num_experts=4),
+        dict(alphalora=dict(r_target=RANKS, experts=7)),
+    ),
     "lora": Placement(TINY, dict(targets=("up",))),
 }
 KINDS = {
@@ -58,7 +63,9 @@ KINDS = {
     "pattern": dict(r_target=2),
 }
 REFUSED = {(kind, "lora"): NO_EXPERTS for kind in KINDS if kind != "uniform"}
-REFUSED |= {("moe_sieve", "mixlora"): "counts whom a trained router chooses"}
+REFUSED |= {
+    ("moe_sieve", kind): "counts whom a trained router chooses" for kind in ("mixlora", "mola")
+}
 CELLS = [(kind, placement) for placement in PLACEMENTS for kind in KINDS]
 
 

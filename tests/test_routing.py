@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from drlora_jax.models.architecture import RoutingConfig
-from drlora_jax.models.moe import Routing, choose_experts, routing_stats
+from drlora_jax.models.routing import Routing, choose_experts, routing_stats
 
 
 def top(values, count):

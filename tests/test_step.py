@@ -11,7 +11,7 @@ from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import NO_ADAPTER
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.interop.hf_read import load_params
-from drlora_jax.models.moe import RoutingStats
+from drlora_jax.models.routing import RoutingStats
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.prepare import prepare
 from drlora_jax.step import (
@@ -238,7 +238,7 @@ def test_the_loss_is_a_sum_over_the_whole_batch(tmp_path):
     assert float(stepper.step()["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["pooled", "per_layer"])
+@pytest.mark.parametrize("form", ["pooled", "per_layer", "switch"])
 def test_auxiliary_loss(form):
     """Against the formula written out: E * sum_e mean(choices) * mean(probability)."""
     draw = np.random.default_rng(0)
@@ -246,17 +246,21 @@ def test_auxiliary_loss(form):
     probability = draw.dirichlet(np.ones(experts), size=(layers, tokens))
     picks = np.argsort(-probability, axis=-1)[..., :chosen]
     one_hot = np.eye(experts)[picks].sum(axis=2)
+    first = np.eye(experts)[probability.argmax(axis=-1)]
     stats = RoutingStats(
         jnp.asarray(one_hot.sum(axis=1), jnp.float32),
         jnp.zeros((layers, experts)),
         jnp.asarray(probability.sum(axis=1), jnp.float32),
         jnp.full(layers, 7.0),
+        jnp.asarray(first.sum(axis=1), jnp.float32),
+        jnp.full(layers, float(experts)),
     )
     if form == "pooled":
         rows = one_hot.reshape(-1, experts), probability.reshape(-1, experts)
         balance = experts * (rows[0].mean(axis=0) * rows[1].mean(axis=0)).sum()
     else:
-        pairs = zip(one_hot, probability, strict=True)
+        chosen_LTE = first if form == "switch" else one_hot
+        pairs = zip(chosen_LTE, probability, strict=True)
         balance = np.mean([experts * (a.mean(axis=0) * b.mean(axis=0)).sum() for a, b in pairs])
     expected = 0.5 * balance + 0.1 * 3 * 7.0 / (layers * tokens)
     got = auxiliary_loss(stats, jnp.float32(tokens), AuxiliaryWeights(0.5, 0.1, form))

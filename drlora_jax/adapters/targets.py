@@ -1,8 +1,8 @@
 """Which weight matrices an adapter config means, and the table that says so before the first step.
 
 A target is a role (q, k, v, o on attention; gate, up, down, gate_up on the experts for
-`expert_lora`, on dense FFNs for `lora` and `mixlora`) or a regular expression over module paths
-such as segment_0/layer_0/attention/q. A target that matches nothing, and an expert method that
+`expert_lora`, on dense FFNs for the other kinds) or a regular expression over module paths such as
+segment_0/layer_0/attention/q. A target that matches nothing, and an expert method that
 adapts no expert, is refused: experts left out in silence are the commonest mistake with this kind
 of model.
 """
@@ -65,10 +65,11 @@ def resolve_targets(config: ModelConfig, kind: str, targets: tuple[str, ...]) ->
     """The module paths that carry factors; `<layer>/moe/gate_up` for the fused role."""
     adapted: set[str] = set()
     every = list(matrices(config))
-    if kind == "mixlora" and any(matrix.kind == "experts" for matrix in every):
+    makes_experts = kind in ("mixlora", "mola")
+    if makes_experts and any(matrix.kind == "experts" for matrix in every):
         raise UserError(
-            f"adapter.kind=mixlora makes experts on dense FFNs, and this {config.family} model has "
-            "experts of its own; use adapter.kind=expert_lora."
+            f"adapter.kind={kind} makes experts on dense layers, and this {config.family} model "
+            "has experts of its own; use adapter.kind=expert_lora."
         )
     for target in targets:
         paths = _match(every, kind, target)
@@ -121,8 +122,9 @@ def _check_experts(config: ModelConfig, kind: str, adapted: set[str]) -> None:
             f"or set adapter.kind=lora (model: {config.family}, {len(config.moe_layers)} MoE "
             f"layers)."
         )
-    if kind == "mixlora":
-        _check_mixture(_ffn_roles(config, adapted))
+    if kind in ("mixlora", "mola"):
+        kinds = ("ffn",) if kind == "mixlora" else ("attention", "ffn")
+        _check_own_experts(kind, _roles_of_layers(config, adapted, kinds))
     if kind == "lora" and any(roles):
         raise UserError(
             "adapter.targets: adapter.kind=lora does not adapt experts; use expert_lora."
@@ -138,17 +140,20 @@ def _check_experts(config: ModelConfig, kind: str, adapted: set[str]) -> None:
         )
 
 
-def _ffn_roles(config: ModelConfig, adapted: set[str]) -> dict[str, set[str]]:
-    """Adapted roles of the dense FFN of every layer."""
+def _roles_of_layers(
+    config: ModelConfig, adapted: set[str], kinds: tuple[str, ...]
+) -> dict[str, set[str]]:
+    """Adapted roles among the matrices of these kinds, of every layer of every unit."""
     per_layer: dict[str, set[str]] = {}
     for matrix in matrices(config):
-        if matrix.kind == "ffn":
-            layer, _, role = matrix.path.rpartition("/")
-            per_layer.setdefault(layer, set()).update({role} if matrix.path in adapted else ())
+        if matrix.kind in kinds:
+            layer = matrix.path.rsplit("/", 2)[0]
+            roles = per_layer.setdefault(layer, set())
+            roles |= {matrix.role} if matrix.path in adapted else set()
     return per_layer
 
 
-def _check_mixture(every_layer: dict[str, set[str]]) -> None:
+def _check_own_experts(kind: str, every_layer: dict[str, set[str]]) -> None:
     roles = list(every_layer.values())
     if not any(roles):
         raise UserError(
@@ -157,8 +162,8 @@ def _check_mixture(every_layer: dict[str, set[str]]) -> None:
         )
     if any(found != roles[0] for found in roles):
         raise UserError(
-            "adapter.targets must adapt the same FFN projections in every layer for "
-            f"adapter.kind=mixlora, got {every_layer}."
+            "adapter.targets must adapt the same projections in every layer for "
+            f"adapter.kind={kind}, got {every_layer}."
         )
 
 
@@ -178,23 +183,36 @@ class Coverage(NamedTuple):
 
 def coverage(config: ModelConfig, spec: AdapterSpec, targets: tuple[str, ...]) -> list[Coverage]:
     """Every weight matrix, adapted or frozen, and by which rule."""
-    rows = [_cover(config, matrix, spec, targets) for matrix in matrices(config)]
-    return rows + _mixture_routers(config) if spec.experts_module == "mlp" else rows
+    rows = []
+    for matrix in matrices(config):
+        rows.append(_cover(config, matrix, spec, targets))
+        if matrix.path in spec.paths and spec.experts_module == "*":
+            rows.append(_new_router(config, spec, matrix, f"{matrix.path}_router"))
+        elif spec.experts_module == "mlp" and (matrix.kind, matrix.role) == ("ffn", "gate"):
+            path = matrix.path.replace("/gate", "/router")
+            rows.append(_new_router(config, spec, matrix, path))
+    return rows
 
 
-def _mixture_routers(config: ModelConfig) -> list[Coverage]:
-    size = config.width * config.moe.routing.num_experts
-    return [
-        Coverage(
-            f"segment_{index}/layer_{position}/mlp/router",
-            segment.repeats,
-            0,
-            segment.repeats * size,
-            "new, trained",
-        )
-        for index, segment in enumerate(config.segments)
-        for position, _ in enumerate(segment.unit)
-    ]
+def _new_router(config: ModelConfig, spec: AdapterSpec, matrix: Matrix, path: str) -> Coverage:
+    trained = sum(own_experts(config, spec, matrix.path)) * matrix.in_features
+    return Coverage(path, matrix.count, 0, trained, "new, trained")
+
+
+def own_experts(config: ModelConfig, spec: AdapterSpec, path: str) -> list[int]:
+    """How many of the adapter's own experts a matrix has, in every repeat of its segment; closed
+    ones, which only fill the arrays, are not counted.
+    """
+    segment, layer, *_ = path.split("/")
+    counts = spec.experts_per_layer or (config.routing.num_experts,) * config.num_layers
+    start = 0
+    for index, each in enumerate(config.segments):
+        width = len(each.unit)
+        if segment == f"segment_{index}":
+            own = counts[start : start + each.repeats * width]
+            return list(own[int(layer.removeprefix("layer_")) :: width])
+        start += each.repeats * width
+    raise AssertionError(f"{path} is in no segment of the model")
 
 
 def _cover(
@@ -203,14 +221,18 @@ def _cover(
     row = Coverage(matrix.path, matrix.count, matrix.parameters, 0, "")
     size = matrix.in_features + matrix.out_features
     if matrix.path in spec.paths:
-        if matrix.kind == "ffn" and spec.experts_module == "mlp":
-            experts = config.moe.routing.num_experts
-            status = f"{experts} LoRA experts, rank up to {spec.max_rank}"
-            trained = matrix.count * experts * spec.max_rank * size
+        if spec.experts_module == "*" or (matrix.kind, spec.experts_module) == ("ffn", "mlp"):
+            experts = own_experts(config, spec, matrix.path)
+            span = f"{min(experts)} to {max(experts)}" if len(set(experts)) > 1 else experts[0]
+            status = f"{span} LoRA experts, rank up to {spec.max_rank}"
+            trained = sum(experts) * spec.max_rank * size
             return row._replace(trained=trained, status=status)
         rank = spec.max_rank if matrix.kind == "experts" else spec.rank
         label = f"LoRA, rank up to {rank}" if matrix.kind == "experts" else f"LoRA, rank {rank}"
-        return row._replace(trained=matrix.count * rank * size, status=label)
+        each = rank * size
+        if spec.dora:
+            label, each = f"DoRA, rank {rank}", each + matrix.out_features
+        return row._replace(trained=matrix.count * each, status=label)
     fused = matrix.path.rpartition("/")[0] + "/gate_up"
     if matrix.kind == "experts" and matrix.role in ("gate", "up") and fused in spec.paths:
         # The fused pair is counted with gate; up shares it.

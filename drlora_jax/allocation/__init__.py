@@ -1,5 +1,8 @@
 """Allocation policies by their config name."""
 
+import functools
+
+from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.allocation.adalora import adalora
 from drlora_jax.allocation.alphalora import alphalora_experts, alphalora_ranks, spectral_prior
 from drlora_jax.allocation.base import (
@@ -14,6 +17,7 @@ from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.allocation.moe_sieve import moe_sieve
 from drlora_jax.allocation.pattern import pattern
 from drlora_jax.allocation.prilora import prilora
+from drlora_jax.allocation.unequal import for_counts
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import AllocationSection, TrainConfig
 from drlora_jax.spectra import Exponents
@@ -44,8 +48,21 @@ def make_policy(
     """The policy that a config names, for a model's shapes and the number of steps its schedule is
     made for; `exponents` where it needs them.
     """
+    counts_L = experts_of_layers(config.adapter, shapes.layers)
     section = config.allocation
-    if section.kind == "alphalora" and config.adapter.kind == "mixlora":
+    if section.kind == "pattern":
+        return pattern(shapes, path=section.pattern, r_target=section.r_target, counts_L=counts_L)
+    make = functools.partial(
+        _for_layers_alike, config, total_steps=total_steps, exponents=exponents
+    )
+    return for_counts(counts_L, shapes, make) if len(set(counts_L)) > 1 else make(shapes)
+
+
+def _for_layers_alike(
+    config: TrainConfig, shapes: CapacityShapes, *, total_steps: int, exponents: Exponents | None
+) -> Policy:
+    section = config.allocation
+    if section.kind == "alphalora" and config.adapter.makes_experts:
         return alphalora_experts(
             shapes,
             exponents.layer_L,
@@ -59,8 +76,6 @@ def make_policy(
         )
     if section.kind == "uniform":
         return uniform(shapes, rank=section.r_target)
-    if section.kind == "pattern":
-        return pattern(shapes, path=section.pattern, r_target=section.r_target)
     if section.kind == "prilora":
         return prilora(
             shapes, r_init=section.r_init, r_target=section.r_target, r_max=section.r_max

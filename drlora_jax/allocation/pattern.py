@@ -13,12 +13,23 @@ from drlora_jax.errors import UserError
 from drlora_jax.files import FILE, expand_user, kind_of
 
 
-def pattern(shapes: CapacityShapes, *, path: str, r_target: int) -> Policy:
+def pattern(
+    shapes: CapacityShapes, *, path: str, r_target: int, counts_L: tuple[int, ...] = ()
+) -> Policy:
     """Ranks [L][E] of `path` from the first step to the last.
+
+    Args:
+      counts_L: experts of every layer, where an adapter's own are not as many everywhere.
 
     Raises UserError when the table does not fit the model, the allocated ranks or the budget.
     """
     ranks_LE = read_ranks(path, shapes)
+    for layer, count in enumerate(counts_L):
+        if ranks_LE[layer, count:].any():
+            raise UserError(
+                f"allocation.pattern={path} gives ranks to more experts than the {count} that "
+                f"adapter.experts_per_layer has for layer {layer}: {ranks_LE[layer].tolist()}."
+            )
     budget = shapes.experts * r_target
     if (ranks_LE.sum(axis=1) > budget).any():
         layer = int(np.argmax(ranks_LE.sum(axis=1)))

@@ -24,7 +24,7 @@ from drlora_jax.interop.factors import LayerFactors, Pair, Place
 from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.interop.hf_write import NUMPY_DTYPES
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.merge import adapted_tensors, merge_layer
+from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_layer
 from drlora_jax.interop.peft_read import PeftFiles
 from drlora_jax.interop.verify import (
     Comparison,
@@ -187,7 +187,11 @@ def _rounded_factors(trained: Trained, reader: LayerReader, dtype: str) -> Varia
         if router_DE is not None:
             base_DE = params["moe"]["router"]
             router_DE = _round(base_DE + router_DE, dtype) - base_DE
-        return LayerFactors(factors.place, plain, experts, router_DE)
+        magnitudes = {}
+        for path, growth_F in factors.magnitudes.items():
+            norms_F = column_norms(leaf_at(params, (*path.split("/"), "kernel")))
+            magnitudes[path] = _round(norms_F + growth_F, dtype) - norms_F
+        return LayerFactors(factors.place, plain, experts, router_DE, magnitudes)
 
     return _merged(trained, reader, change)
 

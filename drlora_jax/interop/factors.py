@@ -47,6 +47,8 @@ class LayerFactors(NamedTuple):
     plain: dict[str, Pair]  # by module path below the layer, such as attention/q
     experts: dict[str, Pair]  # by role: gate, up or gate_up, and down
     router_DE: np.ndarray | None  # added to the router; None where it was not trained
+    # With DoRA, by the same paths: m less the norms of the base's columns, [D_out].
+    magnitudes: dict[str, np.ndarray]
 
 
 def places(config: ModelConfig) -> list[Place]:
@@ -72,7 +74,7 @@ def layer_factors(
     moe_layers = list(config.moe_layers)
     found = []
     for place in places(config):
-        plain, experts, router_DE = {}, {}, None
+        plain, experts, router_DE, magnitudes = {}, {}, None, {}
         for path, leaf in _modules(place.below(lora)):
             if path == "moe/router_delta":
                 update_DE = np.asarray(leaf[place.repeat])
@@ -83,16 +85,19 @@ def layer_factors(
                 role = path.removeprefix("moe/").removesuffix("_lora")
                 experts[role] = _active(pair, active_E, rows)
             else:
-                plain[path.removesuffix("/lora")] = _pair(leaf, place.repeat, adapter.scale)
-        found.append(LayerFactors(place, plain, experts, router_DE))
+                path = path.removesuffix("/lora")
+                plain[path] = _pair(leaf, place.repeat, adapter.scale)
+                if "magnitude_delta" in leaf:
+                    magnitudes[path] = np.asarray(leaf["magnitude_delta"][place.repeat])
+        found.append(LayerFactors(place, plain, experts, router_DE, magnitudes))
     return found
 
 
 def _modules(tree: dict, path: str = ""):
-    """(path, {a, b}) of every pair below a layer, and (path, array) of a router delta."""
+    """(path, {a, b, ...}) of every pair below a layer, and (path, array) of a router delta."""
     for name, node in tree.items():
         here = f"{path}/{name}" if path else name
-        if not isinstance(node, dict) or node.keys() == {"a", "b"}:
+        if not isinstance(node, dict) or node.keys() >= {"a", "b"}:
             yield here, node
         else:
             yield from _modules(node, here)

@@ -1,7 +1,8 @@
-"""Adds an adapter to base weights: W + A^T B, in f32."""
+"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, its columns given lengths."""
 
 import numpy as np
 
+from drlora_jax.adapters.lora import SMALLEST_NORM
 from drlora_jax.interop.factors import ROUTER, LayerFactors, Pair, expert_pair
 from drlora_jax.models.families import Slot
 
@@ -9,11 +10,12 @@ GATE_UP, DOWN = "moe/gate_up", "moe/down"
 HALVES = ("gate", "up")  # of a gate_up leaf
 
 
-def delta(factors: LayerFactors, path: tuple[str, ...]) -> np.ndarray | None:
+def delta(factors: LayerFactors, path: tuple[str, ...], weight: np.ndarray) -> np.ndarray | None:
     """What the adapter adds to one leaf of the layer, f32 in the orientation of our tree.
 
     Args:
       path: of the leaf below the layer, such as ("attention", "q", "kernel") or ("moe", "down").
+      weight: the base's leaf.
     """
     name = "/".join(path)
     if name == ROUTER:
@@ -27,7 +29,18 @@ def delta(factors: LayerFactors, path: tuple[str, ...]) -> np.ndarray | None:
         parts = [np.zeros_like(up) if gate is None else gate]
         parts.append(np.zeros_like(gate) if up is None else up)
         return np.concatenate(parts, axis=-1)
-    return _product(factors.plain.get(name.removesuffix("/kernel")))
+    name = name.removesuffix("/kernel")
+    added = _product(factors.plain.get(name))
+    if name not in factors.magnitudes:
+        return added
+    merged_DF = weight + added
+    length_F = column_norms(weight) + factors.magnitudes[name]
+    return merged_DF * (length_F / column_norms(merged_DF)).astype(np.float32) - weight
+
+
+def column_norms(weight_DF: np.ndarray) -> np.ndarray:
+    """f64 [D_out]; above zero, so that a column of zeros may be divided by its own."""
+    return np.maximum(np.linalg.norm(weight_DF.astype(np.float64), axis=0), SMALLEST_NORM)
 
 
 def _product(pair: Pair | None) -> np.ndarray | None:
@@ -44,7 +57,7 @@ def merge_layer(params: dict, factors: LayerFactors) -> dict:
             if isinstance(node, dict):
                 merged[name] = walk(node, here)
                 continue
-            added = delta(factors, here)
+            added = delta(factors, here, node)
             merged[name] = node if added is None else node + added
         return merged
 
@@ -82,7 +95,8 @@ def merge_tensor(value: np.ndarray, slot: Slot, factors: LayerFactors) -> np.nda
         pair = expert_pair(factors.experts, role)
         added = pair.a[slot.index[1]].T @ pair.b[slot.index[1]]
     else:
-        added = delta(factors, slot.path[2:])
+        base = np.swapaxes(value, -1, -2) if slot.transpose else value
+        added = delta(factors, slot.path[2:], base.astype(np.float32))
     if not added.any():
         return value
     return value.astype(np.float32) + (np.swapaxes(added, -1, -2) if slot.transpose else added)

@@ -7,6 +7,9 @@ which tensor of the base. With alpha and r of the config,
     fused experts   W_e [D_out, D_in] += alpha / r * B[:, :, e] A[e]
                     with A [E * r, D_in] as [E, r, D_in] and B [D_out, r * E] as [D_out, r, E]
     a saved module  W is replaced
+
+With a magnitude vector m [D_out] beside a module's pair (use_dora) the sum's rows are then given
+these lengths: W <- m W / ||W||, the norm by row.
 """
 
 import pathlib
@@ -25,6 +28,7 @@ from drlora_jax.models.families import key_table
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+MAGNITUDE = ".lora_magnitude_vector"
 WRAPPER = ".base_layer"
 
 
@@ -34,6 +38,7 @@ class Update(NamedTuple):
     name: str
     a: np.ndarray | None  # as in the file; None: `b` replaces the tensor
     b: np.ndarray
+    magnitude: np.ndarray | None = None
 
 
 class PeftFiles:
@@ -63,6 +68,9 @@ class PeftFiles:
                 view[...] = update.b
             else:
                 view += self._delta(update, view)
+            if update.magnitude is not None:
+                norms = np.linalg.norm(view.astype(np.float64), axis=1)
+                view *= (update.magnitude / np.maximum(norms, np.finfo(np.float32).tiny))[:, None]
         return params
 
     def _delta(self, update: Update, like: np.ndarray) -> np.ndarray:
@@ -85,9 +93,10 @@ class PeftFiles:
             name = key.removeprefix(PREFIX)
             if name.endswith(SUFFIXES[0]):
                 module = name.removesuffix(SUFFIXES[0])
-                b = tensors[key.removesuffix(SUFFIXES[0]) + SUFFIXES[1]]
-                updates.append(Update(self._target(module), value, b))
-            elif not name.endswith(SUFFIXES[1]):
+                pair = key.removesuffix(SUFFIXES[0])
+                b, magnitude = tensors[pair + SUFFIXES[1]], tensors.get(pair + MAGNITUDE)
+                updates.append(Update(self._target(module), value, b, magnitude))
+            elif not name.endswith((SUFFIXES[1], MAGNITUDE)):
                 updates.append(Update(name, None, value))
         return updates
 

@@ -8,7 +8,7 @@
 
 Every pair has the same rank r, padded with zeros, and lora_alpha = r: the scale is in B already.
 Ranks by name (`rank_pattern`) would take less room, but not every reader looks at them. A trained
-router is written whole, as a module to save.
+router is written whole, as a module to save; with DoRA so is the magnitude m beside each pair.
 """
 
 import json
@@ -35,6 +35,7 @@ class Entry(NamedTuple):
     target: str  # name in the base: of a module, or of a parameter where experts are fused
     key: str  # the tensors are {key}.lora_A.weight and {key}.lora_B.weight
     pair: Pair  # [R, D_in] and [R, D_out], of a parameter with a leading [E]
+    magnitude: np.ndarray | None = None  # of DoRA, [D_out]
 
     @property
     def is_parameter(self) -> bool:
@@ -50,24 +51,33 @@ class Adapter(NamedTuple):
     parameters: list[str]
     saved_modules: list[str]
     active_share: float  # of the stored rank rows, those that are not zero
+    is_dora: bool = False
 
 
 def pack(
-    config: ModelConfig, factors: list[LayerFactors], routers: dict[int, np.ndarray], layout: str
+    config: ModelConfig,
+    factors: list[LayerFactors],
+    routers: dict[int, np.ndarray],
+    layout: str,
+    magnitudes: dict[tuple[int, str], np.ndarray] | None = None,
 ) -> Adapter:
     """The adapter in one of the two layouts.
 
     Args:
       routers: trained routers [D, E] by layer number, base and update added up.
+      magnitudes: of DoRA, m [D_out] by layer number and module path.
     """
+    magnitudes = magnitudes or {}
     fused = _names(key_table(config, "fused"))
     names = fused if layout == FUSED else _names(key_table(config, "experts"))
-    entries = [entry for layer in factors for entry in _entries(layer, names, layout)]
+    entries = [entry for layer in factors for entry in _entries(layer, names, layout, magnitudes)]
     rank = max(1, *(entry.pair.rank for entry in entries))
     tensors = {}
     for entry in entries:
         tensors[f"{PREFIX}{entry.key}.lora_A.weight"] = pack_a(_pad(entry.pair.a, rank))
         tensors[f"{PREFIX}{entry.key}.lora_B.weight"] = pack_b(_pad(entry.pair.b, rank))
+        if entry.magnitude is not None:
+            tensors[f"{PREFIX}{entry.key}.lora_magnitude_vector"] = entry.magnitude
     saved = []
     for layer in factors:
         if layer.place.number in routers:
@@ -83,6 +93,7 @@ def pack(
         parameters=_shorten([e.target for e in entries if e.is_parameter], names, 3),
         saved_modules=_shorten(saved, fused, 2),
         active_share=used / stored,
+        is_dora=bool(magnitudes),
     )
 
 
@@ -99,7 +110,7 @@ def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[s
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": adapter.is_dora,
         "target_modules": adapter.modules,
         "target_parameters": adapter.parameters or None,
         "modules_to_save": adapter.saved_modules or None,
@@ -158,10 +169,10 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def _entries(layer: LayerFactors, names: Names, layout: str) -> Iterator[Entry]:
+def _entries(layer: LayerFactors, names: Names, layout: str, magnitudes: dict) -> Iterator[Entry]:
     for path, pair in layer.plain.items():
         module = _module(_name(names, layer, path, "kernel"))
-        yield Entry(module, module, pair)
+        yield Entry(module, module, pair, magnitudes.get((layer.place.number, path)))
     if layer.experts:
         yield from (_fused_entries if layout == FUSED else _expert_entries)(layer, names)
 

@@ -8,6 +8,8 @@ layers, so dense first layers are one segment and alternating windows are a unit
 from dataclasses import dataclass
 from typing import Literal
 
+ATTENTION_ROLES = ("q", "k", "v", "o")
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -68,6 +70,13 @@ class MoeConfig:
 class LayerConfig:
     attention: AttentionConfig
     ffn: DenseFfnConfig | MoeConfig
+    # Of LoRA experts that an adapter puts on every matrix that it adapts (MoLA).
+    linear_routing: RoutingConfig | None = None
+
+    @property
+    def routing(self) -> RoutingConfig | None:
+        """Of whatever experts the layer has; None if none."""
+        return self.linear_routing or self.ffn.routing
 
 
 @dataclass(frozen=True)
@@ -96,11 +105,20 @@ class ModelConfig:
         L axis of masks and statistics.
         """
         layers = [layer for segment in self.segments for layer in segment.unit * segment.repeats]
-        return tuple(index for index, layer in enumerate(layers) if layer.ffn.routing is not None)
+        return tuple(index for index, layer in enumerate(layers) if layer.routing is not None)
+
+    @property
+    def routing(self) -> RoutingConfig | None:
+        """The routing that all layers with experts share, the base's or an adapter's."""
+        layers = [layer for segment in self.segments for layer in segment.unit]
+        found = {layer.routing for layer in layers if layer.routing is not None}
+        if len(found) > 1:
+            raise ValueError(f"Experts of one model must be routed alike, got {found}.")
+        return found.pop() if found else None
 
     @property
     def moe(self) -> MoeConfig | DenseFfnConfig | None:
-        """The FFN that all layers with experts share; None if there are none."""
+        """The FFN with experts that all layers with experts share; None if FFNs have none."""
         found = {
             layer.ffn
             for segment in self.segments
@@ -115,3 +133,8 @@ class ModelConfig:
     def experts_module(self) -> str:
         """Name of the module that has the experts: the base's `moe`, or a dense FFN's `mlp`."""
         return "moe" if isinstance(self.moe, MoeConfig) else "mlp"
+
+    def expert_place(self, role: str) -> tuple[str, str]:
+        """Modules below a layer that hold a role's factors of experts, such as (moe, up_lora)."""
+        module = "attention" if role in ATTENTION_ROLES else self.experts_module
+        return module, f"{role}_lora"

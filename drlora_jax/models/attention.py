@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.models.architecture import AttentionConfig
-from drlora_jax.models.layers import Projection, RmsNorm, rotate
+from drlora_jax.models.architecture import AttentionConfig, RoutingConfig
+from drlora_jax.models.layers import RmsNorm, rotate
+from drlora_jax.models.linear_experts import routed_projection
 from drlora_jax.models.remat import keep
+from drlora_jax.models.routing import RoutingStats
 from drlora_jax.ops.attention import attend_cached
 
 
@@ -26,14 +28,20 @@ class Attention(nn.Module):
     norm_epsilon: float
     attend: Callable  # ops.attention.attend, or the same over a mesh
     cache_length: int = 0  # slots a row; 0: no cache
+    routing: RoutingConfig | None = None  # of LoRA experts on the projections
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, positions_BT):
+        """The output, and the statistics of every routed projection."""
         config = self.config
+        routed: list[RoutingStats] = []
 
         def project(role, features, has_bias, inputs):
-            path = f"{self.location}/{role}"
-            return Projection(features, path, self.dtype, self.adapter, has_bias, name=role)(inputs)
+            y, stats = routed_projection(
+                self, role, features, inputs, segment_ids_BT, has_bias=has_bias
+            )
+            routed.extend(stats)
+            return y
 
         def heads(role, count):
             """Projects, normalises, clips and rotates, [B, T, count, H]."""
@@ -79,7 +87,7 @@ class Attention(nn.Module):
                 **options,
             )
         out_BTD = out_BTNH.reshape(*x_BTD.shape[:2], -1)
-        return project("o", x_BTD.shape[-1], config.has_output_bias, out_BTD)
+        return project("o", x_BTD.shape[-1], config.has_output_bias, out_BTD), routed
 
     def _cached(self, name: str, new_BTGH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The cache [B, G, S, H] with the new tokens written at their positions."""

@@ -66,10 +66,11 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         kernel = self.param("kernel", kernel_init, (x_BTD.shape[-1], self.features), self.dtype)
-        y_BTF = x_BTD @ kernel
+        product_BTF = y_BTF = x_BTD @ kernel
         if self.has_bias:
             bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
             y_BTF = y_BTF + last_axis(bias_F, y_BTF)
         if self.location in self.adapter.paths:
-            y_BTF = y_BTF + PlainLora(self.features, self.adapter, name="lora")(x_BTD)
+            lora = PlainLora(self.features, self.adapter, name="lora")
+            y_BTF = y_BTF + lora(x_BTD, product_BTF, kernel)
         return y_BTF

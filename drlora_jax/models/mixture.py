@@ -18,26 +18,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_lora import ExpertLora
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec, drop_inputs
+from drlora_jax.adapters.expert_lora import ExpertLora, from_ranks, open_ranks, ranks_of_all
+from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec, drop_in_training
 from drlora_jax.models.architecture import DenseFfnConfig
 from drlora_jax.models.layers import Projection
-from drlora_jax.models.moe import RoutingStats, choose_experts, routing_stats
 from drlora_jax.models.remat import keep
-from drlora_jax.ops.grouped_parts import ACTIVATIONS, RoleLora
+from drlora_jax.models.routing import RoutingStats, choose_open, open_experts, routing_stats
+from drlora_jax.ops.grouped_parts import ACTIVATIONS
 
 ROLES = ("gate", "up", "down")
 ROUTER_INIT = 0.02  # standard deviation
-
-
-def ranks_of_all(x_TD: jax.Array, factors: RoleLora) -> jax.Array:
-    """z = x A^T of every expert, [T, E, R] in the dtype of x."""
-    return jnp.einsum("TD,ERD->TER", x_TD, factors.a_ERD.astype(x_TD.dtype))
-
-
-def from_ranks(z_TER: jax.Array, factors: RoleLora) -> jax.Array:
-    """sum over experts and ranks of z B, [T, F] in the dtype of z."""
-    return jnp.einsum("TER,ERF->TF", z_TER, factors.b_ERF.astype(z_TER.dtype))
 
 
 class MixtureFfn(nn.Module):
@@ -51,10 +41,6 @@ class MixtureFfn(nn.Module):
         width, hidden, routing = x_BTD.shape[-1], self.config.hidden_dim, self.config.routing
         x_TD, is_valid_T = x_BTD.reshape(-1, width), segment_ids_BT.reshape(-1) > 0
         router_DE = self.variable("lora", "router", self._init_router, width).value
-        logits_TE = x_TD.astype(jnp.float32) @ router_DE
-        chosen = choose_experts(logits_TE, routing)
-        stats = routing_stats(logits_TE, chosen, is_valid_T)
-
         shapes = {role: (width, hidden) for role in ("gate", "up")} | {"down": (hidden, width)}
         lora = {
             role: ExpertLora(
@@ -63,6 +49,11 @@ class MixtureFfn(nn.Module):
             for role in ROLES
             if f"{self.location}/{role}" in self.adapter.paths
         }
+        is_open_E = open_experts(next(iter(lora.values())).gate_ER)  # ranks are a layer's
+        logits_TE = x_TD.astype(jnp.float32) @ router_DE
+        logits_TE, chosen = choose_open(logits_TE, is_open_E, routing)
+        stats = routing_stats(logits_TE, chosen, is_valid_T)
+        scale = self.adapter.scale
 
         def base(role, features, rows_TX):
             place = f"{self.location}/{role}"
@@ -83,29 +74,23 @@ class MixtureFfn(nn.Module):
             gate_TF, up_TF = (
                 rows_TF
                 if z is None
-                else rows_TF + from_ranks(self._open(z, is_expert_TE, lora[role]), lora[role])
+                else rows_TF
+                + from_ranks(open_ranks(z, is_expert_TE, lora[role], scale), lora[role])
                 for role, (rows_TF, z) in inputs.items()
             )
             slot_TF = ACTIVATIONS[self.config.activation](gate_TF) * up_TF
             h_TF = h_TF + weight_T[:, None] * slot_TF
             if "down" in lora:
                 z = ranks_of_all(self._drop(slot_TF), lora["down"])
-                z_TER = z_TER + weight_T[:, None, None] * self._open(z, is_expert_TE, lora["down"])
+                weight_TE = weight_T[:, None] * is_expert_TE
+                z_TER = z_TER + open_ranks(z, weight_TE, lora["down"], scale)
         y_TD = base("down", width, h_TF.astype(x_TD.dtype))
         if "down" in lora:
             y_TD = y_TD + from_ranks(z_TER.astype(x_TD.dtype), lora["down"])
         return y_TD.reshape(x_BTD.shape), stats
 
-    def _open(self, z_TER, is_expert_TE, factors: RoleLora):
-        """s * z where the slot's expert has an open rank, else 0, in the dtype of z."""
-        open_TER = is_expert_TE[:, :, None] * (self.adapter.scale * factors.gate_ER)[None]
-        return (z_TER * open_TER).astype(z_TER.dtype)
-
     def _drop(self, rows_TX):
-        rate = self.adapter.dropout
-        if rate == 0 or not self.has_rng("dropout"):
-            return rows_TX
-        return drop_inputs(rows_TX, rate, self.make_rng("dropout"))
+        return drop_in_training(self, rows_TX, self.adapter.dropout)
 
     def _init_router(self, width: int):
         shape = (width, self.config.routing.num_experts)

@@ -20,13 +20,16 @@ from drlora_jax.models.architecture import (
     LayerConfig,
     ModelConfig,
     MoeConfig,
+    RoutingConfig,
     SegmentConfig,
 )
 from drlora_jax.models.attention import Attention
-from drlora_jax.models.layers import Projection, RmsNorm, kernel_init
+from drlora_jax.models.layers import RmsNorm, kernel_init
+from drlora_jax.models.linear_experts import routed_projection
 from drlora_jax.models.mixture import MixtureFfn
-from drlora_jax.models.moe import ExpertStack, Moe, RoutingStats
+from drlora_jax.models.moe import ExpertStack, Moe
 from drlora_jax.models.remat import Remat, keep, rematerialised
+from drlora_jax.models.routing import RoutingStats, mean_stats
 from drlora_jax.ops import Ops
 from drlora_jax.ops.grouped_parts import ACTIVATIONS
 
@@ -46,21 +49,27 @@ class DecoderOptions:
 
 
 class DenseFfn(nn.Module):
+    """Returns the statistics of every routed projection, too."""
+
     config: DenseFfnConfig
     location: str
     dtype: jnp.dtype
     adapter: AdapterSpec
+    routing: RoutingConfig | None = None  # of LoRA experts on the projections
 
     @nn.compact
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD, segment_ids_BT):
+        routed: list[RoutingStats] = []
+
         def project(role, features, inputs):
-            return Projection(
-                features, f"{self.location}/{role}", self.dtype, self.adapter, name=role
-            )(inputs)
+            y, stats = routed_projection(self, role, features, inputs, segment_ids_BT)
+            routed.extend(stats)
+            return y
 
         gate = keep(project("gate", self.config.hidden_dim, x_BTD), "mlp_gu")
         up = keep(project("up", self.config.hidden_dim, x_BTD), "mlp_gu")
-        return project("down", x_BTD.shape[-1], ACTIVATIONS[self.config.activation](gate) * up)
+        hidden = ACTIVATIONS[self.config.activation](gate) * up
+        return project("down", x_BTD.shape[-1], hidden), routed
 
 
 class Block(nn.Module):
@@ -89,10 +98,13 @@ class Block(nn.Module):
             epsilon,
             attend,
             self.options.cache_length,
+            self.layer.linear_routing,
             name="attention",
         )
-        x_BTD = x_BTD + attention(norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT)
-        x_BTD = keep(x_BTD, "moe_in")
+        attended_BTD, routed = attention(
+            norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT
+        )
+        x_BTD = keep(x_BTD + attended_BTD, "moe_in")
         y_BTD, stats = norm("ffn_norm")(x_BTD), None
         if isinstance(self.layer.ffn, MoeConfig):
             run, base_grad = self.options.ops.expert_mlp, self.options.base_grad
@@ -104,9 +116,10 @@ class Block(nn.Module):
             mixture = MixtureFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")
             y_BTD, stats = mixture(y_BTD, segment_ids_BT)
         else:
-            y_BTD = DenseFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")(
-                y_BTD
-            )
+            routing, place = self.layer.linear_routing, f"{self.location}/mlp"
+            ffn = DenseFfn(self.layer.ffn, place, dtype, adapter, routing, name="mlp")
+            y_BTD, more = ffn(y_BTD, segment_ids_BT)
+            stats = mean_stats([*routed, *more])
         return x_BTD + y_BTD, stats
 
 
@@ -234,9 +247,7 @@ def split_layers(config: ModelConfig, array_L) -> dict[tuple[str, str], jax.Arra
     """
     slices, start = {}, 0
     for index, segment in enumerate(config.segments):
-        layers = [
-            f"layer_{i}" for i, layer in enumerate(segment.unit) if layer.ffn.routing is not None
-        ]
+        layers = [f"layer_{i}" for i, layer in enumerate(segment.unit) if layer.routing is not None]
         size = segment.repeats * len(layers)
         part = array_L[start : start + size].reshape(
             segment.repeats, len(layers), *array_L.shape[1:]

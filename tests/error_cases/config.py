@@ -162,6 +162,14 @@ FIELDS = (
     _field("adapter.targets=(up", "'.up' is not a regular expression"),
     _field("adapter.kind=dora", "adapter.kind must be"),
     _field("adapter.kind=mixlora", "has experts of its own"),
+    _field("adapter.kind=mola", "has experts of its own"),
+    _field(
+        "adapter.experts_per_layer=2468", "for adapters with experts of their own.*got expert_lora"
+    ),
+    _field("adapter.kind=mola", "so none could earn one", "allocation.r_init=0"),
+    _field("adapter.factor_dropout=0.5", "for all tokens at once"),
+    _field("adapter.factor_dropout=1", "adapter.factor_dropout must be in"),
+    _field("adapter.dora=true", "every token has other experts"),
     _field("adapter.experts_per_token=9", "must be from 1 to adapter.num_experts"),
     _field("adapter.num_experts=0", "adapter.num_experts must be"),
     _field("adapter.top_p=0", "adapter.top_p must be in"),

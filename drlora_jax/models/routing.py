@@ -1,0 +1,122 @@
+"""Routing: which experts a token goes to, with which weights, and what is counted of it.
+
+Routers run in f32 whatever the model's dtype: in bf16 several per cent of the tokens choose other
+experts. Routing statistics are plain outputs, summed over valid tokens, so that they add over
+micro-batches and shards. An expert may be closed: it is never chosen and has no part in the
+softmax, as if it were not there.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drlora_jax.models.architecture import RoutingConfig
+
+
+class RoutingStats(NamedTuple):
+    """Sums over the valid tokens of a batch; a leading [L] when all layers are stacked."""
+
+    count_E: jax.Array  # times each expert was chosen, f32
+    weight_E: jax.Array  # combine weight each expert got, f32
+    probability_E: jax.Array  # softmax probability each expert got, f32 (differentiable)
+    log_z_squared: jax.Array  # logsumexp(router logits) ** 2, f32 (differentiable)
+    first_E: jax.Array  # times each expert was the first choice, f32
+    experts: jax.Array  # experts that can be chosen: no sum, f32
+
+
+class Routing(NamedTuple):
+    expert_TK: jax.Array  # i32; the number of experts where a slot has none
+    weight_TK: jax.Array  # f32, what multiplies the expert's output
+
+
+def choose_experts(
+    logits_TE: jax.Array, config: RoutingConfig, bias_E: jax.Array | None = None
+) -> Routing:
+    """Top-k experts and combine weights from f32 router logits; ties go to the lower index."""
+    if config.score == "softmax_of_top_k":
+        top_TK, expert_TK = jax.lax.top_k(logits_TE, config.experts_per_token)
+        return Routing(expert_TK, jax.nn.softmax(top_TK, axis=-1) * config.scaling)
+    score_TE = (
+        jax.nn.sigmoid(logits_TE)
+        if config.score == "sigmoid"
+        else jax.nn.softmax(logits_TE, axis=-1)
+    )
+    if config.top_p is not None:
+        return _choose_top_p(score_TE, config)
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E[None]
+    if config.num_groups > 1:
+        choice_TE = _limit_to_groups(choice_TE, config)
+    _, expert_TK = jax.lax.top_k(choice_TE, config.experts_per_token)
+    weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
+    if config.normalize:
+        weight_TK = weight_TK / (jnp.sum(weight_TK, axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_TK, weight_TK * config.scaling)
+
+
+def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:
+    """Every expert up to and with the first that takes the sum of scores over `top_p`."""
+    num_experts = score_TE.shape[-1]
+    weight_TK, expert_TK = jax.lax.top_k(score_TE, num_experts)
+    before_TK = jnp.cumsum(weight_TK, axis=-1) - weight_TK
+    is_chosen_TK = before_TK <= config.top_p
+    weight_TK = jnp.where(is_chosen_TK, weight_TK, 0.0)
+    if config.normalize:
+        weight_TK = weight_TK / jnp.sum(weight_TK, axis=-1, keepdims=True)
+    # An index that is no expert's: not counted, not computed.
+    expert_TK = jnp.where(is_chosen_TK, expert_TK, num_experts)
+    return Routing(expert_TK, weight_TK * config.scaling)
+
+
+def _limit_to_groups(choice_TE, config: RoutingConfig):
+    """Keeps the scores of the best groups; the others can not be chosen."""
+    grouped = choice_TE.reshape(choice_TE.shape[0], config.num_groups, -1)
+    best = jax.lax.top_k(grouped, 1 if config.group_score == "max" else 2)[0]
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.top_groups)
+    keep = jnp.sum(jax.nn.one_hot(chosen, config.num_groups), axis=1) > 0
+    return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice_TE.shape)
+
+
+def open_experts(gate_ER: jax.Array) -> jax.Array:
+    """Which of an adapter's own experts can be chosen, bool [E]: those with a rank; where none has
+    one, all of them, which then add nothing.
+    """
+    has_rank_E = gate_ER[:, 0] > 0
+    return has_rank_E | ~jnp.any(has_rank_E)
+
+
+def choose_open(
+    logits_TE: jax.Array, is_open_E: jax.Array, config: RoutingConfig
+) -> tuple[jax.Array, Routing]:
+    """The logits, minus infinity where closed, and the choice among the open experts.
+
+    A layer with fewer open experts than a token may have uses all of them: min(K, open).
+    """
+    logits_TE = jnp.where(is_open_E[None], logits_TE, -jnp.inf)
+    expert_TK, weight_TK = choose_experts(logits_TE, config)
+    is_chosen_TK = jnp.append(is_open_E, False)[expert_TK]
+    expert_TK = jnp.where(is_chosen_TK, expert_TK, is_open_E.size)
+    return logits_TE, Routing(expert_TK, jnp.where(is_chosen_TK, weight_TK, 0.0))
+
+
+def routing_stats(logits_TE: jax.Array, routing: Routing, is_valid_T: jax.Array) -> RoutingStats:
+    """Statistics over valid tokens only; counts and weights are of the experts really used."""
+    num_experts = logits_TE.shape[-1]
+    expert_TK = jnp.where(is_valid_T[:, None], routing.expert_TK, num_experts)
+    zeros = jnp.zeros(num_experts + 1, jnp.float32)
+    valid_T = is_valid_T.astype(jnp.float32)
+    return RoutingStats(
+        count_E=zeros.at[expert_TK.reshape(-1)].add(1.0)[:num_experts],
+        weight_E=zeros.at[expert_TK.reshape(-1)].add(routing.weight_TK.reshape(-1))[:num_experts],
+        probability_E=jnp.sum(jax.nn.softmax(logits_TE, axis=-1) * valid_T[:, None], axis=0),
+        log_z_squared=jnp.sum(jax.nn.logsumexp(logits_TE, axis=-1) ** 2 * valid_T),
+        first_E=zeros.at[expert_TK[:, 0]].add(1.0)[:num_experts],
+        experts=jnp.sum(logits_TE[0] > -jnp.inf).astype(jnp.float32),
+    )
+
+
+def mean_stats(routers: list[RoutingStats]) -> RoutingStats | None:
+    """Of several routers over the same tokens, as of one; None of none."""
+    if not routers:
+        return None
+    return jax.tree.map(lambda *each: sum(each) / len(each), *routers)
