@@ -26,6 +26,7 @@ from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.prepare import prepare
+from drlora_jax.step import expert_roles
 
 METHODS = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
 STEPS, RANKS = 20, 4
@@ -134,7 +135,7 @@ class World:
         is in it by its statistics only.
         """
         policy, (layers, experts, ranks) = run.job.policy, run.abstract_state.mask_LER.shape
-        shapes_LPER = (layers, 1, experts, ranks)
+        shapes_LPER = (layers, len(expert_roles(run.job.adapter)), experts, ranks)
         shapes = (1, *shapes_LPER), shapes_LPER, (1, layers, experts), (1, layers, experts), (1,)
         measured = StepStats(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
         uses = jax.make_jaxpr(policy.accumulate)(run.abstract_state.stats, measured)
