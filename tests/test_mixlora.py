@@ -349,6 +349,21 @@ def test_out_to_the_files_of_moe_peft_and_in_again(folder, tmp_path, weights):
         tool.main(command)
 
 
+def test_the_load_of_experts(folder, tmp_path, capsys):
+    tool, out = load_tool("expert_load"), tmp_path / "shares.json"
+    data = str(folder / "heldout.jsonl")
+    assert tool.main(["--run", str(folder / "run"), "--data", data, "--out", str(out)]) == 0
+    shares_LE = np.array(json.loads(out.read_text())["shares"])
+    assert shares_LE.shape == (3, 4) and (shares_LE <= 0.5).all()  # two experts a token
+    np.testing.assert_allclose(shares_LE.sum(axis=1), 1, atol=1e-4)
+    *_, mean, unused = capsys.readouterr().out.splitlines()
+    expected = [shares_LE.min(axis=1).mean(), shares_LE.max(axis=1).mean()]
+    np.testing.assert_allclose([float(word) for word in mean.split()[1:3]], expected, atol=2e-3)
+    assert unused == f"unused {(shares_LE == 0).sum()} of 12 experts"
+    found_L = tool.relative_entropy(np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0]]))
+    np.testing.assert_allclose(found_L, [1, 0.5, 0], atol=1e-12)
+
+
 def test_export_says_why_not(folder, capsys):
     out = str(folder / "out")
     with pytest.raises(UserError, match="a merge would lose the routing"):

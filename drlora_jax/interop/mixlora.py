@@ -225,8 +225,10 @@ def check_tensors(
 def used_ranks(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: AdapterSpec
 ) -> tuple[int, np.ndarray]:
-    """Ranks up to the last that is not zero: of plain pairs together, and i32 [L, E]."""
-    ranks_LE = np.zeros((len(config.moe_layers), config.moe.routing.num_experts), np.int32)
+    """Ranks up to the last that is not zero: of plain pairs together, and i32 [L, E], at least 1:
+    tokens choose an expert of zeros as well, and get the base's FFN.
+    """
+    ranks_LE = np.ones((len(config.moe_layers), config.moe.routing.num_experts), np.int32)
     rows, plain = {layer: index for index, layer in enumerate(config.moe_layers)}, 0
     for place in locations(config, adapter):
         if place.is_router:
