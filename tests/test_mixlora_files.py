@@ -144,12 +144,12 @@ def test_zeros_at_the_end_are_inactive_ranks_and_come_back(oracle):
     values, tensors, *_ = oracle
     model, variables = model_of(values, tensors)
     config, adapter = model.config, model.options.adapter
-    ranks_LE = np.array([[3, 1, 2, 0, 3], [1, 1, 3, 2, 2]], np.int32)
+    ranks_LE = np.array([[3, 1, 2, 1, 3], [1, 1, 3, 2, 2]], np.int32)
     packed, rank = mixlora.pack(config, adapter, variables["lora"], ranks_LE)
     assert rank == 3 and packed.keys() == tensors.keys()
     plain, found_LE = mixlora.used_ranks(packed, config, adapter)
     assert plain == 3
-    np.testing.assert_array_equal(found_LE, np.maximum(ranks_LE, 1))
+    np.testing.assert_array_equal(found_LE, ranks_LE)
     abstract = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))["lora"]
     lora = mixlora.unpack(packed, config, adapter, abstract)
     active_LER = np.arange(3) < ranks_LE[..., None]
@@ -167,6 +167,18 @@ def test_zeros_at_the_end_are_inactive_ranks_and_come_back(oracle):
             for tree in (variables["lora"], lora)
         )
         jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_experts_without_a_rank(oracle):
+    values, tensors, *_ = oracle
+    closed = {key: value * (".experts.2.lora" not in key) for key, value in tensors.items()}
+    model, variables = model_of(values, closed)
+    config, adapter = model.config, model.options.adapter
+    _, ranks_LE = mixlora.used_ranks(closed, config, adapter)
+    assert ranks_LE.tolist() == [[3, 3, 1, 3, 3]] * 2
+    ranks_LE[1, 2] = 0
+    with pytest.raises(UserError, match="1 of 10 experts have no rank"):
+        mixlora.pack(config, adapter, variables["lora"], ranks_LE)
 
 
 def test_alpha_is_whole_and_the_scale_survives():

@@ -16,6 +16,7 @@ What does not carry over:
   are not in their files), other adapters (loramoe, mola) and sequence classifiers are refused.
 * Their file has one rank. Experts with fewer are padded with zeros; `import` takes zeros at the end
   for inactive ranks, so that ranks come back as they were.
+* Every layer has the same experts: a run with experts of rank 0 is refused.
 * lora_alpha is a whole number. Where scale * rank is not, the scale is multiplied into B.
 * An own rank or scale of experts (`expert_lora`) is read, the scale multiplied into B, its dropout
   left out; written files have none, because the package `mixlora` does not look at it.

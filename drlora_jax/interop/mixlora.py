@@ -91,6 +91,11 @@ def pack(
     config: ModelConfig, adapter: AdapterSpec, lora: dict, ranks_LE: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int]:
     """The tensors of a file, f32, and their rank: the largest that any pair needs."""
+    if not ranks_LE.all():
+        raise UserError(
+            f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have no rank; these files "
+            "have the same experts in every layer, each with a rank."
+        )
     has_plain = any("/attention/" in path for path in adapter.paths)
     rank = max(int(ranks_LE.max()), adapter.rank if has_plain else 0)
     _, factor = alpha_of(adapter.scale, rank)
