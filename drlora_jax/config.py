@@ -97,10 +97,11 @@ class DataSection(_Section):
     path: tuple[
         str, ...
     ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` NAME[:CONFIG]
+    # (with format=choice: TASK=PATH, see drlora_jax/data/choices.py)
     eval_path: tuple[str, ...] = ()
     split: str = "train"  # of a `datasets` name
     eval_split: str = "validation"
-    format: Literal["auto", "prompt_response", "alpaca", "chat", "text"] = "auto"
+    format: Literal["auto", "prompt_response", "alpaca", "chat", "text", "choice"] = "auto"
     prompt_field: str = "prompt"
     response_field: str = "response"
     messages_field: str = "messages"

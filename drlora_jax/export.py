@@ -48,7 +48,7 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB":
 def main(argv=None) -> int:
     args = _parse(argv)
     limit = _shard_bytes(args)
-    out = _check_out(args.out)
+    out = check_out(args.out)
     source = find_run(args.run, step=args.step, model_path=args.model_path)
     if source.config.adapter.makes_experts:
         raise UserError(
@@ -60,7 +60,7 @@ def main(argv=None) -> int:
     reader = LayerReader(source.model_config, source.directory)
     prompts = make_prompts(load_tokenizer(source.directory), source.model_config.vocab_size)
     is_merged = args.format == MERGED
-    with _draft(out) as draft:
+    with new_directory(out) as draft:
         if is_merged:
             lines = write_merged(draft, source.directory, trained, reader, args.dtype, limit)
         else:
@@ -114,7 +114,7 @@ def _shard_bytes(args: argparse.Namespace) -> int | None:
 # the output directory
 
 
-def _check_out(path: str) -> pathlib.Path:
+def check_out(path: str) -> pathlib.Path:
     out = pathlib.Path(path).expanduser()
     kind = kind_of(out)
     if kind not in (DIRECTORY, ABSENT):
@@ -125,7 +125,7 @@ def _check_out(path: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _draft(out: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
     """A directory beside `out` that becomes `out` at the end, and goes if anything fails."""
     draft = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
     try:

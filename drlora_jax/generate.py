@@ -61,7 +61,7 @@ def prompt_writer(loaded: Loaded, template: str) -> Callable[[str], str]:
         template = config.data.template
         if config.data.format != "auto":
             row_format = config.data.format
-        if row_format == "text":
+        if row_format in ("text", "choice"):
             template = AS_IT_IS
     if template == AS_IT_IS:
         return lambda text: text

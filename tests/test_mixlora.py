@@ -1,7 +1,9 @@
 """MixLoRA experts on a dense FFN against a loop over tokens and experts, and as a whole run."""
 
 import dataclasses
+import importlib.util
 import json
+import pathlib
 from functools import partial
 
 import jax
@@ -307,6 +309,61 @@ def test_two_devices_compute_the_same(folder):
         loss = quick(lambda v, b, m=loaded.model: batch_loss(m, v, b, AuxiliaryWeights())[0].nll)
         losses.append(float(loss(loaded.variables, batch)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def load_tool(name):
+    file = pathlib.Path(__file__).parents[1] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_out_to_the_files_of_moe_peft_and_in_again(folder, tmp_path, weights):
+    """The run has grown ranks; factors, ranks and scale come back bit for bit."""
+    if weights == "bin":
+        pytest.importorskip("torch")
+    tool, run, again = load_tool("mixlora_convert"), str(folder / "run"), str(tmp_path / "again")
+    model, files = str(folder / "model"), tmp_path / "files"
+    assert tool.main(["export", "--run", run, "--out", str(files), "--weights", weights]) == 0
+    assert {file.name for file in files.iterdir()} == {
+        "adapter_config.json",
+        f"adapter_model.{weights}",
+    }
+    command = ["import", "--adapter", str(files), "--model", model, "--out", again]
+    assert tool.main(command) == 0
+    before, after = load_run(run), load_run(again)
+    np.testing.assert_array_equal(after.ranks_LE, before.ranks_LE)
+    assert after.model.options.adapter.scale == before.model.options.adapter.scale
+    assert after.config.adapter == dataclasses.replace(before.config.adapter, targets=ALL)
+    assert after.config.allocation.kind == "pattern"
+
+    def compare(path, got, expected):
+        got, expected = np.asarray(got), np.asarray(expected)
+        if "mlp" in str(path) and "router" not in str(path):
+            is_active = np.arange(expected.shape[-2]) < before.ranks_LE[..., None]
+            expected = np.where(is_active[..., None], expected, 0)[:, :, : got.shape[-2]]
+        np.testing.assert_array_equal(got, expected)
+
+    jax.tree.map_with_path(compare, after.variables["lora"], before.variables["lora"])
+    with pytest.raises(UserError, match="not empty"):
+        tool.main(command)
+
+
+def test_the_load_of_experts(folder, tmp_path, capsys):
+    tool, out = load_tool("expert_load"), tmp_path / "shares.json"
+    data = str(folder / "heldout.jsonl")
+    assert tool.main(["--run", str(folder / "run"), "--data", data, "--out", str(out)]) == 0
+    shares_LE = np.array(json.loads(out.read_text())["shares"])
+    assert shares_LE.shape == (3, 4) and (shares_LE <= 0.5).all()  # two experts a token
+    np.testing.assert_allclose(shares_LE.sum(axis=1), 1, atol=1e-4)
+    *_, mean, unused = capsys.readouterr().out.splitlines()
+    expected = [shares_LE.min(axis=1).mean(), shares_LE.max(axis=1).mean()]
+    np.testing.assert_allclose([float(word) for word in mean.split()[1:3]], expected, atol=2e-3)
+    assert unused == f"unused {(shares_LE == 0).sum()} of 12 experts"
+    found_L = tool.relative_entropy(np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0]]))
+    np.testing.assert_allclose(found_L, [1, 0.5, 0], atol=1e-12)
 
 
 def test_export_says_why_not(folder, capsys):

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from drlora_jax.config import DataSection
+from drlora_jax.data.choices import FORMAT as CHOICE
+from drlora_jax.data.choices import read_choices, render_choice
 from drlora_jax.data.sources import Row, read_rows
 from drlora_jax.data.templates import BadRow, FieldNames, choose_template, detect_format, render
 from drlora_jax.data.tokenize import Document, check_tokenizer, encode_document
@@ -90,8 +92,8 @@ def load_documents(
     limit = None if evaluation else config.max_rows
     report = Report(paths)
     documents = []
-    for row in _first(read_rows(paths, split=split), limit):
-        documents += _documents_of(row, config, tokenizer, sequence_length, report)
+    for task, row in _first(_rows(config, paths, split), limit):
+        documents += _documents_of(task, row, config, tokenizer, sequence_length, report)
     if not documents:
         raise UserError(_nothing_left(report))
     report.documents = len(documents)
@@ -100,7 +102,14 @@ def load_documents(
     return Documents(documents, report)
 
 
-def _first(rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
+def _rows(config: DataSection, paths: tuple[str, ...], split: str) -> Iterator[tuple[str, Row]]:
+    """Rows, each with its multiple-choice task; no task ("") where rows need none."""
+    if config.format == CHOICE:
+        return read_choices(paths, split=split)
+    return (("", row) for row in read_rows(paths, split=split))
+
+
+def _first(rows: Iterator, limit: int | None) -> Iterator:
     # Not itertools.islice: past the limit it would ask for a row more, and a bad one would stop us.
     for number, row in enumerate(rows, start=1):
         yield row
@@ -109,14 +118,14 @@ def _first(rows: Iterator[Row], limit: int | None) -> Iterator[Row]:
 
 
 def _documents_of(
-    row: Row, config: DataSection, tokenizer, sequence_length: int, report: Report
+    task: str, row: Row, config: DataSection, tokenizer, sequence_length: int, report: Report
 ) -> list[Document]:
     """The documents of one row; none if it is skipped."""
     report.rows_read += 1
     if not report.format:
         _decide(row, config, tokenizer, report)
     try:
-        document = _encode_row(row, config, tokenizer, report)
+        document = _encode_row(task, row, config, tokenizer, report)
         documents = _fit(document, config, sequence_length)
         _check_targets(document, documents, sequence_length)
     except BadRow as error:
@@ -152,7 +161,9 @@ def _names(config: DataSection) -> FieldNames:
     )
 
 
-def _encode_row(row: Row, config: DataSection, tokenizer, report: Report) -> Document:
+def _encode_row(task: str, row: Row, config: DataSection, tokenizer, report: Report) -> Document:
+    if task:
+        return encode_document(render_choice(task, row), tokenizer, config.loss_on)
     segments = render(
         row.fields,
         row_format=report.format,

@@ -14,7 +14,7 @@ from drlora_jax.errors import UserError
 
 PROMPT_TEMPLATES = ("plain", "question_answer", "alpaca")
 CHAT_TEMPLATES = ("chatml", "tulu", "tokenizer")
-AS_IS = "as is"  # what the format `text` resolves to
+AS_IS = "as is"  # what the formats `text` and `choice` resolve to
 
 _ALPACA = "Below is an instruction that describes a task"
 _ALPACA_INPUT = ", paired with an input that provides further context"
@@ -77,12 +77,13 @@ def choose_template(template: str, row_format: str, tokenizer) -> str:
         )
     if template == "auto":
         chat = "tokenizer" if has_own else "tulu"
-        automatic = {"alpaca": "alpaca", "chat": chat, "prompt_response": "plain", "text": AS_IS}
-        return automatic[row_format]
-    if row_format == "text":
+        automatic = {"alpaca": "alpaca", "chat": chat, "prompt_response": "plain"}
+        return automatic.get(row_format, AS_IS)
+    if row_format in ("text", "choice"):
+        why = "is taken as it is" if row_format == "text" else "has the prompts of its tasks"
         raise UserError(
-            f"data.template={template} does not apply to data.format=text, which is taken "
-            "as it is; use data.template=auto."
+            f"data.template={template} does not apply to data.format={row_format}, which {why}; "
+            "use data.template=auto."
         )
     if row_format == "chat" and template in PROMPT_TEMPLATES:
         raise UserError(

@@ -189,3 +189,4 @@ _HUB: dict[str, Callable[[dict], Question]] = {
     "winogrande": _winogrande,
     "hellaswag": _hellaswag,
 }
+DATASETS = tuple(_HUB)

@@ -148,6 +148,8 @@ FIELDS = (
     _field("data.template=alpacca", "does not exist; did you mean alpaca"),
     _field("data.template=tokenizer", "does not apply to data.format=text", "data.format=text"),
     _field("data.path=", "data.path names no training data"),
+    _field("data.format=choice", "needs paths TASK=PATH, .*; got 'rows.jsonl'"),
+    _field("data.path=arc_esay=rows.jsonl", "did you mean arc_easy", "data.format=choice"),
     _field("run.dir=", "run.dir must name a directory"),
     _field("run.seed=4294967296", "run.seed must be"),
     _field("model.path=", "model.path must name a model"),

@@ -1,0 +1,275 @@
+"""MixLoRA adapters as MoE-PEFT and the package `mixlora` store them, to and from the `lora` tree.
+
+Their adapter is a flat dict of f32 tensors under `mixlora.layers.{l}`: one pair a matrix of
+attention (`self_attn.q_proj.lora_A.weight` [r, in], `lora_B` [out, r]), one pair an expert and FFN
+projection (`mlp.up_proj.experts.{i}.lora_A.weight`), and a router (`mlp.moe_gate.weight` [E, in]).
+Every pair has the same rank. Here an expert may have fewer ranks than another: what lies behind its
+active ones is written as zeros, and zeros at the end are read as inactive ranks.
+
+One table, `locations`, is used in both directions. Values are moved, never computed with, unless a
+scale has to be folded into B (see `alpha_of`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.config import AdapterSection
+from drlora_jax.errors import UserError
+from drlora_jax.interop.factors import places
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.families import key_table
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
+NO_DROPOUT = 1e-6  # their loader refuses 0
+ROUTINGS = ("mixlora", "mixlora-dynamic")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+_LEGACY_ROLES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
+_LEGACY = re.compile(r"(mixlora\.layers\.\d+)\.(?:gate|experts\.(\d+)\.(\w+?))(\..*)")
+
+
+class Location(NamedTuple):
+    """One tensor of a file, and the slice of a leaf of `lora` that it is."""
+
+    key: str
+    path: tuple[str, ...]  # of the leaf
+    index: tuple[int, ...]  # into its leading axes: repeat, expert
+    layer: int
+    expert: int | None
+    transpose: bool
+
+    @property
+    def is_router(self) -> bool:
+        return self.path[-1] == "router"
+
+
+def locations(config: ModelConfig, adapter: AdapterSpec) -> Iterator[Location]:
+    """Every tensor of an adapter; `config` has the experts that `with_adapter_experts` gives."""
+    numbers = {(place.segment, place.unit, place.repeat): place.number for place in places(config)}
+    for key, slot in key_table(config, "experts").items():
+        *module, leaf = slot.path
+        if leaf != "kernel" or "/".join(module) not in adapter.paths:
+            continue
+        stem = "mixlora" + key.removeprefix("model").removesuffix(".weight")
+        layer = numbers[(*module[:2], *slot.index)]
+        is_expert = module[2] == adapter.experts_module
+        path = (*module[:3], f"{module[3]}_lora") if is_expert else (*module, "lora")
+        experts = range(config.moe.routing.num_experts) if is_expert else (None,)
+        for expert in experts:
+            index = slot.index if expert is None else (*slot.index, expert)
+            name = stem if expert is None else f"{stem}.experts.{expert}"
+            yield Location(f"{name}.lora_A.weight", (*path, "a"), index, layer, expert, False)
+            yield Location(f"{name}.lora_B.weight", (*path, "b"), index, layer, expert, True)
+    for place in places(config):
+        path = (place.segment, place.unit, adapter.experts_module, "router")
+        key = f"mixlora.layers.{place.number}.mlp.moe_gate.weight"
+        yield Location(key, path, (place.repeat,), place.number, None, True)
+
+
+def leaf_at(tree: dict, path: tuple[str, ...]):
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+# --------------------------------------------------------------------------------------------- out
+
+
+def alpha_of(scale: float, rank: int) -> tuple[int, float]:
+    """lora_alpha, which must be whole, and what B is multiplied by: 1 where scale * rank is whole,
+    as it is for every usual scale.
+    """
+    alpha = round(scale * rank)
+    return (alpha, 1.0) if alpha > 0 and alpha / rank == scale else (rank, scale)
+
+
+def pack(
+    config: ModelConfig, adapter: AdapterSpec, lora: dict, ranks_LE: np.ndarray
+) -> tuple[dict[str, np.ndarray], int]:
+    """The tensors of a file, f32, and their rank: the largest that any pair needs."""
+    if not ranks_LE.all():
+        raise UserError(
+            f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have no rank; these files "
+            "have the same experts in every layer, each with a rank."
+        )
+    has_plain = any("/attention/" in path for path in adapter.paths)
+    rank = max(int(ranks_LE.max()), adapter.rank if has_plain else 0)
+    _, factor = alpha_of(adapter.scale, rank)
+    rows = {layer: index for index, layer in enumerate(config.moe_layers)}
+    tensors = {}
+    for place in locations(config, adapter):
+        value = np.asarray(leaf_at(lora, place.path), np.float32)[place.index]
+        if not place.is_router:
+            if place.expert is not None:
+                value = value[: ranks_LE[rows[place.layer], place.expert]]
+            value = np.pad(value, ((0, rank - len(value)), (0, 0)))
+            value = value * np.float32(factor) if place.path[-1] == "b" else value
+        tensors[place.key] = np.ascontiguousarray(value.T if place.transpose else value)
+    return tensors, rank
+
+
+def describe(
+    config: ModelConfig, adapter: AdapterSpec, section: AdapterSection, rank: int, base: str
+) -> dict:
+    """The values of adapter_config.json."""
+    roles = {path.rpartition("/")[2] for path in adapter.paths}
+    routing = {"routing_strategy": "mixlora", "top_k": section.experts_per_token}
+    if section.top_p is not None:
+        routing = {"routing_strategy": "mixlora-dynamic", "top_p": section.top_p}
+        routing["temperature"] = 0.0
+    return {
+        "peft_type": "MIXLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": alpha_of(adapter.scale, rank)[0],
+        "lora_dropout": section.dropout or NO_DROPOUT,
+        "target_modules": [f"{role}_proj" for role in ROLES if role in roles],
+        "num_experts": section.num_experts,
+        "act_fn": config.moe.activation,
+        **routing,
+    }
+
+
+# ---------------------------------------------------------------------------------------------- in
+
+
+class Described(NamedTuple):
+    """What an adapter_config.json says."""
+
+    section: AdapterSection  # rank: of attention, as stored
+    expert_rank: int  # as stored
+    expert_factor: float  # on B of experts, whose scale may be another than attention's
+
+
+def read_description(values: Mapping, *, accept_top_p: bool = False) -> Described:
+    """Checks what can be read; raises UserError for the rest."""
+    kind, routing = values.get("peft_type"), values.get("routing_strategy")
+    routing = "mixlora" if routing == "mixtral" else routing  # its name until August 2024
+    if kind != "MIXLORA" or routing not in ROUTINGS:
+        raise UserError(
+            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} can not be read; "
+            f"MIXLORA with {' or '.join(ROUTINGS)} can."
+        )
+    own = dict(values) | dict(values.get("expert_lora") or {})
+    if values.get("use_dora") or own.get("use_dora"):
+        raise UserError(
+            f"{CONFIG}: use_dora: such adapters are stored without their magnitudes, so what was "
+            "trained is not in the file."
+        )
+    if routing == "mixlora-dynamic":
+        _check_dynamic(values, accept_top_p)
+    try:
+        rank, expert_rank = values["r"], own["r"]
+        scale, expert_scale = (_scale(each) for each in (values, own))
+        names = values["target_modules"]
+        names = [name for name in names if not isinstance(names, Mapping) or names[name]]
+        section = AdapterSection(
+            kind="mixlora",
+            targets=tuple(name.removesuffix("_proj") for name in names),
+            scale=scale,
+            dropout=0.0 if values["lora_dropout"] <= NO_DROPOUT else float(values["lora_dropout"]),
+            rank=rank,
+            num_experts=values["num_experts"],
+            experts_per_token=min(values.get("top_k", 2), values["num_experts"]),
+            top_p=float(values.get("top_p", 0.8)) if routing == "mixlora-dynamic" else None,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{CONFIG}: not what MoE-PEFT writes: {type(error).__name__}: {error}."
+        ) from error
+    return Described(section, expert_rank, expert_scale / scale)
+
+
+def _scale(values: Mapping) -> float:
+    return values["lora_alpha"] / values["r"] ** (0.5 if values.get("use_rslora") else 1.0)
+
+
+def _check_dynamic(values: Mapping, accept_top_p: bool) -> None:
+    if values.get("temperature"):
+        raise UserError(
+            f"{CONFIG}: temperature {values['temperature']} divides probabilities, which is not "
+            "supported; only 0 is."
+        )
+    if not accept_top_p:
+        raise UserError(
+            f"{CONFIG}: routing by top_p is not renormalised by MoE-PEFT and is here, so outputs "
+            "differ by the sum of the chosen probabilities. Say that this is meant: --accept-top-p."
+        )
+
+
+def modern_key(key: str) -> str:
+    """A key of files older than August 2024 under today's name; others unchanged."""
+    found = _LEGACY.fullmatch(key)
+    if found is None:
+        return key
+    layer, expert, role, rest = found.groups()
+    if expert is None:
+        return f"{layer}.mlp.moe_gate{rest}"
+    return f"{layer}.mlp.{_LEGACY_ROLES.get(role, role)}.experts.{expert}{rest}"
+
+
+def check_tensors(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: AdapterSpec
+) -> dict[str, np.ndarray]:
+    """The tensors by today's names in f32; every one is known and there."""
+    tensors = {modern_key(key): np.asarray(value, np.float32) for key, value in tensors.items()}
+    wanted = {place.key for place in locations(config, adapter)}
+    for what, keys in (("lacks", wanted - tensors.keys()), ("also has", tensors.keys() - wanted)):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise UserError(f"the adapter {what} {min(keys)}{more}: not an adapter of this base.")
+    return tensors
+
+
+def used_ranks(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: AdapterSpec
+) -> tuple[int, np.ndarray]:
+    """Ranks up to the last that is not zero: of plain pairs together, and i32 [L, E], at least 1:
+    tokens choose an expert of zeros as well, and get the base's FFN.
+    """
+    ranks_LE = np.ones((len(config.moe_layers), config.moe.routing.num_experts), np.int32)
+    rows, plain = {layer: index for index, layer in enumerate(config.moe_layers)}, 0
+    for place in locations(config, adapter):
+        if place.is_router:
+            continue
+        value = tensors[place.key].T if place.transpose else tensors[place.key]
+        used = int(np.flatnonzero(value.any(axis=-1)).max(initial=-1)) + 1
+        if place.expert is None:
+            plain = max(plain, used)
+        else:
+            at = rows[place.layer], place.expert
+            ranks_LE[at] = max(ranks_LE[at], used)
+    return plain, ranks_LE
+
+
+def unpack(
+    tensors: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    adapter: AdapterSpec,
+    abstract: dict,
+    expert_factor: float = 1.0,
+) -> dict:
+    """The `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank rows than
+    the file, where those left out are zero.
+    """
+    lora = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
+    for place in locations(config, adapter):
+        value = tensors[place.key].T if place.transpose else tensors[place.key]
+        target = leaf_at(lora, place.path)[place.index]
+        is_right = value.shape[1:] == target.shape[1:]
+        if place.is_router:
+            is_right = value.shape == target.shape
+        if not is_right:
+            got = list(tensors[place.key].shape)
+            raise UserError(f"the adapter's {place.key} is {got}: not an adapter of this base.")
+        if place.expert is not None and place.path[-1] == "b":
+            value = value * np.float32(expert_factor)
+        rows = min(len(value), len(target))
+        target[:rows] = value[:rows]
+    return lora

@@ -1,0 +1,88 @@
+"""How evenly a run's experts are used: share of the choices by layer, on rows that are read now.
+
+    python tools/expert_load.py --run runs/mine --data arc_easy=FILE.jsonl [--limit 8]
+
+For every layer the smallest and the largest share of an expert (1 / experts where all are used
+alike) and the entropy of the shares over its largest value, 1. --data is read by the settings of
+the run (format, template, row length); dropout is off.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from drlora_jax import cli
+from drlora_jax.data.documents import load_documents
+from drlora_jax.data.loader import eval_batches
+from drlora_jax.data.tokenize import pad_token
+from drlora_jax.errors import EXIT_DONE, UserError
+from drlora_jax.loaded import Loaded, load_run
+from drlora_jax.parallel import mesh as mesh_lib
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, metavar="DIR")
+    parser.add_argument("--step", default="latest", help="latest (default), best, or a number")
+    parser.add_argument("--model-path", metavar="PATH", help="where the base is, if it has moved")
+    parser.add_argument("--data", required=True, metavar="PATH", help="as in data.eval_path")
+    parser.add_argument("--limit", type=int, metavar="N", help="batches at most; default: all")
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="the shares as JSON")
+    args = parser.parse_args(argv)
+    loaded = load_run(args.run, step=args.step, model_path=args.model_path)
+    if not loaded.model.config.moe_layers:
+        raise UserError(f"{args.run} has no experts, so no expert has a load.")
+    shares_LE = expert_shares(loaded, args.data, args.limit)
+    print("\n".join(lines(loaded.model.config.moe_layers, shares_LE)))
+    if args.out:
+        args.out.write_text(json.dumps({"shares": shares_LE.round(5).tolist()}) + "\n")
+    return EXIT_DONE
+
+
+def expert_shares(loaded: Loaded, path: str, limit: int | None) -> np.ndarray:
+    """Share of the choices of all tokens, [L, E]; a layer sums to 1."""
+    section, size = loaded.config.data, loaded.config.train
+    section = dataclasses.replace(section, eval_path=(path,))
+    length, pad_id = size.sequence_length, pad_token(loaded.tokenizer)
+    documents = load_documents(section, loaded.tokenizer, length, evaluation=True).documents
+    rows = mesh_lib.whole_shards(loaded.mesh, size.batch_size)
+    options = {"sequence_length": length, "batch_size": rows, "pad_id": pad_id, "limit": limit}
+
+    @jax.jit
+    def count(variables, batch):
+        inputs = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
+        return loaded.model.apply(variables, *inputs)[1].count_E
+
+    total_LE = 0.0
+    for batch in eval_batches(documents, **options):
+        placed = jax.device_put(batch, mesh_lib.rows(loaded.mesh))
+        total_LE = total_LE + np.asarray(count(loaded.variables, placed), np.float64)
+    return total_LE / total_LE.sum(axis=1, keepdims=True)
+
+
+def relative_entropy(shares_LE: np.ndarray) -> np.ndarray:
+    """Entropy of every layer's shares over log E; 1 where all experts are used alike."""
+    logs_LE = np.log(np.where(shares_LE > 0, shares_LE, 1.0))
+    return -(shares_LE * logs_LE).sum(axis=1) / np.log(shares_LE.shape[1])
+
+
+def lines(layers, shares_LE: np.ndarray) -> list[str]:
+    """The table as text, with means over layers."""
+    least_L, most_L = shares_LE.min(axis=1), shares_LE.max(axis=1)
+    columns = np.stack([least_L, most_L, relative_entropy(shares_LE)], axis=1)
+    text = ["layer    least     most  entropy"]
+    for name, row in zip([*layers, "mean"], [*columns, columns.mean(axis=0)], strict=True):
+        text.append(f"{name!s:>5} " + " ".join(f"{value:8.3f}" for value in row))
+    unused = int((shares_LE == 0).sum())
+    text.append(f"unused {unused} of {shares_LE.size} experts")
+    return text
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)

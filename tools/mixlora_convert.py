@@ -1,0 +1,191 @@
+"""MixLoRA adapters of MoE-PEFT and the package `mixlora`: to a run directory, and back.
+
+    python tools/mixlora_convert.py import --adapter DIR --model BASE --out runs/theirs
+    python tools/mixlora_convert.py export --run runs/mine --out DIR [--weights bin]
+
+`import` reads adapter_config.json and adapter_model.bin (or .safetensors) and writes a run
+directory that `drlora_jax.evaluate` and `drlora_jax.generate` take; it has no optimizer state, so
+training does not go on from it. `export` writes those two files from a run's checkpoint. A .bin
+file is a pickle: it is read with torch's `weights_only`, which builds tensors and nothing else, and
+torch is needed for it. Their loaders do not read .safetensors.
+
+What does not carry over:
+
+* top_p routing (`mixlora-dynamic`) is renormalised here and not there, so the same tensors are two
+  functions; both directions want --accept-top-p. Switch routing, temperature, DoRA (its magnitudes
+  are not in their files), other adapters (loramoe, mola) and sequence classifiers are refused.
+* Their file has one rank. Experts with fewer are padded with zeros; `import` takes zeros at the end
+  for inactive ranks, so that ranks come back as they were.
+* Every layer has the same experts: a run with experts of rank 0 is refused.
+* lora_alpha is a whole number. Where scale * rank is not, the scale is multiplied into B.
+* An own rank or scale of experts (`expert_lora`) is read, the scale multiplied into B, its dropout
+  left out; written files have none, because the package `mixlora` does not look at it.
+* lora_dropout=0 is written as 1e-6, because their loader wants more than 0; 1e-6 is read as 0.
+* Base models of the `llama` family, as for adapter.kind=mixlora itself.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import pickle
+
+import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from drlora_jax import cli
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.targets import resolve_targets
+from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.config import (
+    AdapterSection,
+    AllocationSection,
+    MeshSection,
+    ModelSection,
+    RunSection,
+    TrainConfig,
+)
+from drlora_jax.data.packages import load_package
+from drlora_jax.errors import EXIT_DONE, UserError
+from drlora_jax.export import check_out, new_directory
+from drlora_jax.files import read_json
+from drlora_jax.interop import mixlora
+from drlora_jax.interop.hf_read import find_model, fingerprint, read_model_config
+from drlora_jax.loaded import find_run, read_factors
+from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.prepare import make_adapter, with_adapter_experts
+from drlora_jax.run_dir import RunDirectory
+from drlora_jax.step import init_lora
+
+
+def main(argv=None) -> int:
+    args = _parse(argv)
+    return (_import if args.direction == "import" else _export)(args)
+
+
+def _parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    directions = parser.add_subparsers(dest="direction", required=True)
+    into = directions.add_parser("import", help="their files to a run directory")
+    into.add_argument("--adapter", required=True, metavar="DIR", type=pathlib.Path)
+    into.add_argument("--model", required=True, metavar="BASE", help="directory or hub name")
+    out_of = directions.add_parser("export", help="a run's checkpoint to their files")
+    out_of.add_argument("--run", required=True, metavar="DIR")
+    out_of.add_argument("--step", default="latest", help="latest (default), best, or a number")
+    out_of.add_argument("--model-path", metavar="PATH", help="where the base is, if it has moved")
+    out_of.add_argument("--weights", choices=("bin", "safetensors"), default="bin")
+    for each in (into, out_of):
+        each.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+        each.add_argument("--accept-top-p", action="store_true", help="see above")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------- in
+
+
+def _import(args: argparse.Namespace) -> int:
+    values = read_json(args.adapter / mixlora.CONFIG)
+    described = mixlora.read_description(values, accept_top_p=args.accept_top_p)
+    section, out = described.section, check_out(args.out)
+    directory = find_model(args.model)
+    base = read_model_config(directory)
+    config = with_adapter_experts(base, section)
+    paths = resolve_targets(base, section.kind, section.targets)
+    stored = AdapterSpec(paths=paths, experts_module=config.experts_module)
+    tensors = mixlora.check_tensors(_read_tensors(args.adapter), config, stored)
+    plain, ranks_LE = mixlora.used_ranks(tensors, config, stored)
+    run = _run_config(args, dataclasses.replace(section, rank=plain or None), ranks_LE)
+    adapter = make_adapter(run, config)
+    model = Decoder(config, DecoderOptions(adapter=adapter))
+    abstract = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
+    lora = mixlora.unpack(tensors, config, adapter, abstract, described.expert_factor)
+    _write_run(RunDirectory(str(out)), run, fingerprint(directory), config, lora, ranks_LE)
+    print(f"{out}: {len(tensors)} tensors, expert ranks {ranks_LE.min()} to {ranks_LE.max()}")
+    return EXIT_DONE
+
+
+def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    file = folder / f"{mixlora.WEIGHTS}.safetensors"
+    if file.is_file():
+        return load_file(file)
+    file = file.with_suffix(".bin")
+    if not file.is_file():
+        raise UserError(f"{folder} has no {mixlora.WEIGHTS}.safetensors and no {file.name}.")
+    torch = load_package("torch", f"Reading {file}")
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        return {key: value.float().numpy() for key, value in found.items()}
+    # A pickle that is cut off, or holds more than tensors.
+    except (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} can not be read as a file of tensors: {reason}") from error
+
+
+def _run_config(args, section: AdapterSection, ranks_LE: np.ndarray) -> TrainConfig:
+    """Equal ranks are a uniform allocation; others come from the run's own ranks.jsonl."""
+    rank = max(int(ranks_LE.max()), 1)
+    kind = "uniform" if (ranks_LE == rank).all() else "pattern"
+    pattern = f"{args.out}/ranks.jsonl" if kind == "pattern" else None
+    return TrainConfig(
+        run=RunSection(dir=args.out),
+        model=ModelSection(path=args.model),
+        adapter=section,
+        allocation=AllocationSection(kind=kind, r_target=rank, r_max=rank, pattern=pattern),
+    )
+
+
+def _write_run(run_dir: RunDirectory, run: TrainConfig, base: str, config, lora, ranks_LE) -> None:
+    source = "an adapter of MoE-PEFT, without training data"
+    origin = {"base_fingerprint": base, "data_fingerprint": source}
+    run_dir.create(run, origin, schedule_steps=1)
+    budget = int(ranks_LE.sum(axis=1).max())
+    run_dir.log_ranks(0, config.moe_layers, ranks_LE, np.zeros(ranks_LE.shape), budget)
+    state = jax.tree.map(jax.numpy.asarray, {"lora": lora, "ranks_LE": ranks_LE})
+    checkpoints = Checkpoints(run_dir.checkpoints, keep_last=1)
+    checkpoints.save(0, state, {"tokens": 0})
+    checkpoints.close()
+
+
+# --------------------------------------------------------------------------------------------- out
+
+
+def _export(args: argparse.Namespace) -> int:
+    source = find_run(args.run, step=args.step, model_path=args.model_path)
+    section, out = source.config.adapter, check_out(args.out)
+    if section.kind != "mixlora":
+        raise UserError(
+            f"{args.run} was trained with adapter.kind={section.kind}, which is not MixLoRA; use "
+            "python -m drlora_jax.export."
+        )
+    if section.top_p is not None and not args.accept_top_p:
+        raise UserError(
+            f"{args.run} has adapter.top_p={section.top_p}: weights are renormalised here and not "
+            "in MoE-PEFT, where it is another function. --accept-top-p writes it still."
+        )
+    mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
+    lora, ranks_LE = read_factors(source, mesh)
+    tensors, rank = mixlora.pack(source.model_config, source.adapter, lora, ranks_LE)
+    values = mixlora.describe(
+        source.model_config, source.adapter, section, rank, source.config.model.path
+    )
+    with new_directory(out) as draft:
+        (draft / mixlora.CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        _write_tensors(draft / f"{mixlora.WEIGHTS}.{args.weights}", tensors)
+    print(f"{out}: {len(tensors)} tensors of rank {rank}, step {source.step}")
+    return EXIT_DONE
+
+
+def _write_tensors(file: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+    if file.suffix == ".safetensors":
+        save_file(tensors, file, {"format": "pt"})
+        return
+    torch = load_package("torch", f"Writing {file.name} (without torch: --weights safetensors)")
+    torch.save({key: torch.from_numpy(value) for key, value in tensors.items()}, file)
+
+
+if __name__ == "__main__":
+    cli.run_and_exit(main)
