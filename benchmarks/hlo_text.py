@@ -94,7 +94,9 @@ def _trips(bodies, line: str) -> int:
 
 def _collective(match, line: str, times: int) -> Collective:
     arrays = [f"{kind}[{sizes}]" for kind, sizes in _ARRAY.findall(match[1])]
-    if match[3] and len(arrays) > 1:  # started: the operands come before the results
+    if match[2] == "ragged-all-to-all":  # the buffer, which is for the worst case
+        arrays = [max(arrays, key=shape_bytes)]
+    elif match[3] and len(arrays) > 1:  # started: the operands come before the results
         arrays = arrays[len(arrays) // 2 :] if match[2] == "all-reduce" else arrays[-1:]
     origin = re.search(r'op_name="([^"]*)"', line)
     return Collective(match[2], " ".join(arrays), times, origin[1] if origin else "")
