@@ -22,21 +22,27 @@ from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 from drlora_jax import train as train_lib
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
+from drlora_jax.parallel.mesh import AXES
 from drlora_jax.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 VALUES = OLMOE | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8}
 MESH = {"data": 2, "expert": 2, "tensor": 2}
-STEPS, FIRST_SAVED = 12, 5  # events after steps 3 and 7
+OTHERS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 1, 4)]  # with DRLORA_MESHES=all
+STEPS, FIRST_SAVED = 20, 5  # events after steps 5 and 11
 HEARTBEAT, TIMEOUT = 20, 300  # seconds
 
 CONFIG = """import pathlib
 from tiny import tiny_config
 
 def get_config():
-    run = dict(heartbeat_timeout={heartbeat}, keep_last=9)
-    return tiny_config(pathlib.Path({folder!r}), run=run)
+    return tiny_config(pathlib.Path({folder!r}), **{changes!r})
 """
+CHANGES = {
+    "run": {"heartbeat_timeout": HEARTBEAT, "keep_last": 9},
+    "train": {"steps": STEPS, "eval_every": STEPS},
+    "allocation": {"interval": 6},
+}
 
 
 class Runs:
@@ -48,7 +54,7 @@ class Runs:
         write_rows(folder / "train.jsonl", 60)
         write_rows(folder / "heldout.jsonl", 12, seed=1)
         self.config = folder / "config.py"
-        self.config.write_text(CONFIG.format(folder=str(folder), heartbeat=HEARTBEAT))
+        self.config.write_text(CONFIG.format(folder=str(folder), changes=CHANGES))
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "JAX_PLATFORMS": "cpu",
@@ -107,33 +113,56 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("processes"))
 
 
-@pytest.fixture(scope="module")
-def whole(runs):
-    """The run that two processes of four devices take to its end."""
+def run_two(runs, name, mesh):
+    """The losses of a run that two processes of four devices take to its end."""
     command = [sys.executable, str(ROOT / "launch" / "local.py"), "--processes", "2"]
-    command += ["--devices", "4", "--", *runs.arguments("whole", **MESH)]
+    command += ["--devices", "4", "--", *runs.arguments(name, **mesh)]
     done = subprocess.run(
         command, env=runs.environment, capture_output=True, text=True, timeout=TIMEOUT
     )
     assert done.returncode == EXIT_DONE, done.stderr[-2000:]
-    assert "2 processes of 4" in done.stdout and done.stdout.count("step 12/12") == 1
-    return runs.losses("whole")
+    assert "2 processes of 4" in done.stdout
+    assert done.stdout.count(f"step {STEPS}/{STEPS}") == 1  # only one speaks
+    return runs.losses(name)
 
 
-def test_two_processes_compute_what_one_device_does(runs, whole):
-    stepper = Stepper(runs.folder, name="one")
+@pytest.fixture(scope="module")
+def whole(runs):
+    return run_two(runs, "whole", MESH)
+
+
+@pytest.fixture(scope="module")
+def one_device(runs):
+    """Losses, and ranks by step, of one device in one process."""
+    stepper = Stepper(runs.folder, "one", **CHANGES)
     losses, ranks = [], []
     for _ in range(STEPS):
         losses.append(float(stepper.step()["loss"]))
         ranks.append(stepper.position.capacity.ranks_LE.tolist())
-    np.testing.assert_allclose(whole, losses, rtol=1e-5)
-    events = {row["step"]: row["ranks"] for row in runs.rows("whole", "ranks.jsonl")}
-    assert len(events) == 2 and events == {step: ranks[step - 1] for step in events}
+    return losses, ranks
+
+
+def check_run(runs, name, losses, one_device):
+    np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
+    events = {row["step"]: row["ranks"] for row in runs.rows(name, "ranks.jsonl")}
+    assert list(events) == [5, 11]
+    assert events == {step: one_device[1][step - 1] for step in events}
+
+
+def test_two_processes_compute_what_one_device_does(runs, whole, one_device):
+    check_run(runs, "whole", whole, one_device)
+
+
+@pytest.mark.skipif(os.environ.get("DRLORA_MESHES") != "all", reason="DRLORA_MESHES=all asks")
+@pytest.mark.parametrize("sizes", OTHERS, ids=str)
+def test_every_axis_may_lie_across_processes(runs, one_device, sizes):
+    name = "two-" + "x".join(map(str, sizes))
+    losses = run_two(runs, name, dict(zip(AXES, sizes, strict=True)))
+    check_run(runs, name, losses, one_device)
 
 
 def build(runs, name, mesh):
-    run = {"keep_last": 9, "heartbeat_timeout": HEARTBEAT}
-    return train_lib.build(prepare(tiny_config(runs.folder, name, run=run, mesh=mesh)))
+    return train_lib.build(prepare(tiny_config(runs.folder, name, **CHANGES, mesh=mesh)))
 
 
 def restored(runs, name, mesh):
@@ -162,7 +191,7 @@ def test_one_process_resumes_what_two_saved(runs, whole, mesh):
 def test_what_befalls_one_process_ends_both(runs, whole):
     """Stopped, gone wrong and killed; each time the same command goes on, and the end is the same.
 
-    Resumed at step 5, the second step of a start is the seventh, after which there is an event.
+    Resumed at step 5, the second step of a start is the seventh; a save comes after the tenth.
     """
     runs.copy_cut("whole", "faulty")
     mesh = {"data": 2, "expert": 2}
@@ -174,8 +203,7 @@ def test_what_befalls_one_process_ends_both(runs, whole):
 
     for code, text in runs.two("mask", "faulty", **mesh):
         assert code == EXIT_FAILED
-        assert "do not agree at the event after step" in text or "is saved" in text
-        assert "mask of process 1." in text
+        assert "do not agree" in text and "mask of process 1." in text
 
     start = time.monotonic()
     (code, text), (killed, _) = runs.two("kill", "faulty", **mesh)
