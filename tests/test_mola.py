@@ -205,7 +205,7 @@ def test_one_expert_of_attention_is_plain_lora():
     shapes = shapes_of(ours, x_BTD, *INPUTS[1:])
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, "f4"), shapes["rank_mask"])
     variables = {"params": drawn(shapes["params"], 1, 0.2), "rank_mask": ones}
-    lora = drawn(shapes["lora"], 2)
+    lora = drawn(shapes["lora"], 2, 0.2)
 
     def as_plain(tree):
         pairs = {role: tree[f"{role}_lora"] for role in "qkvo"}
