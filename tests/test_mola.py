@@ -205,7 +205,7 @@ def test_one_expert_of_attention_is_plain_lora():
     shapes = shapes_of(ours, x_BTD, *INPUTS[1:])
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, "f4"), shapes["rank_mask"])
     variables = {"params": drawn(shapes["params"], 1, 0.2), "rank_mask": ones}
-    lora = drawn(shapes["lora"], 2)
+    lora = drawn(shapes["lora"], 2, 0.2)
 
     def as_plain(tree):
         pairs = {role: tree[f"{role}_lora"] for role in "qkvo"}
@@ -269,7 +269,7 @@ def test_growth_by_the_experts_of_each_layer(kind):
     section = AllocationSection(kind=kind, r_init=1, r_target=3, r_max=6, interval=5, p_grow=0.5)
     adapter = AdapterSection(kind="mola", experts_per_layer="2,4")
     policy = make_policy(TrainConfig(adapter=adapter, allocation=section), SHAPES, 40)
-    assert policy.budget == [6, 12]
+    assert policy.budget == (6, 12)
     state = policy.init()
     assert state.ranks_LE.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
     stats = jax.tree.map(lambda leaf: abs(drawn(leaf)), policy.init_stats())
