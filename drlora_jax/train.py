@@ -75,6 +75,10 @@ def main(argv=None) -> int:
         print(f"programs    compiled ones are kept in {cache}")
     run = build(job)
     print(f"{run.backends}\n{run.forecast}\n", flush=True)
+    if run.mesh.size > 1:
+        trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
+        trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
+        print("\n".join(mesh_lib.partition_lines(run.mesh, trees)), "\n", flush=True)
     job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         compiled, _ = compile_step(run)

@@ -147,3 +147,22 @@ def test_experts_stay_inside_a_slice():
     devices = [FakeDevice(s, i) for s in range(2) for i in range(4)]
     with pytest.raises(UserError, match="2 slices: mesh.data or mesh.fsdp must be a multiple"):
         mesh_lib.make_mesh((1, 1, 8, 1), devices)
+
+
+def test_the_table_says_what_lies_where():
+    mesh = mesh_lib.make_mesh((1, 2, 2, 2))
+    shapes = {"embedding": (4097, 32), "segment_0": {"moe": {"down": (3, 8, 20, 32)}}}
+    shapes["final_norm"] = {"scale": (32,)}
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
+        shapes,
+        is_leaf=lambda value: isinstance(value, tuple),
+    )
+    tree = mesh_lib.with_shardings(tree, mesh_lib.shardings_for(mesh, tree, "params"))
+    _, *lines = mesh_lib.partition_lines(mesh, {"params": tree})
+    words = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
+    assert words["params/.*/moe/(gate_up|down)"] == "-, expert+tensor, fsdp 1 3.8 KiB"
+    assert words["params/.*"] == "everywhere whole 1 128 B"
+    # 4,097 rows are odd: the table is cut along its width only.
+    embedding = "tensor, fsdp 1 256.1 KiB does not divide: params/embedding"
+    assert words["params/embedding"] == embedding

@@ -7,6 +7,7 @@ Axes: `data` replicates, `fsdp` shards base weights along their width, `expert` 
   leaf's path decides, and every leaf must match one.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
+from drlora_jax.units import format_bytes
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
@@ -107,10 +109,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def spec_for(path: str) -> PartitionSpec:
+    return _rule(path)[1]
+
+
+def _rule(path: str) -> tuple[str, PartitionSpec]:
     for pattern, spec in RULES:
         if re.fullmatch(pattern, path):
-            return spec
+            return pattern, spec
     raise AssertionError(f"no partition rule matches {path}")
+
+
+def partition_lines(mesh: Mesh, trees: dict[str, Any]) -> list[str]:
+    """Which rule places how many leaves, and what they take on one device; for the log.
+
+    Args:
+      trees: root of the paths to leaves that carry their sharding.
+    """
+    rows: dict[str, list] = {}
+    for root, tree in trees.items():
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            name = _path_name(root, path)
+            pattern, spec = _rule(name)
+            row = rows.setdefault(pattern, [spec, 0, 0, []])
+            row[1] += 1
+            row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            wanted = [axes for axes in spec[: len(leaf.shape)] if shards_of(mesh, axes) > 1]
+            if len(wanted) > sum(shards_of(mesh, axes) > 1 for axes in leaf.sharding.spec):
+                row[3].append(name)
+    lines = [f"{'partition rule':<32}  {'over':<28}  {'leaves':>6}  on each device"]
+    for pattern, (spec, count, size, whole) in rows.items():
+        names = ((part,) if isinstance(part, str) else part or ("-",) for part in spec)
+        over = ", ".join("+".join(each) for each in names) or "everywhere whole"
+        note = f"  does not divide: {', '.join(whole[:2])}" if whole else ""
+        size = format_bytes(size)
+        lines.append(f"{pattern:<32}  {over:<28}  {count:>6}  {size}{note}")
+    return lines
 
 
 def shards_of(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
