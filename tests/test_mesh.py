@@ -161,7 +161,7 @@ def test_the_table_says_what_lies_where():
     tree = mesh_lib.with_shardings(tree, mesh_lib.shardings_for(mesh, tree, "params"))
     _, *lines = mesh_lib.partition_lines(mesh, {"params": tree})
     words = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
-    assert words["params/.*/moe/(gate_up|down)"] == "-, expert+tensor, fsdp 1 3.8 KiB"
+    assert words["params/.*/moe/(gate_up|down)"] == "-, expert+tensor, fsdp 1 7.5 KiB"
     assert words["params/.*"] == "everywhere whole 1 128 B"
     # 4,097 rows are odd: the table is cut along its width only.
     embedding = "tensor, fsdp 1 256.1 KiB does not divide: params/embedding"
