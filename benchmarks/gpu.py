@@ -318,8 +318,9 @@ def event(tiny: bool):
     import jax
     import numpy as np
 
-    from drlora_jax import train
     from drlora_jax.allocation import CapacityState
+    from drlora_jax.build import shardings_of
+    from drlora_jax.position import place_mask
 
     run, compiled, _, params, state, batch = _build(tiny, 32 if tiny else 4096, 2, "selective")
     for _ in range(3):
@@ -332,8 +333,8 @@ def event(tiny: bool):
         stats = jax.device_get(state.stats)
         capacity, stats, _ = policy.update(capacity, stats, 100 + index)
         capacity = CapacityState(np.minimum(capacity.ranks_LE, RANK))
-        mask_LER = train._place_mask(run, capacity)
-        stats = jax.device_put(stats, train._shardings(run.abstract_state.stats))
+        mask_LER = place_mask(run, capacity)
+        stats = jax.device_put(stats, shardings_of(run.abstract_state.stats))
         state = jax.block_until_ready(state._replace(mask_LER=mask_LER, stats=stats))
         seconds.append(time.perf_counter() - start)
         # The program is called as it was compiled; another shape or sharding would raise here.

@@ -20,6 +20,7 @@ os.environ |= {
 from jobs import abstract_job, model_values  # noqa: E402
 
 from drlora_jax import train  # noqa: E402
+from drlora_jax.build import memory_layout  # noqa: E402
 from drlora_jax.cli import run_and_exit  # noqa: E402
 from drlora_jax.config import load_config  # noqa: E402
 from drlora_jax.memory import bytes_on_one_device  # noqa: E402
@@ -41,7 +42,7 @@ def main(argv=None) -> int:
     run = train.build(job)
     parts = (run.abstract_params, run.abstract_state.lora, run.abstract_state.opt_state)
     base, lora, moments = (format_bytes(bytes_on_one_device(part)) for part in parts)
-    layout = train.memory_layout(job, run.mesh, "ragged")
+    layout = memory_layout(job, run.mesh, "ragged")
     print(f"memory      base {base}, factors {lora}, moments {moments} on each of {args.devices}")
     states = (run.abstract_params, run.abstract_state)
     print(memory_forecast(job.model_config, layout, *states, config.model.remat))

@@ -14,9 +14,11 @@ from tiny import tiny_config
 from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes, CapacityState
 from drlora_jax.allocation.adalora import Stats, adalora, keep_best
+from drlora_jax.build import abstract_batch
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import UserError
 from drlora_jax.metrics import describe_ranks
+from drlora_jax.position import place_mask, reordered
 from drlora_jax.prepare import prepare
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
@@ -154,7 +156,7 @@ def pruned(folder):
     """A run over its three events, with the positions around each of them."""
     stepper = Stepper(folder, **SECTIONS)
     run = stepper.run
-    inputs = run.abstract_params, run.abstract_state, train_lib.abstract_batch(run)
+    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
     # One program, ahead of time: it refuses other shapes, dtypes and shardings.
     step = run.step.lower(*inputs).compile(compiler_options=QUICK)
     inputs = run.abstract_params, run.abstract_state.lora, run.abstract_state.mask_LER
@@ -278,8 +280,8 @@ def test_rows_move_where_they_lie_on_a_mesh(folder):
     ranks_LE = draw.integers(0, 5, (2, 4))
     state = shapes._replace(lora=jax.device_put(values, places)[0])
     state = state._replace(opt_state=jax.device_put(values, places)[1])
-    mask_LER = train_lib._place_mask(run, CapacityState(ranks_LE))
-    after = train_lib._reordered(run, state, order_LER, mask_LER)
+    mask_LER = place_mask(run, CapacityState(ranks_LE))
+    after = reordered(run, state, order_LER, mask_LER)
     assert jax.tree.leaves(
         jax.tree.map(lambda leaf: leaf.sharding, (after.lora, after.opt_state))
     ) == jax.tree.leaves(places)

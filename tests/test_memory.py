@@ -9,6 +9,7 @@ import pytest
 from test_grouped import QUICK
 
 from drlora_jax import train
+from drlora_jax.build import abstract_batch, memory_layout
 from drlora_jax.config import load_config
 from drlora_jax.interop.hf_read import find_model
 from drlora_jax.memory import Layout, bytes_on_one_device, predicted_step_bytes
@@ -28,10 +29,10 @@ def build(remat):
 def test_forecast(remat):
     """Within 15 % of the compiled step, everything counted, for the shipped configuration."""
     run = build(remat)
-    inputs = (run.abstract_params, run.abstract_state, train.abstract_batch(run))
+    inputs = (run.abstract_params, run.abstract_state, abstract_batch(run))
     analysis = run.step.lower(*inputs).compile(compiler_options=QUICK).memory_analysis()
     measured = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    layout = train.memory_layout(run.job, run.mesh, "block")
+    layout = memory_layout(run.job, run.mesh, "block")
     lora = bytes_on_one_device(run.abstract_state.lora)
     resident = bytes_on_one_device(inputs)
     predicted = resident + predicted_step_bytes(run.job.model_config, layout, lora, remat)

@@ -14,6 +14,7 @@ import pytest
 from test_step import Stepper, expert_leaves
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
+from drlora_jax import build as build_lib
 from drlora_jax import train as train_lib
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
@@ -40,7 +41,7 @@ def take_steps(folder, name, mesh):
         adapter=dict(targets=("up", "down", "q", "k", "v", "o")),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_lib, "compiler_options", lambda *_: QUICK)
+        patch.setattr(build_lib, "compiler_options", lambda *_: QUICK)
         stepper = Stepper(folder, name, mesh=mesh, **changes)
         losses = [float(stepper.step()["loss"]) for _ in range(STEPS)]
     return losses, stepper

@@ -21,12 +21,13 @@ from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import alpha, train
 from drlora_jax.allocation import CapacityState, StepStats, masks_from_ranks
+from drlora_jax.build import abstract_batch, initial_state
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.prepare import prepare
-from drlora_jax.step import expert_roles
+from drlora_jax.step import TrainState, expert_roles
 
 METHODS = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
 STEPS, RANKS = 20, 4
@@ -124,7 +125,7 @@ class World:
         run = train.build(prepare(self.config("uniform", placement)))
         params = load_params(run.job.model_config, run.job.directory, run.abstract_params)
         make = jax.jit(
-            lambda: train._initial_state(run.job, run.model, run.tx),
+            lambda: initial_state(run.job, run.model, run.tx),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state),
         )
         state = quickly(make)()
@@ -141,7 +142,7 @@ class World:
         uses = jax.make_jaxpr(policy.accumulate)(run.abstract_state.stats, measured)
         key = placement, str(uses), policy.needs_elementwise, policy.needs_probe
         if key not in self._steps:
-            inputs = run.abstract_params, run.abstract_state, train.abstract_batch(run)
+            inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
             self._steps[key] = quickly(run.step, *inputs)
         return self._steps[key]
 
@@ -181,7 +182,7 @@ def test_a_cell_trains(world, kind, placement):
 
     def begin(capacity: CapacityState):
         mask_LER = masks_from_ranks(capacity.ranks_LE, job.adapter.max_rank)
-        state = train.TrainState(step, lora, opt_state, mask_LER, policy.init_stats())
+        state = TrainState(step, lora, opt_state, mask_LER, policy.init_stats())
         state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state))
         return train.Position(state, capacity, 0)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax import train
+from drlora_jax.build import abstract_batch
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -113,6 +113,6 @@ def tiny_config(tmp_path: pathlib.Path, name="run", **changes) -> TrainConfig:
 
 def compile_quickly(run):
     """What `train.compile_step` gives, with less work on machine code."""
-    inputs = run.abstract_params, run.abstract_state, train.abstract_batch(run)
+    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
     options = {"xla_backend_optimization_level": 0}
     return run.step.lower(*inputs).compile(compiler_options=options), 0.0

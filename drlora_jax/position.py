@@ -1,0 +1,108 @@
+"""Where a run is: its state before step 1, from a checkpoint, and into one."""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drlora_jax.allocation import CapacityState, masks_from_ranks
+from drlora_jax.build import Run, initial_state, shardings_of
+from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.config import to_dict
+from drlora_jax.parallel import hosts
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.provenance import versions
+from drlora_jax.step import TrainState
+
+
+class Position(NamedTuple):
+    """Where a run is."""
+
+    state: TrainState
+    capacity: CapacityState
+    tokens: int  # non-padding tokens so far
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint holds: arrays and host values. The mask is derived from the ranks; the data
+    position is step * batch_size and the dropout key is made of seed and step."""
+
+    step: Any
+    lora: Any
+    opt_state: Any
+    stats: Any
+    ranks_LE: Any
+
+
+def start(run: Run) -> Position:
+    """The state before step 1, made on its shardings."""
+    make = jax.jit(
+        lambda: initial_state(run.job, run.model, run.tx),
+        out_shardings=shardings_of(run.abstract_state),
+    )
+    return Position(make(), run.job.policy.init(), 0)
+
+
+def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
+    """The state after `step`, on this run's mesh."""
+    abstract = run.abstract_state
+    ranks = jax.ShapeDtypeStruct(
+        abstract.mask_LER.shape[:2], jnp.int32, sharding=mesh_lib.replicated(run.mesh)
+    )
+    wanted = Checkpoint(abstract.step, abstract.lora, abstract.opt_state, abstract.stats, ranks)
+    saved, host = checkpoints.restore(step, wanted, host_names=("tokens",))
+    capacity = CapacityState(np.array(hosts.to_host(saved.ranks_LE)))
+    mask_LER = place_mask(run, capacity)
+    state = TrainState(saved.step, saved.lora, saved.opt_state, mask_LER, saved.stats)
+    return Position(state, capacity, host["tokens"])
+
+
+def save(
+    run: Run, checkpoints: Checkpoints, position: Position, step: int, eval_loss: float | None
+) -> None:
+    check_processes_agree(run, f"before step {step} is saved", step, position)
+    state = position.state
+    ranks_LE = hosts.place(position.capacity.ranks_LE, mesh_lib.replicated(run.mesh))
+    arrays = Checkpoint(state.step, state.lora, state.opt_state, state.stats, ranks_LE)
+    checkpoints.save(step, arrays, {"tokens": position.tokens}, eval_loss=eval_loss)
+
+
+def place_mask(run: Run, capacity: CapacityState):
+    # Same shape, dtype and sharding as ever: a new mask is new values, not a new program.
+    mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
+    return hosts.place(mask_LER, run.abstract_state.mask_LER.sharding)
+
+
+def reordered(run: Run, state: TrainState, order_LER: np.ndarray, mask_LER) -> TrainState:
+    """The state with its rank rows moved, on the same shardings."""
+    order_LER = hosts.place(order_LER, mask_LER.sharding)
+    lora, opt_state = run.reorder(
+        state.lora, state.opt_state, run.first_lora(), order_LER, mask_LER
+    )
+    return state._replace(lora=lora, opt_state=opt_state)
+
+
+def check_processes_agree(run: Run, when: str, step: int, position: Position | None = None) -> None:
+    """Raises RunError when the processes differ in what must be the same."""
+    if jax.process_count() == 1:
+        return
+    config = to_dict(run.job.config)
+    for section, name in (("run", "dir"), ("model", "path"), ("data", "path")):
+        config[section].pop(name)  # where things are may differ by host; what they are may not
+    fields = {
+        "step": hosts.digest(str(step)),
+        "config": hosts.digest(json.dumps(config)),
+        "base": hosts.digest(run.job.origin["base_fingerprint"]),
+        "data": hosts.digest(run.job.origin["data_fingerprint"]),
+        "versions": hosts.digest(json.dumps(versions())),
+    }
+    truths = {}
+    if position is not None:
+        ranks_LE = position.capacity.ranks_LE
+        expected_LER = masks_from_ranks(ranks_LE, run.job.adapter.max_rank)
+        held = hosts.digest_on_devices(position.state.mask_LER, expected_LER)
+        fields |= {"ranks": hosts.digest(ranks_LE), "mask": held}
+        truths = {"mask": hosts.digest(expected_LER)}
+    hosts.check_agreement(when, fields, truths)
