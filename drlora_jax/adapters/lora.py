@@ -32,14 +32,14 @@ class AdapterSpec:
     scale: float = 1.0
     dropout: float = 0.0
     rank: int = 0  # of plain LoRA
-    dora: bool = False  # of plain LoRA
-    factor_dropout: float = 0.0  # of plain LoRA
     max_rank: int = 0  # of every expert
     train_router: bool = False
     # Whose paths mean factors of experts: the base's, mlp (MixLoRA), or * for any (MoLA).
     experts_module: str = "moe"
     # Of an adapter's own experts, those of every layer that exist; (): as many everywhere.
     experts_per_layer: tuple[int, ...] = ()
+    dora: bool = False  # of plain LoRA
+    factor_dropout: float = 0.0  # of plain LoRA
 
 
 NO_ADAPTER = AdapterSpec()
