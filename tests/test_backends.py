@@ -56,7 +56,7 @@ def test_compiler_options(monkeypatch):
         return found
 
     monkeypatch.setattr(backends, "ragged_probe", probe)
-    monkeypatch.setattr(backends.jax, "devices", lambda kind: [kind])
+    monkeypatch.setattr(backends.jax, "local_devices", lambda backend: [backend])
     for result, options in (([], True), (["bf16[5,384,128]"], False), (["error"], False)):
         found[:] = result
         backends._is_fused_on_gpu.cache_clear()
