@@ -19,6 +19,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def compiling_elsewhere():
+    """A context in which its kernels compile for devices that this process does not have."""
+    import tokamax
+
+    return tokamax.config.cross_compile(True)
+
+
 def product_for(platform: str):
     """`product(rows, weights_EIO, size_E)` of programs compiled for `platform`."""
 
