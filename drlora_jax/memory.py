@@ -131,3 +131,12 @@ def bytes_on_one_device(tree) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         total += math.prod(shape) * leaf.dtype.itemsize
     return total
+
+
+def compiled_bytes(compiled) -> int | None:
+    """What a compiled program takes on a device, its inputs included; None if it does not say."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

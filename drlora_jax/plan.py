@@ -5,7 +5,13 @@ against.
 import jax
 
 from drlora_jax.errors import UserError
-from drlora_jax.memory import POLICIES, Layout, bytes_on_one_device, predicted_step_bytes
+from drlora_jax.memory import (
+    POLICIES,
+    Layout,
+    bytes_on_one_device,
+    compiled_bytes,
+    predicted_step_bytes,
+)
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.ops.attention import Call, cannot, choose_backend
 from drlora_jax.ops.backends import Experts, cannot_compute_experts, expert_backend
@@ -103,13 +109,12 @@ def memory_lines(params, state, compiled) -> list[str]:
     lines = [
         f"memory      base {base}, factors {lora}, moments {moments}, masks and statistics {rest}"
     ]
-    analysis = compiled.memory_analysis()
-    if analysis is not None:
-        peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-        peak += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = compiled_bytes(compiled)
+    if total is not None:
+        added = compiled.memory_analysis().temp_size_in_bytes
         lines.append(
-            f"            the compiled step adds {format_bytes(analysis.temp_size_in_bytes)}; "
-            f"{format_bytes(peak)} in all on each device"
+            f"            the compiled step adds {format_bytes(added)}; "
+            f"{format_bytes(total)} in all on each device"
         )
     return lines
 
