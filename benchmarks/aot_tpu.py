@@ -12,6 +12,7 @@ computed by a dense expansion.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 
@@ -32,6 +33,8 @@ from drlora_jax import train
 from drlora_jax.cli import run_and_exit
 from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError
+from drlora_jax.memory import compiled_bytes
+from drlora_jax.ops import grouped_tokamax
 from drlora_jax.ops.backends import dense_expansions
 from drlora_jax.parallel.mesh import EXPERTS, shards_of
 from drlora_jax.plan import flops_per_token
@@ -46,7 +49,9 @@ def main(argv=None) -> int:
     config = load_config(args.config, args.overrides)
     devices = _devices(args.topology, args.slices)
     run = train.build(abstract_job(config, model_values(args.model, config), len(devices)), devices)
-    compiled, seconds = train.compile_step(run)
+    uses_tokamax = config.model.experts == "tokamax"
+    with grouped_tokamax.compiling_elsewhere() if uses_tokamax else contextlib.nullcontext():
+        compiled, seconds = train.compile_step(run)
     text = compiled.as_text()
     if args.text:
         pathlib.Path(args.text).write_text(text)
@@ -92,15 +97,9 @@ def _devices(name: str, slices: int):
 # ------------------------------------------------------------------------------------------ report
 
 
-def _peak(compiled) -> int:
-    analysis = compiled.memory_analysis()
-    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-
-
 def _memory_lines(run, compiled, limit: float) -> list[str]:
     lines = train.memory_lines(run.abstract_params, run.abstract_state, compiled)
-    share = f"            {_peak(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"
+    share = f"            {compiled_bytes(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"
     return [run.backends, run.forecast, *lines, share]
 
 
@@ -127,8 +126,10 @@ def _collective_lines(collectives: list[hlo.Collective]) -> list[str]:
 
 def _complaints(run, compiled, text, collectives, limit) -> list[str]:
     found = []
-    if _peak(compiled) > limit * 2**30:
-        found.append(f"{_peak(compiled) / 2**30:.1f} GiB do not fit a chip of {limit:g} GiB")
+    if compiled_bytes(compiled) > limit * 2**30:
+        found.append(
+            f"{compiled_bytes(compiled) / 2**30:.1f} GiB do not fit a chip of {limit:g} GiB"
+        )
     config = run.job.model_config
     if config.moe is not None:
         found += [f"{each} looks like a dense expansion" for each in _expansions(run, text)]

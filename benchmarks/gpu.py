@@ -26,31 +26,10 @@ import subprocess
 import sys
 import time
 
+from shapes import OLMOE, TINY
+from timing import copy_bound, first_line, matmul_bound, median_seconds
+
 PARTS = ("bounds", "grouped", "step", "event", "peers")
-OLMOE = {
-    "model_type": "olmoe",
-    "vocab_size": 50304,
-    "hidden_size": 2048,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "num_experts": 64,
-    "num_experts_per_tok": 8,
-    "norm_topk_prob": False,
-    "pad_token_id": 1,
-    "eos_token_id": 0,
-}
-TINY = OLMOE | {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-}
 RANK = 32
 
 
@@ -99,24 +78,12 @@ def run_apart(part: str, tiny: bool):
         yield {"part": part, "error": f"exit code {process.returncode}", "output": last}
 
 
-def median_seconds(function, *args, repeats: int = 20, warmup: int = 3) -> float:
-    import jax
-
-    seconds = []
-    for index in range(warmup + repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        if index >= warmup:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
 def attempt(row: dict, measure) -> dict:
     """The row with what `measure` found, or with the first line of what it raised."""
     try:
         return row | measure()
     except Exception as error:  # whatever a backend raises is a finding
-        return row | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+        return row | {"error": first_line(error)}
 
 
 # ------------------------------------------------------------------------------------------ bounds
@@ -128,17 +95,14 @@ def bounds(tiny: bool):
 
     side = 512 if tiny else 8192
     dtype = jnp.float32 if tiny else jnp.bfloat16
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (side, side), dtype) for key in keys)
-    seconds = median_seconds(jax.jit(jnp.matmul), a, b)
+    product, operations = matmul_bound(side, dtype)
     yield {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "matmul_tflops": 2 * side**3 / seconds / 1e12,
+        "matmul_tflops": operations / median_seconds(product) / 1e12,
     }
-    big = jax.random.normal(keys[0], (side * 8, side), dtype)
-    seconds = median_seconds(jax.jit(lambda x: x + 1), big)
-    yield {"copy_gb_s": 2 * big.size * big.dtype.itemsize / seconds / 1e9}
+    copy, moved = copy_bound(side * 2, dtype)
+    yield {"copy_gb_s": moved / median_seconds(copy) / 1e9}
 
 
 # ----------------------------------------------------------------------------------------- grouped
@@ -231,14 +195,9 @@ def _error(product, options, x_PD, w_EDF, size_E) -> float:
 # -------------------------------------------------------------------------------------------- step
 
 
-def _build(tiny: bool, length: int, rows: int, remat: str, kind: str = "dr_lora"):
-    """(run, compiled step, seconds to compile, random params, state, batch)."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jobs import abstract_job
+def _step(tiny: bool, length: int, rows: int, remat: str, kind: str = "dr_lora"):
+    from jobs import Step
 
-    from drlora_jax import train
     from drlora_jax.config import (
         AdapterSection,
         AllocationSection,
@@ -246,38 +205,17 @@ def _build(tiny: bool, length: int, rows: int, remat: str, kind: str = "dr_lora"
         TrainConfig,
         TrainSection,
     )
-    from drlora_jax.data.loader import Batch
-    from drlora_jax.models.transformer import init_variables
 
-    values = TINY if tiny else OLMOE
     config = TrainConfig(
         model=ModelSection(dtype="float32" if tiny else "bfloat16", remat=remat),
         train=TrainSection(steps=1000, batch_size=rows, sequence_length=length),
         adapter=AdapterSection(targets=("gate", "up", "down", "q", "v"), dropout=0.0),
         allocation=AllocationSection(kind=kind, r_target=16, r_max=RANK, interval=100),
     )
-    run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
-    compiled, seconds = train.compile_step(run)
-    dtype = jnp.dtype(config.model.dtype)
-    make = jax.jit(
-        lambda key: jax.tree.map(
-            lambda leaf: leaf.astype(dtype), init_variables(run.model, key)["params"]
-        )
-    )
-    params = make(jax.random.key(0))
-    params = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, run.abstract_params)
-    draw = np.random.default_rng(0)
-    shape = (1, rows, length)
-    ids = draw.integers(2, values["vocab_size"], size=shape).astype(np.int32)
-    ones = np.ones(shape, np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    mask = np.ones(shape, np.float32)
-    batch = jax.device_put(Batch(ids, np.roll(ids, -1, axis=2), ones, positions, mask))
-    return run, compiled, seconds, params, train.start(run).state, batch
+    return Step(config, TINY if tiny else OLMOE)
 
 
 def step(tiny: bool):
-    import jax
 
     from drlora_jax.metrics import peak_flops
     from drlora_jax.plan import flops_per_token
@@ -289,26 +227,21 @@ def step(tiny: bool):
         row = {"length": length, "rows": rows, "remat": remat}
 
         def measure(length=length, rows=rows, remat=remat):
-            run, compiled, seconds, params, state, batch = _build(tiny, length, rows, remat)
-            taken, losses = [], []
-            for index in range(3 + (2 if tiny else 10)):
-                start = time.perf_counter()
-                state, metrics = compiled(params, state, batch)
-                jax.block_until_ready(metrics["loss"])
-                if index >= 3:
-                    taken.append(time.perf_counter() - start)
-                losses.append(float(metrics["loss"]))
-            rate = rows * length / statistics.median(taken)
+            step = _step(tiny, length, rows, remat)
+            losses = []
+            taken = median_seconds(
+                lambda: losses.append(step()["loss"]) or losses[-1], repeats=2 if tiny else 10
+            )
+            rate = rows * length / taken
             peak = peak_flops(1)
-            model = flops_per_token(run.job.model_config, length)
-            analysis = compiled.memory_analysis()
+            model = flops_per_token(step.run.job.model_config, length)
             return {
-                "backends": run.backends,
+                "backends": step.run.backends,
                 "tokens_per_second": rate,
                 "mfu": None if peak is None else rate * model / peak,
-                "temporary_gib": analysis.temp_size_in_bytes / 2**30,
-                "compile_seconds": seconds,
-                "losses": [losses[0], losses[-1]],
+                "temporary_gib": step.added_bytes / 2**30,
+                "compile_seconds": step.compile_seconds,
+                "losses": [float(losses[0]), float(losses[-1])],
             }
 
         yield attempt(row, measure)
@@ -322,25 +255,24 @@ def event(tiny: bool):
     from drlora_jax.build import shardings_of
     from drlora_jax.position import place_mask
 
-    run, compiled, _, params, state, batch = _build(tiny, 32 if tiny else 4096, 2, "selective")
+    step = _step(tiny, 32 if tiny else 4096, 2, "selective")
+    run = step.run
     for _ in range(3):
-        state, metrics = compiled(params, state, batch)
-    jax.block_until_ready(metrics)
+        jax.block_until_ready(step())
     policy, capacity = run.job.policy, run.job.policy.init()
     seconds = []
     for index in range(10):
         start = time.perf_counter()
-        stats = jax.device_get(state.stats)
+        stats = jax.device_get(step.state.stats)
         capacity, stats, _ = policy.update(capacity, stats, 100 + index)
         capacity = CapacityState(np.minimum(capacity.ranks_LE, RANK))
         mask_LER = place_mask(run, capacity)
         stats = jax.device_put(stats, shardings_of(run.abstract_state.stats))
-        state = jax.block_until_ready(state._replace(mask_LER=mask_LER, stats=stats))
+        step.state = jax.block_until_ready(step.state._replace(mask_LER=mask_LER, stats=stats))
         seconds.append(time.perf_counter() - start)
         # The program is called as it was compiled; another shape or sharding would raise here.
-        state, metrics = compiled(params, state, batch)
-        jax.block_until_ready(metrics)
-    plain = median_seconds(lambda: jax.block_until_ready(state.mask_LER))
+        jax.block_until_ready(step())
+    plain = median_seconds(lambda: step.state.mask_LER)
     yield {
         "event_ms": 1e3 * statistics.median(seconds),
         "wait_ms": 1e3 * plain,

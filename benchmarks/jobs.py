@@ -1,13 +1,19 @@
-"""Jobs without files: what a benchmark builds a step from."""
+"""Jobs without files: what a benchmark builds a step from, and steps of random numbers."""
 
 import json
 import pathlib
 
-from drlora_jax import prepare
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from drlora_jax import prepare, train
 from drlora_jax.allocation import make_policy
 from drlora_jax.config import TrainConfig
+from drlora_jax.data.loader import Batch
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
+from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
 
 MODELS = pathlib.Path(__file__).parent / "models"
@@ -50,3 +56,47 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepar
         schedule_steps=steps,
         lines=[],
     )
+
+
+class Step:
+    """A run's training step on one device, compiled, with weights, state and a batch of random
+    numbers. A call takes a step and returns its metrics.
+    """
+
+    def __init__(self, config: TrainConfig, values: dict, params=None):
+        self.run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
+        self.compiled, self.compile_seconds = train.compile_step(self.run)
+        self.params = random_params(self.run) if params is None else params
+        self.state = train.start(self.run).state
+        self.batch = jax.device_put(random_batch(config, values["vocab_size"]))
+
+    def __call__(self) -> dict:
+        self.state, metrics = self.compiled(self.params, self.state, self.batch)
+        return metrics
+
+    @property
+    def added_bytes(self) -> int:
+        """What the compiled step takes besides its inputs and outputs."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+
+def random_params(run: train.Run) -> dict:
+    """Weights in the run's own dtypes, never all of them in another one."""
+
+    def make(key):
+        params = init_variables(run.model, key)["params"]
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, run.abstract_params)
+
+    return jax.jit(make)(jax.random.key(0))
+
+
+def random_batch(config: TrainConfig, vocab: int) -> Batch:
+    """Rows of one document each; the same for equal sizes."""
+    section = config.train
+    shape = (section.micro_batches, section.batch_size // section.micro_batches)
+    shape = (*shape, section.sequence_length)
+    ids = np.random.default_rng(0).integers(2, vocab, size=shape).astype(np.int32)
+    ones = np.ones(shape, np.int32)
+    positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
+    arrays = (ids, np.roll(ids, -1, axis=2), ones, positions, np.ones(shape, np.float32))
+    return Batch(*map(jnp.asarray, arrays))

@@ -10,14 +10,11 @@ their times with a 95 % interval, and of what the compiled steps take besides th
 """
 
 import argparse
-import time
 
 import jax
-import numpy as np
-from jobs import abstract_job
-from rank_cost import random_batch
+from jobs import Step
+from timing import in_turns, ratio
 
-from drlora_jax import train
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -26,7 +23,6 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.models.transformer import init_variables
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -54,7 +50,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     args = parser.parse_args()
     values = SMOLLM2 | {"num_hidden_layers": args.layers}
-    batch = random_batch(values["vocab_size"])
     kind, (rank, plain_rank) = args.kind, RANKS[args.kind]
     adapters = {
         "lora": (AdapterSection(kind="lora", targets=TARGETS, rank=plain_rank, dropout=0.0), 0),
@@ -63,7 +58,7 @@ def main() -> None:
             1e-3,
         ),
     }
-    variants, sizes, params = {}, {}, None
+    variants, params = {}, None
     for name, (adapter, balance) in adapters.items():
         config = TrainConfig(
             model=ModelSection(dtype="float32"),
@@ -74,34 +69,17 @@ def main() -> None:
             allocation=AllocationSection(kind="uniform", r_target=rank, r_max=rank),
             mesh=MeshSection(data=1),
         )
-        run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
-        compiled, _ = train.compile_step(run)
-        if params is None:
-            make = jax.jit(lambda key, model=run.model: init_variables(model, key)["params"])
-            params = make(jax.random.key(0))
-        state = train.start(run).state
-        count = sum(leaf.size for leaf in jax.tree.leaves(state.lora))
-        memory = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        step = variants[name] = Step(config, values, params)
+        params = step.params
+        count = sum(leaf.size for leaf in jax.tree.leaves(step.state.lora))
+        memory = step.added_bytes / 2**20
         print(f"{name}: {count:,} trained parameters, the step adds {memory:.0f} MiB", flush=True)
-        variants[name], sizes[name] = [compiled, state], memory
-    seconds = {name: [] for name in variants}
-    draw = np.random.default_rng(0)
-    for index in range(args.rounds + 2):
-        for name in draw.permutation(list(variants)):
-            compiled, state = variants[name]
-            start = time.perf_counter()
-            state, metrics = compiled(params, state, batch)
-            jax.block_until_ready(metrics["loss"])
-            variants[name][1] = state
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    ratios = np.array(seconds[kind]) / np.array(seconds["lora"])
-    half = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
+    seconds = in_turns(variants, args.rounds)
+    times = ratio(seconds[kind], seconds["lora"])
     print(
-        f"{kind} {ratios.mean():.3f} of lora's time ({ratios.mean() - half:.3f} to "
-        f"{ratios.mean() + half:.3f}, {len(ratios)} rounds), "
-        f"{sizes[kind] / sizes['lora']:.2f} of its memory; jax {jax.__version__} on "
-        f"{jax.devices()[0].device_kind}"
+        f"{kind} {times.mean:.3f} of lora's time ({times.low:.3f} to {times.high:.3f}, "
+        f"{times.rounds} rounds), {variants[kind].added_bytes / variants['lora'].added_bytes:.2f} "
+        f"of its memory; jax {jax.__version__} on {jax.devices()[0].device_kind}"
     )
 
 

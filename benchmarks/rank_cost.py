@@ -17,13 +17,15 @@ import json
 import pathlib
 import statistics
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jobs import abstract_job
+from jobs import Step
+from timing import in_turns, ratio
 
-from drlora_jax import train
+import drlora_jax
 from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.config import (
     AdapterSection,
@@ -33,19 +35,17 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.data.loader import Batch
-from drlora_jax.models.transformer import init_variables
 from drlora_jax.ops.grouped import expert_mlp
 from drlora_jax.ops.grouped_parts import ExpertSpec, RoleLora
 
 RANK, ROWS, LENGTH = 16, 4, 512
-MODEL = pathlib.Path(train.__file__).parent / "bundled" / "tiny_moe" / "config.json"
+MODEL = pathlib.Path(drlora_jax.__file__).parent / "bundled" / "tiny_moe" / "config.json"
 
 
-class Variant:
-    """A compiled step with its own state; `step()` takes one and returns its seconds."""
+class Variant(Step):
+    """With `RANK` active ranks in every expert."""
 
-    def __init__(self, values: dict, allocation: AllocationSection, batch: Batch, params=None):
+    def __init__(self, values: dict, allocation: AllocationSection, params=None):
         config = TrainConfig(
             model=ModelSection(dtype="float32"),
             train=TrainSection(steps=1000, batch_size=ROWS, sequence_length=LENGTH),
@@ -53,21 +53,11 @@ class Variant:
             allocation=allocation,
             mesh=MeshSection(data=1),
         )
-        self.run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
-        self.compiled, _ = train.compile_step(self.run)
-        make = jax.jit(lambda key: init_variables(self.run.model, key)["params"])
-        self.params = make(jax.random.key(0)) if params is None else params
-        state = train.start(self.run).state
+        super().__init__(config, values, params)
+        state = self.state
         ranks_LE = np.full(state.mask_LER.shape[:2], RANK, np.int32)
         mask_LER = masks_from_ranks(ranks_LE, state.mask_LER.shape[2])
         self.state = state._replace(mask_LER=jax.device_put(mask_LER, state.mask_LER.sharding))
-        self.batch = batch
-
-    def step(self) -> float:
-        start = time.perf_counter()
-        self.state, metrics = self.compiled(self.params, self.state, self.batch)
-        jax.block_until_ready(metrics["loss"])
-        return time.perf_counter() - start
 
     def event(self) -> float:
         """Statistics to the host, a decision, new mask values back."""
@@ -81,15 +71,6 @@ class Variant:
         mask_LER = jax.device_put(mask_LER, state.mask_LER.sharding)
         self.state = jax.block_until_ready(state._replace(mask_LER=mask_LER, stats=stats))
         return time.perf_counter() - start
-
-
-def random_batch(vocab: int) -> Batch:
-    draw, shape = np.random.default_rng(0), (1, ROWS, LENGTH)
-    ids = draw.integers(2, vocab, size=shape).astype(np.int32)
-    ones, positions = np.ones(shape, np.int32), np.arange(LENGTH, dtype=np.int32)
-    positions = np.broadcast_to(positions, shape)
-    arrays = (ids, np.roll(ids, -1, axis=2), ones, positions, np.ones(shape, np.float32))
-    return Batch(*map(jnp.asarray, arrays))
 
 
 def operation(rounds: int, r_maxes: list[int]) -> None:
@@ -127,14 +108,8 @@ def operation(rounds: int, r_maxes: list[int]) -> None:
         return jax.value_and_grad(loss, argnums=(0, 1))(x_TD, lora)
 
     variants = {"none": {}} | {f"r_max {r_max}": factors(r_max) for r_max in r_maxes}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(rounds + 2):
-        for name in draw.permutation(list(variants)):
-            start = time.perf_counter()
-            jax.block_until_ready(gradients(x_TD, variants[name], base))
-            if index >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    least = {name: 1000 * min(taken) for name, taken in seconds.items()}
+    calls = {name: partial(gradients, x_TD, lora, base) for name, lora in variants.items()}
+    least = {name: 1000 * taken.min() for name, taken in in_turns(calls, rounds).items()}
     for name in list(variants)[1:]:
         print(f"{name}: {least[name]:.1f} ms, of it factors {least[name] - least['none']:.1f} ms")
     print(f"without factors {least['none']:.1f} ms (least of {rounds} interleaved rounds)")
@@ -151,26 +126,18 @@ def main() -> None:
     if args.operation:
         return operation(args.rounds, [int(r_max) for r_max in args.r_max.split(",")])
     values = json.loads(MODEL.read_text())
-    batch = random_batch(values["vocab_size"])
-    plain = Variant(values, AllocationSection(kind="uniform", r_target=RANK), batch)
+    plain = Variant(values, AllocationSection(kind="uniform", r_target=RANK))
     variants = {"uniform": plain}
     for r_max in map(int, args.r_max.split(",")):
         section = AllocationSection(r_init=8, r_target=RANK, r_max=r_max, interval=20)
-        variants[f"dr_lora, r_max {r_max}"] = Variant(values, section, batch, plain.params)
-    names, draw = list(variants), np.random.default_rng(1)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(args.rounds + 3):
-        for name in draw.permutation(names):  # no variant always runs after the same one
-            taken = variants[name].step()
-            if index >= 3:
-                seconds[name].append(taken)
-    for name in names[1:]:
-        ratios = np.array(seconds[name]) / np.array(seconds["uniform"])
-        half = 1.96 * ratios.std(ddof=1) / len(ratios) ** 0.5
+        variants[f"dr_lora, r_max {r_max}"] = Variant(values, section, plain.params)
+    seconds = in_turns(variants, args.rounds)
+    for name in list(variants)[1:]:
+        times = ratio(seconds[name], seconds["uniform"])
         event = statistics.median(variants[name].event() for _ in range(10))
         print(
-            f"{name}: {ratios.mean():.3f} of uniform ({ratios.mean() - half:.3f} to "
-            f"{ratios.mean() + half:.3f}, median {np.median(ratios):.3f}, {len(ratios)} rounds), "
+            f"{name}: {times.mean:.3f} of uniform ({times.low:.3f} to "
+            f"{times.high:.3f}, median {times.median:.3f}, {times.rounds} rounds), "
             f"event {event / statistics.median(seconds[name]):.3f} steps"
         )
     rate = ROWS * LENGTH / statistics.median(seconds["uniform"])

@@ -15,11 +15,16 @@ from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.memory import Layout
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.ops.backends import compiler_options, expert_backend
+from drlora_jax.ops.backends import compiler_options
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
-from drlora_jax.plan import attention_backends, backend_line, memory_forecast
+from drlora_jax.plan import (
+    attention_backends,
+    backend_line,
+    checked_expert_backend,
+    memory_forecast,
+)
 from drlora_jax.prepare import Job
 from drlora_jax.reorder import reorder_ranks
 from drlora_jax.step import (
@@ -62,10 +67,15 @@ def build(job: Job, devices=None) -> Run:
     compiler = compiler_options(platform, dtype)
     wanted, length = config.model.attention, config.train.sequence_length
     attention = attention_backends(job.model_config, length, dtype, platform, wanted)
+    experts = checked_expert_backend(
+        job.model_config, dtype, mesh.devices.flat[0], compiler, config.model.experts
+    )
     options = DecoderOptions(
         dtype=dtype,
         adapter=job.adapter,
-        ops=sharded_ops(mesh, compiler, attention=wanted, exchange=config.mesh.exchange),
+        ops=sharded_ops(
+            mesh, compiler, attention=wanted, experts=experts, exchange=config.mesh.exchange
+        ),
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
@@ -76,7 +86,7 @@ def build(job: Job, devices=None) -> Run:
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda: initial_state(job, model, tx))
     state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
-    layout = memory_layout(job, mesh, expert_backend(platform, compiler))
+    layout = memory_layout(job, mesh, experts)
     ratio = config.allocation.warmup_ratio
     ratio = config.train.warmup_ratio if ratio is None else ratio
     step_options = StepOptions(
@@ -116,7 +126,7 @@ def build(job: Job, devices=None) -> Run:
         ),
         abstract_params=params,
         abstract_state=state,
-        backends=backend_line(job.model_config, attention, platform, compiler),
+        backends=backend_line(job.model_config, attention, experts, platform),
         forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
     )
 

@@ -87,6 +87,7 @@ class ModelSection(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "selective", "full"] = "selective"  # see drlora_jax/models/remat.py
     attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"  # drlora_jax/ops
+    experts: Literal["auto", "block", "ragged", "dense", "tokamax"] = "auto"  # ops/grouped.py
 
     def check(self):
         _require(bool(self.path), "model.path must name a model, got an empty string.")

@@ -20,8 +20,18 @@ from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
 
 POLICIES = ("none", "selective", "full")
 LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
-ROW_COPIES = {"block": 1, "dense": 3, "ragged": 4}  # [P, D]: rows, results, and their gradients
-HIDDEN_COPIES = {"block": 0, "dense": 0, "ragged": 6}  # [P, F]: gate | up, h, and their gradients
+ROW_COPIES = {
+    "block": 1,
+    "dense": 3,
+    "ragged": 4,
+    "tokamax": 4,
+}  # [P, D]: rows, results, and their gradients
+HIDDEN_COPIES = {
+    "block": 0,
+    "dense": 0,
+    "ragged": 6,
+    "tokamax": 6,
+}  # [P, F]: gate | up, h, gradients
 NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
 RANK_COPIES = 2  # [T, E * R] of every routed matrix: with and without the routing's weights
 FFN_COPIES = 4  # [T, F] that it keeps of a dense FFN, for every slot of a token
@@ -64,7 +74,7 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
     shards = layout.expert_shards * layout.tensor
     if not isinstance(layer.ffn, MoeConfig):
         token += 2 * layer.ffn.hidden_dim * layout.item // layout.tensor
-    elif layout.experts == "ragged" and (shards == 1 or remat == "none"):
+    elif layout.experts in ("ragged", "tokamax") and (shards == 1 or remat == "none"):
         slots = layer.ffn.routing.experts_per_token * layout.expert_shards
         wide = 2 * layer.ffn.expert_dim + layout.roles * layout.max_rank
         token += slots * wide * layout.item
@@ -121,3 +131,12 @@ def bytes_on_one_device(tree) -> int:
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
         total += math.prod(shape) * leaf.dtype.itemsize
     return total
+
+
+def compiled_bytes(compiled) -> int | None:
+    """What a compiled program takes on a device, its inputs included; None if it does not say."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

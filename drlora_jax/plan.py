@@ -5,10 +5,16 @@ against.
 import jax
 
 from drlora_jax.errors import UserError
-from drlora_jax.memory import POLICIES, Layout, bytes_on_one_device, predicted_step_bytes
+from drlora_jax.memory import (
+    POLICIES,
+    Layout,
+    bytes_on_one_device,
+    compiled_bytes,
+    predicted_step_bytes,
+)
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.ops.attention import Call, cannot, choose_backend
-from drlora_jax.ops.backends import expert_backend
+from drlora_jax.ops.backends import Experts, cannot_compute_experts, expert_backend
 from drlora_jax.units import format_bytes
 
 
@@ -57,11 +63,28 @@ def attention_backends(config: ModelConfig, length: int, dtype, platform: str, w
     return sorted(chosen)
 
 
-def backend_line(config: ModelConfig, attention: list[str], platform: str, options: dict) -> str:
+def checked_expert_backend(
+    config: ModelConfig, dtype, device, options: dict, wanted: Experts
+) -> Experts:
+    """How experts are computed on such a device; a wanted way that it does not have is refused."""
+    if wanted != "auto":
+        reason = cannot_compute_experts(wanted, device.platform, options, dtype, device)
+        if not _has_expert_operation(config):
+            reason = "the model has no experts of its own"
+        if reason:
+            raise UserError(f"model.experts={wanted} can not be used here: {reason}.")
+    return expert_backend(device.platform, options, wanted)
+
+
+def _has_expert_operation(config: ModelConfig) -> bool:
+    return config.experts_module == "moe" and config.moe is not None
+
+
+def backend_line(config: ModelConfig, attention: list[str], experts: Experts, platform: str) -> str:
     """Which implementations of the operations a run takes."""
     parts = [f"attention {', '.join(attention)}"]
-    if config.experts_module == "moe" and config.moe is not None:
-        parts.insert(0, f"experts {expert_backend(platform, options)}")
+    if _has_expert_operation(config):
+        parts.insert(0, f"experts {experts}")
     return f"computed    {'; '.join(parts)} on {platform}"
 
 
@@ -86,13 +109,12 @@ def memory_lines(params, state, compiled) -> list[str]:
     lines = [
         f"memory      base {base}, factors {lora}, moments {moments}, masks and statistics {rest}"
     ]
-    analysis = compiled.memory_analysis()
-    if analysis is not None:
-        peak = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-        peak += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    total = compiled_bytes(compiled)
+    if total is not None:
+        added = compiled.memory_analysis().temp_size_in_bytes
         lines.append(
-            f"            the compiled step adds {format_bytes(analysis.temp_size_in_bytes)}; "
-            f"{format_bytes(peak)} in all on each device"
+            f"            the compiled step adds {format_bytes(added)}; "
+            f"{format_bytes(total)} in all on each device"
         )
     return lines
 

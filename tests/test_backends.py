@@ -56,7 +56,7 @@ def test_compiler_options(monkeypatch):
         return found
 
     monkeypatch.setattr(backends, "ragged_probe", probe)
-    monkeypatch.setattr(backends.jax, "devices", lambda kind: [kind])
+    monkeypatch.setattr(backends.jax, "local_devices", lambda backend: [backend])
     for result, options in (([], True), (["bf16[5,384,128]"], False), (["error"], False)):
         found[:] = result
         backends._is_fused_on_gpu.cache_clear()
@@ -139,8 +139,11 @@ def test_what_may_travel():
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
 )
-def test_a_small_step_compiles_for_tpu(tmp_path):
+@pytest.mark.parametrize("experts", ["auto", "tokamax"])
+def test_a_small_step_compiles_for_tpu(tmp_path, experts):
     """Expert-parallel and FSDP, with the real grouped product, attention and growth state."""
+    if experts == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        pytest.skip("tokamax is not installed: it needs Python 3.12 or newer")
     (tmp_path / "config.json").write_text(
         '{"model_type": "olmoe", "vocab_size": 640, "hidden_size": 256, "intermediate_size": 128,'
         '"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,'
@@ -150,8 +153,12 @@ def test_a_small_step_compiles_for_tpu(tmp_path):
     command += ["--config", "configs/olmoe.py", "--model", str(tmp_path), "--text"]
     command += [str(tmp_path / "hlo"), "mesh.data=1", "mesh.fsdp=2", "mesh.expert=2"]
     command += ["train.batch_size=8", "train.micro_batches=2", "train.sequence_length=256"]
+    command.append(f"model.experts={experts}")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "of 16 GiB of a chip" in done.stdout
     assert "all-gather" in done.stdout and "reduce-scatter" in done.stdout
-    assert "ragged_dot_tiling" in (tmp_path / "hlo").read_text()
+    text = (tmp_path / "hlo").read_text()
+    assert "ragged_dot_tiling" in text  # factors: tokamax leaves thin products to it
+    assert ("tpu_ragged_dot_gmm" in text) == (experts == "tokamax")
+    assert "tpu_ragged_dot_tgmm" not in text  # a frozen base has no gradient

@@ -104,7 +104,7 @@ def test_inactive_ranks_and_growth():
 def test_dropout_draws_what_the_block_backend_draws():
     spec = SPEC._replace(dropout=0.25)
     inputs = make_inputs(choose(45, 2, 5), 5)
-    dy, dropout = random_like(inputs[0]), Dropout(jax.random.key(3), 11)
+    dy, dropout = random_like(inputs[0]), Dropout(jax.random.key(3), 11 + 2 * jnp.arange(45))
     block = value_and_pull(inputs, dy, spec, "block", dropout)
     got = ragged(inputs, dy, spec, dropout)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(block), strict=True):

@@ -5,7 +5,7 @@ from functools import cache, partial
 from typing import NamedTuple
 
 from drlora_jax.ops.attention import Backend, attend
-from drlora_jax.ops.backends import expert_backend
+from drlora_jax.ops.backends import Experts, expert_backend
 from drlora_jax.ops.cross_entropy import summed_nll
 from drlora_jax.ops.grouped import expert_mlp
 
@@ -33,19 +33,20 @@ def ops_for(
     *,
     expert_shards: int = 1,
     attention: Backend = "auto",
+    experts: Experts = "auto",
 ) -> Ops:
     """What runs in programs compiled for `platform` with these compiler options."""
-    backend = expert_backend(platform, options)
+    backend = expert_backend(platform, options, experts)
     return Ops(
-        expert_mlp=_experts(backend, expert_shards == 1),
+        expert_mlp=_experts(backend, expert_shards == 1, platform),
         attend=_attention(attention, platform),
         reads_stacks=backend == "block",
     )
 
 
 @cache  # one function a choice, so that equal options stay equal
-def _experts(backend: str, keeps_hidden: bool) -> Callable:
-    return partial(expert_mlp, backend=backend, keeps_hidden=keeps_hidden)
+def _experts(backend: str, keeps_hidden: bool, platform: str) -> Callable:
+    return partial(expert_mlp, backend=backend, keeps_hidden=keeps_hidden, platform=platform)
 
 
 @cache

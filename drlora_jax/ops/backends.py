@@ -10,10 +10,16 @@ small case is compiled first and its text is read.
 import functools
 import math
 import re
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from drlora_jax.ops import grouped_ragged, grouped_tokamax
+
+Experts = Literal["auto", "block", "ragged", "dense", "tokamax"]
+PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # as of an expert, and as of its factors
 RAGGED_FUSION = "xla_gpu_experimental_use_ragged_dot_fusion"
 
 
@@ -24,11 +30,52 @@ def compiler_options(platform: str, dtype) -> dict[str, bool]:
     return {}
 
 
-def expert_backend(platform: str, options: dict | None = None) -> str:
-    """block | ragged | dense: how experts are computed in a program compiled with `options`."""
+def expert_backend(platform: str, options: dict | None = None, wanted: Experts = "auto") -> Experts:
+    """How experts are computed in a program compiled with `options`; `auto` is never tokamax."""
+    if wanted != "auto":
+        return wanted
     if platform == "cpu":
         return "block"
-    return "ragged" if platform == "tpu" or RAGGED_FUSION in (options or {}) else "dense"
+    return "ragged" if _has_kernel(platform, options) else "dense"
+
+
+def cannot_compute_experts(
+    backend: Experts, platform: str, options: dict | None, dtype, device=None
+) -> str | None:
+    """Why a backend can not do this, or should not, or None.
+
+    On a GPU a small case is compiled to find out; on TPU the generation of `device` decides.
+    """
+    if backend == "block" and platform != "cpu":
+        return f"it walks blocks of rows one after another, which is for CPUs, not for {platform}"
+    if backend == "ragged" and not _has_kernel(platform, options):
+        dtype = jnp.dtype(dtype).name
+        return f"for {dtype} on {platform} it is no kernel, but multiplies rows with every expert"
+    return _cannot_use_tokamax(platform, dtype, device) if backend == "tokamax" else None
+
+
+def _has_kernel(platform: str, options: dict | None) -> bool:
+    return platform == "tpu" or RAGGED_FUSION in (options or {})
+
+
+def _cannot_use_tokamax(platform: str, dtype, device) -> str | None:
+    if platform not in ("tpu", "gpu"):
+        return f"it has kernels for TPU and NVIDIA, not for {platform}"
+    if not grouped_tokamax.is_installed():
+        return "it is not installed; with Python 3.12 or newer: pip install 'drlora-jax[tokamax]'"
+    kind = "" if device is None else device.device_kind
+    if kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
+        return f"its kernels are for TPU v5 and later, not for {kind}"
+    if platform == "tpu":
+        return None
+    product = grouped_tokamax.product_for(platform)
+    try:
+        for hidden in (PROBE_HIDDEN, THIN_HIDDEN):
+            ragged_probe(jnp.dtype(dtype).name, {}, _own_gpu(), product, hidden)
+    except Exception as error:  # of several kinds, by what its kernel misses
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"a small case does not compile for {kind}: {lines[0][:200]}"
+    return None
 
 
 def dense_expansions(text: str, *, experts: int, rows: int, widths: tuple[int, ...]) -> list[str]:
@@ -46,19 +93,19 @@ def dense_expansions(text: str, *, experts: int, rows: int, widths: tuple[int, .
     return sorted(found)
 
 
-def ragged_probe(dtype: str, options: dict, device=None) -> list[str]:
+def ragged_probe(
+    dtype: str,
+    options: dict,
+    device=None,
+    product: Callable = grouped_ragged.ragged_dot,
+    hidden: int = PROBE_HIDDEN,
+) -> list[str]:
     """Dense expansions in a small grouped product with its gradients, compiled for `device`."""
-    experts, rows, width, hidden = 5, 384, 128, 256
+    experts, rows, width = 5, 384, 128
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
 
     def both(x_PD, w_EDF, sizes_E):
-        out, pull = jax.vjp(
-            lambda *args: jax.lax.ragged_dot(
-                *args, sizes_E, preferred_element_type=jnp.dtype(dtype)
-            ),
-            x_PD,
-            w_EDF,
-        )
+        out, pull = jax.vjp(lambda *args: product(*args, sizes_E), x_PD, w_EDF)
         return pull(out)
 
     shapes = (((rows, width), dtype), ((experts, width, hidden), dtype), ((experts,), "int32"))
@@ -74,7 +121,12 @@ def _is_fused_on_gpu(dtype: str) -> bool:
     if dtype not in ("bfloat16", "float16"):
         return False
     try:
-        expansions = ragged_probe(dtype, {RAGGED_FUSION: True}, jax.devices("gpu")[0])
+        expansions = ragged_probe(dtype, {RAGGED_FUSION: True}, _own_gpu())
     except (RuntimeError, ValueError):  # no such option in this version, or no kernel for the chip
         return False
     return not expansions
+
+
+def _own_gpu():
+    """Of this process: it compiles for no device of another one."""
+    return jax.local_devices(backend="gpu")[0]

@@ -11,11 +11,12 @@ gradient needs no stored expert output. The base weights are frozen unless `base
 cotangent of a rank gate is sum_rows z * dz: with a gate of one it is DR-LoRA's per-rank importance
 before the absolute value (sum_j A_kj dA_kj = sum_i B_ik dB_ik).
 
-Three backends with the same numbers, each in a file of its own:
+Backends with the same numbers, each in a file of its own:
 
-    block   CPU: sorted slots, each group walked in blocks of rows
-    ragged  TPU, and GPU where it is a kernel: sorted slots, `lax.ragged_dot`
-    dense   every expert on every token, E / K times the work
+    block    CPU: sorted slots, each group walked in blocks of rows
+    ragged   TPU, and GPU where it is a kernel: sorted slots, `lax.ragged_dot`
+    tokamax  the same with the grouped products of that package, where one asks for them
+    dense    every expert on every token, E / K times the work
 
 Letters: T tokens, K experts per token, P = T * K slots, E experts, D model, F expert hidden, R
   ranks.
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from drlora_jax.ops import grouped_block, grouped_dense, grouped_ragged
+from drlora_jax.ops import grouped_block, grouped_dense, grouped_ragged, grouped_tokamax
 from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
 
 
@@ -40,6 +41,7 @@ def expert_mlp(
     *,
     dropout: Dropout | None = None,
     backend: str = "auto",
+    platform: str | None = None,
     keeps_hidden: bool = True,
     layer: jax.Array | None = None,
 ) -> jax.Array:
@@ -54,18 +56,20 @@ def expert_mlp(
       lora: role -> factors; roles `gate`, `up` (or `gate_up`) and `down`; may be empty. B is zero
         where a gate is.
       spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
-      backend: block | ragged | dense | auto (block on CPU, else dense).
-      keeps_hidden: of `ragged`: gives `models.remat` the chance to keep pre-activations (by the
-        names `moe_gu`, `moe_z`): right where most slots are computed here, wrong on an expert
-        shard, where most rows of these arrays belong to others.
+      backend: block | ragged | tokamax | dense | auto (block on CPU, else dense).
+      platform: what the program is compiled for; by default what this process computes on.
+      keeps_hidden: of `ragged` and `tokamax`: gives `models.remat` the chance to keep
+        pre-activations (by the names `moe_gu`, `moe_z`): right where most slots are computed here,
+        wrong on an expert shard, where most rows of these arrays belong to others.
       layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, of which this one
         is meant. `block` reads them expert by expert and copies no layer.
 
     Returns:
       y_TD in the dtype of x_TD.
     """
+    platform = platform or jax.default_backend()
     if backend == "auto":
-        backend = "block" if jax.default_backend() == "cpu" else "dense"
+        backend = "block" if platform == "cpu" else "dense"
     if not spec.base_grad:
         w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
     if dropout is None:
@@ -80,4 +84,7 @@ def expert_mlp(
         return grouped_block.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
     if backend == "ragged":
         return grouped_ragged.expert_mlp(*arguments, keeps_hidden)
+    if backend == "tokamax":
+        product = grouped_tokamax.product_for(platform)
+        return grouped_ragged.expert_mlp(*arguments, keeps_hidden, product)
     return grouped_dense.expert_mlp(*arguments)

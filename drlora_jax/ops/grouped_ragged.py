@@ -19,6 +19,7 @@ ranks.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -32,23 +33,45 @@ from drlora_jax.ops.grouped_parts import ACTIVATIONS, drop
 THIN, WIDEST_TILE, TILE_ROWS = 512, 4096, 128
 
 
-def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden):
-    """As `ops.grouped.expert_mlp`."""
+def ragged_dot(rows, weights_EIO, size_E):
+    """Every group's rows times its expert's matrix; rows of no group are undefined.
+
+    The result has the dtype of the rows: NVIDIA's kernel writes no f32 for bf16 operands.
+    """
+    with _tiling(rows.shape[0], *weights_EIO.shape[1:]):
+        return lax.ragged_dot(rows, weights_EIO, size_E, preferred_element_type=rows.dtype)
+
+
+def expert_mlp(
+    spec,
+    x_TD,
+    expert_TK,
+    weight_TK,
+    weights,
+    lora,
+    dropout,
+    keeps_hidden: bool,
+    product: Callable = ragged_dot,
+):
+    """As `ops.grouped.expert_mlp`; `product` has the signature of `ragged_dot`."""
     w_gate_up_EDF, w_down_EFD = weights
     plan = _sort_slots(expert_TK, w_gate_up_EDF.shape[0])
     slots_P = dropout.slots(plan.order_P, expert_TK.shape[1])
     p_P = weight_TK.reshape(-1)
     p_P = jnp.where(plan.is_here_P, p_P.at[plan.order_P].get(unique_indices=True), 0)
 
+    def dot(rows, weights_EIO):
+        return jnp.where(plan.is_here_P[:, None], product(rows, weights_EIO, plan.size_E), 0)
+
     def delta(rows, role):
         rows = drop(rows, slots_P, role, spec, dropout)
-        z_PR = _dot(rows, lora[role].a_ERD.astype(rows.dtype).swapaxes(1, 2), plan)
+        z_PR = dot(rows, lora[role].a_ERD.astype(rows.dtype).swapaxes(1, 2))
         z_PR = checkpoint_name(z_PR, "moe_z") if keeps_hidden else z_PR
         gated_ERF = lora[role].b_ERF * (spec.scale * lora[role].gate_ER)[:, :, None]
-        return _dot(z_PR, gated_ERF.astype(rows.dtype), plan)
+        return dot(z_PR, gated_ERF.astype(rows.dtype))
 
     x_PD = _dispatch(x_TD, plan)
-    gate_up_PF = _dot(x_PD, w_gate_up_EDF, plan)
+    gate_up_PF = dot(x_PD, w_gate_up_EDF)
     if keeps_hidden:
         gate_up_PF = checkpoint_name(gate_up_PF, "moe_gu")
     gate_PF, up_PF = jnp.split(gate_up_PF, 2, axis=-1)
@@ -60,7 +83,7 @@ def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_h
     if "up" in lora:
         up_PF = up_PF + delta(x_PD, "up")
     h_PF = (ACTIVATIONS[spec.activation](gate_PF) * up_PF * p_P[:, None]).astype(x_TD.dtype)
-    y_PD = _dot(h_PF, w_down_EFD, plan)
+    y_PD = dot(h_PF, w_down_EFD)
     if "down" in lora:
         y_PD = y_PD + delta(h_PF, "down")
     return _combine(y_PD, plan)
@@ -92,16 +115,6 @@ def _sort_slots(expert_TK: jax.Array, num_experts: int) -> _Plan:
         is_here_P=jnp.arange(expert_P.size) < jnp.sum(size_E),
         is_here_TK=is_here_TK,
     )
-
-
-def _dot(rows, weights_EIO, plan: _Plan):
-    """Every group's rows times its expert's matrix; rows of no group give zero.
-
-    The result has the dtype of the rows: NVIDIA's kernel writes no f32 for bf16 operands.
-    """
-    with _tiling(rows.shape[0], *weights_EIO.shape[1:]):
-        out = lax.ragged_dot(rows, weights_EIO, plan.size_E, preferred_element_type=rows.dtype)
-    return jnp.where(plan.is_here_P[:, None], out, 0)
 
 
 def _tiling(num_rows: int, width_in: int, width_out: int):

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from drlora_jax.ops import Ops, ops_for
 from drlora_jax.ops.attention import Backend
+from drlora_jax.ops.backends import Experts
 from drlora_jax.ops.grouped_parts import Dropout
 from drlora_jax.parallel.exchange import GATHER, choose_exchange, exchange, plan_dispatch
 from drlora_jax.parallel.mesh import (
@@ -30,7 +31,12 @@ from drlora_jax.parallel.mesh import (
 
 
 def sharded_ops(
-    mesh: Mesh, options: dict | None = None, *, attention: Backend = "auto", exchange: str = "auto"
+    mesh: Mesh,
+    options: dict | None = None,
+    *,
+    attention: Backend = "auto",
+    experts: Experts = "auto",
+    exchange: str = "auto",
 ) -> Ops:
     """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device.
 
@@ -38,7 +44,11 @@ def sharded_ops(
       exchange: how tokens get to their experts: gather, ragged, padded, or auto by sizes.
     """
     ops = ops_for(
-        platform_of(mesh), options, expert_shards=shards_of(mesh, EXPERTS), attention=attention
+        platform_of(mesh),
+        options,
+        expert_shards=shards_of(mesh, EXPERTS),
+        attention=attention,
+        experts=experts,
     )
     if mesh.size == 1:
         return ops

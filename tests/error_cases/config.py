@@ -154,6 +154,9 @@ FIELDS = (
     _field("run.seed=4294967296", "run.seed must be"),
     _field("model.path=", "model.path must name a model"),
     _field("model.dtype=float16", "model.dtype must be auto | float32 | bfloat16"),
+    _field("model.experts=fast", "model.experts must be auto | block | ragged | dense | tokamax"),
+    _field("model.experts=tokamax", "can not be used here: it has kernels for TPU and NVIDIA"),
+    _field("model.experts=ragged", "on cpu it is no kernel, but multiplies rows with every"),
     _field("adapter.targets=", "adapter.targets must name at least one projection"),
     _field(
         "adapter.targets=w1",

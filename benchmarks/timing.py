@@ -1,0 +1,77 @@
+"""How benchmarks take times: after a warm-up, results waited for, in turns, ratios by round."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORMAL_95 = 1.96
+
+
+class Ratio(NamedTuple):
+    """Of times of the same rounds: their mean with a 95 % interval, and their median."""
+
+    mean: float
+    low: float
+    high: float
+    median: float
+    rounds: int
+
+
+def seconds_of(function: Callable, *args) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def median_seconds(function: Callable, *args, repeats: int = 20, warmup: int = 3) -> float:
+    seconds = [seconds_of(function, *args) for _ in range(warmup + repeats)]
+    return statistics.median(seconds[warmup:])
+
+
+def in_turns(functions: dict, rounds: int, warmup: int = 3) -> dict:
+    """Seconds of each function, one call of each a round in an order that changes: none always runs
+    after the same one.
+    """
+    draw, names = np.random.default_rng(1), list(functions)
+    seconds: dict = {name: [] for name in names}
+    for index in range(warmup + rounds):
+        for place in draw.permutation(len(names)):
+            name = names[place]
+            taken = seconds_of(functions[name])
+            if index >= warmup:
+                seconds[name].append(taken)
+    return {name: np.array(taken) for name, taken in seconds.items()}
+
+
+def ratio(seconds_N: np.ndarray, base_N: np.ndarray) -> Ratio:
+    ratios_N = seconds_N / base_N
+    spread = ratios_N.std(ddof=1) if len(ratios_N) > 1 else float("nan")
+    half = NORMAL_95 * spread / len(ratios_N) ** 0.5
+    mean = ratios_N.mean()
+    return Ratio(mean, mean - half, mean + half, float(np.median(ratios_N)), len(ratios_N))
+
+
+def matmul_bound(side: int, dtype) -> tuple[Callable, int]:
+    """A product of square matrices to time, and its floating-point operations."""
+    keys = jax.random.split(jax.random.key(0))
+    left, right = (jax.random.normal(key, (side, side), dtype) for key in keys)
+    product = jax.jit(jnp.matmul)
+    return lambda: product(left, right), 2 * side**3
+
+
+def copy_bound(side: int, dtype) -> tuple[Callable, int]:
+    """A pass over an array of side^2 to time, and the bytes that it reads and writes."""
+    array = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    add = jax.jit(lambda array: array + 1)
+    return lambda: add(array), 2 * array.nbytes
+
+
+def first_line(error: Exception) -> str:
+    """What a measurement that failed says of it."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
