@@ -14,6 +14,7 @@ from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MIXLORA = str(CONFIGS / "mixlora_smollm2.py")
+ALPHALORA = str(CONFIGS / "alphalora_smollm2.py")
 SMOLLM2_135M = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -30,8 +31,8 @@ MULTI_TASK = (
 )
 
 
-def docstring() -> str:
-    return ast.get_docstring(ast.parse(pathlib.Path(MIXLORA).read_text()))
+def docstring(config=MIXLORA) -> str:
+    return ast.get_docstring(ast.parse(pathlib.Path(config).read_text()))
 
 
 def trained(config) -> int:
@@ -47,6 +48,20 @@ def test_mixlora_and_its_baseline_train_as_many_parameters_as_the_docstring_says
     for each, count in ((config, 13_224_960), (baseline, 13_127_040)):
         assert trained(each) == count
         assert f"{count:,}" in text
+
+
+@pytest.mark.parametrize("layers", ["5555", ",".join(["4", "6"] * 15)])
+def test_alphalora_trains_as_many_parameters_as_the_docstring_says(layers):
+    config = load_config(ALPHALORA, [f"adapter.experts_per_layer={layers}"])
+    assert trained(config) == 12_960_000
+    assert "12,960,000" in docstring(ALPHALORA)
+
+
+def test_alphalora_in_one_step():
+    overrides = "adapter.experts_per_layer=none allocation.kind=alphalora allocation.experts=150"
+    assert overrides in docstring(ALPHALORA)
+    config = load_config(ALPHALORA, overrides.split())
+    assert config.allocation.experts == 5 * 30 and config.adapter.num_experts == 8
 
 
 def test_the_documented_overrides_are_in_the_docstring_and_load():

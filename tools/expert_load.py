@@ -4,7 +4,7 @@
 
 For every layer the smallest and the largest share of an expert (1 / experts where all are used
 alike) and the entropy of the shares over its largest value, 1. --data is read by the settings of
-the run (format, template, row length); dropout is off.
+the run (format, template, row length), rows that can not be used are left out; dropout is off.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(argv=None) -> int:
 def expert_shares(loaded: Loaded, path: str, limit: int | None) -> np.ndarray:
     """Share of the choices of all tokens, [L, E]; a layer sums to 1."""
     section, size = loaded.config.data, loaded.config.train
-    section = dataclasses.replace(section, eval_path=(path,))
+    section = dataclasses.replace(section, eval_path=(path,), bad_rows="skip")
     length, pad_id = size.sequence_length, pad_token(loaded.tokenizer)
     documents = load_documents(section, loaded.tokenizer, length, evaluation=True).documents
     rows = mesh_lib.whole_shards(loaded.mesh, size.batch_size)
