@@ -11,9 +11,8 @@ weights have lighter tails; fine-tuned on ARC-Easy.
 adapter.experts_per_layer=none allocation.kind=alphalora allocation.experts=150 computes exponents
 when the run is prepared, with at most adapter.num_experts (8) a layer. Trained parameters:
 12,960,000 wherever the 150 experts are, of which 748,800 in routers. Local files, prompts, and
-plain LoRA with about as many parameters: as in configs/mixlora_smollm2.py.
-The authors leave
-the balance loss off. Not measured.
+plain LoRA with about as many parameters: as in configs/mixlora_smollm2.py. The authors leave the
+balance loss off. Not measured.
 """
 
 from drlora_jax.config import (
