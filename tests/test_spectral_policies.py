@@ -229,7 +229,7 @@ MIXLORA = dict(kind="mixlora", num_experts=4)
 @pytest.mark.parametrize(
     ("allocation", "adapter", "message"),
     [
-        (dict(kind="alphalora"), MIXLORA, "which needs it.* Got None with adapter.kind=mixlora"),
+        (dict(kind="alphalora"), MIXLORA, "which need it.* Got None with adapter.kind=mixlora"),
         (dict(kind="alphalora", experts=9), {}, "are there already. Got 9 with .*=expert_lora"),
         (dict(kind="alphalora", experts=0), {}, "allocation.experts must be greater than 0"),
         (dict(kind="alphalora", experts=13), MIXLORA, "experts=13: 13 experts do not fit into 3"),

@@ -171,7 +171,7 @@ FIELDS = (
     _field(
         "adapter.experts_per_layer=2468", "for adapters with experts of their own.*got expert_lora"
     ),
-    _field("adapter.kind=mola", "so none could earn one", "allocation.r_init=0"),
+    _field("allocation.r_init=0", "so none could earn one", "adapter.kind=mola"),
     _field("adapter.factor_dropout=0.5", "for all tokens at once"),
     _field("adapter.factor_dropout=1", "adapter.factor_dropout must be in"),
     _field("adapter.dora=true", "every token has other experts"),
