@@ -99,7 +99,8 @@ def _devices(name: str, slices: int):
 
 def _memory_lines(run, compiled, limit: float) -> list[str]:
     lines = train.memory_lines(run.abstract_params, run.abstract_state, compiled)
-    share = f"            {compiled_bytes(compiled) / 2**30:.1f} of {limit:g} GiB of a chip"
+    taken = compiled_bytes(compiled).total / 2**30
+    share = f"            {taken:.1f} of {limit:g} GiB of a chip"
     return [run.backends, run.forecast, *lines, share]
 
 
@@ -126,10 +127,9 @@ def _collective_lines(collectives: list[hlo.Collective]) -> list[str]:
 
 def _complaints(run, compiled, text, collectives, limit) -> list[str]:
     found = []
-    if compiled_bytes(compiled) > limit * 2**30:
-        found.append(
-            f"{compiled_bytes(compiled) / 2**30:.1f} GiB do not fit a chip of {limit:g} GiB"
-        )
+    taken = compiled_bytes(compiled).total / 2**30
+    if taken > limit:
+        found.append(f"{taken:.1f} GiB do not fit a chip of {limit:g} GiB")
     config = run.job.model_config
     if config.moe is not None:
         found += [f"{each} looks like a dense expansion" for each in _expansions(run, text)]

@@ -177,7 +177,7 @@ def table(axis: str, steps: dict[int, Step], seconds: dict, matmul_N, copy_N):
                 f"{np.median(operations / seconds[value] / matmul_N):.3f}",
                 f"{step.added_bytes / 2**20:,.1f}",
                 f"{step.added_bytes / first[2]:.2f}",
-                f"{forecast_bytes(step) / compiled_bytes(step.compiled):.2f}",
+                f"{forecast_bytes(step) / compiled_bytes(step.compiled).total:.2f}",
             ]
         )
 

@@ -133,10 +133,21 @@ def bytes_on_one_device(tree) -> int:
     return total
 
 
-def compiled_bytes(compiled) -> int | None:
-    """What a compiled program takes on a device, its inputs included; None if it does not say."""
+class CompiledBytes(NamedTuple):
+    """What a compiled program takes on a device."""
+
+    total: int
+    inputs: int
+
+
+def compiled_bytes(compiled) -> CompiledBytes | None:
+    """What a compiled program takes on a device; None if it does not say."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    total = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return total + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    inputs = analysis.argument_size_in_bytes
+    total = inputs + analysis.temp_size_in_bytes
+    total += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    # On TPU the sum has some temporaries twice: steps compile for chips that are too small for it.
+    # jax before 0.12 knows only the sum.
+    return CompiledBytes(getattr(analysis, "total_allocation_bytes", 0) or total, inputs)

@@ -109,12 +109,11 @@ def memory_lines(params, state, compiled) -> list[str]:
     lines = [
         f"memory      base {base}, factors {lora}, moments {moments}, masks and statistics {rest}"
     ]
-    total = compiled_bytes(compiled)
-    if total is not None:
-        added = compiled.memory_analysis().temp_size_in_bytes
+    found = compiled_bytes(compiled)
+    if found is not None:
         lines.append(
-            f"            the compiled step adds {format_bytes(added)}; "
-            f"{format_bytes(total)} in all on each device"
+            f"            the compiled step adds {format_bytes(found.total - found.inputs)}; "
+            f"{format_bytes(found.total)} in all on each device"
         )
     return lines
 

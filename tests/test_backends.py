@@ -1,6 +1,7 @@
 """What runs where: the choice by platform, and reading compiled programs for what must not be."""
 
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -135,30 +136,56 @@ def test_what_may_travel():
     assert reason("f32[1,8,2,16]") == "factors of all experts"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: no TPU compiler"
 )
-@pytest.mark.parametrize("experts", ["auto", "tokamax"])
-def test_a_small_step_compiles_for_tpu(tmp_path, experts):
-    """Expert-parallel and FSDP, with the real grouped product, attention and growth state."""
-    if experts == "tokamax" and importlib.util.find_spec("tokamax") is None:
-        pytest.skip("tokamax is not installed: it needs Python 3.12 or newer")
-    (tmp_path / "config.json").write_text(
-        '{"model_type": "olmoe", "vocab_size": 640, "hidden_size": 256, "intermediate_size": 128,'
+
+
+def compile_for_tpu(folder, *arguments):
+    """The report and the program of a small step with growth state."""
+    (folder / "config.json").write_text(
+        '{"model_type": "olmoe", "vocab_size": 640, "hidden_size": 256, "intermediate_size": 384,'
         '"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,'
-        '"num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": false}'
+        '"num_experts": 16, "num_experts_per_tok": 2, "norm_topk_prob": false}'
     )
     command = [sys.executable, "benchmarks/aot_tpu.py", "--topology", "v5e:2x2"]
-    command += ["--config", "configs/olmoe.py", "--model", str(tmp_path), "--text"]
-    command += [str(tmp_path / "hlo"), "mesh.data=1", "mesh.fsdp=2", "mesh.expert=2"]
-    command += ["train.batch_size=8", "train.micro_batches=2", "train.sequence_length=256"]
-    command.append(f"model.experts={experts}")
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    command += ["--config", "configs/olmoe.py", "--model", str(folder), "--text"]
+    command += [str(folder / "hlo"), "train.batch_size=16", "train.micro_batches=2"]
+    command += ["train.sequence_length=256", *arguments]
+    # libtpu otherwise lets one process at a time use it, even to compile.
+    environment = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "of 16 GiB of a chip" in done.stdout
-    assert "all-gather" in done.stdout and "reduce-scatter" in done.stdout
-    text = (tmp_path / "hlo").read_text()
+    return done.stdout, (folder / "hlo").read_text()
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("experts", ["auto", "tokamax"])
+def test_a_small_step_compiles_for_tpu(tmp_path, experts):
+    """Expert-parallel and FSDP, with the real grouped product and attention."""
+    if experts == "tokamax" and importlib.util.find_spec("tokamax") is None:
+        pytest.skip("tokamax is not installed: it needs Python 3.12 or newer")
+    mesh = ["mesh.data=1", "mesh.fsdp=2", "mesh.expert=2"]
+    report, text = compile_for_tpu(tmp_path, *mesh, f"model.experts={experts}")
+    assert "all-gather" in report and "reduce-scatter" in report
     assert "ragged_dot_tiling" in text  # factors: tokamax leaves thin products to it
     assert ("tpu_ragged_dot_gmm" in text) == (experts == "tokamax")
     assert "tpu_ragged_dot_tgmm" not in text  # a frozen base has no gradient
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    "arguments, travels",
+    [
+        (["mesh.data=1", "mesh.expert=4", "mesh.exchange=ragged"], "ragged-all-to-all"),
+        (["mesh.data=1", "mesh.expert=2", "mesh.tensor=2"], "reduce-scatter"),
+        (["mesh.data=2", "mesh.expert=2", "mesh.fsdp=2", "--slices", "2"], "all-reduce"),
+    ],
+    ids=["ragged", "tensor", "slices"],
+)
+def test_every_mesh_compiles_for_tpu(tmp_path, arguments, travels):
+    report, _ = compile_for_tpu(tmp_path, *arguments)
+    assert travels in report

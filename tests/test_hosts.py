@@ -1,11 +1,17 @@
-"""What processes find out about each other, without starting any."""
+"""What processes find out about each other."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from drlora_jax.errors import UserError
+from drlora_jax.errors import EXIT_RESUMABLE, UserError
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import make_mesh
 
@@ -89,3 +95,46 @@ def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
     assert hosts.is_lost_peer(gone)
     assert not hosts.is_lost_peer(ValueError("the connection of peer and Gloo"))
     assert not hosts.is_lost_peer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+
+
+STUCK = """
+import time
+import jax
+from drlora_jax.parallel import hosts
+from drlora_jax.parallel.watchdog import Watchdog
+
+hosts.join(heartbeat_timeout=20)
+with Watchdog(timeout=2) as watchdog:
+    for step in range(3):
+        watchdog.beat(f"step {step}")
+        time.sleep(0.5)
+    watchdog.beat(f"reading rows of process {jax.process_index()}")
+    time.sleep(60)
+"""
+
+
+def test_stuck_processes_end_and_say_where_all_are():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", STUCK],
+            env=environment | {"JAX_PROCESS_ID": str(index)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    errors = [process.communicate(timeout=50)[1] for process in processes]
+    assert [process.returncode for process in processes] == [EXIT_RESUMABLE] * 2, errors
+    where = "process 0: reading rows of process 0, process 1: reading rows of process 1"
+    # One may end the coordinator under the other, which then is ended by jax.
+    assert any(where in text and 'File "<string>"' in text for text in errors), errors
+    assert all("last checkpoint" in text for text in errors), errors

@@ -2,6 +2,7 @@
 
 One run goes through everything: two processes take it to its end; from its checkpoint of step 5
 it is resumed by one process, and by two of which one is told to stop, goes wrong, or is killed.
+DRLORA_MESHES=all tries more meshes and more steps, some minutes.
 """
 
 import json
@@ -28,8 +29,11 @@ from drlora_jax.prepare import prepare
 ROOT = pathlib.Path(__file__).parents[1]
 VALUES = OLMOE | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8}
 MESH = {"data": 2, "expert": 2, "tensor": 2}
-OTHERS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 1, 4)]  # with DRLORA_MESHES=all
-STEPS, FIRST_SAVED = 20, 5  # events after steps 5 and 11
+EVERYTHING = os.environ.get("DRLORA_MESHES") == "all"
+OTHERS = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 2, 1, 4)] if EVERYTHING else []
+SMALLER = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 1}]
+SMALLER += [{"expert": 2, "fsdp": 2}, {"data": 2}] if EVERYTHING else []
+STEPS, FIRST_SAVED, SECOND_SAVED = 30 if EVERYTHING else 20, 5, 10  # events after steps 5 and 11
 HEARTBEAT, TIMEOUT = 20, 300  # seconds
 
 CONFIG = """import pathlib
@@ -71,11 +75,11 @@ class Runs:
     def losses(self, name: str) -> list[float]:
         return [row["loss"] for row in self.rows(name) if "loss" in row]
 
-    def copy_cut(self, name: str, new: str) -> None:
-        """A run as it was after its first checkpoint."""
+    def copy_cut(self, name: str, new: str, saved: int = FIRST_SAVED) -> None:
+        """A run as it was after a checkpoint."""
         shutil.copytree(self.folder / name, self.folder / new)
         for entry in (self.folder / new / "checkpoints").iterdir():
-            if entry.name.isdigit() and int(entry.name) > FIRST_SAVED:
+            if entry.name.isdigit() and int(entry.name) > saved:
                 shutil.rmtree(entry)
 
     def two(self, fault: str, name: str, **mesh) -> list[tuple[int, str]]:
@@ -153,7 +157,6 @@ def test_two_processes_compute_what_one_device_does(runs, whole, one_device):
     check_run(runs, "whole", whole, one_device)
 
 
-@pytest.mark.skipif(os.environ.get("DRLORA_MESHES") != "all", reason="DRLORA_MESHES=all asks")
 @pytest.mark.parametrize("sizes", OTHERS, ids=str)
 def test_every_axis_may_lie_across_processes(runs, one_device, sizes):
     name = "two-" + "x".join(map(str, sizes))
@@ -173,7 +176,7 @@ def restored(runs, name, mesh):
     return jax.device_get(position)
 
 
-@pytest.mark.parametrize("mesh", [{"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 1}], ids=str)
+@pytest.mark.parametrize("mesh", SMALLER, ids=str)
 def test_one_process_resumes_what_two_saved(runs, whole, mesh):
     name = "x".join(map(str, mesh.values()))
     runs.copy_cut("whole", name)
@@ -186,6 +189,9 @@ def test_one_process_resumes_what_two_saved(runs, whole, mesh):
         [row["ranks"] for row in runs.rows(each, "ranks.jsonl")] for each in (name, "whole")
     )
     assert events == expected and len(events) == 2
+    if EVERYTHING:  # and back to two processes
+        runs.copy_cut(name, f"{name}-back", SECOND_SAVED)
+        np.testing.assert_allclose(run_two(runs, f"{name}-back", MESH), whole, rtol=1e-5)
 
 
 def test_what_befalls_one_process_ends_both(runs, whole):
