@@ -197,6 +197,9 @@ class AdapterSection(_Section):
     targets: tuple[str, ...] = ("up", "down")  # roles, or regular expressions over parameter paths
     scale: float = 2.0  # alpha / rank: constant, whatever rank is active
     dropout: float = 0.1  # on the input of every low-rank product, in training
+    # of the factors of experts, where plain LoRA beside them has another; None: the same
+    expert_scale: float | None = None
+    expert_dropout: float | None = None
     # of kind lora: share of A's columns and of B's rows left out of a training step (LoRA Dropout)
     factor_dropout: float = 0.0
     rank: int | None = None  # of plain LoRA (attention, dense FFN); None: allocation.r_target
@@ -228,6 +231,16 @@ class AdapterSection(_Section):
         )
         _require(self.scale > 0, f"adapter.scale must be greater than 0, got {self.scale}.")
         _fraction("adapter", {"dropout": self.dropout, "factor_dropout": self.factor_dropout})
+        for name in ("expert_scale", "expert_dropout"):
+            _require(
+                getattr(self, name) is None or self.kind in ("expert_lora", "mixlora"),
+                f"adapter.{name} is for adapters that have experts beside plain LoRA, "
+                f"adapter.kind=expert_lora or mixlora: with {self.kind} set "
+                f"adapter.{name.removeprefix('expert_')}.",
+            )
+        if self.expert_scale is not None:
+            _positive("adapter", {"expert_scale": self.expert_scale})
+        _fraction("adapter", {"expert_dropout": self.expert_dropout or 0.0})
         _require(
             self.rank is None or self.rank > 0,
             f"adapter.rank must be greater than 0, got {self.rank}.",

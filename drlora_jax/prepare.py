@@ -205,6 +205,8 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
         paths=resolve_targets(model_config, section.kind, section.targets),
         scale=section.scale,
         dropout=section.dropout,
+        expert_scale=section.expert_scale,
+        expert_dropout=section.expert_dropout,
         rank=section.rank or config.allocation.r_target,
         dora=section.dora,
         factor_dropout=section.factor_dropout,

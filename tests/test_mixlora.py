@@ -24,7 +24,7 @@ from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.routing import choose_experts
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
-from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora
+from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
 
 LLAMA = {
     "model_type": "llama",
@@ -53,7 +53,7 @@ WIDTH, HIDDEN, EXPERTS, RANK, SCALE = 12, 20, 5, 3, 2.0
 
 
 def config_with(kind="mixlora", targets=ALL, allocation=None, **adapter) -> TrainConfig:
-    section = AdapterSection(kind=kind, targets=targets, dropout=0.0, **adapter)
+    section = AdapterSection(kind=kind, targets=targets, **{"dropout": 0.0} | adapter)
     allocation = allocation or AllocationSection(kind="uniform", r_target=16, r_max=16)
     return TrainConfig(adapter=section, allocation=allocation)
 
@@ -205,6 +205,28 @@ def test_top_p_of_one_combines_all_experts():
 
 
 # ------------------------------------------------------------------------------------ whole models
+
+
+@pytest.mark.parametrize("kind", ["mixlora", "expert_lora"])
+def test_own_scale_and_dropout_of_experts(kind):
+    """As if everything had them, as long as nothing but experts is adapted."""
+    values = TINY if kind == "mixlora" else OLMOE
+    tokens_BT = jnp.arange(12).reshape(2, 6) % values["vocab_size"]
+    positions_BT = jnp.broadcast_to(jnp.arange(6), (2, 6))
+
+    def hidden(**adapter):
+        model = adapted(values, config_with(kind, ("up", "down"), num_experts=4, **adapter))
+        variables = init_variables(model, jax.random.key(0))
+        variables["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, variables["lora"])
+        key = {"dropout": jax.random.key(1)}
+        ones_BT = jnp.ones_like(tokens_BT)
+        return model.apply(variables, tokens_BT, ones_BT, positions_BT, rngs=key)[0]
+
+    expected = hidden(scale=3.0, dropout=0.5)
+    assert jnp.array_equal(hidden(expert_scale=3.0, expert_dropout=0.5), expected)
+    assert jnp.array_equal(hidden(scale=3.0, dropout=0.9, expert_dropout=0.5), expected)
+    assert not jnp.allclose(hidden(scale=3.0, dropout=0.5, expert_dropout=0.0), expected)
+    assert not jnp.allclose(hidden(scale=2.0, dropout=0.5), expected)
 
 
 def test_starts_as_its_base():

@@ -18,8 +18,8 @@ What does not carry over:
   for inactive ranks, so that ranks come back as they were.
 * Every layer has the same experts: a run with experts of rank 0 is refused.
 * lora_alpha is a whole number. Where scale * rank is not, the scale is multiplied into B.
-* An own rank or scale of experts (`expert_lora`) is read, the scale multiplied into B, its dropout
-  left out; written files have none, because the package `mixlora` does not look at it.
+* An own rank, alpha or dropout of experts (`expert_lora`) is read; written files have none, because
+  the package `mixlora` does not look at it: an own scale is multiplied into B.
 * lora_dropout=0 is written as 1e-6, because their loader wants more than 0; 1e-6 is read as 0.
 * Base models of the `llama` family, as for adapter.kind=mixlora itself.
 """
@@ -102,7 +102,7 @@ def _import(args: argparse.Namespace) -> int:
     adapter = make_adapter(run, config)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     abstract = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
-    lora = mixlora.unpack(tensors, config, adapter, abstract, described.expert_factor)
+    lora = mixlora.unpack(tensors, config, adapter, abstract)
     _write_run(RunDirectory(str(out)), run, fingerprint(directory), config, lora, ranks_LE)
     print(f"{out}: {len(tensors)} tensors, expert ranks {ranks_LE.min()} to {ranks_LE.max()}")
     return EXIT_DONE

@@ -17,7 +17,7 @@ LoRA Dropout (arXiv 2404.09610) leaves out columns of A and rows of B (inputs an
 update, never ranks), the same for all tokens of a micro-batch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import flax.linen as nn
 import jax
@@ -31,6 +31,8 @@ class AdapterSpec:
     paths: frozenset[str] = frozenset()  # module paths, such as segment_0/layer_0/attention/q
     scale: float = 1.0
     dropout: float = 0.0
+    expert_scale: float | None = None  # None: as plain LoRA's
+    expert_dropout: float | None = None
     rank: int = 0  # of plain LoRA
     max_rank: int = 0  # of every expert
     train_router: bool = False
@@ -40,6 +42,12 @@ class AdapterSpec:
     experts_per_layer: tuple[int, ...] = ()
     dora: bool = False  # of plain LoRA
     factor_dropout: float = 0.0  # of plain LoRA
+
+    @property
+    def of_experts(self) -> "AdapterSpec":
+        """The same with the scale and dropout of experts as its own."""
+        own = {"scale": self.expert_scale, "dropout": self.expert_dropout}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
 
 NO_ADAPTER = AdapterSpec()

@@ -80,7 +80,7 @@ def layer_factors(
                 update_DE = np.asarray(leaf[place.repeat])
                 router_DE = update_DE if update_DE.any() else None  # zero until warm-up ends
             elif path.startswith("moe/"):
-                pair = _pair(leaf, place.repeat, adapter.scale)
+                pair = _pair(leaf, place.repeat, adapter.of_experts.scale)
                 active_E = ranks_LE[moe_layers.index(place.number)]
                 role = path.removeprefix("moe/").removesuffix("_lora")
                 experts[role] = _active(pair, active_E, rows)

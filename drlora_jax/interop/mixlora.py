@@ -99,6 +99,7 @@ def pack(
     has_plain = any("/attention/" in path for path in adapter.paths)
     rank = max(int(ranks_LE.max()), adapter.rank if has_plain else 0)
     _, factor = alpha_of(adapter.scale, rank)
+    expert_factor = factor * adapter.of_experts.scale / adapter.scale
     rows = {layer: index for index, layer in enumerate(config.moe_layers)}
     tensors = {}
     for place in locations(config, adapter):
@@ -107,7 +108,8 @@ def pack(
             if place.expert is not None:
                 value = value[: ranks_LE[rows[place.layer], place.expert]]
             value = np.pad(value, ((0, rank - len(value)), (0, 0)))
-            value = value * np.float32(factor) if place.path[-1] == "b" else value
+            if place.path[-1] == "b":
+                value = value * np.float32(factor if place.expert is None else expert_factor)
         tensors[place.key] = np.ascontiguousarray(value.T if place.transpose else value)
     return tensors, rank
 
@@ -144,7 +146,6 @@ class Described(NamedTuple):
 
     section: AdapterSection  # rank: of attention, as stored
     expert_rank: int  # as stored
-    expert_factor: float  # on B of experts, whose scale may be another than attention's
 
 
 def read_description(values: Mapping, *, accept_top_p: bool = False) -> Described:
@@ -167,13 +168,16 @@ def read_description(values: Mapping, *, accept_top_p: bool = False) -> Describe
     try:
         rank, expert_rank = values["r"], own["r"]
         scale, expert_scale = (_scale(each) for each in (values, own))
+        dropout, expert_dropout = (_dropout(each) for each in (values, own))
         names = values["target_modules"]
         names = [name for name in names if not isinstance(names, Mapping) or names[name]]
         section = AdapterSection(
             kind="mixlora",
             targets=tuple(name.removesuffix("_proj") for name in names),
             scale=scale,
-            dropout=0.0 if values["lora_dropout"] <= NO_DROPOUT else float(values["lora_dropout"]),
+            dropout=dropout,
+            expert_scale=expert_scale if expert_scale != scale else None,
+            expert_dropout=expert_dropout if expert_dropout != dropout else None,
             rank=rank,
             num_experts=values["num_experts"],
             experts_per_token=min(values.get("top_k", 2), values["num_experts"]),
@@ -183,11 +187,15 @@ def read_description(values: Mapping, *, accept_top_p: bool = False) -> Describe
         raise UserError(
             f"{CONFIG}: not what MoE-PEFT writes: {type(error).__name__}: {error}."
         ) from error
-    return Described(section, expert_rank, expert_scale / scale)
+    return Described(section, expert_rank)
 
 
 def _scale(values: Mapping) -> float:
     return values["lora_alpha"] / values["r"] ** (0.5 if values.get("use_rslora") else 1.0)
+
+
+def _dropout(values: Mapping) -> float:
+    return 0.0 if values["lora_dropout"] <= NO_DROPOUT else float(values["lora_dropout"])
 
 
 def _check_dynamic(values: Mapping, accept_top_p: bool) -> None:
@@ -253,7 +261,6 @@ def unpack(
     config: ModelConfig,
     adapter: AdapterSpec,
     abstract: dict,
-    expert_factor: float = 1.0,
 ) -> dict:
     """The `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank rows than
     the file, where those left out are zero.
@@ -268,8 +275,6 @@ def unpack(
         if not is_right:
             got = list(tensors[place.key].shape)
             raise UserError(f"the adapter's {place.key} is {got}: not an adapter of this base.")
-        if place.expert is not None and place.path[-1] == "b":
-            value = value * np.float32(expert_factor)
         rows = min(len(value), len(target))
         target[:rows] = value[:rows]
     return lora

@@ -53,7 +53,7 @@ class MixtureFfn(nn.Module):
         logits_TE = x_TD.astype(jnp.float32) @ router_DE
         logits_TE, chosen = choose_open(logits_TE, is_open_E, routing)
         stats = routing_stats(logits_TE, chosen, is_valid_T)
-        scale = self.adapter.scale
+        scale = self.adapter.of_experts.scale
 
         def base(role, features, rows_TX):
             place = f"{self.location}/{role}"
@@ -90,7 +90,7 @@ class MixtureFfn(nn.Module):
         return y_TD.reshape(x_BTD.shape), stats
 
     def _drop(self, rows_TX):
-        return drop_in_training(self, rows_TX, self.adapter.dropout)
+        return drop_in_training(self, rows_TX, self.adapter.of_experts.dropout)
 
     def _init_router(self, width: int):
         shape = (width, self.config.routing.num_experts)

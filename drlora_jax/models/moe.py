@@ -54,10 +54,9 @@ class Moe(nn.Module):
             for role in ROLES
             if f"{self.location}/{role}" in self.adapter.paths
         }
-        spec = ExpertSpec(
-            self.config.activation, self.adapter.scale, self.adapter.dropout, self.base_grad
-        )
-        is_dropping = bool(lora) and self.adapter.dropout > 0 and self.has_rng("dropout")
+        adapter = self.adapter.of_experts
+        spec = ExpertSpec(self.config.activation, adapter.scale, adapter.dropout, self.base_grad)
+        is_dropping = bool(lora) and adapter.dropout > 0 and self.has_rng("dropout")
         y_TD = self.expert_mlp(
             x_TD,
             # Padding is computed by no expert: its output is zero and it costs nothing.
