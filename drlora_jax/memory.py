@@ -29,9 +29,9 @@ ROW_COPIES = {
 HIDDEN_COPIES = {
     "block": 0,
     "dense": 0,
-    "ragged": 6,
-    "tokamax": 6,
-}  # [P, F]: gate | up, h, gradients
+    "ragged": 9,
+    "tokamax": 9,
+}  # [P, F]: gate | up, h, gradients, and what their masks write out again
 NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
 RANK_COPIES = 2  # [T, E * R] of every routed matrix: with and without the routing's weights
 FFN_COPIES = 4  # [T, F] that it keeps of a dense FFN, for every slot of a token

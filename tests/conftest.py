@@ -1,10 +1,13 @@
-"""Eight simulated CPU devices for every test, and the rank-promotion rule that our code keeps."""
+"""Eight simulated CPU devices for every test, and the rank-promotion rule that our code keeps.
+
+Compiling is most of the time of these tests; without LLVM's optimisation it takes half of it and
+computes the same up to rounding.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402  (the flags above must be set first)

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_dr_lora import make_steps, run_accumulate
-from test_grouped import QUICK
 from test_step import Stepper, expert_leaves
 from tiny import tiny_config
 
@@ -158,10 +157,10 @@ def pruned(folder):
     run = stepper.run
     inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
     # One program, ahead of time: it refuses other shapes, dtypes and shardings.
-    step = run.step.lower(*inputs).compile(compiler_options=QUICK)
+    step = run.step.lower(*inputs).compile()
     inputs = run.abstract_params, run.abstract_state.lora, run.abstract_state.mask_LER
     lowered = run.eval_step.lower(*inputs, stepper.job.eval_batches[0])
-    eval_step = lowered.compile(compiler_options=QUICK)
+    eval_step = lowered.compile()
     stepper.run = run._replace(step=step, eval_step=eval_step)
     stepper.initial = expert_leaves(stepper.position.state.lora)
     stepper.around = {}

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_grouped import QUICK
 
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
@@ -43,9 +42,7 @@ def make_inputs(seed=0, dtype=jnp.float32):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("backend", "window", "soft_cap"), compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames=("backend", "window", "soft_cap"))
 def run(q, k, v, cotangent, sinks_N=None, *, backend, window=None, soft_cap=None):
     """(values, gradients of everything) of sum(values * cotangent); padding is left out."""
     is_real = jnp.asarray(SEGMENTS > 0)[:, :, None, None]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_dense import LLAMA
-from test_grouped import QUICK
-from tiny import compile_quickly, tiny_config, write_rows, write_tiny_model
+from tiny import tiny_config, write_rows, write_tiny_model
 from trained_models import MODELS, SCALE, make_trained, random_factors
 
 from drlora_jax import export, train
@@ -32,10 +31,6 @@ from drlora_jax.prepare import prepare
 from drlora_jax.step import init_lora
 
 TARGETS = ("gate", "down", "q", "v")
-
-
-def quick(function):
-    return jax.jit(function, compiler_options=QUICK)
 
 
 # ------------------------------------------------------------------------------------ one matrix
@@ -71,7 +66,7 @@ def test_equals_its_formula_and_gradients():
         y_BTF = x_BTD @ (merged_DF * (magnitude_F / norm_F)[None]) + params["bias"][None, None]
         return jnp.sum(weights_BTF * y_BTF)
 
-    got, expected = (quick(jax.value_and_grad(f, (0, 1)))(lora, x_BTD) for f in (ours, formula))
+    got, expected = (jax.jit(jax.value_and_grad(f, (0, 1)))(lora, x_BTD) for f in (ours, formula))
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     for ours_, theirs in pairs:
         assert float(np.abs(ours_ - theirs).max()) <= 1e-5 * float(np.abs(theirs).max())
@@ -81,7 +76,7 @@ def test_starts_as_its_base():
     module, x_BTD, variables = make_projection(0.0)
     params = variables["params"]
     params["kernel"][:, 2] = 0.0  # a column without a direction
-    y_BTF = quick(module.apply)(variables, x_BTD)
+    y_BTF = jax.jit(module.apply)(variables, x_BTD)
     plain = x_BTD @ params["kernel"] + params["bias"]
     np.testing.assert_allclose(y_BTF, plain, rtol=1e-5, atol=1e-6)
 
@@ -161,7 +156,7 @@ def test_logits_and_gradients_are_those_of_peft(tmp_path, base, trained):
         hidden_BTD, _ = ours.apply({"params": params, "lora": lora}, *inputs)
         return jnp.sum(jax.nn.log_softmax(logits(trained.config, params, hidden_BTD))[..., 7])
 
-    grads = quick(jax.grad(score))(trained.lora)["segment_0"]["layer_0"]
+    grads = jax.jit(jax.grad(score))(trained.lora)["segment_0"]["layer_0"]
     found = {
         name: value.grad.numpy()
         for name, value in model.named_parameters()
@@ -194,7 +189,6 @@ def test_a_run_trains_magnitudes_and_exports_them(tmp_path, monkeypatch):
         train=dict(steps=3),
     )
     run = train.build(prepare(config))
-    monkeypatch.setattr(train, "compile_step", compile_quickly)
     assert train.train(run) == 0
     loaded = load_run(str(tmp_path / "run"))
     lora = loaded.variables["lora"]["segment_0"]["layer_0"]

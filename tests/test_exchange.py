@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from test_grouped import QUICK, choose, make_inputs, random_like, relative_error
+from test_grouped import choose, make_inputs, random_like, relative_error
 
 from drlora_jax.ops import Ops
 from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec
@@ -26,7 +26,7 @@ def routings():
     return {"spread": spread_TK, "two": two_TK, "half": choose(TOKENS, 2, EXPERTS // 2)}
 
 
-@functools.partial(jax.jit, static_argnames="ops", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="ops")
 def value_and_pull(ops, inputs, dy):
     x_TD, expert_TK, weight_TK, gate_up, down, lora = inputs
     spec, key = ExpertSpec(scale=2.0, dropout=DROPOUT), jax.random.key(5)

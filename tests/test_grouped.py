@@ -131,11 +131,7 @@ def groups(*sizes):
     return np.random.default_rng(2).permutation(experts)[:, None].astype(np.int32)
 
 
-# Compiling is most of the time of this file; code without LLVM's optimisation computes the same.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "backend"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("spec", "backend"))
 def value_and_pull(inputs, dy, spec, backend, dropout=None):
     """(y, gradients) in the order of `reference`."""
     x_TD, expert_TK, *rest = inputs
@@ -341,7 +337,7 @@ def test_bfloat16_is_as_good_as_a_plain_dense_computation():
             for g, e in zip(got, expected, strict=True)
         ]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def plain_and_pull(x_TD, expert_TK, *rest):
         y_TD, pull = jax.vjp(lambda x_TD, *rest: plain_dense(x_TD, expert_TK, *rest), x_TD, *rest)
         return y_TD, pull(dy)
@@ -374,7 +370,7 @@ def test_dropout_rate_and_scale(backend):
     rate, tokens, width = 0.3, 300, 16
     inputs, spec, full = make_transparent(tokens, width, rate)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(key):
         dropout = None if key is None else Dropout(key)
         return expert_mlp(*inputs, spec, dropout=dropout, backend=backend)
@@ -409,7 +405,7 @@ def test_dropout_does_not_depend_on_where_a_token_lies(backend):
     inputs = make_inputs(choose(24, 2, 5), 5)
     key, rest = jax.random.key(3), inputs[3:]
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def run(x_TD, expert_TK, weight_TK, first_token):
         dropout = Dropout(key, 2 * (first_token + jnp.arange(len(x_TD))))
         per_token = (x_TD, expert_TK, weight_TK)

@@ -14,7 +14,6 @@ import pytest
 from test_step import Stepper, expert_leaves
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
-from drlora_jax import build as build_lib
 from drlora_jax import train as train_lib
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
@@ -29,9 +28,6 @@ VALUES |= {"num_experts": 8}
 EVERY = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
 SOME = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 4), (1, 1, 1, 8), (1, 2, 2, 2)]
 MESHES = EVERY if os.environ.get("DRLORA_MESHES") == "all" else SOME
-# Half of the time of a short run is LLVM's optimisation, which changes no result by more than
-# rounding.
-QUICK = {"xla_backend_optimization_level": 0}
 
 
 def take_steps(folder, name, mesh):
@@ -40,11 +36,8 @@ def take_steps(folder, name, mesh):
         allocation=dict(interval=6),
         adapter=dict(targets=("up", "down", "q", "k", "v", "o")),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_lib, "compiler_options", lambda *_: QUICK)
-        stepper = Stepper(folder, name, mesh=mesh, **changes)
-        losses = [float(stepper.step()["loss"]) for _ in range(STEPS)]
-    return losses, stepper
+    stepper = Stepper(folder, name, mesh=mesh, **changes)
+    return [float(stepper.step()["loss"]) for _ in range(STEPS)], stepper
 
 
 @pytest.fixture(scope="module")

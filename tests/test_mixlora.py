@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_grouped import QUICK
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import export, train
+from drlora_jax.adapters import expert_deltas
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
 from drlora_jax.errors import UserError
@@ -127,12 +127,8 @@ def by_hand(variables, x_BTD, chosen_TK):
     return jnp.stack(rows).reshape(x_BTD.shape)
 
 
-def quick(function):
-    return jax.jit(function, compiler_options=QUICK)
-
-
 def value_and_grads(function):
-    return quick(jax.value_and_grad(function, (0, 1, 2), has_aux=True))
+    return jax.jit(jax.value_and_grad(function, (0, 1, 2), has_aux=True))
 
 
 def largest_error(got, expected) -> float:
@@ -140,8 +136,10 @@ def largest_error(got, expected) -> float:
     return max(float(jnp.abs(g - e).max() / jnp.abs(e).max()) for g, e in pairs)
 
 
+@pytest.mark.parametrize("sorted_from", [0, 1000], ids=["sorted", "side_by_side"])
 @pytest.mark.parametrize("roles", [("gate", "up", "down"), ("up",), ("gate", "down")])
-def test_equals_a_loop_over_tokens_and_experts(roles):
+def test_equals_a_loop_over_tokens_and_experts(monkeypatch, roles, sorted_from):
+    monkeypatch.setattr(expert_deltas, "SORTED_FROM", sorted_from)
     module, variables, x_BTD, segments_BT = make_ffn(roles)
     weights_BTD = jax.random.normal(jax.random.key(5), x_BTD.shape)
 
@@ -156,12 +154,8 @@ def test_equals_a_loop_over_tokens_and_experts(roles):
 
     args = (variables["lora"], variables["rank_mask"], x_BTD)
     chosen_TK = best_experts(variables, x_BTD, 2)
-    (_, y), grads = jax.jit(
-        jax.value_and_grad(ours, (0, 1, 2), has_aux=True), compiler_options=QUICK
-    )(*args)
-    (_, y_loop), grads_loop = jax.jit(
-        jax.value_and_grad(loop, (0, 1, 2), has_aux=True), compiler_options=QUICK
-    )(*args)
+    (_, y), grads = jax.jit(jax.value_and_grad(ours, (0, 1, 2), has_aux=True))(*args)
+    (_, y_loop), grads_loop = jax.jit(jax.value_and_grad(loop, (0, 1, 2), has_aux=True))(*args)
     assert largest_error(y, y_loop) <= 1e-5
     assert largest_error(grads, grads_loop) <= 1e-5
 
@@ -234,10 +228,10 @@ def test_starts_as_its_base():
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 11), 0, 64)
     ones_BT, positions_BT = jnp.ones_like(tokens_BT), jnp.tile(jnp.arange(11), (2, 1))
     inputs = (tokens_BT, ones_BT, positions_BT)
-    variables = quick(model.init)(jax.random.key(0), *inputs)
-    y, stats = quick(model.apply)(variables, *inputs)
+    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
+    y, stats = jax.jit(model.apply)(variables, *inputs)
     base = Decoder(parse_config(LLAMA), DecoderOptions())
-    expected, _ = quick(base.apply)({"params": variables["params"]}, *inputs)
+    expected, _ = jax.jit(base.apply)({"params": variables["params"]}, *inputs)
     assert stats.count_E.shape == (3, 8)
     assert float(jnp.abs(y - expected).max()) <= 1e-6
 
@@ -300,7 +294,7 @@ def test_growth_holds_its_budget(folder):
     factors = loaded.variables["lora"]["segment_0"]["layer_0"]["mlp"]
     inactive_LER = np.arange(4) >= loaded.ranks_LE[..., None]
     assert not np.asarray(factors["up_lora"]["b"])[inactive_LER].any()
-    first = quick(partial(init_lora, loaded.model))(jax.random.key(0))["segment_0"]["layer_0"][
+    first = jax.jit(partial(init_lora, loaded.model))(jax.random.key(0))["segment_0"]["layer_0"][
         "mlp"
     ]["router"]
     assert float(jnp.abs(factors["router"] - first).max()) > 1e-3  # it trained
@@ -310,14 +304,14 @@ def test_the_loaded_model_gives_the_logged_loss_and_its_base(folder):
     run, loaded = train.build(prepare(config_of(folder))), load_run(str(folder / "run"))
     batch, *_ = run.job.eval_batches
     inputs = (batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT)
-    adapted, _ = quick(loaded.model.apply)(loaded.variables, *inputs)
+    adapted, _ = jax.jit(loaded.model.apply)(loaded.variables, *inputs)
     base = loaded.base()
-    plain, _ = quick(base.model.apply)(base.variables, *inputs)
+    plain, _ = jax.jit(base.model.apply)(base.variables, *inputs)
     untouched = load_run(str(folder / "run"), base_only=True)
-    expected, _ = quick(untouched.model.apply)(untouched.variables, *inputs)
+    expected, _ = jax.jit(untouched.model.apply)(untouched.variables, *inputs)
     np.testing.assert_array_equal(plain, expected)
     assert float(jnp.abs(adapted - plain).max()) > 1e-3
-    loss = quick(lambda v, b: batch_loss(loaded.model, v, b, AuxiliaryWeights())[0].nll)
+    loss = jax.jit(lambda v, b: batch_loss(loaded.model, v, b, AuxiliaryWeights())[0].nll)
     nll = sum(float(loss(loaded.variables, each)) for each in run.job.eval_batches)
     targets = sum(float(np.sum(each.target_mask_BT)) for each in run.job.eval_batches)
     assert nll / targets == pytest.approx(logged(folder / "run", "eval_loss")[-1], rel=1e-5)
@@ -328,7 +322,7 @@ def test_two_devices_compute_the_same(folder):
     losses = []
     for data in (1, 2):
         loaded = load_run(str(folder / "run"), mesh=MeshSection(data=data))
-        loss = quick(lambda v, b, m=loaded.model: batch_loss(m, v, b, AuxiliaryWeights())[0].nll)
+        loss = jax.jit(lambda v, b, m=loaded.model: batch_loss(m, v, b, AuxiliaryWeights())[0].nll)
         losses.append(float(loss(loaded.variables, batch)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

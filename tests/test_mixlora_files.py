@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles.stored import DATA, load_arrays
-from test_grouped import QUICK
 
 from drlora_jax.config import AllocationSection, TrainConfig
 from drlora_jax.errors import UserError
@@ -53,7 +52,7 @@ def model_of(values, tensors):
 
 
 def our_logits(model, variables, tokens_BT):
-    @jax.jit(compiler_options=QUICK)
+    @jax.jit
     def run(variables, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         ones_BT = jnp.ones_like(tokens_BT)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_mixlora import ALL, LLAMA, LLAMA_2_7B, TINY, count, largest_error, logged, quick
-from tiny import OLMOE, compile_quickly, random_params, tiny_config, write_rows, write_tiny_model
+from test_mixlora import ALL, LLAMA, LLAMA_2_7B, TINY, count, largest_error, logged
+from tiny import OLMOE, random_params, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import alpha, export, inspect, train
 from drlora_jax.adapters.expert_counts import resolve_counts
@@ -121,9 +121,9 @@ def test_equals_a_loop_over_tokens_and_experts(ffn):
         return jax.value_and_grad(function, (0, 1, 2), has_aux=True)
 
     args = (variables["lora"], variables["rank_mask"], x_BTD)
-    ours = quick(total(lambda values, x: module.apply(values, x, segments_BT)[0]))(*args)
+    ours = jax.jit(total(lambda values, x: module.apply(values, x, segments_BT)[0]))(*args)
     _, chosen = by_hand(np, variables, x_BTD)
-    loop = quick(total(lambda values, x: by_hand(jnp, values, x, chosen)[0]))(*args)
+    loop = jax.jit(total(lambda values, x: by_hand(jnp, values, x, chosen)[0]))(*args)
     assert largest_error(ours[0][1], loop[0][1]) <= 1e-5
     assert largest_error(ours[1], loop[1]) <= 1e-5
     closed = RANKS_E == 0  # what has no rank is as if it were not there
@@ -134,7 +134,7 @@ def test_equals_a_loop_over_tokens_and_experts(ffn):
 
 def test_statistics_are_of_the_routers_without_padding(ffn):
     module, variables, x_BTD, segments_BT = ffn
-    _, routed = quick(module.apply)(variables, x_BTD, segments_BT)
+    _, routed = jax.jit(module.apply)(variables, x_BTD, segments_BT)
     _, chosen = by_hand(np, variables, x_BTD)
     valid = np.flatnonzero(np.asarray(segments_BT).reshape(-1))
     assert len(routed) == 3
@@ -155,7 +155,7 @@ def test_a_layer_with_fewer_experts_uses_all(ffn):
     only = np.zeros((EXPERTS, RANK), "f4")
     only[2] = 1.0
     alone = variables | {"rank_mask": jax.tree.map(lambda _: only, variables["rank_mask"])}
-    y_BTD, routed = quick(module.apply)(alone, x_BTD, segments_BT)
+    y_BTD, routed = jax.jit(module.apply)(alone, x_BTD, segments_BT)
     assert all(stats.count_E.tolist() == [0, 0, 5, 0, 0] for stats in routed)
 
     def project(role, x):
@@ -183,9 +183,9 @@ def test_starts_as_its_base_and_counts_every_layer():
     gate_LPER = jnp.asarray(np.tile(open_LE[:, None, :, None], (1, 2, 1, 8)), jnp.float32)
     roles = expert_roles(model.options.adapter)
     variables["rank_mask"] = gates_tree(model.config, roles, gate_LPER)
-    y, stats = quick(model.apply)(variables, *INPUTS)
+    y, stats = jax.jit(model.apply)(variables, *INPUTS)
     base = Decoder(parse_config(LLAMA), DecoderOptions())
-    expected, _ = quick(base.apply)({"params": variables["params"]}, *INPUTS)
+    expected, _ = jax.jit(base.apply)({"params": variables["params"]}, *INPUTS)
     assert float(jnp.abs(y - expected).max()) <= 1e-6
     np.testing.assert_allclose(stats.experts, [2, 1, 4], rtol=1e-6)
     # min(K, experts) a token
@@ -219,9 +219,9 @@ def test_one_expert_of_attention_is_plain_lora():
             module.apply(others | {"lora": lora}, x_BTD, *INPUTS[1:])[0] ** 2
         )
 
-    value, grads = quick(jax.value_and_grad(loss(ours, variables)))(lora)
+    value, grads = jax.jit(jax.value_and_grad(loss(ours, variables)))(lora)
     params = {"params": variables["params"]}
-    expected = quick(jax.value_and_grad(loss(theirs, params)))(as_plain(lora))
+    expected = jax.jit(jax.value_and_grad(loss(theirs, params)))(as_plain(lora))
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
     assert largest_error(as_plain(grads), expected[1]) <= 1e-5
 
@@ -339,7 +339,7 @@ def finished(tmp_path_factory):
     options = ["--experts", "5", "--no-cache", "--threads", "1"]
     alpha.main([str(folder / "model"), *options, "--out", str(folder / "alpha.json")])
     run = train.build(prepare(config_of(folder)))
-    compiled = compile_quickly(run)
+    compiled = train.compile_step(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compile_step", lambda run: compiled)
         assert train.train(run) == 0
@@ -371,7 +371,7 @@ def test_growth_holds_the_budget_of_every_layer(folder):
 
 def test_exactly_the_open_experts_trained(folder):
     loaded = load_run(str(folder / "run"))
-    first = quick(lambda key: init_lora(loaded.model, key))(jax.random.key(0))
+    first = jax.jit(lambda key: init_lora(loaded.model, key))(jax.random.key(0))
     inactive_LER = np.arange(4) >= loaded.ranks_LE[..., None]
     closed_LE = loaded.ranks_LE == 0
     lora = loaded.variables["lora"]["segment_0"]["layer_0"]
@@ -395,7 +395,7 @@ def test_the_loaded_model_gives_the_logged_loss_on_four_devices(finished):
     """The run had one."""
     folder, run = finished
     loaded = load_run(str(folder / "run"), mesh=MeshSection(data=2, fsdp=2))
-    loss = quick(lambda v, b: batch_loss(loaded.model, v, b, AuxiliaryWeights())[0].nll)
+    loss = jax.jit(lambda v, b: batch_loss(loaded.model, v, b, AuxiliaryWeights())[0].nll)
     nll = sum(float(loss(loaded.variables, each)) for each in run.job.eval_batches)
     targets = sum(float(np.sum(each.target_mask_BT)) for each in run.job.eval_batches)
     assert nll / targets == pytest.approx(logged(folder / "run", "eval_loss")[-1], rel=1e-5)
@@ -426,7 +426,7 @@ def test_generates_what_the_whole_row_predicts(folder):
     row = np.zeros((1, 32), np.int32)
     row[0, : len(prompt) + len(answer.tokens)] = [*prompt, *answer.tokens]
     inputs = (jnp.asarray(row), jnp.ones_like(row), jnp.arange(32)[None])
-    hidden_BTD, _ = quick(loaded.model.apply)(loaded.variables, *inputs)
+    hidden_BTD, _ = jax.jit(loaded.model.apply)(loaded.variables, *inputs)
     scores = hidden_BTD[0] @ loaded.variables["params"]["embedding"].T
     predicted = np.asarray(scores.argmax(axis=-1))[len(prompt) - 1 :]
     assert answer.tokens == predicted[: len(answer.tokens)].tolist()

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from test_grouped import QUICK
 from test_mixlora import TINY
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import alpha, train
 from drlora_jax.allocation import CapacityState, StepStats, masks_from_ranks
-from drlora_jax.build import abstract_batch, initial_state
+from drlora_jax.build import initial_state
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.errors import UserError
@@ -87,11 +86,6 @@ def world(tmp_path_factory):
     return World(folder)
 
 
-def quickly(jitted, *inputs):
-    """Compiled ahead of time, without optimization."""
-    return jitted.lower(*inputs).compile(compiler_options=QUICK)
-
-
 class World:
     def __init__(self, folder: pathlib.Path):
         self.folder, self._steps = folder, {}
@@ -128,7 +122,7 @@ class World:
             lambda: initial_state(run.job, run.model, run.tx),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state),
         )
-        state = quickly(make)()
+        state = make()
         return params, *jax.device_get((state.step, state.lora, state.opt_state))
 
     def compiled(self, run: train.Run, placement: str):
@@ -142,8 +136,7 @@ class World:
         uses = jax.make_jaxpr(policy.accumulate)(run.abstract_state.stats, measured)
         key = placement, str(uses), policy.needs_elementwise, policy.needs_probe
         if key not in self._steps:
-            inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
-            self._steps[key] = quickly(run.step, *inputs)
+            self._steps[key], _ = train.compile_step(run)
         return self._steps[key]
 
 
@@ -173,8 +166,6 @@ def check_state(run, position, initial):
 @pytest.mark.parametrize(("kind", "placement"), [cell for cell in CELLS if cell not in REFUSED])
 def test_a_cell_trains(world, kind, placement):
     run = train.build(prepare(world.config(kind, placement)))
-    if kind == "adalora":  # drawn as the first state was, to compare bits
-        run = run._replace(first_lora=quickly(run.first_lora))
     job, policy = run.job, run.job.policy
     job.run_dir.create(job.config, job.origin, STEPS)
     params, step, lora, opt_state = world.first(placement)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.build import abstract_batch
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -109,10 +108,3 @@ def tiny_config(tmp_path: pathlib.Path, name="run", **changes) -> TrainConfig:
         allocation=AllocationSection(**sections["allocation"]),
         mesh=MeshSection(**sections["mesh"]),
     )
-
-
-def compile_quickly(run):
-    """What `train.compile_step` gives, with less work on machine code."""
-    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
-    options = {"xla_backend_optimization_level": 0}
-    return run.step.lower(*inputs).compile(compiler_options=options), 0.0

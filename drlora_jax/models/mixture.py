@@ -7,8 +7,7 @@ Expert e of a token x computes the whole FFN with its own factors,
 
 with w the renormalised softmax of the best K, so that an adapter with B = 0 is its base. W1 and W3
 are shared and linear in x: once per token. W2 is shared and linear in h: once per token, after the
-hidden vectors are combined. The factors of all experts lie side by side along the rank, so a slot
-is a mask on z = A x: no sorting, no gather, whatever the routing.
+hidden vectors are combined. What the experts add is in `adapters.expert_deltas`.
 
 Dropout draws one mask for a projection's input, shared by the experts (one for every slot on the
 down projection, whose input differs by slot). Letters as in `models.layers`.
@@ -18,7 +17,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_lora import ExpertLora, from_ranks, open_ranks, ranks_of_all
+from drlora_jax.adapters.expert_deltas import deltas_of
+from drlora_jax.adapters.expert_lora import ExpertLora
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec, drop_in_training
 from drlora_jax.models.architecture import DenseFfnConfig
 from drlora_jax.models.layers import Projection
@@ -49,44 +49,33 @@ class MixtureFfn(nn.Module):
             for role in ROLES
             if f"{self.location}/{role}" in self.adapter.paths
         }
-        is_open_E = open_experts(next(iter(lora.values())).gate_ER)  # ranks are a layer's
+        any_lora = next(iter(lora.values()))
+        is_open_E = open_experts(any_lora.gate_ER)  # ranks are a layer's
         logits_TE = x_TD.astype(jnp.float32) @ router_DE
         logits_TE, chosen = choose_open(logits_TE, is_open_E, routing)
         stats = routing_stats(logits_TE, chosen, is_valid_T)
-        scale = self.adapter.of_experts.scale
+        deltas = deltas_of(chosen.expert_TK, any_lora, self.adapter.of_experts.scale)
 
         def base(role, features, rows_TX):
             place = f"{self.location}/{role}"
             return Projection(features, place, self.dtype, NO_ADAPTER, name=role)(rows_TX)
 
-        inputs = {
-            role: (
-                keep(base(role, hidden, x_TD), "mlp_gu"),
-                ranks_of_all(self._drop(x_TD), lora[role]) if role in lora else None,
-            )
-            for role in ("gate", "up")
+        hidden_TF = {role: keep(base(role, hidden, x_TD), "mlp_gu") for role in ("gate", "up")}
+        slots = chosen.expert_TK.shape[1]
+        added = {
+            role: deltas.of_tokens(self._drop(x_TD), lora[role]) if role in lora else [0.0] * slots
+            for role in hidden_TF
         }
-        h_TF = jnp.zeros((x_TD.shape[0], hidden), jnp.float32)
-        z_TER = 0.0
-        for slot in range(chosen.expert_TK.shape[1]):
-            is_expert_TE = jax.nn.one_hot(chosen.expert_TK[:, slot], routing.num_experts)
-            weight_T = chosen.weight_TK[:, slot]
-            gate_TF, up_TF = (
-                rows_TF
-                if z is None
-                else rows_TF
-                + from_ranks(open_ranks(z, is_expert_TE, lora[role], scale), lora[role])
-                for role, (rows_TF, z) in inputs.items()
-            )
+        rows, h_TF = [], jnp.zeros((x_TD.shape[0], hidden), jnp.float32)
+        for slot in range(slots):
+            gate_TF, up_TF = (hidden_TF[role] + added[role][slot] for role in hidden_TF)
             slot_TF = ACTIVATIONS[self.config.activation](gate_TF) * up_TF
-            h_TF = h_TF + weight_T[:, None] * slot_TF
-            if "down" in lora:
-                z = ranks_of_all(self._drop(slot_TF), lora["down"])
-                weight_TE = weight_T[:, None] * is_expert_TE
-                z_TER = z_TER + open_ranks(z, weight_TE, lora["down"], scale)
+            h_TF = h_TF + chosen.weight_TK[:, slot, None] * slot_TF
+            rows.append(slot_TF)
         y_TD = base("down", width, h_TF.astype(x_TD.dtype))
         if "down" in lora:
-            y_TD = y_TD + from_ranks(z_TER.astype(x_TD.dtype), lora["down"])
+            rows = [self._drop(slot_TF) for slot_TF in rows]
+            y_TD = y_TD + deltas.of_slots(rows, chosen.weight_TK, lora["down"])
         return y_TD.reshape(x_BTD.shape), stats
 
     def _drop(self, rows_TX):
