@@ -45,7 +45,7 @@ def make_trained(
     config = read_model_config(directory)
     kind = "expert_lora" if config.moe else "lora"
     paths = resolve_targets(config, kind, targets)
-    adapter = AdapterSpec(paths, SCALE, 0.0, PLAIN_RANK, MAX_RANK, has_router)
+    adapter = AdapterSpec(paths, SCALE, rank=PLAIN_RANK, max_rank=MAX_RANK, train_router=has_router)
     ranks_LE = RANKS_LE if config.moe else np.zeros((0, 0), np.int32)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     shapes = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
