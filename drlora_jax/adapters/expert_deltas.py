@@ -7,8 +7,9 @@ Two ways to compute it, with the same arguments and numbers:
     Sorted      slots sorted by expert, in blocks of one expert each: only what is needed, and K
                 copies of every row
 
-A LoRA's products are thin, so that moving rows costs more than the operations until E * R is large:
-`deltas_of` takes `Sorted` from `SORTED_FROM` ranks on (docs/benchmarks.md).
+A LoRA's products are thin, so that moving rows costs as much as they do until E * R is large:
+`deltas_of` takes `Sorted` from `SORTED_FROM` ranks on. On CPU it is a little faster from 128 on
+(docs/benchmarks.md); a matrix unit is not full below about 128 columns, and has K slots to fill.
 
 Letters: T tokens, K experts a token, P = T * K slots, E experts, R ranks, D inputs, F outputs, N
 blocks of S slots.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from drlora_jax.adapters.expert_lora import from_ranks, open_ranks, ranks_of_all
 from drlora_jax.ops.grouped_parts import RoleLora
 
-SORTED_FROM = 1024  # E * R
+SORTED_FROM = 256  # E * R
 BLOCK = 64  # S: of more, most are padding where tokens are few
 
 
