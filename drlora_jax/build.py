@@ -13,6 +13,7 @@ import optax
 
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
+from drlora_jax.expert_trees import expert_roles
 from drlora_jax.memory import Layout
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.ops.backends import compiler_options
@@ -31,7 +32,6 @@ from drlora_jax.step import (
     AuxiliaryWeights,
     StepOptions,
     TrainState,
-    expert_roles,
     init_lora,
     make_eval_step,
     make_train_step,

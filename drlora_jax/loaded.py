@@ -20,6 +20,7 @@ from drlora_jax.checkpoint import choose_step, read_arrays
 from drlora_jax.config import MeshSection, TrainConfig, from_dict
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
 from drlora_jax.errors import UserError
+from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_read import (
     find_model,
     fingerprint,
@@ -35,7 +36,7 @@ from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.prepare import check_model_divides, make_adapter, with_adapter_experts
 from drlora_jax.run_dir import RunDirectory
-from drlora_jax.step import expert_roles, gates_tree, init_lora
+from drlora_jax.step import init_lora
 
 
 class Loaded(NamedTuple):

@@ -19,6 +19,7 @@ from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.errors import UserError
+from drlora_jax.expert_trees import expert_roles
 from drlora_jax.interop.exponents import read_exponents
 from drlora_jax.interop.hf_read import (
     find_model,
@@ -34,7 +35,6 @@ from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.spectra import Exponents
-from drlora_jax.step import expert_roles
 
 
 class Job(NamedTuple):

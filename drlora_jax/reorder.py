@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from drlora_jax.expert_trees import over_experts
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.step import over_experts
 
 
 def reorder_ranks(

@@ -24,9 +24,10 @@ from drlora_jax.build import initial_state
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.errors import UserError
+from drlora_jax.expert_trees import expert_roles
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.prepare import prepare
-from drlora_jax.step import TrainState, expert_roles
+from drlora_jax.step import TrainState
 
 METHODS = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"
 STEPS, RANKS = 20, 4

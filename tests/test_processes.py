@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -49,6 +50,12 @@ CHANGES = {
 }
 
 
+class End(NamedTuple):
+    code: int
+    errors: str
+    time: float
+
+
 class Runs:
     """A folder of runs on one model, and what it takes to start processes on them."""
 
@@ -82,8 +89,8 @@ class Runs:
             if entry.name.isdigit() and int(entry.name) > saved:
                 shutil.rmtree(entry)
 
-    def two(self, fault: str, name: str, **mesh) -> list[tuple[int, str]]:
-        """Two processes of two devices each with a fault; their exit codes and error outputs."""
+    def two(self, fault: str, name: str, **mesh) -> list[End]:
+        """How two processes of two devices each end, with a fault."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
@@ -94,22 +101,32 @@ class Runs:
             "JAX_NUM_PROCESSES": "2",
         }
         script = [sys.executable, str(ROOT / "tests" / "faulty_train.py"), fault]
-        processes = [
-            subprocess.Popen(
-                [*script, *self.arguments(name, **mesh)],
-                env=shared | {"JAX_PROCESS_ID": str(index)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
+        outputs = [self.folder / f"{name}-{fault}-{index}.txt" for index in range(2)]
+        processes, ended = [], {}
         try:
-            errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+            for index, output in enumerate(outputs):
+                with output.open("w") as file:
+                    process = subprocess.Popen(
+                        [*script, *self.arguments(name, **mesh)],
+                        env=shared | {"JAX_PROCESS_ID": str(index)},
+                        stdout=subprocess.DEVNULL,
+                        stderr=file,
+                    )
+                processes.append(process)
+            limit = time.monotonic() + TIMEOUT
+            while len(ended) < 2:
+                assert time.monotonic() < limit, f"{fault}: only {sorted(ended)} ended"
+                for index, process in enumerate(processes):
+                    if process.poll() is not None:
+                        ended.setdefault(index, time.monotonic())
+                time.sleep(0.05)
         finally:
             for process in processes:
                 process.kill()
-        return [(process.returncode, text) for process, text in zip(processes, errors, strict=True)]
+        return [
+            End(process.returncode, output.read_text(), ended[index])
+            for index, (process, output) in enumerate(zip(processes, outputs, strict=True))
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +220,18 @@ def test_what_befalls_one_process_ends_both(runs, whole):
     mesh = {"data": 2, "expert": 2}
 
     ends = runs.two("term", "faulty", **mesh)
-    assert [code for code, _ in ends] == [EXIT_RESUMABLE] * 2, ends
+    assert [end.code for end in ends] == [EXIT_RESUMABLE] * 2, ends
     saved = max(int(entry.name) for entry in (runs.folder / "faulty" / "checkpoints").iterdir())
     assert FIRST_SAVED + 2 <= saved < STEPS
 
-    for code, text in runs.two("mask", "faulty", **mesh):
-        assert code == EXIT_FAILED
-        assert "do not agree" in text and "mask of process 1." in text
+    for end in runs.two("mask", "faulty", **mesh):
+        assert end.code == EXIT_FAILED
+        assert "do not agree" in end.errors and "mask of process 1." in end.errors
 
-    start = time.monotonic()
-    (code, text), (killed, _) = runs.two("kill", "faulty", **mesh)
-    assert killed < 0 and code == EXIT_RESUMABLE and "the last checkpoint" in text
-    assert time.monotonic() - start < TIMEOUT
+    other, killed = runs.two("kill", "faulty", **mesh)
+    assert killed.code < 0
+    assert other.code == EXIT_RESUMABLE and "the last checkpoint" in other.errors
+    assert other.time - killed.time <= HEARTBEAT + 5
 
-    assert [code for code, _ in runs.two("none", "faulty", **mesh)] == [EXIT_DONE] * 2
+    assert [end.code for end in runs.two("none", "faulty", **mesh)] == [EXIT_DONE] * 2
     np.testing.assert_allclose(runs.losses("faulty"), whole, rtol=1e-5)
