@@ -13,6 +13,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402  (the flags above must be set first)
 import pytest  # noqa: E402
 
+# Files of minutes come first, so that no worker starts one when the others are done.
+LONG = ("test_processes", "test_train", "test_generation", "test_mesh", "test_policy_matrix")
+LONG += ("test_adapters", "test_experiments", "test_errors")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(autouse=True)
 def no_silent_broadcasting():
