@@ -17,13 +17,18 @@ TOKENS, EXPERTS, DROPOUT = 32, 12, 0.25
 
 
 def routings():
-    """Slots [T, K]: as they come, with padding, which is nobody's; all to two experts; half of the
-    experts idle.
+    """Slots [T, K]: as they come, with padding, which is nobody's; all to two experts, and to one;
+    half of the experts idle.
     """
     spread_TK = choose(TOKENS, 2, EXPERTS)
     spread_TK[5:9] = EXPERTS
     two_TK = np.tile(np.array([[7, 3]], np.int32), (TOKENS, 1))
-    return {"spread": spread_TK, "two": two_TK, "half": choose(TOKENS, 2, EXPERTS // 2)}
+    return {
+        "spread": spread_TK,
+        "two": two_TK,
+        "one": two_TK[:, :1],
+        "half": choose(TOKENS, 2, EXPERTS // 2),
+    }
 
 
 @functools.partial(jax.jit, static_argnames="ops")
