@@ -17,7 +17,6 @@ import jax
 from jobs import Step
 from timing import in_turns, ratio
 
-from drlora_jax.adapters import expert_deltas
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -26,6 +25,7 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
+from drlora_jax.ops import expert_deltas
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def compare_ways(values: dict, experts: list[int], rounds: int) -> None:
-    """MixLoRA sorted and side by side (adapters/expert_deltas.py), by number of experts."""
+    """MixLoRA sorted and side by side (ops/expert_deltas.py), by number of experts."""
     params = None
     for number in experts:
         adapter = AdapterSection(

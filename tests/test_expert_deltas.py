@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drlora_jax.adapters import expert_deltas
-from drlora_jax.adapters.expert_deltas import SideBySide, Sorted, deltas_of, sort_slots
+from drlora_jax.ops import expert_deltas
+from drlora_jax.ops.expert_deltas import SideBySide, Sorted, deltas_of, sort_slots
 from drlora_jax.ops.grouped_parts import RoleLora
 
 WIDTH, FEATURES, RANK, SCALE = 6, 5, 3, 1.5

@@ -13,7 +13,6 @@ import pytest
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import export, train
-from drlora_jax.adapters import expert_deltas
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
 from drlora_jax.errors import UserError
@@ -23,6 +22,7 @@ from drlora_jax.models.families import parse_config
 from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.routing import choose_experts
 from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.ops import expert_deltas
 from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
 from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
 

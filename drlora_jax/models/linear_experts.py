@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_lora import ExpertLora, from_ranks, open_ranks, ranks_of_all
+from drlora_jax.adapters.expert_lora import ExpertLora
 from drlora_jax.adapters.lora import NO_ADAPTER, drop_in_training, init_a
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.routing import (
@@ -24,6 +24,7 @@ from drlora_jax.models.routing import (
     open_experts,
     routing_stats,
 )
+from drlora_jax.ops.expert_deltas import from_ranks, open_ranks, ranks_of_all
 
 
 class Router(nn.Module):

@@ -7,23 +7,25 @@ Expert e of a token x computes the whole FFN with its own factors,
 
 with w the renormalised softmax of the best K, so that an adapter with B = 0 is its base. W1 and W3
 are shared and linear in x: once per token. W2 is shared and linear in h: once per token, after the
-hidden vectors are combined. What the experts add is in `adapters.expert_deltas`.
+hidden vectors are combined. What the experts add is in `ops.expert_deltas`.
 
 Dropout draws one mask for a projection's input, shared by the experts (one for every slot on the
 down projection, whose input differs by slot). Letters as in `models.layers`.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_deltas import deltas_of
 from drlora_jax.adapters.expert_lora import ExpertLora
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec, drop_in_training
 from drlora_jax.models.architecture import DenseFfnConfig
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.remat import keep
 from drlora_jax.models.routing import RoutingStats, choose_open, open_experts, routing_stats
+from drlora_jax.ops.expert_deltas import deltas_of
 from drlora_jax.ops.grouped_parts import ACTIVATIONS
 
 ROLES = ("gate", "up", "down")
@@ -35,6 +37,7 @@ class MixtureFfn(nn.Module):
     location: str
     dtype: jnp.dtype
     adapter: AdapterSpec
+    expert_deltas: Callable = deltas_of  # of `Ops`
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, RoutingStats]:
@@ -54,7 +57,8 @@ class MixtureFfn(nn.Module):
         logits_TE = x_TD.astype(jnp.float32) @ router_DE
         logits_TE, chosen = choose_open(logits_TE, is_open_E, routing)
         stats = routing_stats(logits_TE, chosen, is_valid_T)
-        deltas = deltas_of(chosen.expert_TK, any_lora, self.adapter.of_experts.scale)
+        scale = self.adapter.of_experts.scale
+        deltas = self.expert_deltas(chosen.expert_TK, any_lora, scale)
 
         def base(role, features, rows_TX):
             place = f"{self.location}/{role}"

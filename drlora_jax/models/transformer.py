@@ -113,7 +113,9 @@ class Block(nn.Module):
             )
             y_BTD, stats = moe(y_BTD, segment_ids_BT, stack)
         elif self.layer.ffn.routing is not None and adapter.paths:
-            mixture = MixtureFfn(self.layer.ffn, f"{self.location}/mlp", dtype, adapter, name="mlp")
+            deltas = self.options.ops.expert_deltas
+            place = f"{self.location}/mlp"
+            mixture = MixtureFfn(self.layer.ffn, place, dtype, adapter, deltas, name="mlp")
             y_BTD, stats = mixture(y_BTD, segment_ids_BT)
         else:
             routing, place = self.layer.linear_routing, f"{self.location}/mlp"

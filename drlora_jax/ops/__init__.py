@@ -7,6 +7,7 @@ from typing import NamedTuple
 from drlora_jax.ops.attention import Backend, attend
 from drlora_jax.ops.backends import Experts, expert_backend
 from drlora_jax.ops.cross_entropy import summed_nll
+from drlora_jax.ops.expert_deltas import deltas_of
 from drlora_jax.ops.grouped import expert_mlp
 
 
@@ -24,6 +25,7 @@ class Ops(NamedTuple):
     attend: Callable = attend
     summed_nll: Callable = summed_nll
     embed: Callable = look_up
+    expert_deltas: Callable = deltas_of
     reads_stacks: bool = False  # expert_mlp takes the stack of all layers with a layer's number
 
 

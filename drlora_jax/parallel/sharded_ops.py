@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from drlora_jax.ops import Ops, ops_for
 from drlora_jax.ops.attention import Backend
 from drlora_jax.ops.backends import Experts
+from drlora_jax.ops.expert_deltas import side_by_side
 from drlora_jax.ops.grouped_parts import Dropout
 from drlora_jax.parallel.exchange import GATHER, choose_exchange, exchange, plan_dispatch
 from drlora_jax.parallel.mesh import (
@@ -57,6 +58,7 @@ def sharded_ops(
         partial(_attend, mesh, ops.attend),
         partial(_summed_nll, mesh, ops.summed_nll),
         partial(_embed, mesh),
+        side_by_side,
     )
 
 

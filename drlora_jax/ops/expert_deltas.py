@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_lora import from_ranks, open_ranks, ranks_of_all
 from drlora_jax.ops.grouped_parts import RoleLora
 
 SORTED_FROM = 256  # E * R
@@ -31,8 +30,28 @@ def deltas_of(expert_TK: jax.Array, factors: RoleLora, scale: float) -> "SideByS
     """The cheaper way for experts of this number and rank (static: it is a matter of shapes)."""
     experts, ranks = factors.gate_ER.shape
     if experts * ranks < SORTED_FROM:
-        return SideBySide(expert_TK, experts, scale)
+        return side_by_side(expert_TK, factors, scale)
     return Sorted(sort_slots(expert_TK, experts), scale)
+
+
+def side_by_side(expert_TK: jax.Array, factors: RoleLora, scale: float) -> "SideBySide":
+    """Over a mesh: every token stays where it is, sorting would gather them."""
+    return SideBySide(expert_TK, factors.gate_ER.shape[0], scale)
+
+
+def ranks_of_all(x_TD: jax.Array, factors: RoleLora) -> jax.Array:
+    """z = x A^T of every expert, [T, E, R] in the dtype of x."""
+    return jnp.einsum("TD,ERD->TER", x_TD, factors.a_ERD.astype(x_TD.dtype))
+
+
+def open_ranks(z_TER: jax.Array, weight_TE: jax.Array, factors: RoleLora, scale: float):
+    """s w z of every expert's open ranks, [T, E, R] in the dtype of z."""
+    return (z_TER * (weight_TE[:, :, None] * (scale * factors.gate_ER)[None])).astype(z_TER.dtype)
+
+
+def from_ranks(z_TER: jax.Array, factors: RoleLora) -> jax.Array:
+    """sum over experts and ranks of z B, [T, F] in the dtype of z."""
+    return jnp.einsum("TER,ERF->TF", z_TER, factors.b_ERF.astype(z_TER.dtype))
 
 
 class SideBySide(NamedTuple):
