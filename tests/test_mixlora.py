@@ -378,8 +378,11 @@ def test_the_load_of_experts(folder, tmp_path, capsys):
     expected = [shares_LE.min(axis=1).mean(), shares_LE.max(axis=1).mean()]
     np.testing.assert_allclose([float(word) for word in mean.split()[1:3]], expected, atol=2e-3)
     assert unused == f"unused {(shares_LE == 0).sum()} of 12 experts"
-    found_L = tool.relative_entropy(np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0]]))
-    np.testing.assert_allclose(found_L, [1, 0.5, 0], atol=1e-12)
+    closed = [np.nan] * 2
+    rows_LE = np.array([[0.25] * 4, [0.5, 0.5, 0, 0], [1, 0, 0, 0], [0.5, 0.5, *closed]])
+    np.testing.assert_allclose(tool.relative_entropy(rows_LE), [1, 0.5, 0, 1], atol=1e-12)
+    *_, mean, unused = tool.lines([0, 1], np.array([[0.5, 0.5, *closed], [1, np.nan, *closed]]))
+    assert mean.split() == ["mean", "0.750", "0.750", "1.000"] and unused == "unused 0 of 3 experts"
 
 
 def test_export_says_why_not(folder, capsys):

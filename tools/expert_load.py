@@ -3,8 +3,9 @@
     python tools/expert_load.py --run runs/mine --data arc_easy=FILE.jsonl [--limit 8]
 
 For every layer the smallest and the largest share of an expert (1 / experts where all are used
-alike) and the entropy of the shares over its largest value, 1. --data is read by the settings of
-the run (format, template, row length), rows that can not be used are left out; dropout is off.
+alike) and the entropy of the shares over its largest value, 1. An adapter's own experts without a
+rank are closed and not counted. --data is read by the settings of the run (format, template, row
+length), rows that can not be used are left out; dropout is off.
 """
 
 import argparse
@@ -41,12 +42,13 @@ def main(argv=None) -> int:
     shares_LE = expert_shares(loaded, args.data, args.limit)
     print("\n".join(lines(loaded.model.config.moe_layers, shares_LE)))
     if args.out:
-        args.out.write_text(json.dumps({"shares": shares_LE.round(5).tolist()}) + "\n")
+        rows = [[None if np.isnan(x) else round(x, 5) for x in row] for row in shares_LE.tolist()]
+        args.out.write_text(json.dumps({"shares": rows}) + "\n")
     return EXIT_DONE
 
 
 def expert_shares(loaded: Loaded, path: str, limit: int | None) -> np.ndarray:
-    """Share of the choices of all tokens, [L, E]; a layer sums to 1."""
+    """Share of the choices of all tokens, [L, E]; a layer sums to 1, closed experts have nan."""
     section, size = loaded.config.data, loaded.config.train
     section = dataclasses.replace(section, eval_path=(path,), bad_rows="skip")
     length, pad_id = size.sequence_length, pad_token(loaded.tokenizer)
@@ -63,24 +65,30 @@ def expert_shares(loaded: Loaded, path: str, limit: int | None) -> np.ndarray:
     for batch in eval_batches(documents, **options):
         placed = jax.device_put(batch, mesh_lib.rows(loaded.mesh))
         total_LE = total_LE + np.asarray(count(loaded.variables, placed), np.float64)
-    return total_LE / total_LE.sum(axis=1, keepdims=True)
+    shares_LE = total_LE / total_LE.sum(axis=1, keepdims=True)
+    is_closed_LE = loaded.config.adapter.makes_experts & (loaded.ranks_LE == 0)
+    return np.where(is_closed_LE, np.nan, shares_LE)
 
 
 def relative_entropy(shares_LE: np.ndarray) -> np.ndarray:
-    """Entropy of every layer's shares over log E; 1 where all experts are used alike."""
+    """Entropy of every layer's shares over the logarithm of its experts; 1 where all are used
+    alike, as one alone is.
+    """
     logs_LE = np.log(np.where(shares_LE > 0, shares_LE, 1.0))
-    return -(shares_LE * logs_LE).sum(axis=1) / np.log(shares_LE.shape[1])
+    open_L = np.sum(~np.isnan(shares_LE), axis=1)
+    entropy_L = -np.nansum(shares_LE * logs_LE, axis=1)
+    return np.where(open_L > 1, entropy_L / np.log(np.maximum(open_L, 2)), 1.0)
 
 
 def lines(layers, shares_LE: np.ndarray) -> list[str]:
     """The table as text, with means over layers."""
-    least_L, most_L = shares_LE.min(axis=1), shares_LE.max(axis=1)
+    least_L, most_L = np.nanmin(shares_LE, axis=1), np.nanmax(shares_LE, axis=1)
     columns = np.stack([least_L, most_L, relative_entropy(shares_LE)], axis=1)
     text = ["layer    least     most  entropy"]
     for name, row in zip([*layers, "mean"], [*columns, columns.mean(axis=0)], strict=True):
         text.append(f"{name!s:>5} " + " ".join(f"{value:8.3f}" for value in row))
     unused = int((shares_LE == 0).sum())
-    text.append(f"unused {unused} of {shares_LE.size} experts")
+    text.append(f"unused {unused} of {np.sum(~np.isnan(shares_LE))} experts")
     return text
 
 
