@@ -31,6 +31,7 @@ from drlora_jax.interop.hf_read import (
 from drlora_jax.models.architecture import DenseFfnConfig, ModelConfig, RoutingConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel import hosts
+from drlora_jax.parallel.exchange import PADDED, RAGGED
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_dir import RunDirectory
@@ -61,9 +62,9 @@ def prepare(config: TrainConfig) -> Job:
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
     devices = _device_count()
-    config = with_resolved_rank(_with_resolved_dtype(config), model_config)
-    config = with_resolved_experts(config, model_config.num_layers)
+    config = with_resolved_experts(_with_resolved_dtype(config), model_config.num_layers)
     model_config = with_adapter_experts(model_config, config.adapter)
+    config = with_resolved_rank(config, model_config)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -71,8 +72,9 @@ def prepare(config: TrainConfig) -> Job:
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model_config.vocab_size)
     adapter = make_adapter(config, model_config)
-    sizes = resolve_sizes(config.mesh, devices)
+    sizes = resolve_sizes(config.mesh, devices, jax.process_count())
     check_mesh(config, model_config, sizes)
+    _check_exchange(config.mesh.exchange, jax.devices()[0].platform)
 
     loader, heldout, data_lines = _read_data(config, tokenizer)
     total_steps = config.train.steps or math.ceil(
@@ -144,14 +146,22 @@ def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainC
     """The config with the rank that `allocation.rank_rule` makes of r_target in its place.
 
     The undivided r_target stays the rank of plain LoRA, where that is not set: the rules make the
-    experts of a token, or of a layer, together as large as one adapter of rank r.
+    experts of a token, or of a layer, together as large as one adapter of rank r. `model_config`
+    has the experts that `with_adapter_experts` gives.
     """
-    section, moe = config.allocation, model_config.moe
-    if section.rank_rule == "fixed" or moe is None:  # without experts, targets say so
+    section, routing = config.allocation, model_config.routing
+    if section.rank_rule == "fixed" or routing is None:  # without experts, targets say so
         return config
+    counts = set(experts_of_layers(config.adapter, model_config.num_layers))
+    if len(counts) > 1:
+        raise UserError(
+            f"allocation.rank_rule={section.rank_rule} divides by a number of experts, and with "
+            "adapter.experts_per_layer layers have different ones; set allocation.r_target to the "
+            "rank that you want, and rank_rule=fixed."
+        )
     by, what = {
-        "per_top_k": (moe.routing.experts_per_token, "experts a token"),
-        "per_expert": (moe.routing.num_experts, "experts"),
+        "per_top_k": (routing.experts_per_token, "experts a token"),
+        "per_expert": (routing.num_experts, "experts"),
     }[section.rank_rule]
     rank = section.r_target // by
     if not rank:
@@ -279,6 +289,15 @@ def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int,
             f"mesh.expert ({data} x {fsdp} x {expert})."
         )
     check_model_divides(model_config, sizes)
+
+
+def _check_exchange(exchange: str, platform: str) -> None:
+    """On GPUs `ragged_all_to_all` is reported to give wrong gradients; on CPUs it is not there."""
+    if exchange == RAGGED and platform != "tpu":
+        raise UserError(
+            f"mesh.exchange={RAGGED} is for TPUs, and the devices here are {platform}; leave it at "
+            f"auto, or set {PADDED}, which moves the same rows."
+        )
 
 
 def check_model_divides(model_config: ModelConfig, sizes: tuple[int, ...]) -> None:

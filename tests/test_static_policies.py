@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from test_step import Stepper
-from tiny import tiny_config
+from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes
@@ -157,6 +157,22 @@ def test_a_rank_shared_by_experts(sieved_folder, rule, r_target, expected, rank)
     assert job.adapter.rank == (rank or r_target)
     again = prepare(job.config)  # what config.json keeps is divided no second time
     assert again.config == job.config and again.adapter == job.adapter
+
+
+@pytest.mark.parametrize("rule, expected", [("per_top_k", 8), ("per_expert", 2)])
+@pytest.mark.parametrize("kind", ["mixlora", "mola"])
+def test_a_rank_shared_by_experts_of_the_adapter(tmp_path, kind, rule, expected):
+    write_tiny_model(tmp_path / "model", OLMOE | {"model_type": "llama", "num_hidden_layers": 4})
+    write_rows(tmp_path / "train.jsonl", 40)
+    write_rows(tmp_path / "heldout.jsonl", 4)
+    section = dict(kind="uniform", r_target=16, rank_rule=rule)
+    adapter = dict(kind=kind, num_experts=8, experts_per_token=2, rank=None)
+    job = prepare(tiny_config(tmp_path, adapter=adapter, allocation=section))
+    assert (job.policy.init().ranks_LE == expected).all() and job.adapter.max_rank == expected
+    assert job.adapter.rank == 16
+    adapter |= dict(experts_per_layer="2468")
+    with pytest.raises(UserError, match="layers have different ones"):
+        prepare(tiny_config(tmp_path, adapter=adapter, allocation=section))
 
 
 @pytest.mark.parametrize(
