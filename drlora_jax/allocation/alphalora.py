@@ -36,7 +36,6 @@ def allocate_experts(
     *,
     beta: float = 2.5,
     rounding: Rounding = "largest_remainder",
-    most: int | None = None,
 ) -> np.ndarray:
     """Experts of every layer, i64 [L]; their sum is `total`.
 
@@ -45,26 +44,22 @@ def allocate_experts(
       beta: 0 divides evenly; the larger, the more goes to large exponents.
       rounding: `largest_remainder`, at least 1 everywhere; or `upstream`, equal to the authors'
         code, whose numbers can be 0 or negative.
-      most: experts that a layer can have; what is due above it goes to the others in proportion.
-        Not for `upstream`.
 
     Raises:
-      UserError: fewer experts than layers or more than there is room for, exponents or beta that
-        are no such numbers.
+      UserError: fewer experts than layers, exponents or beta that are no such numbers.
     """
     alpha_L = np.asarray(alpha_L, np.float64)
     _check(alpha_L, total, beta)
     if rounding == "upstream":
         return _as_upstream(alpha_L**beta, total)
-    if most is not None and total > most * alpha_L.size:
-        raise UserError(
-            f"{total:,} experts do not fit into {alpha_L.size} layers of {most} at most."
-        )
-    return divide(alpha_L, total, beta=beta, most=total if most is None else most)
+    return divide(alpha_L, total, beta=beta, most=total)
 
 
 def divide(alpha_N: np.ndarray, total: int, *, beta: float, most: int) -> np.ndarray:
-    """Whole numbers from 1 to `most` in proportion to alpha^beta, i64 [N], with the sum `total`."""
+    """Whole numbers from 1 to `most` in proportion to alpha^beta, i64 [N], with the sum `total`.
+
+    What is due above `most` goes to the others in proportion.
+    """
     power_N = beta * np.log(alpha_N)
     weight_N = np.exp(power_N - power_N.max())  # of the largest: no beta overflows
     share_N = total * weight_N / weight_N.sum()
@@ -127,9 +122,15 @@ def alphalora_experts(
 ) -> Policy:
     """Of every layer's experts the first n_l have `rank`, the others none; `total` = sum of n_l."""
     try:
-        count_L = allocate_experts(alpha_L, total, beta=beta, most=shapes.experts)
+        count_L = allocate_experts(alpha_L, total, beta=beta)
     except UserError as error:
         raise UserError(f"allocation.experts={total}: {error}") from error
+    layer, most = int(count_L.argmax()), int(count_L.max())
+    if most > shapes.experts:
+        raise UserError(
+            f"allocation.experts={total} makes {most} experts in layer {layer}, and a layer has "
+            f"room for adapter.num_experts={shapes.experts}; set adapter.num_experts={most}."
+        )
     is_active_LE = np.arange(shapes.experts) < count_L[:, None]
     return static_policy(
         "alphalora",
