@@ -119,7 +119,8 @@ def describe(
 ) -> dict:
     """The values of adapter_config.json."""
     roles = {path.rpartition("/")[2] for path in adapter.paths}
-    routing = {"routing_strategy": "mixlora", "top_k": section.experts_per_token}
+    own = config.routing  # whose numbers may come from adapter.experts_per_layer
+    routing = {"routing_strategy": "mixlora", "top_k": own.experts_per_token}
     if section.top_p is not None:
         routing = {"routing_strategy": "mixlora-dynamic", "top_p": section.top_p}
         routing["temperature"] = 0.0
@@ -132,7 +133,7 @@ def describe(
         "lora_alpha": alpha_of(adapter.scale, rank)[0],
         "lora_dropout": section.dropout or NO_DROPOUT,
         "target_modules": [f"{role}_proj" for role in ROLES if role in roles],
-        "num_experts": section.num_experts,
+        "num_experts": own.num_experts,
         "act_fn": config.moe.activation,
         **routing,
     }
