@@ -38,7 +38,7 @@ def get_config() -> TrainConfig:
         train=TrainSection(
             steps=3750,
             batch_size=48,
-            micro_batches=2,
+            micro_batches=3,  # 16 rows at a time, two a device of eight
             sequence_length=512,
             learning_rate=2e-5,
             schedule="linear",

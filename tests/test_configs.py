@@ -2,7 +2,9 @@
 
 import ast
 import json
+import math
 import pathlib
+import re
 
 import pytest
 from tiny import OLMOE, write_tiny_model
@@ -10,7 +12,8 @@ from tiny import OLMOE, write_tiny_model
 from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import load_config
 from drlora_jax.models.families import parse_config
-from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
+from drlora_jax.parallel.mesh import AXES, resolve_sizes
+from drlora_jax.prepare import check_mesh, make_adapter, prepare, with_adapter_experts
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MIXLORA = str(CONFIGS / "mixlora_smollm2.py")
@@ -24,6 +27,17 @@ SMOLLM2_135M = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
+}
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
 }
 MULTI_TASK = (
     "data.path=arc_easy=allenai/ai2_arc:ARC-Easy,arc_challenge=allenai/ai2_arc:ARC-Challenge,"
@@ -88,3 +102,33 @@ def test_it_prepares_from_a_local_file(tmp_path, overrides):
     (document,) = job.loader.documents
     assert job.adapter.experts_module == ("moe" if overrides else "mlp")
     assert document.is_target.any() and not document.is_target.all()
+
+
+def documented_commands():
+    """Arguments of every command in README, docs and launch/ that trains a config of ours."""
+    root = CONFIGS.parent
+    files = [
+        root / "README.md",
+        *root.glob("docs/*.md"),
+        *root.glob("launch/*"),
+        *CONFIGS.iterdir(),
+    ]
+    for file in files:
+        if file.is_file():
+            text = file.read_text().replace("\\\n", " ")
+            for words in re.findall(
+                r"--config (configs/mixtral\.py(?: +[a-z]+\.\w+=[^\s`]+)*)", text
+            ):
+                yield file.name, words.split()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=f"{file}: {words[1:]}") for file, words in documented_commands()],
+)
+def test_documented_meshes_of_mixtral_are_accepted(words):
+    path, *overrides = words
+    config = load_config(str(CONFIGS.parent / path), overrides)
+    sizes = [getattr(config.mesh, axis) for axis in AXES]
+    wanted = resolve_sizes(config.mesh, 8 if -1 in sizes else math.prod(sizes))
+    check_mesh(config, parse_config(MIXTRAL_8X7B), wanted)
