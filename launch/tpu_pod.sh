@@ -2,12 +2,12 @@
 # Trains on a Cloud TPU pod slice: asks for it, installs this clone on all workers, runs on all,
 # collects the run directory, gives the slice back.
 #
-#   launch/tpu_pod.sh all --config configs/mixtral.py mesh.data=1 mesh.fsdp=2 mesh.expert=8
+#   MOUNT=my-bucket launch/tpu_pod.sh all --config configs/mixtral.py mesh.fsdp=2 mesh.expert=8
 #   launch/tpu_pod.sh create | install | run ARGUMENTS | collect | delete     one step at a time
 #
 # Needs: gcloud, logged in, with a project that has TPU quota. Edit the settings below or give them
 # as environment variables. RUN_DIR must be a place that all workers share and that outlives them:
-# a bucket that is mounted at the same path on all workers (MOUNT=my-bucket mounts it with gcsfuse).
+# a bucket that is mounted at the same path on all workers (MOUNT mounts one with gcsfuse).
 # jax finds the workers by itself; `run` may be repeated, after a preemption or a crash, and goes on
 # from the last checkpoint.
 set -euo pipefail
@@ -17,9 +17,15 @@ ZONE="${ZONE:-us-east5-a}"
 TYPE="${TYPE:-v5p-32}"               # 16 chips; https://cloud.google.com/tpu/docs
 VERSION="${VERSION:-v2-alpha-tpuv5}" # of the TPU VM's software; v2-alpha-tpuv6e for v6e
 SPOT="${SPOT:-}"                     # 1: cheaper, may be taken away at any time
+PYTHON="${PYTHON:-3.12}"             # installed on the workers, whose own may be too old
 MOUNT="${MOUNT:-}"                   # bucket to mount at /mnt/runs on every worker
-RUN_DIR="${RUN_DIR:-/mnt/runs/$NAME}"
+RUN_DIR="${RUN_DIR:-${MOUNT:+/mnt/runs/$NAME}}"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+refuse() {
+    echo "$1" >&2
+    exit 2
+}
 
 on_workers() { # COMMAND: on all workers at once, with its output
     gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"
@@ -52,11 +58,14 @@ install() {
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/drlora.tar.gz" --zone="$ZONE" --worker=all
     rm -f "$archive"
     on_workers "rm -rf ~/drlora && mkdir ~/drlora && tar -xzf /tmp/drlora.tar.gz -C ~/drlora \
-        && python3 -m venv ~/venv && \$HOME/venv/bin/pip install --quiet --upgrade pip \
+        && python3 -m pip install --quiet --user uv \
+        && \$HOME/.local/bin/uv venv --quiet --clear --seed --python $PYTHON ~/venv \
         && \$HOME/venv/bin/pip install --quiet -e ~/drlora'[tpu]'"
     if [ -n "$MOUNT" ]; then
+        # A checkpoint is finished by renaming its directory, which gcsfuse refuses unless told.
         on_workers "sudo mkdir -p /mnt/runs && sudo chown \$USER /mnt/runs \
-            && (mountpoint -q /mnt/runs || gcsfuse --implicit-dirs '$MOUNT' /mnt/runs)"
+            && (mountpoint -q /mnt/runs \
+                || gcsfuse --implicit-dirs --rename-dir-limit=1000000 '$MOUNT' /mnt/runs)"
     fi
     on_workers "\$HOME/venv/bin/python -c 'import jax; jax.distributed.initialize(); \
         print(jax.process_index(), jax.local_device_count(), jax.device_count())'"
@@ -82,6 +91,15 @@ delete() {
 
 step="${1:-}"
 shift || true
+# Before anything costs money.
+case "$step" in run | all | collect)
+    [ -n "$RUN_DIR" ] || refuse "set MOUNT=BUCKET, or RUN_DIR to a directory that all workers share"
+    ;;
+esac
+case "$step" in run | all)
+    [ "$#" -gt 0 ] || refuse "usage: $0 $step --config FILE.py [section.field=value ...]"
+    ;;
+esac
 case "$step" in
 create | install | collect | delete) "$step" ;;
 run) run "$@" ;;
