@@ -1,6 +1,9 @@
 """Where a run is: its state before step 1, from a checkpoint, and into one."""
 
+import hashlib
 import json
+import pathlib
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +18,17 @@ from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.provenance import versions
 from drlora_jax.step import TrainState
+
+# Of the config: where things are may differ by host, what they are may not and is compared.
+PLACES = (
+    ("run", "dir"),
+    ("model", "path"),
+    ("data", "path"),
+    ("data", "eval_path"),
+    ("allocation", "pattern"),
+    ("allocation", "alpha_file"),
+)
+SHARED_WITHIN = 60  # seconds
 
 
 class Position(NamedTuple):
@@ -84,13 +98,36 @@ def reordered(run: Run, state: TrainState, order_LER: np.ndarray, mask_LER) -> T
     return state._replace(lora=lora, opt_state=opt_state)
 
 
+def check_run_dir_is_shared(run: Run) -> None:
+    """Raises RunError when a process does not find the config.json that process 0 wrote: its part
+    of a checkpoint would lie where nobody looks for it.
+    """
+    if jax.process_count() == 1:
+        return
+    file, limit = run.job.run_dir.config_file, time.monotonic() + SHARED_WITHIN
+    written = hosts.from_main(_file_digest(file))
+    while not np.array_equal(_file_digest(file), written) and time.monotonic() < limit:
+        time.sleep(1)  # network file systems show a new file late
+    hosts.check_agreement(
+        "on run.dir, which must be one directory that all share",
+        {"run.dir": hosts.digest(_file_digest(file))},
+        {"run.dir": hosts.digest(written)},
+    )
+
+
+def _file_digest(file: pathlib.Path) -> np.ndarray:
+    """sha256 of a file, u8 [32]; of nothing if it is not there."""
+    content = file.read_bytes() if file.is_file() else b""
+    return np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
+
+
 def check_processes_agree(run: Run, when: str, step: int, position: Position | None = None) -> None:
     """Raises RunError when the processes differ in what must be the same."""
     if jax.process_count() == 1:
         return
     config = to_dict(run.job.config)
-    for section, name in (("run", "dir"), ("model", "path"), ("data", "path")):
-        config[section].pop(name)  # where things are may differ by host; what they are may not
+    for section, name in PLACES:
+        config[section].pop(name)
     fields = {
         "step": hosts.digest(str(step)),
         "config": hosts.digest(json.dumps(config)),
@@ -99,7 +136,14 @@ def check_processes_agree(run: Run, when: str, step: int, position: Position | N
         "versions": hosts.digest(json.dumps(versions())),
     }
     truths = {}
-    if position is not None:
+    if position is None:
+        # What else decides how many steps, evaluations and collectives there are.
+        fields |= {
+            "schedule": hosts.digest(f"{run.job.total_steps} {run.job.schedule_steps}"),
+            "held-out data": hosts.digest(*jax.tree.leaves(run.job.eval_batches)),
+            "first ranks": hosts.digest(run.job.policy.init().ranks_LE),
+        }
+    else:
         ranks_LE = position.capacity.ranks_LE
         expected_LER = masks_from_ranks(ranks_LE, run.job.adapter.max_rank)
         held = hosts.digest_on_devices(position.state.mask_LER, expected_LER)

@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ from drlora_jax.plan import (
 from drlora_jax.position import (
     Position,
     check_processes_agree,
+    check_run_dir_is_shared,
     place_mask,
     reordered,
     restore,
@@ -52,6 +54,10 @@ from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import (
     TrainState,
 )
+
+
+def _nothing() -> None:
+    pass
 
 
 def main(argv=None) -> int:
@@ -96,6 +102,7 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     if job.is_new:
         facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
+    check_run_dir_is_shared(run)
     if done >= job.total_steps:
         print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
         return EXIT_DONE
@@ -107,7 +114,9 @@ def _train(run: Run, watchdog: Watchdog) -> int:
         how = "resuming" if done else "starting"
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
         watchdog.beat("loading the base")
-        params = load_params(job.model_config, job.directory, run.abstract_params)
+        params = load_params(
+            job.model_config, job.directory, run.abstract_params, done=watchdog.again
+        )
         if hosts.is_main():
             job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
         with (
@@ -118,7 +127,9 @@ def _train(run: Run, watchdog: Watchdog) -> int:
                 with hosts.leaving_with_peers(progress.close):
                     watchdog.beat("restoring")
                     position = (
-                        restore(run, checkpoints, done) if done else start_profiled(run, params)
+                        restore(run, checkpoints, done)
+                        if done
+                        else start_profiled(run, params, done=watchdog.again)
                     )
                     around = Around(checkpoints, stop, report, progress, watchdog)
                     return _loop(run, compiled, params, position, around)
@@ -175,20 +186,21 @@ class _StopSignals:
         return multihost_utils.reached_preemption_sync_point(step)
 
 
-def start_profiled(run: Run, params) -> Position:
+def start_profiled(run: Run, params, done: Callable[[], None] = _nothing) -> Position:
     """The same for a policy that first wants to see how the base routes the task."""
     position, policy = start(run), run.job.policy
     if policy.start is None:
         return position
-    capacity, event = policy.start(profile(run, params, position.state))
+    capacity, event = policy.start(profile(run, params, position.state, done))
     log_event(run, 0, capacity, event)
     state = position.state._replace(mask_LER=place_mask(run, capacity))
     return Position(state, capacity, 0)
 
 
-def profile(run: Run, params, state: TrainState) -> np.ndarray:
+def profile(run: Run, params, state: TrainState, done: Callable[[], None] = _nothing) -> np.ndarray:
     """How often the valid tokens of the first `profile_rows` training rows (whole batches) choose
-    each expert, [L, E]. The factors are still zero, so it is the base that chooses.
+    each expert, [L, E]. The factors are still zero, so it is the base that chooses. `done` is
+    called after each batch.
     """
     section, total_LE = run.job.config.train, 0.0
     rows = section.batch_size // section.micro_batches
@@ -198,6 +210,7 @@ def profile(run: Run, params, state: TrainState) -> np.ndarray:
         micro = hosts.place(micro, mesh_lib.rows(run.mesh))
         _, _, stats = run.eval_step(params, state.lora, state.mask_LER, micro)
         total_LE = total_LE + np.asarray(stats.count_E, np.float64)
+        done()
     return total_LE
 
 
@@ -212,7 +225,7 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
     rows = mesh_lib.rows(run.mesh, leading=1)
     if step == 0 and job.eval_batches and not is_stopping:
         watchdog.beat("evaluating before step 1")
-        row = {"step": 0, "eval_loss": evaluate(run, params, position.state)}
+        row = {"step": 0, "eval_loss": evaluate(run, params, position.state, watchdog.again)}
         job.run_dir.log_metrics(row)
         progress.show(row)
     meter.resume()
@@ -257,7 +270,7 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
             jax.block_until_ready(position.state.step)
             watchdog.beat(f"evaluating after step {step}")
             meter.pause()
-            eval_loss = evaluate(run, params, position.state)
+            eval_loss = evaluate(run, params, position.state, watchdog.again)
             log_row(step, position.tokens, metrics, {"eval_loss": eval_loss} | _routing(metrics))
             meter.resume()
         elif due.row and (due.checkpoint or is_stopping):
@@ -369,14 +382,15 @@ def log_event(
     run.job.run_dir.log_ranks(step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing)
 
 
-def evaluate(run: Run, params, state: TrainState) -> float:
-    """Held-out loss in nats a target token."""
+def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = _nothing) -> float:
+    """Held-out loss in nats a target token; `done` is called after each batch."""
     rows = mesh_lib.rows(run.mesh)
     nll, targets = 0.0, 0.0
     for batch in run.job.eval_batches:
         batch = hosts.place(batch, rows)
         measured = run.eval_step(params, state.lora, state.mask_LER, batch)
         nll, targets = nll + float(measured[0]), targets + float(measured[1])
+        done()
     if not np.isfinite(nll):
         _require_finite_base(params)
         raise RunError(f"the held-out loss is {nll}; the model has diverged.")

@@ -4,6 +4,8 @@ goes wrong in its second step of this start.
     none     nothing happens
     mask     one bit of its copy of the rank mask flips
     kill     it is killed
+    apart    its run.dir is another directory
+    heldout  its held-out data is other data
     term     it gets SIGTERM; steps are slow from then on, as all hear of it within seconds
 """
 
@@ -15,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from drlora_jax import cli, train
+from drlora_jax import cli, position, train
 
 BAD_STEP, BAD_PROCESS = 2, 1
 compile_step = train.compile_step
@@ -56,11 +58,16 @@ def send(number):
     return signal_self
 
 
-FAULTS = {"none": lambda state: state, "mask": flip_a_bit}
+FAULTS = {"mask": flip_a_bit} | dict.fromkeys(("none", "apart", "heldout"), lambda state: state)
 FAULTS |= {"kill": send(signal.SIGKILL), "term": send(signal.SIGTERM)}
+
+ELSEWHERE = {"apart": "run.dir=elsewhere", "heldout": "data.eval_path=train.jsonl"}
 
 if __name__ == "__main__":
     fault = sys.argv.pop(1)
+    if fault in ELSEWHERE and os.environ["JAX_PROCESS_ID"] == str(BAD_PROCESS):
+        sys.argv.append(ELSEWHERE[fault])
+    position.SHARED_WITHIN = 2
     train.compile_step = compile_faulty
     train.memory_lines = lambda *_: []  # the step is a function here, not a compiled program
     cli.run_and_exit(train.main)

@@ -8,6 +8,7 @@ DRLORA_MESHES=all tries more meshes and more steps, some minutes.
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -110,6 +111,7 @@ class Runs:
                     process = subprocess.Popen(
                         [*script, *self.arguments(name, **mesh)],
                         env=shared | {"JAX_PROCESS_ID": str(index)},
+                        cwd=self.folder,
                         stdout=subprocess.DEVNULL,
                         stderr=file,
                     )
@@ -210,6 +212,18 @@ def test_one_process_resumes_what_two_saved(runs, whole, mesh):
     if EVERYTHING:  # and back to two processes
         runs.copy_cut(name, f"{name}-back", SECOND_SAVED)
         np.testing.assert_allclose(run_two(runs, f"{name}-back", MESH), whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("apart", "on run.dir, which must be one directory .*: run.dir of process 1."),
+        ("heldout", "before the start.*: held-out data of process 1."),
+    ],
+)
+def test_what_one_process_has_of_its_own_is_found_before_step_1(runs, fault, message):
+    for end in runs.two(fault, fault, data=4):
+        assert end.code == EXIT_FAILED and re.search(message, end.errors), end
 
 
 def test_what_befalls_one_process_ends_both(runs, whole):

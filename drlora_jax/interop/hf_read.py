@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -319,11 +319,17 @@ def load_model(
     return model, load_params(config, directory, abstract)
 
 
-def load_params(config: ModelConfig, directory: pathlib.Path, abstract: dict) -> dict:
+def load_params(
+    config: ModelConfig,
+    directory: pathlib.Path,
+    abstract: dict,
+    done: Callable[[], None] = lambda: None,
+) -> dict:
     """The parameter tree with the weights of the directory.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`; with `sharding` set, leaves are placed accordingly.
+      done: called after each tensor that was read.
 
     The host holds one layer of one leaf at a time.
     """
@@ -340,7 +346,9 @@ def load_params(config: ModelConfig, directory: pathlib.Path, abstract: dict) ->
         }
 
         def read(key):
-            return handles[tensors[key].file].get_tensor(key)
+            tensor = handles[tensors[key].file].get_tensor(key)
+            done()
+            return tensor
 
         tree: dict = {}
         for path, by_layer in pieces.items():

@@ -43,8 +43,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def resolve_sizes(section: MeshSection, device_count: int) -> tuple[int, ...]:
-    """The sizes of AXES with a -1 filled in; sizes without -1 may leave devices unused."""
+def resolve_sizes(
+    section: MeshSection, device_count: int, process_count: int = 1
+) -> tuple[int, ...]:
+    """The sizes of AXES with a -1 filled in. One process may leave devices unused; of several each
+    must have a part in the work.
+    """
     sizes = [section.data, section.fsdp, section.expert, section.tensor]
     given = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and device_count % given == 0:
@@ -54,6 +58,12 @@ def resolve_sizes(section: MeshSection, device_count: int) -> tuple[int, ...]:
         raise UserError(
             f"mesh: {shape} does not fit the {device_count} devices there are; change mesh.*."
         )
+    if process_count > 1 and int(np.prod(sizes)) != device_count:
+        shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"mesh: {shape} leaves devices unused, {device_count} of {process_count} processes are "
+            "there; set one axis to -1, or start fewer processes."
+        )
     return tuple(sizes)
 
 
@@ -61,10 +71,13 @@ def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = Non
     """A mesh of AXES over all processes' devices, or over those of a described topology.
 
     Where the devices are several slices, which a slower network connects, `data` goes over the
-    slices, or else `fsdp`. Raises UserError when neither can.
+    slices, or else `fsdp`. When neither can, other axes cross GPU nodes, which jax calls slices as
+    well; for TPUs it raises UserError.
     """
     devices = (jax.devices() if devices is None else devices)[: int(np.prod(sizes))]
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu" and all(sizes[axis] % slices for axis in (0, 1)):
+        slices = 1  # expert and tensor may go over nodes, at the speed of their network
     # An axis of 8 on a torus of 4 x 4 x 4 is part of two of its axes.
     options = {"allow_split_physical_axes": True}
     if slices > 1:

@@ -45,6 +45,10 @@ class Watchdog:
         """Something was finished; `doing` comes next."""
         self._doing, self._since = doing, time.monotonic()
 
+    def again(self) -> None:
+        """A part of what was said last was finished, and more of it comes."""
+        self._since = time.monotonic()
+
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout / 4)):
             self._tell()
