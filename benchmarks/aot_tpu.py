@@ -163,11 +163,17 @@ def forbidden_sizes(run) -> hlo.Limits:
     if config.moe is not None:
         local = config.moe.routing.num_experts // expert_shards
         hidden = config.moe.expert_dim
-        matrices = ((config.width, 2 * hidden), (hidden, config.width))
+        # Whole, and cut along their first side: FSDP's gather is of one shard's experts.
+        matrices = tuple(
+            (rows // parts, columns)
+            for rows, columns in ((config.width, 2 * hidden), (hidden, config.width))
+            for parts in {1, run.mesh.shape["fsdp"]}
+        )
     lora = {
-        tuple(size for size in leaf.shape[1:] if size != 1)
+        tuple(size for size in shape if size != 1)
         for leaf in jax.tree.leaves(run.abstract_state.lora)
         if EXPERTS in leaf.sharding.spec and expert_shards > 1
+        for shape in (leaf.shape, leaf.shape[1:])  # of all layers, of one
     }
     return hlo.Limits(
         local_experts=local,

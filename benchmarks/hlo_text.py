@@ -106,10 +106,10 @@ class Limits(NamedTuple):
     """What must not travel between chips; sizes in elements."""
 
     local_experts: int  # experts of one shard
-    expert_shapes: tuple[tuple[int, int], ...]  # of one expert's weights
+    expert_shapes: tuple[tuple[int, int], ...]  # of one expert's weights, whole or cut by fsdp
     vocab: int
     head: int
-    global_lora: set[tuple[int, ...]]  # one layer's factors of all experts, where they are sharded
+    global_lora: set[tuple[int, ...]]  # factors of all experts, where they are sharded
 
 
 def _holds(shape: tuple[int, ...], matrix: tuple[int, int]) -> bool:

@@ -122,8 +122,9 @@ def test_collectives_of_a_module():
 
 def test_what_may_travel():
     hlo = load_hlo_text()
-    # Width 16, hidden 24, 4 of 8 experts a shard, vocabulary 100, rank 2.
-    limits = hlo.Limits(4, ((16, 48), (24, 16)), 100, 1600, {(8, 2, 16)})
+    # Width 16, hidden 24, 4 of 8 experts a shard, fsdp 2, vocabulary 100, rank 2, three layers.
+    matrices = ((16, 48), (8, 48), (24, 16), (12, 16))
+    limits = hlo.Limits(4, matrices, 100, 1600, {(8, 2, 16), (3, 8, 2, 16)})
 
     def reason(shape):
         return hlo.forbidden(hlo.Collective("all-gather", shape, 1, ""), limits)
@@ -132,8 +133,10 @@ def test_what_may_travel():
     assert not any(reason(shape) for shape in allowed)
     assert "experts of one shard" in reason("bf16[8,16,48]")
     assert "experts of one shard" in reason("s32[1] bf16[2,4,24,16]")
+    assert "experts of one shard" in reason("bf16[8,8,48]")  # over the expert axis only
     assert reason("f32[64,100]") == "logits"
     assert reason("f32[1,8,2,16]") == "factors of all experts"
+    assert reason("f32[3,8,2,16]") == "factors of all experts"
 
 
 needs_libtpu = pytest.mark.skipif(
