@@ -94,10 +94,12 @@ class TrainConfig:
             "adapter.kind=mixlora or mola together, which need it; the experts of another kind are "
             f"there already. Got {self.allocation.experts} with adapter.kind={self.adapter.kind}.",
         )
+        section = self.allocation
+        name = "spectral_start" if section.spectral_start else "spectral_prior"
         require(
-            not self.allocation.spectral_prior or not has_own_experts,
-            "allocation.spectral_prior compares the pretrained weights of a layer's experts; those "
-            f"of adapter.kind={self.adapter.kind} are new. Leave it at 0.",
+            not (section.spectral_start or section.spectral_prior) or not has_own_experts,
+            f"allocation.{name} compares the pretrained weights of a layer's experts; those "
+            f"of adapter.kind={self.adapter.kind} are new. Leave it out.",
         )
         require(
             self.adapter.experts_per_layer is None

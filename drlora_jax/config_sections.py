@@ -251,6 +251,11 @@ class AdapterSection(_Section):
             f"adapter.top_p must be in (0, 1] or None, got {self.top_p}.",
         )
         require(
+            self.top_p is None or self.makes_experts,
+            "adapter.top_p is how adapters with experts of their own choose among them, "
+            f"adapter.kind=mixlora or mola, got {self.kind}; an MoE chooses as it was trained to.",
+        )
+        require(
             self.kind == "expert_lora" or self.router == "frozen",
             f"adapter.router={self.router} is about the routers of an MoE: with "
             f"adapter.kind={self.kind} leave it at frozen (its own router always trains).",
@@ -269,6 +274,11 @@ class AdapterSection(_Section):
         )
         if self.router_learning_rate is not None:
             _positive("adapter", {"router_learning_rate": self.router_learning_rate})
+            require(
+                self.makes_experts or self.router == "after_warmup",
+                "adapter.router_learning_rate is for routers that train: set "
+                "adapter.router=after_warmup, or leave it out.",
+            )
 
 
 @dataclass(frozen=True)
@@ -310,12 +320,19 @@ class AllocationSection(_Section):
     profile_rows: int = 64  # of training data that moe_sieve reads first to count who is used
     pattern: str | None = None  # file of kind pattern: ranks [layers][experts], or a ranks.jsonl
     experts: int | None = None  # of alphalora with mixlora or mola: of all layers
-    alpha_beta: float = 2.5  # alphalora: shares are alpha ** alpha_beta
+    alpha_beta: float = 2.5  # alphalora, spectral_start: shares are alpha ** alpha_beta
     # dr_lora: saliency * (alpha of the expert / mean of its layer) ** spectral_prior; 0: off
     spectral_prior: float = 0.0
-    # of alphalora and spectral_prior: written by `drlora_jax.alpha --out`; None: computed
+    # dr_lora: the first ranks of a layer's experts by alpha ** alpha_beta, r_init on average
+    spectral_start: bool = False
+    # of alphalora and these two: written by `drlora_jax.alpha --out`; None: computed
     alpha_file: str | None = None
     alpha_estimator: Literal["fix_finger", "median"] = "fix_finger"
+
+    @property
+    def asks_for_exponents(self) -> bool:
+        """Whether ranks come from the heavy-tail exponents of the base's weights."""
+        return self.kind == "alphalora" or self.spectral_prior != 0 or self.spectral_start
 
     def check(self):
         _at_most("allocation.r_target", self.r_target, LARGEST_RANK)
@@ -324,6 +341,27 @@ class AllocationSection(_Section):
             self.spectral_prior == 0 or (self.kind == "dr_lora" and not self.released),
             "allocation.spectral_prior is a factor of the saliency of kind=dr_lora "
             f"(released=False), got kind={self.kind} and released={self.released}.",
+        )
+        require(
+            not self.spectral_start or (self.kind == "dr_lora" and not self.released),
+            "allocation.spectral_start gives kind=dr_lora (released=False) its first ranks, got "
+            f"kind={self.kind} and released={self.released}.",
+        )
+        require(
+            not self.spectral_start or self.r_init > 0,
+            "allocation.spectral_start shares out r_init ranks an expert; set r_init to 1 or more.",
+        )
+        for name, kinds in (("experts", "alphalora"), ("pattern", "pattern")):
+            value = getattr(self, name)
+            require(
+                value is None or self.kind == kinds,
+                f"allocation.{name}={value} is for kind={kinds}, got kind={self.kind}; leave it "
+                "out.",
+            )
+        require(
+            self.alpha_file is None or self.asks_for_exponents,
+            f"allocation.alpha_file={self.alpha_file} is for kind=alphalora, spectral_prior and "
+            f"spectral_start, got kind={self.kind} without them; leave it out.",
         )
         require(
             self.rank_rule == "fixed" or self.kind == "uniform",

@@ -12,7 +12,7 @@ import numpy as np
 from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines, resolve_targets
-from drlora_jax.allocation import CapacityShapes, Policy, make_policy, needs_exponents
+from drlora_jax.allocation import CapacityShapes, Policy, make_policy
 from drlora_jax.allocation.prilora import last_rank
 from drlora_jax.config import AdapterSection, TrainConfig
 from drlora_jax.data.documents import load_documents
@@ -255,7 +255,7 @@ def _make_policy(
 ) -> Policy:
     """The policy, with the exponents of the base's weights where it asks for them."""
     section = config.allocation
-    if not needs_exponents(section):
+    if not section.asks_for_exponents:
         return make_policy(config, shapes, steps)
     alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
     make_policy(config, shapes, steps, alike)  # what can not be is refused before the analysis

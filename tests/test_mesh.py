@@ -121,9 +121,10 @@ def test_sizes_that_do_not_divide_are_refused(tmp_path, changes, message):
 class FakeDevice:
     """What `make_mesh` asks of a device of a slice of 2 x 2 chips."""
 
-    platform, device_kind = "tpu", "TPU v4"
+    device_kind = "TPU v4"
 
-    def __init__(self, slice_index, index):
+    def __init__(self, slice_index, index, platform="tpu"):
+        self.platform = platform
         self.slice_index, self.id = slice_index, 4 * slice_index + index
         self.coords, self.core_on_chip = (index % 2, index // 2, 0), 0
         self.process_index = slice_index
@@ -141,6 +142,26 @@ def test_experts_stay_inside_a_slice():
     devices = [FakeDevice(s, i) for s in range(2) for i in range(4)]
     with pytest.raises(UserError, match="2 slices: mesh.data or mesh.fsdp must be a multiple"):
         mesh_lib.make_mesh((1, 1, 8, 1), devices)
+
+
+def test_experts_may_lie_on_several_gpu_nodes(monkeypatch):
+    monkeypatch.setattr(mesh_lib, "Mesh", lambda placed, *_, **__: placed)
+    devices = [FakeDevice(s, i, "gpu") for s in range(2) for i in range(4)]
+    assert mesh_lib.make_mesh((1, 1, 8, 1), devices).shape == (1, 1, 8, 1)
+    across = mesh_lib.make_mesh((2, 1, 4, 1), devices)
+    assert [{device.slice_index for device in part.flat} for part in across] == [{0}, {1}]
+
+
+def test_every_process_has_a_part_of_the_mesh():
+    assert resolve_sizes(MeshSection(data=4), 8) == (4, 1, 1, 1)
+    assert resolve_sizes(MeshSection(data=2, expert=-1), 8, 2) == (2, 1, 4, 1)
+    with pytest.raises(UserError, match="leaves devices unused, 8 of 2 processes"):
+        resolve_sizes(MeshSection(data=4), 8, 2)
+
+
+def test_sending_rows_as_they_are_is_for_tpus(tmp_path):
+    with pytest.raises(UserError, match="exchange=ragged is for TPUs, .* are cpu; .* padded"):
+        prepare(tiny_config(tmp_path, mesh=dict(expert=2, exchange="ragged")))
 
 
 def test_the_table_says_what_lies_where():

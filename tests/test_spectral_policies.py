@@ -20,7 +20,9 @@ from drlora_jax.allocation.alphalora import (
     alphalora_ranks,
     divide,
     spectral_prior,
+    spectral_start,
 )
+from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
 from drlora_jax.interop.hf_read import read_model_config
@@ -200,6 +202,43 @@ def test_a_prior_is_a_factor_of_the_saliency():
     assert "spectral prior" in policy.describe
 
 
+@pytest.mark.parametrize("beta", [1.0, 2.5])
+def test_a_spectral_start_is_the_layers_share_and_growth_goes_on_from_it(beta):
+    alpha_LE = np.random.default_rng(4).uniform(2, 5, RANKS_LE.shape)
+    rank, most = 4, SHAPES.max_rank
+    first_LE = spectral_start(alpha_LE, rank, beta=beta, most=most)
+    for alpha_E, ranks_E in zip(alpha_LE, first_LE, strict=True):
+        weights = [alpha**beta for alpha in alpha_E]
+        shares = [rank * len(weights) * weight / sum(weights) for weight in weights]
+        if max(shares) <= most and min(shares) >= 1:
+            assert all(abs(got - share) < 1 for got, share in zip(ranks_E, shares, strict=True))
+        assert ranks_E.sum() == rank * len(weights) and 1 <= ranks_E.min() <= ranks_E.max() <= most
+
+
+def test_growth_from_a_spectral_start_meets_the_budget():
+    """Whatever is preferred: also the experts that start with most."""
+    shapes = CapacityShapes(layers=2, projections=2, experts=6, max_rank=12)
+    alpha_LE = np.random.default_rng(5).uniform(2, 4, (2, 6))
+    first_LE = spectral_start(alpha_LE, 3, beta=2.5, most=12)
+    arguments = dict(total_steps=60, r_init=3, r_target=6, interval=5, p_grow=0.3, gamma=1.2)
+    arguments |= dict(frequency_decay=0.9, importance_decay=0.9, warmup_ratio=0.1)
+    policy = dr_lora(shapes, first_LE=first_LE, **arguments)
+    assert policy.init().ranks_LE.tolist() == first_LE.tolist()
+    state, stats = policy.init(), policy.init_stats()
+    stats = stats._replace(frequency_LE=alpha_LE**4, updates_LE=np.ones((2, 6)))
+    for step in range(61):
+        if policy.is_event(step):
+            stats = stats._replace(importance_LPER=np.ones(shapes))
+            before = state.ranks_LE
+            state, stats, _ = policy.update(state, stats, step)
+            assert (state.ranks_LE >= before).all()
+    assert state.ranks_LE.sum(axis=1).tolist() == [policy.budget] * 2 == [36, 36]
+    assert state.ranks_LE.max() <= 12
+    first_LE[0, 0] += 9
+    with pytest.raises(UserError, match="the budget can not be reached"):
+        dr_lora(shapes, first_LE=first_LE, **arguments | dict(r_target=11))
+
+
 # --------------------------------------------------------------------------------- from the config
 
 
@@ -213,6 +252,9 @@ def test_jobs_have_the_ranks_of_their_exponents(folder):
     assert job.adapter.max_rank == 8
     grown = prepare.prepare(tiny_config(folder, allocation=dict(spectral_prior=1.0)))
     assert "spectral prior" in grown.policy.describe
+    started = prepare.prepare(tiny_config(folder, allocation=dict(spectral_start=True)))
+    expected_LE = spectral_start(found.expert_LE, 1, beta=2.5, most=4)
+    assert started.policy.init().ranks_LE.tolist() == expected_LE.tolist()
     dense = dict(kind="alphalora", experts=7, alpha_file=str(folder / "dense.json"))
     config = tiny_config(
         folder,
@@ -240,7 +282,15 @@ MIXLORA = dict(kind="mixlora", num_experts=4)
         (dict(kind="alphalora", r_target=5), {}, "r_target .5. is the mean of the ranks"),
         (dict(kind="adalora", r_init=4, spectral_prior=1.0), {}, "got kind=adalora and"),
         (dict(released=True, spectral_prior=1.0), {}, "released=True"),
-        (dict(spectral_prior=1.0), MIXLORA, "those of adapter.kind=mixlora are new"),
+        (dict(spectral_prior=1.0), MIXLORA, "_prior .* those of adapter.kind=mixlora are new"),
+        (dict(spectral_start=True), MIXLORA, "_start .* those of adapter.kind=mixlora are new"),
+        (dict(spectral_start=True, kind="random"), {}, "got kind=random and released=False"),
+        (dict(spectral_start=True, r_init=0), {}, "set r_init to 1 or more"),
+        (dict(experts=7), {}, "allocation.experts=7 is for kind=alphalora, got kind=dr_lora"),
+        (dict(pattern="x"), {}, "allocation.pattern=x is for kind=pattern, got kind=dr_lora"),
+        (dict(alpha_file="x"), {}, "alpha_file=x is for kind=alphalora, .* without them"),
+        ({}, dict(kind="expert_lora", top_p=0.5), "adapter.top_p is how adapters with experts"),
+        ({}, dict(router_learning_rate=1e-3), "for routers that train: set"),
     ],
 )
 def test_what_can_not_be_is_refused_before_the_analysis(

@@ -4,7 +4,12 @@ import functools
 
 from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.allocation.adalora import adalora
-from drlora_jax.allocation.alphalora import alphalora_experts, alphalora_ranks, spectral_prior
+from drlora_jax.allocation.alphalora import (
+    alphalora_experts,
+    alphalora_ranks,
+    spectral_prior,
+    spectral_start,
+)
 from drlora_jax.allocation.base import (
     CapacityShapes,
     CapacityState,
@@ -19,7 +24,7 @@ from drlora_jax.allocation.pattern import pattern
 from drlora_jax.allocation.prilora import prilora
 from drlora_jax.allocation.unequal import for_counts
 from drlora_jax.allocation.uniform import uniform
-from drlora_jax.config import AllocationSection, TrainConfig
+from drlora_jax.config import TrainConfig
 from drlora_jax.spectra import Exponents
 
 __all__ = [
@@ -30,13 +35,7 @@ __all__ = [
     "StepStats",
     "make_policy",
     "masks_from_ranks",
-    "needs_exponents",
 ]
-
-
-def needs_exponents(section: AllocationSection) -> bool:
-    """Whether a policy asks for the heavy-tail exponents of the base's weights."""
-    return section.kind == "alphalora" or section.spectral_prior != 0
 
 
 def make_policy(
@@ -122,5 +121,10 @@ def _for_layers_alike(
         seed=config.run.seed,
         prior_LE=spectral_prior(exponents.expert_LE, section.spectral_prior)
         if section.spectral_prior
+        else None,
+        first_LE=spectral_start(
+            exponents.expert_LE, section.r_init, beta=section.alpha_beta, most=shapes.max_rank
+        )
+        if section.spectral_start
         else None,
     )

@@ -117,6 +117,15 @@ def spectral_prior(alpha_LE: np.ndarray, power: float) -> np.ndarray:
     return (alpha_LE / alpha_LE.mean(axis=1, keepdims=True)) ** power
 
 
+def spectral_start(alpha_LE: np.ndarray, rank: int, *, beta: float, most: int) -> np.ndarray:
+    """First ranks, i32 [L, E]: each layer shares out E * rank in proportion to alpha^beta, from 1
+    to `most`.
+    """
+    total = rank * alpha_LE.shape[1]
+    ranks = [divide(alpha_E, total, beta=beta, most=most) for alpha_E in alpha_LE]
+    return np.array(ranks, np.int32)
+
+
 def alphalora_experts(
     shapes: CapacityShapes, alpha_L: np.ndarray, *, total: int, rank: int, beta: float
 ) -> Policy:

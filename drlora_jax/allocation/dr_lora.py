@@ -169,9 +169,11 @@ def dr_lora(
     released: bool = False,
     seed: int = 0,
     prior_LE: np.ndarray | None = None,
+    first_LE: np.ndarray | None = None,
 ) -> Policy:
-    """The policy for `shapes`; arguments are the fields of the config section `allocation`, and a
-    factor of every expert's saliency (`alphalora.spectral_prior`).
+    """The policy for `shapes`; arguments are the fields of the config section `allocation`, a
+    factor of every expert's saliency (`alphalora.spectral_prior`), and ranks to start from,
+    `r_init` on average in every layer (`alphalora.spectral_start`; None: `r_init` everywhere).
 
     Raises UserError when the schedule can not reach the budget.
     """
@@ -200,7 +202,12 @@ def dr_lora(
             slots_per_rank=slots_per_rank,
         )
 
-    _check_reachable(schedule, shapes, r_init, target, slots_per_rank)
+    if first_LE is None:
+        first_LE = np.full((shapes.layers, shapes.experts), r_init, np.int32)
+    # As if every expert had only as much room as the one that starts with most: never more.
+    room = shapes.max_rank - int(first_LE.max(initial=r_init))
+    roomy = shapes._replace(max_rank=r_init + room)
+    _check_reachable(schedule, roomy, r_init, target, slots_per_rank)
 
     def init_stats():
         return Stats(
@@ -260,7 +267,7 @@ def dr_lora(
     last, name = schedule.last, "random" if score == "random" else "dr_lora"
     return Policy(
         name=name,
-        init=lambda: CapacityState(np.full((shapes.layers, shapes.experts), r_init, np.int32)),
+        init=lambda: CapacityState(first_LE.copy()),
         init_stats=init_stats,
         accumulate=accumulate,
         is_event=lambda step: (
@@ -272,8 +279,8 @@ def dr_lora(
         needs_elementwise=importance == "elementwise_product",
         needs_probe=importance == "probe",
         describe=(
-            f"{name}: rank {r_init} to a mean of {r_target} (at most {shapes.max_rank}), "
-            f"{schedule.count} events at "
+            f"{name}: rank {_range(first_LE, r_init)} to a mean of {r_target} (at most "
+            f"{shapes.max_rank}), {schedule.count} events at "
             f"steps {schedule.first} to {last}, {schedule.quota} "
             f"{'slots' if released else 'ranks'} a layer and event, "
             f"at most {schedule.cap} an expert"
@@ -281,6 +288,11 @@ def dr_lora(
             + (" (as released: may end a little above the budget)" if released else "")
         ),
     )
+
+
+def _range(ranks_LE: np.ndarray, mean: int) -> str:
+    least, most = ranks_LE.min(initial=mean), ranks_LE.max(initial=mean)
+    return f"{mean}" if least == most else f"{mean} ({least} to {most}, by exponents)"
 
 
 def _accumulate_released(
