@@ -10,17 +10,16 @@ log-likelihood; with `:mixlora` by answer label, with `:instruct` by writing the
 loss, and with --allow-code-execution humaneval and mbpp. Other names run lm-evaluation-harness.
 
 Scores are printed and, for a run or with --out, kept: eval.json, and one line a sample in eval/.
-`python -m drlora_jax.evaluation.compare A.jsonl B.jsonl` pairs two files of samples.
+`python -m drlora_jax.evaluation.compare A.jsonl B.jsonl` pairs two files of samples. A model that
+needs several machines is started on all of them, like a training (docs/scaling.md).
 Exit codes: 0 done, 2 a mistake in the input, 1 the evaluation failed.
 """
 
 import argparse
 import pathlib
 
-import jax
-
 from drlora_jax import cli
-from drlora_jax.config import TrainConfig, apply_overrides
+from drlora_jax.config import RunSection, TrainConfig, apply_overrides
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import harness, results
@@ -29,12 +28,14 @@ from drlora_jax.evaluation.records import Score, Settings
 from drlora_jax.evaluation.sandbox import Sandbox
 from drlora_jax.interop.hf_read import find_model
 from drlora_jax.loaded import Loaded, find_run
+from drlora_jax.parallel import hosts
 
 OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
 
 
 def main(argv=None) -> int:
     args = _parse(argv)
+    hosts.join(RunSection().heartbeat_timeout)
     requests, others = jobs_lib.parse_requests(args.tasks, args.loss)
     if not requests and not others:
         raise UserError("Nothing to evaluate: give --tasks NAME,... or --loss FILE.")
@@ -48,7 +49,7 @@ def main(argv=None) -> int:
     loaded = cli.load_model(args, mesh)
     scores = _evaluate(jobs, settings_of(args), loaded, sandbox, folder) if jobs else []
     scores += _evaluate_harness(prepared, loaded, folder)
-    if jax.process_index() == 0:
+    if hosts.is_main():
         print(results.table(scores))
         if folder:
             results.write_scores(folder, scores)
@@ -61,7 +62,7 @@ def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list
     found = []
     for job in jobs:
         samples, scores = jobs_lib.run_job(job, tools, digest)
-        if folder and jax.process_index() == 0:
+        if folder and hosts.is_main():
             results.write_samples(folder, scores[0].samples, samples)
         found += scores
     return found
@@ -81,7 +82,7 @@ def _evaluate_harness(prepared: harness.Prepared | None, loaded: Loaded, folder)
         return []
     found, digest = [], jobs_lib.adapter_digest(loaded)
     for samples, scores in harness.run(prepared, loaded, adapter_fingerprint=digest):
-        if folder and samples and jax.process_index() == 0:
+        if folder and samples and hosts.is_main():
             results.write_samples(folder, scores[0].samples, samples)
         found += scores
     return found

@@ -20,6 +20,7 @@ from drlora_jax.data.tokenize import pad_token
 from drlora_jax.errors import UserError
 from drlora_jax.loaded import Loaded
 from drlora_jax.models.transformer import logits, unroll
+from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 
 SHORTEST_PROMPT, SHORTEST_CACHE = 32, 128  # smaller ones are padded to this many tokens
@@ -75,6 +76,7 @@ class Generator:
         if jax.default_backend() == "cpu":
             self._model, self._variables = unroll(loaded.model, loaded.variables)
         self._programs: dict = {}
+        self._row_keys = jax.jit(_row_keys, out_shardings=mesh_lib.rows(self.mesh))
         end = self.tokenizer.eos_token_id
         self._end = -1 if end is None else end
         self._pad = pad_token(self.tokenizer) or 0
@@ -139,15 +141,16 @@ class Generator:
         # A row's random numbers follow from its place in the call, not in the batch.
         places = np.zeros(self.batch_size, np.uint32)
         places[: len(indices)] = indices
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), places)
+        key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
         rows = mesh_lib.rows(self.mesh)
-        tokens_BT, lengths_B, keys_B = jax.device_put((tokens_BT, lengths_B, keys_B), rows)
+        tokens_BT, lengths_B = hosts.place((tokens_BT, lengths_B), rows)
+        keys_B = self._row_keys(key_data, places)
         state, cache = first(self._variables, tokens_BT, lengths_B, keys_B)
         for _ in range(limit - 1):
             tokens_B = state.tokens_B
             state, cache = step(self._variables, cache, state)
-            yield np.asarray(tokens_B)
-        yield np.asarray(state.tokens_B)
+            yield hosts.to_host(tokens_B)
+        yield hosts.to_host(state.tokens_B)
 
     def _compiled(self, slots: int, sampling: Sampling):
         """The first pass and the step for a cache of that many slots."""
@@ -159,6 +162,10 @@ class Generator:
                 jax.jit(make_decode_step(model, sampling, self._end), donate_argnums=1),
             )
         return self._programs[slots, sampling]
+
+
+def _row_keys(key_data, places_B) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key_data), places_B)
 
 
 def make_first_pass(model, sampling: Sampling, end: int) -> Callable:

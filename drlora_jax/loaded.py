@@ -31,6 +31,7 @@ from drlora_jax.interop.hf_read import (
 )
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.precision import resolve_dtype
@@ -170,7 +171,7 @@ def read_stored(run_dir: str) -> dict:
 
 def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None) -> Loaded:
     model_config = read_model_config(directory)
-    sizes = mesh_lib.resolve_sizes(section, jax.device_count())
+    sizes = mesh_lib.resolve_sizes(section, jax.device_count(), jax.process_count())
     check_model_divides(model_config, sizes)
     plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
     abstract = abstract_params(plain)
@@ -198,7 +199,7 @@ def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh) -> dict:
     """The `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
     adapter = model.options.adapter
     mask_LER = masks_from_ranks(ranks_LE, adapter.max_rank)
-    mask_LER = jax.device_put(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
+    mask_LER = hosts.place(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
     roles = expert_roles(adapter)
     shape = (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
     return gates_tree(model.config, roles, jnp.broadcast_to(mask_LER[:, None], shape))

@@ -3,7 +3,8 @@
 
     python launch/local.py --processes 2 -- --config configs/tiny.py run.dir=runs/two mesh.data=2
 
-What comes after `--` goes to every `python -m drlora_jax.train`. On CPU each process has
+What comes after `--` goes to every `python -m drlora_jax.train` (or, with `--module`, another one:
+drlora_jax.evaluate). On CPU each process has
 `--devices` simulated devices. To try a launch before it goes to a cluster, and for tests; one
 process alone drives all GPUs or TPU chips of a machine.
 
@@ -44,7 +45,8 @@ def _arguments():
     parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices of a process")
     parser.add_argument("--port", type=int, help="of the coordinator; default: a free one")
     parser.add_argument("--grace", type=float, default=120, help="seconds; see above")
-    parser.add_argument("train", nargs="+", metavar="argument", help="of drlora_jax.train")
+    parser.add_argument("--module", default="drlora_jax.train", help="default: %(default)s")
+    parser.add_argument("arguments", nargs="+", metavar="argument", help="of the module")
     args = parser.parse_args()
     if args.processes < 1 or args.devices < 1:
         parser.error("--processes and --devices must be 1 or more")
@@ -67,7 +69,7 @@ def _start(index: int, address: str, args) -> subprocess.Popen:
         flags = environment.get("XLA_FLAGS", "")
         count = f"--xla_force_host_platform_device_count={args.devices}"
         environment["XLA_FLAGS"] = f"{flags} {count}".strip()
-    command = [sys.executable, "-m", "drlora_jax.train", *args.train]
+    command = [sys.executable, "-m", args.module, *args.arguments]
     # A group of its own: Ctrl-C reaches the processes once, from here.
     return subprocess.Popen(command, env=environment, start_new_session=True)
 

@@ -7,13 +7,13 @@ DRLORA_MESHES=all tries more meshes and more steps, some minutes.
 
 import json
 import os
-import pathlib
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,13 +22,14 @@ import pytest
 from test_step import Stepper
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
+from drlora_jax import evaluate
 from drlora_jax import train as train_lib
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
 from drlora_jax.parallel.mesh import AXES
 from drlora_jax.prepare import prepare
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 VALUES = OLMOE | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8}
 MESH = {"data": 2, "expert": 2, "tensor": 2}
 EVERYTHING = os.environ.get("DRLORA_MESHES") == "all"
@@ -39,11 +40,11 @@ STEPS, FIRST_SAVED, SECOND_SAVED = 30 if EVERYTHING else 20, 5, 10
 EVENTS = [7, 13, 19] if EVERYTHING else [5, 11]  # steps after which ranks grow
 HEARTBEAT, TIMEOUT = 20, 300  # seconds
 
-CONFIG = """import pathlib
+CONFIG = """from pathlib import Path
 from tiny import tiny_config
 
 def get_config():
-    return tiny_config(pathlib.Path({folder!r}), **{changes!r})
+    return tiny_config(Path({folder!r}), **{changes!r})
 """
 CHANGES = {
     "run": {"heartbeat_timeout": HEARTBEAT, "keep_last": 9},
@@ -61,7 +62,7 @@ class End(NamedTuple):
 class Runs:
     """A folder of runs on one model, and what it takes to start processes on them."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: Path):
         self.folder = folder
         write_tiny_model(folder / "model", VALUES)
         write_rows(folder / "train.jsonl", 60)
@@ -182,6 +183,46 @@ def test_every_axis_may_lie_across_processes(runs, one_device, sizes):
     name = "two-" + "x".join(map(str, sizes))
     losses = run_two(runs, name, dict(zip(AXES, sizes, strict=True)))
     check_run(runs, name, losses, one_device)
+
+
+def test_two_processes_evaluate_as_one_does(runs, whole, monkeypatch):
+    """Losses of documents, and texts: drawn and decoded on rows that lie on both."""
+    question = {"question": "What is 2 plus 3?", "answer": "It is 5.\n#### 5"}
+    rows = [question, question | {"question": "And 4?"}, question | {"question": "How many?"}]
+    (runs.folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    arguments = ["--run", str(runs.folder / "whole"), "--tasks", "loss,gsm8k=questions.jsonl"]
+    arguments += ["--max-new-tokens", "6", "--batch-size", "4", "--out"]
+    command = [sys.executable, str(ROOT / "launch" / "local.py"), "--devices", "2"]
+    command += ["--module", "drlora_jax.evaluate", "--", *arguments, "two", "mesh.expert=2"]
+    done = subprocess.run(
+        command,
+        env=runs.environment,
+        cwd=runs.folder,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == EXIT_DONE, done.stderr[-2000:]
+    assert done.stdout.count("perplexity") == 1  # only one speaks
+    monkeypatch.chdir(runs.folder)
+    assert evaluate.main([*arguments, "one", "mesh.data=1"]) == EXIT_DONE
+    of_two, of_one = (
+        [
+            json.loads(line)
+            for file in sorted(Path(name, "eval").glob("*"))
+            for line in file.read_text().splitlines()
+        ]
+        for name in ("two", "one")
+    )
+    assert len(of_two) == len(of_one) > len(rows)
+    for sample, other in zip(of_two, of_one, strict=True):
+        assert sample.get("text") == other.get("text")
+        assert sample.get("nll", 0.0) == pytest.approx(other.get("nll", 0.0), rel=1e-5)
+    digests = [
+        re.findall(r'"adapter_fingerprint": "(\w+)"', Path(name, "eval.json").read_text())
+        for name in ("two", "one")
+    ]
+    assert digests[0] == digests[1] != []
 
 
 def build(runs, name, mesh):

@@ -21,6 +21,7 @@ from drlora_jax.evaluation.scoring import score_continuations
 from drlora_jax.evaluation.tasks import TASKS, Task, Texts, Tools, Work, suggest
 from drlora_jax.generation import Generator
 from drlora_jax.loaded import Loaded
+from drlora_jax.parallel import hosts
 
 HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
 MAX_LENGTH = 2048  # tokens that a model sees of context and answer
@@ -203,13 +204,8 @@ def run_job(
 
 
 def adapter_digest(loaded: Loaded) -> str | None:
-    """Of factors and ranks; None for a base, or where a process does not hold all of them."""
+    """Of factors and ranks, the same on any mesh; None for a base."""
     if not loaded.is_adapted:
         return None
-    leaves = jax.tree.leaves(loaded.variables["lora"])
-    if not all(leaf.is_fully_addressable for leaf in leaves):
-        return None
-    digest = hashlib.sha256()
-    for leaf in [*leaves, loaded.ranks_LE]:
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
+    leaves = map(hosts.to_host, jax.tree.leaves(loaded.variables["lora"]))
+    return hosts.digest(*leaves, loaded.ranks_LE)[:16]

@@ -24,8 +24,9 @@ from drlora_jax.data.templates import Segment
 from drlora_jax.data.tokenize import Document, encode_document, pad_token
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.records import Sample
-from drlora_jax.evaluation.scoring import CHUNK, make_score
+from drlora_jax.evaluation.scoring import CHUNK, jit_score
 from drlora_jax.loaded import Loaded
+from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 
 TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
@@ -70,13 +71,13 @@ def answer_items(
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     targets = [_targets(documents, part) for part in parts]
     size = -(-max(targets) // CHUNK) * CHUNK  # one for all batches: one program
-    score, totals = jax.jit(make_score(loaded.model)), np.zeros(len(documents))
+    score, totals = jit_score(loaded), np.zeros(len(documents))
     for part, count in zip(parts, targets, strict=True):
         filled = part + [np.array([], np.int64)] * (batch_size - len(part))
         batch = stack_rows(documents, filled, length, pad_token(loaded.tokenizer) or 0)
         at_N = np.zeros(size, np.int32)
         at_N[:count] = np.flatnonzero(batch.target_mask_BT)
-        placed = jax.device_put(batch, mesh_lib.rows(loaded.mesh))
+        placed = hosts.place(batch, mesh_lib.rows(loaded.mesh))
         log_p_N, _ = jax.device_get(score(loaded.variables, placed, at_N))
         # Positions come row by row, and in a row document by document.
         order = np.concatenate(part)

@@ -18,6 +18,7 @@ from drlora_jax.data.packing import pack
 from drlora_jax.data.tokenize import Document, pad_token
 from drlora_jax.loaded import Loaded
 from drlora_jax.models.transformer import Decoder, logits
+from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 
 SHORTEST_ROW = 256  # tokens; rows are this long, or the next power of two that takes a document
@@ -45,7 +46,7 @@ class Scorer:
         self.max_length = max_length
         self._loaded = loaded
         self._batch_size = mesh_lib.whole_shards(loaded.mesh, batch_size)
-        self._score = jax.jit(make_score(loaded.model))
+        self._score = jit_score(loaded)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[LogLikelihood]:
         """log p(continuation | context) of every pair.
@@ -72,7 +73,7 @@ class Scorer:
         """Log-probability of every predicted token of a batch, and whether it is the likeliest."""
         at_N = np.flatnonzero(batch.target_mask_BT).astype(np.int32)
         padded = np.pad(at_N, (0, -len(at_N) % CHUNK))
-        placed = jax.device_put(batch, mesh_lib.rows(self._loaded.mesh))
+        placed = hosts.place(batch, mesh_lib.rows(self._loaded.mesh))
         log_p_N, is_top_N = jax.device_get(self._score(self._loaded.variables, placed, padded))
         return log_p_N[: len(at_N)], is_top_N[: len(at_N)]
 
@@ -82,6 +83,11 @@ def score_continuations(
 ) -> list[LogLikelihood]:
     """What a `Scorer` made for these pairs alone gives."""
     return Scorer(loaded, batch_size=batch_size, max_length=max_length)(pairs)
+
+
+def jit_score(loaded: Loaded):
+    """`make_score` of a model, compiled; every process gets all of the results."""
+    return jax.jit(make_score(loaded.model), out_shardings=mesh_lib.replicated(loaded.mesh))
 
 
 def make_score(model: Decoder):
