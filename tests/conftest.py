@@ -1,14 +1,24 @@
 """Eight simulated CPU devices for every test, and the rank-promotion rule that our code keeps.
 
 Compiling is most of the time of these tests; without LLVM's optimisation it takes half of it and
-computes the same up to rounding.
+computes the same up to rounding. What was compiled is kept for the session, for the commands that
+tests start and for runs that are resumed: a directory for each worker, because jax does not lock.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+KEPT = tempfile.mkdtemp(prefix="drlora-tests-")
+atexit.register(shutil.rmtree, KEPT, ignore_errors=True)
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": KEPT,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
 
 import jax  # noqa: E402  (the flags above must be set first)
 import pytest  # noqa: E402

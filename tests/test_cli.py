@@ -48,6 +48,7 @@ def mixtral_arguments(files, *more):
         f"model.path={files / 'mixtral'}",
         f"data.path={files / 'rows.jsonl'}",
         f"data.eval_path={files / 'rows.jsonl'}",
+        "train.micro_batches=2",
         "data.prompt_field=prompt",
         "data.response_field=response",
         *more,

@@ -208,13 +208,16 @@ def test_own_scale_and_dropout_of_experts(kind):
     tokens_BT = jnp.arange(12).reshape(2, 6) % values["vocab_size"]
     positions_BT = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
+    def model_with(**adapter):
+        return adapted(values, config_with(kind, ("up", "down"), num_experts=4, **adapter))
+
+    variables = init_variables(model_with(), jax.random.key(0))
+    variables["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, variables["lora"])
+    ones_BT, key = jnp.ones_like(tokens_BT), {"dropout": jax.random.key(1)}
+
     def hidden(**adapter):
-        model = adapted(values, config_with(kind, ("up", "down"), num_experts=4, **adapter))
-        variables = init_variables(model, jax.random.key(0))
-        variables["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, variables["lora"])
-        key = {"dropout": jax.random.key(1)}
-        ones_BT = jnp.ones_like(tokens_BT)
-        return model.apply(variables, tokens_BT, ones_BT, positions_BT, rngs=key)[0]
+        apply = jax.jit(model_with(**adapter).apply)
+        return apply(variables, tokens_BT, ones_BT, positions_BT, rngs=key)[0]
 
     expected = hidden(scale=3.0, dropout=0.5)
     assert jnp.array_equal(hidden(expert_scale=3.0, expert_dropout=0.5), expected)

@@ -104,6 +104,16 @@ def test_pattern_refusals(tmp_path, text, message):
         pattern(SHAPES, path=str(file), r_target=2)
 
 
+def test_a_pattern_keeps_the_budget_of_each_layers_own_experts(tmp_path):
+    file = tmp_path / "ranks.json"
+    file.write_text("[[4, 0, 0, 0, 0], [2, 2, 2, 2, 2]]")
+    policy = pattern(SHAPES, path=str(file), r_target=2, counts_L=(2, 5))
+    assert policy.budget == (4, 10)
+    file.write_text("[[4, 1, 0, 0, 0], [2, 2, 2, 2, 2]]")
+    with pytest.raises(UserError, match=r"layer 0 has 5 ranks, more than 2 experts .* = 4"):
+        pattern(SHAPES, path=str(file), r_target=2, counts_L=(2, 5))
+
+
 def test_ranks_of_another_run_are_its_ranks(tmp_path, sieved):
     """A run with the sieve's table takes the very steps that the sieve takes."""
     table = tmp_path / "ranks.json"

@@ -30,18 +30,19 @@ def pattern(
                 f"allocation.pattern={path} gives ranks to more experts than the {count} that "
                 f"adapter.experts_per_layer has for layer {layer}: {ranks_LE[layer].tolist()}."
             )
-    budget = shapes.experts * r_target
-    if (ranks_LE.sum(axis=1) > budget).any():
-        layer = int(np.argmax(ranks_LE.sum(axis=1)))
+    experts_L = np.array(counts_L or (shapes.experts,) * shapes.layers)
+    budget_L, used_L = experts_L * r_target, ranks_LE.sum(axis=1)
+    if (used_L > budget_L).any():
+        layer = int(np.argmax(used_L - budget_L))
         raise UserError(
-            f"allocation.pattern={path}: MoE layer {layer} has {ranks_LE[layer].sum()} ranks, "
-            f"more than {shapes.experts} experts * allocation.r_target ({r_target}) = {budget}."
+            f"allocation.pattern={path}: MoE layer {layer} has {used_L[layer]} ranks, more than "
+            f"{experts_L[layer]} experts * allocation.r_target ({r_target}) = {budget_L[layer]}."
         )
 
     return static_policy(
         "pattern",
         ranks_LE,
-        budget=budget,
+        budget=tuple(budget_L.tolist()) if len(set(counts_L)) > 1 else int(budget_L[0]),
         describe=f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
         f"a mean of {ranks_LE.mean():g}",
     )
