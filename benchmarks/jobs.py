@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax import prepare, train
+from drlora_jax import prepare, resolve, train
 from drlora_jax.allocation import make_policy
 from drlora_jax.config import TrainConfig
 from drlora_jax.data.loader import Batch
@@ -15,6 +15,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel.fit import check_mesh
 
 MODELS = pathlib.Path(__file__).parent / "models"
 
@@ -32,14 +33,14 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
 
 def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepare.Job:
     """The job of a config without files: no data, weights, tokenizer or run directory."""
-    model_config = prepare.with_adapter_experts(parse_config(values), config.adapter)
-    adapter = prepare.make_adapter(config, model_config)
+    model_config = resolve.with_adapter_experts(parse_config(values), config.adapter)
+    adapter = resolve.make_adapter(config, model_config)
     sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
-    prepare.check_mesh(config, model_config, sizes)
+    check_mesh(config, model_config, sizes)
     steps = config.train.steps
     if steps is None:
         raise UserError("Set train.steps: without data there are no epochs to count.")
-    shapes = prepare.capacity_shapes(config, model_config, adapter)
+    shapes = resolve.capacity_shapes(config, model_config, adapter)
     return prepare.Job(
         config=config,
         run_dir=None,

@@ -107,7 +107,8 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     from drlora_jax.allocation.uniform import uniform
     from drlora_jax.config import ModelSection, TrainSection
     from drlora_jax.data.loader import Batch, split_micro_batches
-    from drlora_jax.interop.hf_read import load_model, read_model_config
+    from drlora_jax.interop.hf_files import read_model_config
+    from drlora_jax.interop.hf_read import load_model
     from drlora_jax.ops import ops_for
     from drlora_jax.optimizer import make_optimizer
     from drlora_jax.step import StepOptions, TrainState, init_lora, make_train_step

@@ -28,7 +28,7 @@ from drlora_jax import cli
 from drlora_jax.allocation.alphalora import ROUNDINGS, allocate_experts
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
 from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of
-from drlora_jax.interop.hf_read import find_model, fingerprint, read_model_config
+from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
 from drlora_jax.interop.spectra_read import (
     LayerFit,
     default_cache,

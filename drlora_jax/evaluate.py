@@ -26,7 +26,7 @@ from drlora_jax.evaluation import harness, results
 from drlora_jax.evaluation import jobs as jobs_lib
 from drlora_jax.evaluation.records import Score, Settings
 from drlora_jax.evaluation.sandbox import Sandbox
-from drlora_jax.interop.hf_read import find_model
+from drlora_jax.interop.hf_files import find_model
 from drlora_jax.loaded import Loaded, find_run
 from drlora_jax.parallel import hosts
 

@@ -15,11 +15,11 @@ from drlora_jax import cli
 from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.interop.hf_read import find_model, read_headers, read_model_config
+from drlora_jax.interop.hf_files import find_model, read_headers, read_model_config
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
-from drlora_jax.prepare import make_adapter, with_adapter_experts
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
+from drlora_jax.resolve import make_adapter, with_adapter_experts
 from drlora_jax.units import format_bytes
 
 

@@ -21,21 +21,16 @@ from drlora_jax.config import MeshSection, TrainConfig, from_dict
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
 from drlora_jax.errors import UserError
 from drlora_jax.expert_trees import expert_roles, gates_tree
-from drlora_jax.interop.hf_read import (
-    find_model,
-    fingerprint,
-    load_params,
-    match_keys,
-    read_headers,
-    read_model_config,
-)
+from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
+from drlora_jax.interop.hf_read import load_params, match_keys
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel.fit import check_model_divides
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.precision import resolve_dtype
-from drlora_jax.prepare import check_model_divides, make_adapter, with_adapter_experts
+from drlora_jax.resolve import make_adapter, with_adapter_experts
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import init_lora
 

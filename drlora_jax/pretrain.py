@@ -26,7 +26,7 @@ from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, count_tokens, eval_batches, split_micro_batches
 from drlora_jax.data.tokenize import load_tokenizer, pad_token
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
-from drlora_jax.interop.hf_read import find_model, read_config_json, read_model_config
+from drlora_jax.interop.hf_files import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
 from drlora_jax.optimizer import make_optimizer

@@ -24,7 +24,7 @@ from drlora_jax import alpha, cli, spectra
 from drlora_jax.allocation.alphalora import allocate_experts
 from drlora_jax.errors import UserError
 from drlora_jax.interop import spectra_read
-from drlora_jax.interop.hf_read import read_model_config
+from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.interop.spectra_read import find_matrices, fit_layers, read_matrix
 from drlora_jax.spectra import ESTIMATORS, eigenvalues, fit_tail
 

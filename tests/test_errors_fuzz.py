@@ -11,7 +11,8 @@ from drlora_jax.config import TrainConfig, all_fields, apply_overrides, from_dic
 from drlora_jax.data.sources import read_rows
 from drlora_jax.data.templates import BadRow, render
 from drlora_jax.errors import UserError
-from drlora_jax.interop.hf_read import match_keys, read_config_json, read_headers
+from drlora_jax.interop.hf_files import read_config_json, read_headers
+from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.families import FAMILIES, parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 

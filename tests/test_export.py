@@ -34,7 +34,8 @@ from drlora_jax.interop.export_check import (
     trained_variant,
 )
 from drlora_jax.interop.factors import Pair, layer_factors
-from drlora_jax.interop.hf_read import load_model, read_headers
+from drlora_jax.interop.hf_files import read_headers
+from drlora_jax.interop.hf_read import load_model
 from drlora_jax.interop.hf_write import rewrite_model
 from drlora_jax.interop.layer_reader import LayerReader
 from drlora_jax.interop.verify import make_prompts, run_variants

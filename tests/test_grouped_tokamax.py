@@ -27,7 +27,7 @@ from test_grouped import (
 from drlora_jax import train
 from drlora_jax.config import load_config
 from drlora_jax.errors import UserError
-from drlora_jax.interop.hf_read import find_model
+from drlora_jax.interop.hf_files import find_model
 from drlora_jax.ops import backends, grouped_tokamax, ops_for
 from drlora_jax.plan import checked_expert_backend
 

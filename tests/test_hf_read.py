@@ -21,14 +21,8 @@ from test_parity_transformers import (
 
 from drlora_jax.errors import UserError
 from drlora_jax.interop import hf_read
-from drlora_jax.interop.hf_read import (
-    find_model,
-    fingerprint,
-    load_params,
-    match_keys,
-    read_headers,
-    read_model_config,
-)
+from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
+from drlora_jax.interop.hf_read import load_params, match_keys
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tiny import BUNDLED, MIXTRAL, write_tiny_model
 
 from drlora_jax import cli, inspect
-from drlora_jax.interop.hf_read import read_model_config
+from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.models.families import parse_config
 from drlora_jax.plan import active_parameters
 
@@ -80,7 +80,7 @@ def test_a_run_whose_base_is_elsewhere_is_described_without_it(tmp_path, capsys)
 
 @pytest.mark.parametrize("name", ["nowhere", "some/hub-name"])
 def test_what_is_not_here_is_refused_without_a_network(name, capsys, monkeypatch):
-    monkeypatch.setattr("drlora_jax.interop.hf_read._download", lambda *_: pytest.fail("network"))
+    monkeypatch.setattr("drlora_jax.interop.hf_files._download", lambda *_: pytest.fail("network"))
     with pytest.raises(SystemExit) as end:
         cli.run_and_exit(lambda: inspect.main([name]))
     assert end.value.code == 2 and "no such directory" in capsys.readouterr().err

@@ -23,7 +23,8 @@ from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.routing import choose_experts
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.ops import expert_deltas
-from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
+from drlora_jax.prepare import prepare
+from drlora_jax.resolve import make_adapter, with_adapter_experts
 from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
 
 LLAMA = {

@@ -26,7 +26,8 @@ from drlora_jax.models.attention import Attention
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, DenseFfn
 from drlora_jax.ops.attention import attend
-from drlora_jax.prepare import make_adapter, prepare, with_adapter_experts
+from drlora_jax.prepare import prepare
+from drlora_jax.resolve import make_adapter, with_adapter_experts
 from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora
 
 WIDTH, HIDDEN, EXPERTS, RANK, SCALE = 12, 20, 5, 3, 2.0

@@ -17,7 +17,8 @@ from oracles.stored import (
 )
 from safetensors.numpy import load_file, save_file
 
-from drlora_jax.interop.hf_read import find_model, load_params, read_model_config
+from drlora_jax.interop.hf_files import find_model, read_model_config
+from drlora_jax.interop.hf_read import load_params
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params, logits
 from drlora_jax.ops import Ops
 from drlora_jax.ops.grouped import expert_mlp

@@ -25,7 +25,7 @@ from drlora_jax.allocation.alphalora import (
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
-from drlora_jax.interop.hf_read import read_model_config
+from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.spectra import fit_tail
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")

@@ -15,7 +15,7 @@ from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.export_check import Trained
 from drlora_jax.interop.factors import layer_factors
-from drlora_jax.interop.hf_read import read_model_config
+from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.prepare import prepare
 from drlora_jax.step import init_lora

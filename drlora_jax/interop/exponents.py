@@ -13,7 +13,7 @@ import numpy as np
 
 from drlora_jax.errors import UserError
 from drlora_jax.files import FILE, expand_user, kind_of
-from drlora_jax.interop.hf_read import fingerprint
+from drlora_jax.interop.hf_files import fingerprint
 from drlora_jax.interop.spectra_read import fit_layers, open_cache, with_progress
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.spectra import Estimator, Exponents

@@ -15,14 +15,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.errors import UserError
-from drlora_jax.interop.hf_read import (
-    TensorInfo,
-    disk_view,
-    leaf_at,
-    open_weights,
-    read_config_json,
-    read_headers,
-)
+from drlora_jax.interop.hf_files import TensorInfo, open_weights, read_config_json, read_headers
+from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
 

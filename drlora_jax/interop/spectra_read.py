@@ -27,13 +27,8 @@ from safetensors.numpy import save
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.files import expand_user
 from drlora_jax.interop.factors import places
-from drlora_jax.interop.hf_read import (
-    TensorInfo,
-    fingerprint,
-    match_keys,
-    open_weights,
-    read_headers,
-)
+from drlora_jax.interop.hf_files import TensorInfo, fingerprint, open_weights, read_headers
+from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params

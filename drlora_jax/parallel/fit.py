@@ -1,0 +1,47 @@
+"""Whether a model and its batches fit a mesh; what does not is refused before anything is read."""
+
+from drlora_jax.config import TrainConfig
+from drlora_jax.errors import UserError
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.parallel.exchange import PADDED, RAGGED
+from drlora_jax.parallel.mesh import AXES
+
+
+def check_mesh(config: TrainConfig, model_config: ModelConfig, sizes: tuple[int, ...]) -> None:
+    data, fsdp, expert, _ = sizes
+    rows = config.train.batch_size // config.train.micro_batches
+    if rows % (data * fsdp * expert):
+        raise UserError(
+            f"train.batch_size / train.micro_batches ({rows} rows) must be a multiple of mesh.data "
+            f"x mesh.fsdp x "
+            f"mesh.expert ({data} x {fsdp} x {expert})."
+        )
+    check_model_divides(model_config, sizes)
+
+
+def check_exchange(exchange: str, platform: str) -> None:
+    """On GPUs `ragged_all_to_all` is reported to give wrong gradients; on CPUs it is not there."""
+    if exchange == RAGGED and platform != "tpu":
+        raise UserError(
+            f"mesh.exchange={RAGGED} is for TPUs, and the devices here are {platform}; leave it at "
+            f"auto, or set {PADDED}, which moves the same rows."
+        )
+
+
+def check_model_divides(model_config: ModelConfig, sizes: tuple[int, ...]) -> None:
+    """Refuses a mesh over which experts or attention heads can not be dealt out equally."""
+    expert, tensor = (sizes[AXES.index(axis)] for axis in ("expert", "tensor"))
+    moe = model_config.moe
+    # Experts that an adapter makes on a dense FFN are everywhere.
+    if moe and model_config.experts_module == "moe" and moe.routing.num_experts % (expert * tensor):
+        raise UserError(
+            f"mesh.expert x mesh.tensor ({expert} x {tensor}) must divide the number of experts "
+            f"({moe.routing.num_experts}); take smaller ones and more mesh.fsdp or mesh.data."
+        )
+    for layer in (layer for segment in model_config.segments for layer in segment.unit):
+        heads, groups = layer.attention.num_heads, layer.attention.num_kv_heads
+        if heads % tensor or (groups % tensor and tensor % groups):
+            raise UserError(
+                f"mesh.tensor={tensor} must divide the {heads} attention heads, and divide the "
+                f"{groups} key-value heads or be a multiple of them; take a smaller one."
+            )
