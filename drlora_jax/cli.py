@@ -15,6 +15,7 @@ from drlora_jax.parallel import hosts
 
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
+FAILURE_OFFSET = "DRLORA_FAILURE_OFFSET"
 _MEMORY_HINT = (
     "out of memory; use a smaller train.batch_size or train.sequence_length, more "
     "train.micro_batches, model.remat=full, a smaller allocation.r_max, or more devices"
@@ -133,9 +134,19 @@ def run_and_exit(main: Callable[[], int]) -> None:
             # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
             traceback.print_exc()
             code = _end("failed", _first_line(error), EXIT_FAILED)
-    if code in (EXIT_FAILED, EXIT_USER_MISTAKE) and jax.distributed.is_initialized():
-        hosts.leave(code)
+    if code in (EXIT_FAILED, EXIT_USER_MISTAKE):
+        code += failure_offset()
+        if jax.distributed.is_initialized():
+            hosts.leave(code)
     sys.exit(code)
+
+
+def failure_offset() -> int:
+    """What a launcher wants added to the exit codes of failures, in the environment. One that only
+    sees the highest code of all processes would take a failure (1, 2) for a lost peer (75).
+    """
+    text = os.environ.get(FAILURE_OFFSET, "0")
+    return int(text) if text.isdigit() and len(text) < 4 else 0
 
 
 def _first_line(error: Exception) -> str:

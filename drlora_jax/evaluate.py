@@ -12,41 +12,58 @@ loss, and with --allow-code-execution humaneval and mbpp. Other names run lm-eva
 Scores are printed and, for a run or with --out, kept: eval.json, and one line a sample in eval/.
 `python -m drlora_jax.evaluation.compare A.jsonl B.jsonl` pairs two files of samples. A model that
 needs several machines is started on all of them, like a training (docs/scaling.md).
-Exit codes: 0 done, 2 a mistake in the input, 1 the evaluation failed.
+Exit codes: 0 done, 2 a mistake in the input, 1 the evaluation failed, 75 another process was lost.
 """
 
 import argparse
+import json
 import pathlib
+from typing import NamedTuple
+
+import jax
 
 from drlora_jax import cli
-from drlora_jax.config import RunSection, TrainConfig, apply_overrides
+from drlora_jax.config import RunSection, TrainConfig, apply_overrides, to_dict
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import harness, results
 from drlora_jax.evaluation import jobs as jobs_lib
-from drlora_jax.evaluation.records import Score, Settings
+from drlora_jax.evaluation.records import Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
-from drlora_jax.interop.hf_files import find_model
+from drlora_jax.interop.hf_files import find_model, fingerprint
 from drlora_jax.loaded import Loaded, find_run
 from drlora_jax.parallel import hosts
+from drlora_jax.parallel.watchdog import Watchdog
+from drlora_jax.provenance import versions
 
 OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
+# Options that may differ by host; what is found there is compared.
+PLACES = ("run", "model", "model_path", "tasks", "loss", "data_dir", "task_path", "out")
 
 
 def main(argv=None) -> int:
     args = _parse(argv)
-    hosts.join(RunSection().heartbeat_timeout)
+    limits = RunSection()
+    hosts.join(limits.heartbeat_timeout, hears_sigterm=False)
+    with Watchdog(limits.stall_timeout) as watchdog:
+        return _run(args, watchdog)
+
+
+def _run(args: argparse.Namespace, watchdog: Watchdog) -> int:
     requests, others = jobs_lib.parse_requests(args.tasks, args.loss)
     if not requests and not others:
         raise UserError("Nothing to evaluate: give --tasks NAME,... or --loss FILE.")
-    config, directory = _source(args)
+    source = _source(args)
     folder = _folder(args)
-    tokenizer = load_tokenizer(directory)
-    jobs = jobs_lib.prepare_jobs(requests, settings_of(args), config, tokenizer)
+    tokenizer = load_tokenizer(source.directory)
+    jobs = jobs_lib.prepare_jobs(requests, settings_of(args), source.config, tokenizer)
     prepared = _harness_tasks(others, args, tokenizer)
     sandbox = Sandbox() if any(job.task.is_code for job in jobs) else None
     mesh = apply_overrides(TrainConfig(), _only(args, "mesh.")).mesh
-    loaded = cli.load_model(args, mesh)
+    _check_processes_agree(args, source, jobs, others)
+    watchdog.beat("loading the model")
+    loaded = cli.load_model(args, mesh)._replace(on_batch=watchdog.again)
+    watchdog.beat("evaluating")
     scores = _evaluate(jobs, settings_of(args), loaded, sandbox, folder) if jobs else []
     scores += _evaluate_harness(prepared, loaded, folder)
     if hosts.is_main():
@@ -54,6 +71,25 @@ def main(argv=None) -> int:
         if folder:
             results.write_scores(folder, scores)
     return EXIT_DONE
+
+
+def _check_processes_agree(args, source: "_Source", jobs, others) -> None:
+    """Raises RunError when the processes would not evaluate the same: jax would take the values of
+    each for those of all.
+    """
+    if jax.process_count() == 1:
+        return
+    settings = {name: value for name, value in vars(args).items() if name not in PLACES}
+    prompts = (text for job in jobs for item in job.items for text in job.task.strings(item))
+    fields = {
+        "settings": hosts.digest(json.dumps([settings, others], sort_keys=True)),
+        "run": hosts.digest(source.run_digest),
+        "step": hosts.digest(str(source.step)),
+        "base": hosts.digest(fingerprint(source.directory)),
+        "data": hosts.digest(*(job.data_fingerprint for job in jobs), text_hash(prompts)),
+        "versions": hosts.digest(json.dumps(versions())),
+    }
+    hosts.check_agreement("on what to evaluate", fields, {})
 
 
 def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list[Score]:
@@ -102,15 +138,29 @@ def settings_of(args: argparse.Namespace) -> Settings:
     )
 
 
-def _source(args) -> tuple[TrainConfig | None, pathlib.Path]:
-    """The run's config, with data settings overridden, and the directory of the base."""
+class _Source(NamedTuple):
+    """What is evaluated."""
+
+    config: TrainConfig | None  # the run's, with data settings overridden
+    directory: pathlib.Path  # of the base
+    step: int | None = None  # of the run's checkpoint
+    run_digest: str = ""
+
+
+def _source(args) -> _Source:
+    """Finds run and base. What `latest` or `best` is now is kept: a training may be saving."""
     if args.run is None:
         given = [each for each in args.overrides if each.startswith("data.")]
         config = apply_overrides(TrainConfig(), given) if given else None
-        return config, find_model(args.model)
-    step = "latest" if args.base else args.step
-    source = find_run(args.run, step=step, model_path=args.model_path)
-    return apply_overrides(source.config, _only(args, "data.")), source.directory
+        return _Source(config, find_model(args.model))
+    found = find_run(
+        args.run, step="latest" if args.base else args.step, model_path=args.model_path
+    )
+    if not args.base:
+        args.step = str(found.step)
+    config = apply_overrides(found.config, _only(args, "data."))
+    digest = hosts.digest(json.dumps(to_dict(found.config)))
+    return _Source(config, found.directory, None if args.base else found.step, digest)
 
 
 def _only(args, section: str) -> list[str]:

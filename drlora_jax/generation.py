@@ -70,7 +70,7 @@ class Generator:
 
     def __init__(self, loaded: Loaded, *, batch_size: int = 8):
         self.tokenizer = loaded.tokenizer
-        self.mesh = loaded.mesh
+        self.mesh, self._on_batch = loaded.mesh, loaded.on_batch
         self.batch_size = mesh_lib.whole_shards(loaded.mesh, batch_size)
         self._model, self._variables = loaded.model, loaded.variables
         if jax.default_backend() == "cpu":
@@ -123,6 +123,7 @@ class Generator:
         limit = max(row.limit for row in rows)
         steps = self._steps(indices, prompts, sampling, seed, limit)
         for tokens_B in steps:
+            self._on_batch()
             for row, token in zip(rows, tokens_B.tolist(), strict=False):
                 row.take(token)
             if all(row.finish for row in rows):

@@ -7,6 +7,7 @@ in the run directory is executed or changed.
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,7 @@ class Loaded(NamedTuple):
     run_dir: pathlib.Path | None = None
     step: int | None = None  # of the checkpoint; None for a base alone
     ranks_LE: np.ndarray | None = None  # i32, active ranks of the routed experts
+    on_batch: Callable[[], None] = lambda: None  # called when a batch, or a token, is computed
 
     @property
     def is_adapted(self) -> bool:

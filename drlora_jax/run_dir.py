@@ -108,14 +108,16 @@ class RunDirectory:
 
     def check_same(self, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
         """Refuses to resume a run of another config, base or data."""
-        before, now = _flat(stored["config"]), _flat(to_dict(config))
-        changed = sorted(name for name in now if before.get(name) != now[name])
+        # A field that is newer than the run had its default.
+        before = _flat(to_dict(TrainConfig())) | _flat(stored["config"])
+        now = _flat(to_dict(config))
+        changed = sorted(name for name in now if before[name] != now[name])
         changed = [name for name in changed if name not in MAY_CHANGE]
         if changed:
             name = changed[0]
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             raise UserError(
-                f"run.dir={self.path} was made with {name}={before.get(name)}, got "
+                f"run.dir={self.path} was made with {name}={before[name]}, got "
                 f"{now[name]}{more}; "
                 "on resume only train.steps, the mesh and places may change: undo it or give a new "
                 "run.dir."

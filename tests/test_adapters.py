@@ -142,16 +142,10 @@ def test_elementwise_importance_against_loops():
             assert got[layer, index, *rest] == pytest.approx(sides[0] * sides[1], rel=1e-4)
 
 
-OPTIONS = {
+OPTIONS = {  # policies and placements: test_policy_matrix.py
     "released": dict(allocation=dict(released=True)),
     "elementwise": dict(allocation=dict(importance="elementwise_product")),
     "squared_counts": dict(allocation=dict(importance="gate_sq", frequency="count")),
-    "random": dict(allocation=dict(kind="random")),
-    "uniform": dict(allocation=dict(kind="uniform")),
-    "moe_sieve": dict(allocation=dict(kind="moe_sieve", share=0.5, profile_rows=8)),
-    "plain_lora": dict(
-        allocation=dict(kind="uniform"), adapter=dict(kind="lora", targets=("q", "v", "o"))
-    ),
     "balanced": dict(
         train=dict(balance_loss=0.01, z_loss=1e-3), adapter=dict(router="after_warmup")
     ),

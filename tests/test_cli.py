@@ -14,9 +14,9 @@ from drlora_jax import cli, train
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run_cli(*arguments, module="drlora_jax.train", cwd=ROOT):
+def run_cli(*arguments, module="drlora_jax.train", cwd=ROOT, **more):
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | more
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -53,6 +53,12 @@ def mixtral_arguments(files, *more):
         "data.response_field=response",
         *more,
     )
+
+
+def test_a_launcher_may_tell_failures_from_lost_peers(files):
+    arguments = mixtral_arguments(files, "train.steps=0")
+    assert run_cli(*arguments).returncode == 2
+    assert run_cli(*arguments, DRLORA_FAILURE_OFFSET="100").returncode == 102
 
 
 def test_the_mixtral_config_runs_on_a_tiny_model(files):

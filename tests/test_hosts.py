@@ -20,7 +20,8 @@ EXPLICIT = {
     "JAX_NUM_PROCESSES": "4",
     "JAX_PROCESS_ID": "3",
 }
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SLURM = BATCH | {"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "node[1-2]"}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_L
         ),
         (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),  # one alone, inside an allocation
         (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (BATCH, None),  # a line of the batch script itself, without srun
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "4"}, {}),
         # One task a node drives all of its GPUs; jax by itself would give it one.
         (

@@ -22,6 +22,7 @@ exit "$highest"
 """
 PYTHON = """#!/usr/bin/env bash
 echo "$@" >> arguments.txt
+case "$CODE" in 1 | 2) CODE=$((CODE + DRLORA_FAILURE_OFFSET)) ;; esac
 exit "$CODE"
 """
 RECORDER = """#!/usr/bin/env bash

@@ -186,7 +186,7 @@ def test_every_axis_may_lie_across_processes(runs, one_device, sizes):
 
 
 def test_two_processes_evaluate_as_one_does(runs, whole, monkeypatch):
-    """Losses of documents, and texts: drawn and decoded on rows that lie on both."""
+    """Losses of documents, and texts decoded greedily on rows that lie on both."""
     question = {"question": "What is 2 plus 3?", "answer": "It is 5.\n#### 5"}
     rows = [question, question | {"question": "And 4?"}, question | {"question": "How many?"}]
     (runs.folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -204,6 +204,7 @@ def test_two_processes_evaluate_as_one_does(runs, whole, monkeypatch):
     )
     assert done.returncode == EXIT_DONE, done.stderr[-2000:]
     assert done.stdout.count("perplexity") == 1  # only one speaks
+    assert "nothing has moved" not in done.stderr
     monkeypatch.chdir(runs.folder)
     assert evaluate.main([*arguments, "one", "mesh.data=1"]) == EXIT_DONE
     of_two, of_one = (

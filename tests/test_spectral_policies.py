@@ -239,6 +239,40 @@ def test_growth_from_a_spectral_start_meets_the_budget():
         dr_lora(shapes, first_LE=first_LE, **arguments | dict(r_target=11))
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_an_accepted_start_reaches_the_budget_whatever_is_preferred(data):
+    first_LE = np.array([data.draw(st.lists(st.integers(1, 7), min_size=4, max_size=4))], np.int32)
+    rank = -(-int(first_LE.sum()) // 4)
+    first_LE[0, first_LE[0].argmin()] += 4 * rank - first_LE.sum()
+    shapes = CapacityShapes(layers=1, projections=1, experts=4, max_rank=10)
+    arguments = dict(r_init=rank, r_target=data.draw(st.integers(rank, 10)), interval=5, gamma=1.2)
+    arguments |= dict(p_grow=data.draw(st.sampled_from([0.1, 0.3, 0.6])), warmup_ratio=0.1)
+    arguments |= dict(total_steps=50, frequency_decay=0.9, importance_decay=0.9)
+    try:
+        policy = dr_lora(shapes, first_LE=first_LE, **arguments)
+    except UserError as error:
+        assert "can not be reached" in str(error)
+        return
+    state, stats = policy.init(), policy.init_stats()
+    for step in range(51):
+        if policy.is_event(step):
+            wanted = np.array([data.draw(st.permutations(range(1, 5)))], np.float64) ** 9
+            stats = stats._replace(frequency_LE=wanted, importance_LPER=np.ones(shapes))
+            state, stats, _ = policy.update(state, stats, step)
+    assert state.ranks_LE.sum() == policy.budget and state.ranks_LE.max() <= 10
+
+
+def test_an_expert_that_starts_with_most_does_not_stop_growth():
+    """OLMoE's 64 experts, 8 to 16 of 32: what the others have free is enough."""
+    first_LE = np.full((2, 64), 8, np.int32)
+    first_LE[1, 0], first_LE[1, 1:25] = 32, 7
+    arguments = dict(total_steps=3750, r_init=8, r_target=16, interval=200, p_grow=0.1, gamma=1.2)
+    arguments |= dict(frequency_decay=0.9, importance_decay=0.9, warmup_ratio=0.03)
+    shapes = CapacityShapes(layers=2, projections=2, experts=64, max_rank=32)
+    assert dr_lora(shapes, first_LE=first_LE, **arguments).budget == 1024
+
+
 # --------------------------------------------------------------------------------- from the config
 
 
@@ -278,7 +312,11 @@ MIXLORA = dict(kind="mixlora", num_experts=4)
         (dict(kind="alphalora"), MIXLORA, "which need it.* Got None with adapter.kind=mixlora"),
         (dict(kind="alphalora", experts=9), {}, "are there already. Got 9 with .*=expert_lora"),
         (dict(kind="alphalora", experts=0), {}, "allocation.experts must be greater than 0"),
-        (dict(kind="alphalora", experts=13), MIXLORA, "experts=13 makes 5 experts in layer 0"),
+        (
+            dict(kind="alphalora", experts=13),
+            MIXLORA,
+            "experts=13 do not fit into 3 layers of .*=4",
+        ),
         (dict(kind="alphalora", r_target=5), {}, "r_target .5. is the mean of the ranks"),
         (dict(kind="adalora", r_init=4, spectral_prior=1.0), {}, "got kind=adalora and"),
         (dict(released=True, spectral_prior=1.0), {}, "released=True"),

@@ -226,6 +226,18 @@ def test_another_config_is_refused_on_resume(built, start_run, changes, message)
         prepare(tiny_config(folder, "stopped", **changes))
 
 
+def test_a_run_from_before_a_setting_existed_goes_on(built, start_run):
+    _, _, folder = built
+    start_run("older", 2)
+    file = folder / "older" / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["config"]["allocation"]["spectral_start"]
+    file.write_text(json.dumps(stored))
+    assert prepare(tiny_config(folder, "older")).is_new is False
+    with pytest.raises(UserError, match="made with allocation.spectral_start=False, got True"):
+        prepare(tiny_config(folder, "older", allocation=dict(spectral_start=True)))
+
+
 def test_more_steps_keep_the_growth_schedule(built, start_run):
     run, _, folder = built
     start_run("longer", 2)

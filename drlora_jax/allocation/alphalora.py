@@ -134,6 +134,12 @@ def alphalora_experts(
         count_L = allocate_experts(alpha_L, total, beta=beta)
     except UserError as error:
         raise UserError(f"allocation.experts={total}: {error}") from error
+    if total > shapes.experts * shapes.layers:
+        raise UserError(
+            f"allocation.experts={total} do not fit into {shapes.layers} layers of "
+            f"adapter.num_experts={shapes.experts}; raise it to what the largest layer gets "
+            "(`python -m drlora_jax.alpha` prints it), which is more than the mean."
+        )
     layer, most = int(count_L.argmax()), int(count_L.max())
     if most > shapes.experts:
         raise UserError(

@@ -204,10 +204,8 @@ def dr_lora(
 
     if first_LE is None:
         first_LE = np.full((shapes.layers, shapes.experts), r_init, np.int32)
-    # As if every expert had only as much room as the one that starts with most: never more.
-    room = shapes.max_rank - int(first_LE.max(initial=r_init))
-    roomy = shapes._replace(max_rank=r_init + room)
-    _check_reachable(schedule, roomy, r_init, target, slots_per_rank)
+    for first_E in np.unique(first_LE, axis=0):
+        _check_reachable(schedule, first_E, shapes.max_rank, target, slots_per_rank)
 
     def init_stats():
         return Stats(
@@ -320,31 +318,47 @@ def _accumulate_released(
     return Stats(frequency_LE, *carry)
 
 
-def _check_reachable(schedule: Schedule, shapes, r_init: int, target: int, slots_per_rank: int):
-    """Plays the schedule against the worst preferences: the fewest ranks that any can hand out.
-
-    After t events an expert has at least `floor` = span - t * cap ranks free. The least can be
-    handed out when the free ranks lie in as few experts as possible: some untouched, the others at
-    the floor. A preference that comes to this may not exist, so the check errs on the strict side.
+def _check_reachable(
+    schedule: Schedule, first_E: np.ndarray, max_rank: int, target: int, slots_per_rank: int
+) -> None:
+    """Plays a layer's schedule from its first ranks against the worst preferences: the fewest ranks
+    that any can hand out. A preference that comes to this may not exist, so the check errs on the
+    strict side.
     """
-    span, cap, experts = shapes.max_rank - r_init, schedule.cap, shapes.experts
-    given, needed = 0, -(-target // slots_per_rank) - experts * r_init
+    start, room_E, cap = int(first_E.sum()), max_rank - first_E, schedule.cap
+    given, needed = 0, -(-target // slots_per_rank) - start
     for event in range(schedule.count):
-        left = target - slots_per_rank * (experts * r_init + given)
+        left = target - slots_per_rank * (start + given)
         if left <= 0:
             break
-        floor = max(0, span - event * cap)
-        spare = experts * (span - floor) - given
-        untouched, rest = divmod(max(0, spare), max(1, span - floor))
-        at_floor = experts - untouched - (rest > 0)
-        room = untouched * min(cap, span) + at_floor * min(cap, floor)
-        room += min(cap, floor + rest) if rest else 0
+        room = _least_handed_out(room_E, event, cap, free=int(room_E.sum()) - given)
         given += min(schedule.quota, left, room)
     if given < needed:
-        reached = experts * r_init + given
         raise UserError(
             f"allocation: the budget can not be reached: {schedule.count} events of "
-            f"{schedule.quota} ranks, at most {cap} an expert and {shapes.max_rank} in all, "
-            f"may give only {reached} of {target / slots_per_rank:g} ranks a layer. "
+            f"{schedule.quota} ranks, at most {cap} an expert and {max_rank} in all, "
+            f"may give only {start + given} of {target / slots_per_rank:g} ranks a layer. "
             "Raise allocation.p_grow or r_max, or lower interval."
         )
+
+
+def _least_handed_out(room_E: np.ndarray, event: int, cap: int, *, free: int) -> int:
+    """The fewest ranks that an event can hand out, at most `cap` to an expert.
+
+    After so many events an expert has at least `floor` = room - event * cap ranks free. The least
+    is left to hand out when the other free ranks lie where they add least for their number: what an
+    expert has free above `cap` adds nothing.
+    """
+    floor_E = np.maximum(0, room_E - event * cap)
+    at_floor_E, size_E = np.minimum(cap, floor_E), room_E - floor_E
+    cost_E = np.minimum(cap, room_E) - at_floor_E
+    least, spare = int(at_floor_E.sum()), max(0, free - int(floor_E.sum()))
+    is_alike = (room_E == room_E[:1]).all()
+    for expert in np.argsort(cost_E / np.maximum(size_E, 1), kind="stable"):
+        if spare < size_E[expert]:
+            # A part of an expert's: exact where all are alike, else what it adds in proportion.
+            part = min(cap, int(floor_E[expert]) + spare) - int(at_floor_E[expert])
+            in_proportion = -(-int(cost_E[expert]) * spare // int(size_E[expert]))
+            return least + (part if is_alike else in_proportion)
+        least, spare = least + int(cost_E[expert]), spare - int(size_E[expert])
+    return least

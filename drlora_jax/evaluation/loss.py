@@ -79,6 +79,7 @@ def answer_items(
         at_N[:count] = np.flatnonzero(batch.target_mask_BT)
         placed = hosts.place(batch, mesh_lib.rows(loaded.mesh))
         log_p_N, _ = jax.device_get(score(loaded.variables, placed, at_N))
+        loaded.on_batch()
         # Positions come row by row, and in a row document by document.
         order = np.concatenate(part)
         owner_N = np.repeat(order, [_targets(documents, [[index]]) for index in order])

@@ -75,6 +75,7 @@ class Scorer:
         padded = np.pad(at_N, (0, -len(at_N) % CHUNK))
         placed = hosts.place(batch, mesh_lib.rows(self._loaded.mesh))
         log_p_N, is_top_N = jax.device_get(self._score(self._loaded.variables, placed, padded))
+        self._loaded.on_batch()
         return log_p_N[: len(at_N)], is_top_N[: len(at_N)]
 
 

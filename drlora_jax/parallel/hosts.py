@@ -18,6 +18,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ from drlora_jax.errors import EXIT_RESUMABLE, RunError, UserError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Seconds for all processes to start, and for all to end after the first that has done its work.
 START_TIMEOUT, END_TIMEOUT = 300, 300
+LAST_AFTER = 2  # seconds that process 0 leaves the others to end
 # How collectives and the coordination service name a peer that has gone.
 _LOSS_WORDS = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "socket closed")
 _LOSS_STATUS = ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
@@ -38,11 +40,13 @@ _LOSS_STATUS = ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEE
 # -------------------------------------------------------------------------------------- setting up
 
 
-def join(heartbeat_timeout: int) -> None:
+def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
     """Connects this process with its peers, if the environment says that there are any.
 
     Args:
       heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
+      hears_sigterm: whether the caller asks after every step if one has come; jax's own handler
+        does no more than note it. Otherwise SIGTERM ends the process.
     """
     arguments = cluster_arguments(os.environ)
     if arguments is None or jax.distributed.is_initialized():
@@ -60,6 +64,8 @@ def join(heartbeat_timeout: int) -> None:
             f"The processes of this run do not find each other ({_first_line(error)}); check "
             f"{ADDRESS}, or set {COUNT}=1 to run one process alone."
         ) from error
+    if not hears_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for good)
 
@@ -77,7 +83,8 @@ def cluster_arguments(environment: Mapping[str, str]) -> dict | None:
             f"{' and '.join(explicit)} are set, {' and '.join(missing)} not: give all three, or "
             "none."
         )
-    if _is_many(environment, "SLURM_NTASKS") and "SLURM_PROCID" in environment:
+    # A batch script has SLURM_NTASKS and SLURM_PROCID, too; only what srun starts has a step.
+    if _is_many(environment, "SLURM_NTASKS") and "SLURM_STEP_NODELIST" in environment:
         return _slurm_arguments(environment)
     if _is_many(environment, "OMPI_COMM_WORLD_SIZE") or _is_tpu_host(environment):
         return {}  # jax asks the cluster
@@ -127,7 +134,8 @@ _SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_):
     message = (
         "failed: a process of this run is lost, or gave no sign of life in time (the lines above "
-        "say which). The same command, started on all hosts, goes on from the last checkpoint.\n"
+        "say which). The same command, started on all hosts, goes on from the last checkpoint (an "
+        "evaluation begins anew).\n"
     )
     os.write(2, message.encode())
     os._exit(EXIT_RESUMABLE)
@@ -167,9 +175,15 @@ def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once; on the usual way out jax waits for all others to end as well."""
+    """Ends this process at once; on the usual way out jax waits for all others to end as well.
+
+    Process 0 is the last: with it goes the coordination service, and others that are about to say
+    why they end would be ended as having lost a peer.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    if is_main():
+        time.sleep(LAST_AFTER)
     os._exit(code)
 
 
