@@ -16,7 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def run_cli(*arguments, module="drlora_jax.train", cwd=ROOT, **more):
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | more
+    flags = os.environ["XLA_FLAGS"].split()
+    one_device = " ".join(flag for flag in flags if "device_count" not in flag)
+    environment = os.environ | {"XLA_FLAGS": one_device} | more
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -72,7 +72,6 @@ class Runs:
         self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }
 
     def arguments(self, name: str, **mesh) -> list[str]:
@@ -97,7 +96,7 @@ class Runs:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             address = f"localhost:{probe.getsockname()[1]}"
-        devices = " --xla_force_host_platform_device_count=2"
+        devices = " --xla_force_host_platform_device_count=2"  # of two flags the last counts
         shared = self.environment | {
             "XLA_FLAGS": self.environment["XLA_FLAGS"] + devices,
             "JAX_COORDINATOR_ADDRESS": address,
