@@ -59,6 +59,14 @@ def run_script(cluster, name, *arguments, **environment):
     )
 
 
+def test_slurm_signals_the_training_itself(cluster):
+    """It signals a task, not what the task has started: no shell in between."""
+    program = '#!/usr/bin/env bash\necho "$2" > task.txt\n'
+    write_program(cluster / "bin" / "srun", program)
+    run_script(cluster, "slurm.sbatch", "--config", "c.py")
+    assert (cluster / "task.txt").read_text().strip() == str(cluster / ".venv/bin/python")
+
+
 @pytest.mark.parametrize(
     "codes, restarts, code, is_requeued",
     [
