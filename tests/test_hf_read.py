@@ -20,7 +20,7 @@ from test_parity_transformers import (
 )
 
 from drlora_jax.errors import UserError
-from drlora_jax.interop import hf_read
+from drlora_jax.interop import hf_files
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
 from drlora_jax.interop.hf_write import write_model
@@ -421,8 +421,8 @@ def test_every_byte_of_a_small_file_counts(model):
 
 
 def test_header_and_ends_of_a_large_file_count(model, monkeypatch):
-    monkeypatch.setattr(hf_read, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(hf_read, "SAMPLE_BYTES", 16)
+    monkeypatch.setattr(hf_files, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(hf_files, "SAMPLE_BYTES", 16)
     file, prints = model / WEIGHTS, {fingerprint(model)}
     content = bytearray(file.read_bytes())
     header = int.from_bytes(content[:8], "little")
