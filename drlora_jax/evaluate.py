@@ -33,6 +33,7 @@ from drlora_jax.evaluation.sandbox import Sandbox
 from drlora_jax.interop.hf_files import find_model, fingerprint
 from drlora_jax.loaded import Loaded, find_run
 from drlora_jax.parallel import hosts
+from drlora_jax.parallel.mesh import count_devices
 from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.provenance import versions
 
@@ -45,6 +46,7 @@ def main(argv=None) -> int:
     args = _parse(argv)
     limits = RunSection()
     hosts.join(limits.heartbeat_timeout, hears_sigterm=False)
+    count_devices()  # a mistake in the environment is said before any work
     with Watchdog(limits.stall_timeout) as watchdog:
         return _run(args, watchdog)
 

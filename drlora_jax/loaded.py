@@ -168,7 +168,7 @@ def read_stored(run_dir: str) -> dict:
 
 def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None) -> Loaded:
     model_config = read_model_config(directory)
-    sizes = mesh_lib.resolve_sizes(section, jax.device_count(), jax.process_count())
+    sizes = mesh_lib.resolve_sizes(section, mesh_lib.count_devices(), jax.process_count())
     check_model_divides(model_config, sizes)
     plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
     abstract = abstract_params(plain)

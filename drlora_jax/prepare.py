@@ -23,7 +23,7 @@ from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.fit import check_exchange, check_mesh
-from drlora_jax.parallel.mesh import AXES, resolve_sizes
+from drlora_jax.parallel.mesh import AXES, count_devices, resolve_sizes
 from drlora_jax.resolve import (
     capacity_shapes,
     make_adapter,
@@ -59,7 +59,7 @@ def prepare(config: TrainConfig) -> Job:
     """Reads and checks everything a run needs; raises UserError for what the user can mend."""
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
-    devices = _device_count()
+    devices = count_devices()
     config = with_resolved_experts(with_resolved_dtype(config), model_config.num_layers)
     model_config = with_adapter_experts(model_config, config.adapter)
     config = with_resolved_rank(config, model_config)
@@ -116,20 +116,8 @@ def prepare(config: TrainConfig) -> Job:
 
 def _devices_line() -> str:
     processes = jax.process_count()
-    many = f", {processes} processes of {jax.local_device_count()}" if processes > 1 else ""
+    many = f", {processes} processes of {jax.localcount_devices()}" if processes > 1 else ""
     return f"{jax.devices()[0].device_kind}{many}"
-
-
-def _device_count() -> int:
-    try:
-        return jax.device_count()
-    # JAX_PLATFORMS names what is not here, or a device is broken.
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["no backend starts"])[0]
-        raise UserError(
-            f"jax finds no device ({reason}); check JAX_PLATFORMS (got "
-            f"{jax.config.jax_platforms!r}), the drivers, and that jax was installed for them."
-        ) from error
 
 
 def _make_policy(

@@ -63,6 +63,16 @@ def test_a_launcher_may_tell_failures_from_lost_peers(files):
     assert run_cli(*arguments, DRLORA_FAILURE_OFFSET="100").returncode == 102
 
 
+@pytest.mark.parametrize("module", ["evaluate", "generate"])
+def test_a_platform_that_is_not_there_is_one_line(module):
+    arguments = dict(evaluate=["--tasks", "loss=bundled:gsm8k/heldout.jsonl"], generate=[])[module]
+    arguments = ["--model", "bundled:tiny_moe", *arguments]
+    result = run_cli(*arguments, module=f"drlora_jax.{module}", JAX_PLATFORMS="nonsense")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: jax finds no device") and "JAX_PLATFORMS" in line
+
+
 def test_the_mixtral_config_runs_on_a_tiny_model(files):
     run = files / "run"
     arguments = mixtral_arguments(

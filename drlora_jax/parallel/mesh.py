@@ -43,6 +43,19 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
+def count_devices() -> int:
+    """Of all processes. Raises UserError where jax finds none."""
+    try:
+        return jax.device_count()
+    # JAX_PLATFORMS names what is not here, or a device is broken.
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).splitlines() or ["no backend starts"])[0]
+        raise UserError(
+            f"jax finds no device ({reason}); check JAX_PLATFORMS (got "
+            f"{jax.config.jax_platforms!r}), the drivers, and that jax was installed for them."
+        ) from error
+
+
 def resolve_sizes(
     section: MeshSection, device_count: int, process_count: int = 1
 ) -> tuple[int, ...]:
