@@ -23,7 +23,7 @@ from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.fit import check_exchange, check_mesh
-from drlora_jax.parallel.mesh import AXES, count_devices, resolve_sizes
+from drlora_jax.parallel.mesh import count_devices, describe_sizes, resolve_sizes
 from drlora_jax.resolve import (
     capacity_shapes,
     make_adapter,
@@ -93,9 +93,8 @@ def prepare(config: TrainConfig) -> Job:
             f"{policy.last_event}), so its budget would not be met; take at least as many steps."
         )
     rows = coverage(model_config, adapter, config.adapter.targets)
-    mesh = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
     lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
-    lines.append(f"mesh        {mesh} on {_devices_line()}, {config.model.dtype}")
+    lines.append(f"mesh        {describe_sizes(sizes)} on {_devices_line()}, {config.model.dtype}")
     return Job(
         config=config,
         run_dir=run_dir,

@@ -67,17 +67,20 @@ def resolve_sizes(
     if -1 in sizes and device_count % given == 0:
         sizes[sizes.index(-1)] = device_count // given
     if -1 in sizes or int(np.prod(sizes)) > device_count:
-        shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"mesh: {shape} does not fit the {device_count} devices there are; change mesh.*."
+            f"mesh: {describe_sizes(sizes)} does not fit the {device_count} devices there are; "
+            "change mesh.*."
         )
     if process_count > 1 and int(np.prod(sizes)) != device_count:
-        shape = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"mesh: {shape} leaves devices unused, {device_count} of {process_count} processes are "
-            "there; set one axis to -1, or start fewer processes."
+            f"mesh: {describe_sizes(sizes)} leaves devices unused, {device_count} of "
+            f"{process_count} processes are there; set one axis to -1, or start fewer processes."
         )
     return tuple(sizes)
+
+
+def describe_sizes(sizes: Sequence[int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
 
 
 def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = None) -> Mesh:
