@@ -115,7 +115,7 @@ def prepare(config: TrainConfig) -> Job:
 
 def _devices_line() -> str:
     processes = jax.process_count()
-    many = f", {processes} processes of {jax.localcount_devices()}" if processes > 1 else ""
+    many = f", {processes} processes of {jax.local_device_count()}" if processes > 1 else ""
     return f"{jax.devices()[0].device_kind}{many}"
 
 
