@@ -21,8 +21,8 @@ from drlora_jax.config_sections import (
     ModelSection,
     RunSection,
     TrainSection,
-    require,
 )
+from drlora_jax.config_sections.section import require
 from drlora_jax.config_types import parse, type_name
 from drlora_jax.errors import UserError
 from drlora_jax.files import FILE, expand_user, kind_of

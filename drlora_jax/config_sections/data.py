@@ -1,0 +1,38 @@
+"""What is read, and how it is made into rows."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from drlora_jax.config_sections.section import Section, positive, require
+
+
+@dataclass(frozen=True)
+class DataSection(Section):
+    path: tuple[
+        str, ...
+    ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` NAME[:CONFIG]
+    # (with format=choice: TASK=PATH, see drlora_jax/data/choices.py)
+    eval_path: tuple[str, ...] = ()
+    split: str = "train"  # of a `datasets` name
+    eval_split: str = "validation"
+    format: Literal["auto", "prompt_response", "alpaca", "chat", "text", "choice"] = "auto"
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    messages_field: str = "messages"
+    text_field: str = "text"
+    template: str = "auto"  # a name of drlora_jax/data/templates.py, or `tokenizer` for its own
+    loss_on: Literal["response", "all"] = "response"
+    bad_rows: Literal["stop", "skip"] = "stop"
+    too_long: Literal["truncate", "skip", "stop", "split"] = "truncate"
+    max_rows: int | None = None  # of the training set, for experiments
+    shuffle: bool = True
+    pack: bool = True  # several documents in one row, with segment ids
+
+    def check(self):
+        if self.max_rows is not None:
+            positive("data", {"max_rows": self.max_rows})
+        require(
+            self.too_long != "split" or self.format == "text",
+            'data.too_long="split" cuts documents, so it needs data.format="text", '
+            f'got data.format="{self.format}".',
+        )

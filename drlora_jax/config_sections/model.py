@@ -1,0 +1,19 @@
+"""The base model, and how it is computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from drlora_jax.config_sections.section import Section, require
+
+
+@dataclass(frozen=True)
+class ModelSection(Section):
+    path: str = "bundled:tiny_moe"  # a directory, a hub name, or bundled:NAME
+    # Of base weights and activations; auto: bfloat16 on accelerators, float32 on CPUs.
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "selective", "full"] = "selective"  # see drlora_jax/models/remat.py
+    attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"  # drlora_jax/ops
+    experts: Literal["auto", "block", "ragged", "dense", "tokamax"] = "auto"  # ops/grouped.py
+
+    def check(self):
+        require(bool(self.path), "model.path must name a model, got an empty string.")
