@@ -16,6 +16,7 @@ from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.fit import check_mesh
+from drlora_jax.position import start
 
 MODELS = pathlib.Path(__file__).parent / "models"
 
@@ -68,7 +69,7 @@ class Step:
         self.run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
         self.compiled, self.compile_seconds = train.compile_step(self.run)
         self.params = random_params(self.run) if params is None else params
-        self.state = train.start(self.run).state
+        self.state = start(self.run).state
         self.batch = jax.device_put(random_batch(config, values["vocab_size"]))
 
     def __call__(self) -> dict:

@@ -172,6 +172,7 @@ def compile_step(run: Run):
 def memory_layout(job: Job, mesh, experts: str) -> Layout:
     """What of a run decides what a step takes."""
     section, shape = job.config.train, mesh.shape
+    platform = mesh.devices.flat[0].platform
     rows = section.batch_size // section.micro_batches
     shards = shape["data"] * shape["fsdp"] * shape["expert"]
     return Layout(
@@ -183,6 +184,7 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         tensor=shape["tensor"],
         max_rank=job.adapter.max_rank,
         roles=len(expert_roles(job.adapter)),
+        slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
         reads_stacks=experts == "block" and mesh.size == 1,
     )
 

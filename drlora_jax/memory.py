@@ -20,18 +20,17 @@ from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
 
 POLICIES = ("none", "selective", "full")
 LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
-ROW_COPIES = {
-    "block": 1,
-    "dense": 3,
-    "ragged": 4,
-    "tokamax": 4,
-}  # [P, D]: rows, results, and their gradients
-HIDDEN_COPIES = {
-    "block": 0,
-    "dense": 0,
-    "ragged": 9,
-    "tokamax": 9,
-}  # [P, F]: gate | up, h, gradients, and what their masks write out again
+ROW_COPIES = {"block": 1, "dense": 3}  # [P, D] of these backends: rows, results, their gradients
+# Grouped products on TPU, fitted to steps that were compiled for it: the tokens that the devices of
+# an expert group share [T, D], and for every slot the larger of two moments, as numbers of D and F.
+SHARED_COPIES = 6
+INPUT_MOMENT = (
+    4,
+    2,
+)  # gradients of the rows, each as written and masked, beside those of gate | up
+HIDDEN_MOMENT = (1, 8)  # gate | up, h, what the factors add, and their gradients
+# Across slices the compiler gathers weights this many layers before it needs them.
+LAYERS_AHEAD = 5
 NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
 RANK_COPIES = 2  # [T, E * R] of every routed matrix: with and without the routing's weights
 FFN_COPIES = 4  # [T, F] that it keeps of a dense FFN, for every slot of a token
@@ -48,6 +47,7 @@ class Layout(NamedTuple):
     tensor: int = 1  # parts of attention heads, dense FFNs, the vocabulary, and again of experts
     max_rank: int = 0
     roles: int = 0  # projections of an expert with factors
+    slices: int = 1  # of TPU chips
     reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
 
 
@@ -56,6 +56,7 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
     layers = [(layer, segment.repeats) for segment in config.segments for layer in segment.unit]
     kept = sum(repeats * _kept(config, layer, layout, remat) for layer, repeats in layers)
     weights = max(layout.fsdp * _weight_bytes(config, layer, layout) for layer, _ in layers)
+    weights *= 1 if layout.slices == 1 else 1 + LAYERS_AHEAD
     chunk = min(CHUNK_TOKENS, layout.tokens)
     head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
     working = max(head, *(_working(config, layer, layout) for layer, _ in layers))
@@ -117,11 +118,14 @@ def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
     if not isinstance(layer.ffn, MoeConfig):
         return 4 * layout.tokens * layer.ffn.hidden_dim * layout.item // layout.tensor
     # The tokens of an expert group are gathered on each of its devices.
-    slots = layout.tokens * layout.expert_shards
-    slots *= 1 if layout.experts == "dense" else layer.ffn.routing.experts_per_token
-    wide = ROW_COPIES[layout.experts] * config.width
-    wide += HIDDEN_COPIES[layout.experts] * layer.ffn.expert_dim
-    return slots * wide * layout.item
+    shared, width = layout.tokens * layout.expert_shards, config.width
+    slots = shared * layer.ffn.routing.experts_per_token
+    if layout.experts in ROW_COPIES:
+        rows = shared if layout.experts == "dense" else slots
+        return ROW_COPIES[layout.experts] * rows * width * layout.item
+    moments = (INPUT_MOMENT, HIDDEN_MOMENT)
+    widest = max(rows * width + hidden * layer.ffn.expert_dim for rows, hidden in moments)
+    return (SHARED_COPIES * shared * width + slots * widest) * layout.item
 
 
 def bytes_on_one_device(tree) -> int:

@@ -7,26 +7,22 @@ saved.
 """
 
 import functools
-import os
-import signal
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from drlora_jax import cli
-from drlora_jax.allocation import CapacityState, Event
-from drlora_jax.build import Run, build, compile_step, shardings_of
+from drlora_jax.build import Run, build, compile_step
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.config import load_config
 from drlora_jax.data.prefetch import made_ahead
 from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
+from drlora_jax.events import grow, start_profiled
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
 from drlora_jax.parallel import hosts
@@ -41,23 +37,15 @@ from drlora_jax.position import (
     Position,
     check_processes_agree,
     check_run_dir_is_shared,
-    place_mask,
-    reordered,
     restore,
     save,
-    start,
 )
 from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with
 from drlora_jax.reporting.writer import ReportWriter
 from drlora_jax.sinks import check_sinks, open_sinks
-from drlora_jax.step import (
-    TrainState,
-)
-
-
-def _nothing() -> None:
-    pass
+from drlora_jax.step import TrainState
+from drlora_jax.stop_signals import StopSignals
 
 
 def main(argv=None) -> int:
@@ -107,7 +95,7 @@ def _train(run: Run, watchdog: Watchdog) -> int:
         print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
         return EXIT_DONE
     job.run_dir.cut_back(done)
-    with _StopSignals() as stop:
+    with StopSignals() as stop:
         watchdog.beat("compiling")
         compiled, seconds = compile_step(run)
         print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
@@ -142,76 +130,10 @@ class Around(NamedTuple):
     """What the loop talks to."""
 
     checkpoints: Checkpoints
-    stop: "_StopSignals"
+    stop: StopSignals
     report: ReportWriter
     progress: Progress
     watchdog: Watchdog
-
-
-class _StopSignals:
-    """SIGTERM and SIGINT ask for a stop at the next step; a second one ends the process at once.
-
-    With several processes jax hears SIGTERM, tells the others, and all stop at the same step.
-    """
-
-    def __init__(self):
-        self._numbers: list[int] = []
-        self._before: dict = {}
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():
-            return self  # only the main thread may set handlers
-        is_alone = jax.process_count() == 1
-        numbers = (signal.SIGTERM, signal.SIGINT) if is_alone else (signal.SIGINT,)
-        ask = self._ask if is_alone else self._ask_all
-        self._before = {number: signal.signal(number, ask) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number, _):
-        self._numbers.append(number)
-        signal.signal(number, self._before[number])
-
-    def _ask_all(self, number, _):
-        signal.signal(number, self._before[number])
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def reached(self, step: int) -> bool:
-        """Whether the run is to stop after this step; to be asked once after every step."""
-        if jax.process_count() == 1:
-            return bool(self._numbers)
-        return multihost_utils.reached_preemption_sync_point(step)
-
-
-def start_profiled(run: Run, params, done: Callable[[], None] = _nothing) -> Position:
-    """The same for a policy that first wants to see how the base routes the task."""
-    position, policy = start(run), run.job.policy
-    if policy.start is None:
-        return position
-    capacity, event = policy.start(profile(run, params, position.state, done))
-    log_event(run, 0, capacity, event)
-    state = position.state._replace(mask_LER=place_mask(run, capacity))
-    return Position(state, capacity, 0)
-
-
-def profile(run: Run, params, state: TrainState, done: Callable[[], None] = _nothing) -> np.ndarray:
-    """How often the valid tokens of the first `profile_rows` training rows (whole batches) choose
-    each expert, [L, E]. The factors are still zero, so it is the base that chooses. `done` is
-    called after each batch.
-    """
-    section, total_LE = run.job.config.train, 0.0
-    rows = section.batch_size // section.micro_batches
-    for first in range(0, run.job.policy.profile_rows, rows):
-        batch = run.job.loader.batch(first)
-        micro = jax.tree.map(lambda array: array[:rows], batch)
-        micro = hosts.place(micro, mesh_lib.rows(run.mesh))
-        _, _, stats = run.eval_step(params, state.lora, state.mask_LER, micro)
-        total_LE = total_LE + np.asarray(stats.count_E, np.float64)
-        done()
-    return total_LE
 
 
 def _loop(run: Run, compiled, params, position: Position, around: Around) -> int:
@@ -356,33 +278,7 @@ def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
     progress.show_ranks(position.capacity.ranks_LE, max_rank, layers)
 
 
-def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
-    """An event: statistics to the host, new ranks, new mask values back.
-
-    All processes see the same statistics; process 0 decides.
-    """
-    job, state = run.job, position.state
-    check_processes_agree(run, f"at the event after step {step}", step, position)
-    stats = hosts.to_host(state.stats)
-    decided = hosts.from_main(job.policy.update(position.capacity, stats, step))
-    capacity, stats, event = decided
-    log_event(run, step, capacity, event, routing)
-    stats = hosts.place(stats, shardings_of(run.abstract_state.stats))
-    mask_LER = place_mask(run, capacity)
-    if event.order_LER is not None:
-        state = reordered(run, state, event.order_LER, mask_LER)
-    state = state._replace(mask_LER=mask_LER, stats=stats)
-    return Position(state, capacity, position.tokens)
-
-
-def log_event(
-    run: Run, step: int, capacity: CapacityState, event: Event, routing: dict | None = None
-) -> None:
-    layers, budget = run.job.model_config.moe_layers, run.job.policy.budget
-    run.job.run_dir.log_ranks(step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing)
-
-
-def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = _nothing) -> float:
+def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lambda: None) -> float:
     """Held-out loss in nats a target token; `done` is called after each batch."""
     rows = mesh_lib.rows(run.mesh)
     nll, targets = 0.0, 0.0

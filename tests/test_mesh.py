@@ -14,11 +14,11 @@ import pytest
 from test_step import Stepper, expert_leaves
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
-from drlora_jax import train as train_lib
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
+from drlora_jax.position import start
 from drlora_jax.prepare import prepare
 
 STEPS = 20  # over the growth events after steps 5 and 11
@@ -77,7 +77,7 @@ def check_mesh_numbers(folder, one_device, sizes, exchange):
     np.testing.assert_array_equal(stepper.position.capacity.ranks_LE, one_device[1])
     frequency, expected = state.stats.frequency_LE, one_device[2].stats.frequency_LE
     np.testing.assert_allclose(frequency, expected, rtol=1e-5, atol=1e-7)
-    first = jax.device_get(train_lib.start(stepper.run).state.lora)
+    first = jax.device_get(start(stepper.run).state.lora)
     is_active = state.mask_LER[..., None] > 0
     for key, value in expert_leaves(state.lora).items():
         initial = 0.0 if key[1] == "b" else expert_leaves(first)[key]

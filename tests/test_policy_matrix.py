@@ -24,6 +24,7 @@ from drlora_jax.build import initial_state
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.errors import UserError
+from drlora_jax.events import grow
 from drlora_jax.expert_trees import expert_roles
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.prepare import prepare
@@ -191,7 +192,7 @@ def test_a_cell_trains(world, kind, placement):
         position = position._replace(state=state)
         losses.append(float(metrics["loss"]))
         if policy.is_event(index + 1):
-            position, events = train.grow(run, position, index + 1), events + 1
+            position, events = grow(run, position, index + 1), events + 1
             check_state(run, position, initial)
     check_state(run, position, initial)
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < np.mean(losses[:3])

@@ -9,6 +9,7 @@ from test_step import Stepper
 
 from drlora_jax import train
 from drlora_jax.allocation import CapacityShapes
+from drlora_jax.position import start
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -39,7 +40,7 @@ def test_the_policy_example_runs(tmp_path):
     shapes = CapacityShapes(2, 2, 4, 4)
     job = stepper.job._replace(policy=names["halfway"](shapes, low=1, high=3, step=2))
     stepper.run, stepper.job = train.build(job), job
-    stepper.position = train.start(stepper.run)
+    stepper.position = start(stepper.run)
     for _ in range(3):
         stepper.step()
     assert sorted(stepper.position.capacity.ranks_LE[0].tolist()) == [1, 1, 3, 3]

@@ -7,12 +7,13 @@ import pytest
 from test_step import Stepper
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
-from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.allocation.moe_sieve import moe_sieve, sieve
 from drlora_jax.allocation.pattern import pattern
 from drlora_jax.allocation.prilora import prilora
 from drlora_jax.errors import UserError
+from drlora_jax.events import profile
+from drlora_jax.position import start
 from drlora_jax.prepare import prepare
 
 SHAPES = CapacityShapes(layers=2, projections=2, experts=5, max_rank=8)
@@ -54,7 +55,7 @@ def test_profile_counts_what_the_base_chooses(sieved):
         lora, mask = sieved.position.state.lora, sieved.position.state.mask_LER
         _, _, stats = run.eval_step(sieved.params, lora, mask, batch(first))
         total_LE = total_LE + np.asarray(stats.count_E)
-    count_LE = train_lib.profile(run, sieved.params, train_lib.start(run).state)
+    count_LE = profile(run, sieved.params, start(run).state)
     tokens = sum(int((batch(first).segment_ids_BT > 0).sum()) for first in (0, step))
     assert (count_LE.sum(axis=1) == 2 * tokens).all()  # two experts a valid token
     np.testing.assert_array_equal(count_LE, total_LE)

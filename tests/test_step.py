@@ -10,6 +10,7 @@ from tiny import OLMOE, tiny_config, write_tiny_model
 from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import NO_ADAPTER
 from drlora_jax.data.loader import split_micro_batches
+from drlora_jax.events import grow, start_profiled
 from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.models.routing import RoutingStats
@@ -28,7 +29,7 @@ class Stepper:
             self.job.model_config, self.job.directory, self.run.abstract_params
         )
         self.job.run_dir.create(self.job.config, self.job.origin, 0)
-        self.position = train_lib.start_profiled(self.run, self.params)
+        self.position = start_profiled(self.run, self.params)
 
     def batch(self, index):
         section = self.job.config.train
@@ -40,7 +41,7 @@ class Stepper:
         state, metrics = self.run.step(self.params, self.position.state, self.batch(index))
         self.position = self.position._replace(state=state)
         if self.job.policy.is_event(index + 1):
-            self.position = train_lib.grow(self.run, self.position, index + 1)
+            self.position = grow(self.run, self.position, index + 1)
         return metrics
 
 
@@ -168,7 +169,7 @@ def test_growth_does_not_change_the_function(tmp_path):
     state, _ = stepper.run.step(stepper.params, stepper.position.state, stepper.batch(2))
     position = stepper.position._replace(state=jax.tree.map(jnp.copy, state))
     before = train_lib.evaluate(stepper.run, stepper.params, position.state)
-    grown = train_lib.grow(stepper.run, position, 3)
+    grown = grow(stepper.run, position, 3)
     assert grown.capacity.ranks_LE.sum() > position.capacity.ranks_LE.sum()
     assert train_lib.evaluate(stepper.run, stepper.params, grown.state) == before
 

@@ -12,6 +12,7 @@ from tiny import tiny_config, write_rows
 
 from drlora_jax import train as train_lib
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
+from drlora_jax.position import start
 from drlora_jax.prepare import prepare
 from drlora_jax.run_dir import RunDirectory
 
@@ -188,7 +189,7 @@ def test_every_saved_piece_is_needed(built, start_run, reference, monkeypatch, p
     restore = train_lib.restore
 
     def restore_without(run, checkpoints, step):
-        return _reset(restore(run, checkpoints, step), train_lib.start(run), piece)
+        return _reset(restore(run, checkpoints, step), start(run), piece)
 
     monkeypatch.setattr(train_lib, "restore", restore_without)
     start_run(name)

@@ -17,6 +17,7 @@ from drlora_jax.interop.export_check import Trained
 from drlora_jax.interop.factors import layer_factors
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.position import start
 from drlora_jax.prepare import prepare
 from drlora_jax.step import init_lora
 
@@ -88,7 +89,7 @@ def write_run(folder: pathlib.Path, *, size=0.3, dtype="float32") -> str:
     )
     job = prepare(config)
     run = train_lib.build(job)
-    position = train_lib.start(run)
+    position = start(run)
     lora = random_factors(position.state.lora, size, RANKS_LE)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, position.state.lora)
     state = position.state._replace(lora=jax.device_put(lora, shardings))

@@ -9,7 +9,7 @@ Axes: `data` replicates, `fsdp` shards base weights along their width, `expert` 
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -91,7 +91,7 @@ def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = Non
     well; for TPUs it raises UserError.
     """
     devices = (jax.devices() if devices is None else devices)[: int(np.prod(sizes))]
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = count_slices(devices)
     if devices[0].platform != "tpu" and all(sizes[axis] % slices for axis in (0, 1)):
         slices = 1  # expert and tensor may go over nodes, at the speed of their network
     # An axis of 8 on a torus of 4 x 4 x 4 is part of two of its axes.
@@ -105,6 +105,11 @@ def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = Non
         placed = mesh_utils.create_device_mesh(sizes, devices, **options)
     # jax defaults to Explicit axes, which our code does not write shardings for.
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices: Iterable[jax.Device]) -> int:
+    """Of TPU chips or GPU nodes, between which the network is slower; 1 if jax knows of none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _axis_across(slices: int, sizes: tuple[int, ...]) -> str:
