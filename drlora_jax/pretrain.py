@@ -9,7 +9,6 @@ loss and expert load by domain).
 import hashlib
 import json
 import pathlib
-import signal
 import time
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variable
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
+from drlora_jax.stop_signals import StopSignals
 
 
 class Domain(NamedTuple):
@@ -63,20 +63,21 @@ def main(argv=None) -> int:
         run_dir.check_same(stored, config, origin)
     if args.dry_run:
         return EXIT_DONE
-    if stored is None:
-        run_dir.create(config, origin, config.train.steps)
-    is_done = train(config, model, tx, schedule, params, domains)
-    if is_done:
+    with run_dir.locked(), StopSignals() as stop:
+        if stored is None:
+            run_dir.create(config, origin, config.train.steps)
+        if not train(config, model, tx, schedule, params, domains, stop):
+            return EXIT_RESUMABLE
         params, _ = restore_or_start(config, tx, params)[0]
         report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
-        out = pathlib.Path(config.run.dir)
+        out = run_dir.path
         write_model(
             out / "model", model_config, params, read_config_json(directory), ml_dtypes.bfloat16
         )
         tokenizer.save_pretrained(out / "model")
         (out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out / 'model'}")
-    return EXIT_DONE if is_done else EXIT_RESUMABLE
+    return EXIT_DONE
 
 
 def check_supported(config: TrainConfig) -> None:
@@ -158,8 +159,16 @@ def restore_or_start(config: TrainConfig, tx, params):
     return state, step or 0
 
 
-def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: list[Domain]) -> bool:
-    """Runs to the last step; False if SIGTERM stopped it (its state is saved)."""
+def train(
+    config: TrainConfig,
+    model: Decoder,
+    tx,
+    schedule,
+    params,
+    domains: list[Domain],
+    stop: StopSignals,
+) -> bool:
+    """Runs to the last step; False if a signal stopped it (its state is saved)."""
     section = config.train
     auxiliary = AuxiliaryWeights(section.balance_loss, section.z_loss, section.balance_form)
     train_step = jax.jit(make_pretrain_step(model, tx, auxiliary), donate_argnums=(0, 1))
@@ -167,17 +176,17 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
     run_dir = RunDirectory(config.run.dir)
     run_dir.cut_back(step)
     checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.run.keep_last)
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     tokens, since = 0, time.perf_counter()
-    while step < section.steps and not stop:
+    is_stopping = stop.reached(step)
+    while step < section.steps and not is_stopping:
         batch = mixed_batch(domains, step)
         params, opt_state, metrics = train_step(
             params, opt_state, split_micro_batches(batch, section.micro_batches)
         )
         step += 1
         tokens += count_tokens(batch)
-        is_saved = step % config.run.checkpoint_every == 0 or step == section.steps or stop
+        is_stopping = stop.reached(step)
+        is_saved = step % config.run.checkpoint_every == 0 or step == section.steps or is_stopping
         is_logged = step % config.run.log_every == 0
         if (is_saved or is_logged) and not np.isfinite(float(metrics["grad_norm"])):
             raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")

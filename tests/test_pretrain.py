@@ -1,13 +1,15 @@
 """Pretraining from scratch on two small domains: learns, resumes, and writes a model that loads."""
 
 import json
+import signal
 
 import pytest
 from tiny import OLMOE, write_tiny_model
 
 from drlora_jax import pretrain
-from drlora_jax.errors import EXIT_DONE, UserError
+from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
 from drlora_jax.interop.hf_read import load_model
+from drlora_jax.run_dir import RunDirectory
 
 CONFIG = """
 from drlora_jax.config import *
@@ -55,6 +57,28 @@ def test_another_config_is_refused_and_more_steps_go_on(tmp_path, config_file):
         pretrain.main([*arguments, "train.learning_rate=0.5"])
     assert pretrain.main([*arguments, "train.steps=10"]) == EXIT_DONE
     assert json.loads((tmp_path / "run" / "pretrain.json").read_text())["steps"] == 10
+
+
+def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path, config_file, monkeypatch):
+    arguments = ["--config", str(config_file)]
+
+    def mixed(domains, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return mixed_batch(domains, step)
+
+    mixed_batch = pretrain.mixed_batch
+    monkeypatch.setattr(pretrain, "mixed_batch", mixed)
+    assert pretrain.main(arguments) == EXIT_RESUMABLE
+    assert not (tmp_path / "run" / "model").exists()
+    seen = []
+    monkeypatch.setattr(
+        pretrain, "mixed_batch", lambda *given: seen.append(given[1]) or mixed_batch(*given)
+    )
+    assert pretrain.main(arguments) == EXIT_DONE
+    assert seen[0] == 4
+    with RunDirectory(str(tmp_path / "run")).locked(), pytest.raises(UserError, match="in use by"):
+        pretrain.main(arguments)
 
 
 @pytest.mark.parametrize(

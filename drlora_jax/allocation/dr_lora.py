@@ -2,9 +2,8 @@
 
 Per layer l and expert i, over optimizer steps t:
 
-    frequency    f <- beta f + (1 - beta) w,   w = sum of combine weights over valid tokens / valid
-    tokens importance   I_k <- beta I_k + (1 - beta) |dL/dc_k| for every rank k, only when the
-    expert got tokens;
+    frequency    f <- beta f + (1 - beta) w,   w = combine weights of valid tokens / their number
+    importance   I_k <- beta I_k + (1 - beta) |dL/dc_k|  for every rank k of an expert with tokens,
                  g = mean over projections of the mean over active ranks of I_k
     saliency     S = f g / (r + 1) ** gamma, with f and g divided by their sums over the layer
 
