@@ -14,6 +14,7 @@ KINDS = (
     "all-to-all",
     "ragged-all-to-all",
     "collective-permute",
+    "send",  # to another slice
 )
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "f16": 16}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
@@ -94,12 +95,14 @@ def _trips(bodies, line: str) -> int:
 
 def _collective(match, line: str, times: int) -> Collective:
     arrays = [f"{kind}[{sizes}]" for kind, sizes in _ARRAY.findall(match[1])]
-    if match[2] == "ragged-all-to-all":  # the buffer, which is for the worst case
+    if match[2] == "send":  # beside it a number and a token
+        arrays = arrays[:1]
+    elif match[2] == "ragged-all-to-all":  # the buffer, which is for the worst case
         arrays = [max(arrays, key=shape_bytes)]
     elif match[3] and len(arrays) > 1:  # started: the operands come before the results
         arrays = arrays[len(arrays) // 2 :] if match[2] == "all-reduce" else arrays[-1:]
-    origin = re.search(r'op_name="([^"]*)"', line)
-    return Collective(match[2], " ".join(arrays), times, origin[1] if origin else "")
+    origin = re.search(r'op_name="([^"]*)"|_xla_megascale_transfer_type="([^"]*)"', line)
+    return Collective(match[2], " ".join(arrays), times, (origin[1] or origin[2]) if origin else "")
 
 
 class Limits(NamedTuple):

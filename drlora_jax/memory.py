@@ -29,8 +29,8 @@ INPUT_MOMENT = (
     2,
 )  # gradients of the rows, each as written and masked, beside those of gate | up
 HIDDEN_MOMENT = (1, 8)  # gate | up, h, what the factors add, and their gradients
-# Across slices the compiler gathers weights this many layers before it needs them.
-LAYERS_AHEAD = 5
+# Between slices sums are sent while the next layer runs, and more of two layers is there at once.
+OVERLAP = 1.5
 NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
 RANK_COPIES = 2  # [T, E * R] of every routed matrix: with and without the routing's weights
 FFN_COPIES = 4  # [T, F] that it keeps of a dense FFN, for every slot of a token
@@ -56,7 +56,6 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
     layers = [(layer, segment.repeats) for segment in config.segments for layer in segment.unit]
     kept = sum(repeats * _kept(config, layer, layout, remat) for layer, repeats in layers)
     weights = max(layout.fsdp * _weight_bytes(config, layer, layout) for layer, _ in layers)
-    weights *= 1 if layout.slices == 1 else 1 + LAYERS_AHEAD
     chunk = min(CHUNK_TOKENS, layout.tokens)
     head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
     working = max(head, *(_working(config, layer, layout) for layer, _ in layers))
@@ -125,7 +124,8 @@ def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
         return ROW_COPIES[layout.experts] * rows * width * layout.item
     moments = (INPUT_MOMENT, HIDDEN_MOMENT)
     widest = max(rows * width + hidden * layer.ffn.expert_dim for rows, hidden in moments)
-    return (SHARED_COPIES * shared * width + slots * widest) * layout.item
+    overlap = 1 if layout.slices == 1 else OVERLAP
+    return int(overlap * (SHARED_COPIES * shared * width + slots * widest)) * layout.item
 
 
 def bytes_on_one_device(tree) -> int:

@@ -105,6 +105,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]) while(%t), condition=%cond, body=%body
   %while.2 = (s32[]) while(%u), condition=%c, body=%known, backend_config={"known_trip_count":{"n":"3"}}
   %p = u32[] collective-permute(%k), source_target_pairs={{0,1}}
+  %send.1 = (f32[17,8]{1,0}, u32[]{:S(2)}, token[]) send(%g, %token), channel_id=4, is_host_transfer=true
+  %done = token[] send-done(%send.1), channel_id=4, is_host_transfer=true
 }
 """  # noqa: E501
 
@@ -117,6 +119,7 @@ def test_collectives_of_a_module():
         ("all-reduce", "f32[8] f32[4,2]", 32, 64),
         ("all-gather", "bf16[32,8]", 3, 512),
         ("collective-permute", "u32[]", 1, 4),
+        ("send", "f32[17,8]", 1, 544),
     ]
 
 

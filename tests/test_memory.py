@@ -53,6 +53,11 @@ COMPILED = [  # model, tokens, expert shards, fsdp, tensor, slices, remat, GiB o
     (QWEN, 2048, 8, 4, 1, 2, "selective", 0.5625, 8.23),
     (DEEPSEEK, 2048, 8, 4, 8, 1, "full", 0.953, 15.05),
     (OLMOE, 4096, 8, 1, 1, 1, "selective", 0.1016, 7.27),
+    (OLMOE, 2048, 8, 1, 1, 1, "selective", 0.1016, 3.81),
+    (OLMOE, 4096, 4, 2, 1, 1, "selective", 0.1953, 5.38),
+    (OLMOE, 2048, 8, 1, 1, 2, "selective", 0.1016, 6.30),
+    (QWEN, 2048, 8, 2, 1, 1, "selective", 0.5625, 7.34),
+    (MIXTRAL, 4096, 4, 1, 2, 1, "full", 0.145, 9.67),
 ]
 
 
