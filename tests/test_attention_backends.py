@@ -1,7 +1,9 @@
 """Long packed rows: every backend that runs here against scores of a whole row, and its leaks."""
 
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
+from drlora_jax.models.remat import keep, rematerialised
 from drlora_jax.ops import attention
 from drlora_jax.ops.attention import Call, attend, cannot, choose_backend
 from drlora_jax.plan import attention_backends
@@ -107,6 +110,36 @@ def test_the_mask_given_to_cudnn():
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=1e-5)
 
 
+@pytest.mark.parametrize("remat, times", [("none", 1), ("selective", 1), ("full", 2)])
+def test_how_often_cudnn_runs_forward(monkeypatch, remat, times):
+    """Its kernel returns statistics without a name; without them it would run again. Traced for a
+    GPU, with jax's look at the device's versions left out.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as kernel
+
+    monkeypatch.setattr(kernel, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(kernel, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(kernel, "is_cuda_compute_capability_equal", lambda _: False)
+    ids_BT = jnp.ones((2, 256), jnp.int32)
+    positions_BT = jnp.broadcast_to(jnp.arange(256), (2, 256))
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x_BTD):
+            heads = [nn.DenseGeneral((4, 64), name=name)(x_BTD) for name in "qkv"]
+            heads = [keep(head, name) for head, name in zip(heads, "qkv", strict=True)]
+            packed = dict(segment_ids_BT=ids_BT, positions_BT=positions_BT)
+            return attend(*heads, **packed, scale=0.1, platform="gpu")
+
+    layer = rematerialised(Layer, remat)()
+    x_BTD = jnp.ones((2, 256, 32), jnp.bfloat16)
+    variables = jax.eval_shape(Layer().init, jax.random.key(0), x_BTD)
+    variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.bfloat16), variables)
+    loss = jax.grad(lambda variables: layer.apply(variables, x_BTD).astype(jnp.float32).sum())
+    text = str(jax.make_jaxpr(loss)(variables))
+    assert len(re.findall(r"= dot_product_attention_fwd_wrapper", text)) == times
+
+
 def test_blocks_hold_no_row_of_scores():
     """The largest array in values and gradients grows with the row's length, not its square."""
     inputs, cotangent = make_inputs(), make_inputs(1)[0]
@@ -130,7 +163,10 @@ def test_choice():
     assert choose_backend("cpu", bf16) == "chunked"
     assert choose_backend("cpu", bf16._replace(length=64)) == "xla"
     assert choose_backend("tpu", bf16._replace(has_sinks=True)) == "chunked"
-    assert choose_backend("tpu", bf16._replace(length=1000)) == "xla"
+    assert choose_backend("tpu", bf16._replace(length=500)) == "xla"
+    assert choose_backend("tpu", bf16._replace(length=1000)) == "chunked"
+    assert choose_backend("gpu", bf16._replace(length=1023)) == "chunked"
+    assert "an even number of tokens, got 1023" in cannot("cudnn", bf16._replace(length=1023))
     assert choose_backend("gpu", bf16._replace(dtype=jnp.dtype(jnp.float32))) == "chunked"
     assert choose_backend("gpu", bf16._replace(soft_cap=30.0, length=512)) == "xla"
     assert "at most 128" in cannot("cudnn", bf16._replace(head_width=192))

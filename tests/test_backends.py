@@ -51,10 +51,10 @@ def test_compiler_options(monkeypatch):
     """On a GPU only where the compiled case has no expansion, and only for 16-bit results."""
     found = []
 
-    def probe(dtype, options, device):
+    def probe(dtype, options, device, hidden):
         if found == ["error"]:
             raise RuntimeError("No supported configs found")
-        return found
+        return found if hidden == backends.THIN_HIDDEN else []
 
     monkeypatch.setattr(backends, "ragged_probe", probe)
     monkeypatch.setattr(backends.jax, "local_devices", lambda backend: [backend])

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal["none", "selective", "full"]
 KEPT = ("moe_in", "q", "k", "v", "attn_out", "attn_lse", "mlp_gu", "moe_gu", "moe_z")
+CUDNN_FORWARD = "dot_product_attention_fwd"  # jax's primitive, whose statistics have no name
 
 keep = checkpoint_name
 
@@ -28,5 +29,10 @@ def rematerialised(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
     """The module of a scanned unit with this policy."""
     if remat == "none":
         return module
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT) if remat == "selective" else None
+    policy = _is_kept if remat == "selective" else None
     return nn.remat(module, prevent_cse=False, policy=policy)
+
+
+def _is_kept(primitive, *args, **params) -> bool:
+    by_name = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    return primitive.name.startswith(CUDNN_FORWARD) or by_name(primitive, *args, **params)

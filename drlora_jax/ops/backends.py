@@ -120,11 +120,14 @@ def ragged_probe(
 def _is_fused_on_gpu(dtype: str) -> bool:
     if dtype not in ("bfloat16", "float16"):
         return False
+    options, device = {RAGGED_FUSION: True}, _own_gpu()
     try:
-        expansions = ragged_probe(dtype, {RAGGED_FUSION: True}, _own_gpu())
+        return not any(
+            ragged_probe(dtype, options, device, hidden=hidden)
+            for hidden in (PROBE_HIDDEN, THIN_HIDDEN)
+        )
     except (RuntimeError, ValueError):  # no such option in this version, or no kernel for the chip
         return False
-    return not expansions
 
 
 def _own_gpu():
