@@ -37,15 +37,25 @@ def active_parameters(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """4 N_active + 3.5 A: forward and input gradients of a frozen base, and causal attention A = 2
-    S heads width.
+    """4 N_active + 3.5 A: forward and input gradients of a frozen base, and causal attention A = 4
+    heads width times the keys that a token sees on average.
     """
     attention = sum(
-        2 * sequence_length * layer.attention.num_heads * layer.attention.head_dim * segment.repeats
+        4
+        * _mean_keys(sequence_length, layer.attention.window)
+        * layer.attention.num_heads
+        * layer.attention.head_dim
+        * segment.repeats
         for segment in config.segments
         for layer in segment.unit
     )
     return 4.0 * active_parameters(config) + 3.5 * attention
+
+
+def _mean_keys(length: int, window: int | None) -> float:
+    """Of the tokens of a row that is one document: half of it, or less with a window."""
+    seen = min(length, window or length)
+    return seen - seen**2 / (2 * length)
 
 
 def attention_backends(config: ModelConfig, length: int, dtype, platform: str, wanted: str):
@@ -86,6 +96,12 @@ def backend_line(config: ModelConfig, attention: list[str], experts: Experts, pl
     if _has_expert_operation(config):
         parts.insert(0, f"experts {experts}")
     return f"computed    {'; '.join(parts)} on {platform}"
+
+
+def experts_line(config: ModelConfig, platform: str, options: dict) -> str:
+    """The same of programs for many lengths of rows, whose attention is chosen for each."""
+    attention = ["by length"]
+    return backend_line(config, attention, expert_backend(platform, options), platform)
 
 
 def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: str) -> str:

@@ -14,7 +14,7 @@ from tiny import BUNDLED, MIXTRAL, write_tiny_model
 from drlora_jax import cli, inspect
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.models.families import parse_config
-from drlora_jax.plan import active_parameters
+from drlora_jax.plan import active_parameters, flops_per_token
 
 MODEL = BUNDLED / "tiny_moe"
 
@@ -39,6 +39,17 @@ def test_active_parameters_agree_with_the_plan(ties):
     config = parse_config(MIXTRAL | {"tie_word_embeddings": ties})
     kinds = inspect.parameters_by_kind(config)
     assert sum(kind.active for kind in kinds) == active_parameters(config)
+
+
+@pytest.mark.parametrize("window", [None, 16, 100])
+def test_flops_count_the_keys_that_a_token_sees(window):
+    config, length = parse_config(MIXTRAL | {"sliding_window": window}), 64
+    keys = sum(min(token + 1, window or length) for token in range(length)) / length
+    (segment,) = config.segments
+    attention = segment.unit[0].attention
+    scores = 4 * keys * attention.num_heads * attention.head_dim * segment.repeats
+    expected = 4 * active_parameters(config) + 3.5 * scores
+    assert flops_per_token(config, length) == pytest.approx(expected, rel=2e-3)
 
 
 def test_a_model_is_described(capsys):
