@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from drlora_jax import config as config_lib
+from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.errors import EXIT_FAILED, EXIT_USER_MISTAKE, RunError, UserError
 from drlora_jax.parallel import hosts
+from drlora_jax.parallel.mesh import count_devices
 
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
@@ -80,20 +82,26 @@ def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = N
     """The model that the arguments of `model_parser` mean, in memory."""
     from drlora_jax.loaded import load_base, load_run
 
+    count_devices()  # a mistake in the environment is said in one line
+    keep_compiled_programs(jax.default_backend())  # before anything is compiled
     if args.model is not None:
         given = [name for name in ("step", "base", "model_path") if _is_given(args, name)]
         if given:
             option = given[0].replace("_", "-")
             raise UserError(f"--{option} says something about --run; it has no use with --model.")
-        return load_base(args.model, dtype=args.dtype, mesh=mesh)
-    return load_run(
-        args.run,
-        step=args.step,
-        base_only=args.base,
-        model_path=args.model_path,
-        dtype=args.dtype,
-        mesh=mesh,
-    )
+        loaded = load_base(args.model, dtype=args.dtype, mesh=mesh)
+    else:
+        loaded = load_run(
+            args.run,
+            step=args.step,
+            base_only=args.base,
+            model_path=args.model_path,
+            dtype=args.dtype,
+            mesh=mesh,
+        )
+    if hosts.is_main():
+        print(loaded.computed, file=sys.stderr)
+    return loaded
 
 
 def _is_given(args: argparse.Namespace, name: str) -> bool:

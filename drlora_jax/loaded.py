@@ -26,10 +26,12 @@ from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, r
 from drlora_jax.interop.hf_read import load_params, match_keys
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.ops.backends import compiler_options
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.fit import check_model_divides
 from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.plan import experts_line
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.resolve import make_adapter, with_adapter_experts
 from drlora_jax.run_dir import RunDirectory
@@ -45,6 +47,7 @@ class Loaded(NamedTuple):
     directory: pathlib.Path  # of the base
     base_fingerprint: str
     mesh: Mesh
+    compiler_options: dict  # of programs that run the model: its operations count on them
     config: TrainConfig | None = None  # of the run; None for a base given by its path
     run_dir: pathlib.Path | None = None
     step: int | None = None  # of the checkpoint; None for a base alone
@@ -54,6 +57,12 @@ class Loaded(NamedTuple):
     @property
     def is_adapted(self) -> bool:
         return self.step is not None
+
+    @property
+    def computed(self) -> str:
+        """How experts are computed, and where."""
+        platform = mesh_lib.platform_of(self.mesh)
+        return experts_line(self.model.config, platform, self.compiler_options)
 
     def base(self) -> "Loaded":
         """The same model without its adapter."""
@@ -176,12 +185,19 @@ def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, dig
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model_config.vocab_size)
     mesh = mesh_lib.make_mesh(sizes)
-    options = dataclasses.replace(plain.options, adapter=adapter, ops=sharded_ops(mesh))
+    compiler = compiler_options(mesh_lib.platform_of(mesh), plain.options.dtype)
+    options = dataclasses.replace(plain.options, adapter=adapter, ops=sharded_ops(mesh, compiler))
     abstract = mesh_lib.with_shardings(abstract, mesh_lib.shardings_for(mesh, abstract, "params"))
     params = load_params(model_config, directory, abstract)
     digest = digest or fingerprint(directory)
     return Loaded(
-        Decoder(model_config, options), {"params": params}, tokenizer, directory, digest, mesh
+        model=Decoder(model_config, options),
+        variables={"params": params},
+        tokenizer=tokenizer,
+        directory=directory,
+        base_fingerprint=digest,
+        mesh=mesh,
+        compiler_options=compiler,
     )
 
 

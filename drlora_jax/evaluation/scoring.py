@@ -88,7 +88,11 @@ def score_continuations(
 
 def jit_score(loaded: Loaded):
     """`make_score` of a model, compiled; every process gets all of the results."""
-    return jax.jit(make_score(loaded.model), out_shardings=mesh_lib.replicated(loaded.mesh))
+    return jax.jit(
+        make_score(loaded.model),
+        out_shardings=mesh_lib.replicated(loaded.mesh),
+        compiler_options=loaded.compiler_options,
+    )
 
 
 def make_score(model: Decoder):
