@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from drlora_jax.adapters.targets import linear_inputs
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.expert_trees import expert_roles
@@ -185,6 +186,8 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         max_rank=job.adapter.max_rank,
         roles=len(expert_roles(job.adapter)),
         slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
+        linear_inputs=linear_inputs(job.model_config, job.adapter),
+        drops=job.adapter.dropout > 0,
         reads_stacks=experts == "block" and mesh.size == 1,
     )
 

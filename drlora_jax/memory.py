@@ -20,7 +20,12 @@ from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
 
 POLICIES = ("none", "selective", "full")
 LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
-ROW_COPIES = {"block": 1, "dense": 3}  # [P, D] of these backends: rows, results, their gradients
+# Of one layer's backward pass, fitted to steps that were compiled for CPU: numbers for every token,
+# in D (attention, norms, results and their gradients) and in F (a dense FFN, or experts computed
+# one by one on all tokens), and for every slot of the block walk in D.
+TOKEN_COPIES, WIDE_COPIES, BLOCK_COPIES = 16, 9, 0.5
+# Of what plain LoRA reads: gradients, and with dropout random numbers and what they leave.
+LINEAR_COPIES, DROPPED_COPIES = 1.5, 3.5
 # Grouped products on TPU, fitted to steps that were compiled for it: the tokens that the devices of
 # an expert group share [T, D], and for every slot the larger of two moments, as numbers of D and F.
 SHARED_COPIES = 6
@@ -48,6 +53,8 @@ class Layout(NamedTuple):
     max_rank: int = 0
     roles: int = 0  # projections of an expert with factors
     slices: int = 1  # of TPU chips
+    linear_inputs: int = 0  # numbers a token that plain LoRA of a layer reads, matrix by matrix
+    drops: bool = False  # some of them
     reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
 
 
@@ -58,7 +65,9 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
     weights = max(layout.fsdp * _weight_bytes(config, layer, layout) for layer, _ in layers)
     chunk = min(CHUNK_TOKENS, layout.tokens)
     head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
-    working = max(head, *(_working(config, layer, layout) for layer, _ in layers))
+    linear = DROPPED_COPIES if layout.drops else LINEAR_COPIES
+    linear = int(linear * layout.linear_inputs * layout.tokens) * layout.item
+    working = max(head, *(_working(config, layer, layout) + linear for layer, _ in layers))
     return 2 * lora_bytes + kept + weights + working
 
 
@@ -81,6 +90,7 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
     kept = layout.tokens * token
     if remat == "none":
         kept += layout.tokens * NORM_COPIES * config.width * 4
+        kept += layout.tokens * layout.linear_inputs * layout.item if layout.drops else 0
         if not isinstance(layer.ffn, MoeConfig):
             slots = layer.ffn.routing.experts_per_token if layer.ffn.routing else 1
             hidden = slots * layer.ffn.hidden_dim // layout.tensor
@@ -88,7 +98,7 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
         if layer.linear_routing:
             ranks = layer.linear_routing.num_experts * layout.max_rank
             kept += layout.tokens * RANK_COPIES * layout.roles * ranks * layout.item
-        if layout.experts == "block" and not layout.reads_stacks:
+        if layout.experts in ("block", "dense") and not layout.reads_stacks:
             # Its gradient keeps its weights, and the scan stacks them.
             kept += _expert_bytes(config, layer, layout)
     return kept
@@ -114,16 +124,19 @@ def _weight_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> in
 
 def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
     """One layer's backward pass."""
+    width, own = config.width, TOKEN_COPIES * config.width * layout.tokens
     if not isinstance(layer.ffn, MoeConfig):
-        return 4 * layout.tokens * layer.ffn.hidden_dim * layout.item // layout.tensor
+        wide = WIDE_COPIES * layer.ffn.hidden_dim // layout.tensor
+        return (own + layout.tokens * wide) * layout.item
     # The tokens of an expert group are gathered on each of its devices.
-    shared, width = layout.tokens * layout.expert_shards, config.width
+    shared, hidden = layout.tokens * layout.expert_shards, layer.ffn.expert_dim
     slots = shared * layer.ffn.routing.experts_per_token
-    if layout.experts in ROW_COPIES:
-        rows = shared if layout.experts == "dense" else slots
-        return ROW_COPIES[layout.experts] * rows * width * layout.item
-    moments = (INPUT_MOMENT, HIDDEN_MOMENT)
-    widest = max(rows * width + hidden * layer.ffn.expert_dim for rows, hidden in moments)
+    if layout.experts in ("dense", "block"):
+        is_dense = layout.experts == "dense"
+        per = WIDE_COPIES * hidden * shared if is_dense else int(BLOCK_COPIES * slots) * width
+        gathered = SHARED_COPIES * (shared - layout.tokens) * width
+        return (own + gathered + per) * layout.item
+    widest = max(rows * width + wide * hidden for rows, wide in (INPUT_MOMENT, HIDDEN_MOMENT))
     overlap = 1 if layout.slices == 1 else OVERLAP
     return int(overlap * (SHARED_COPIES * shared * width + slots * widest)) * layout.item
 

@@ -18,22 +18,32 @@ ROOT = pathlib.Path(__file__).parents[1]
 abstract_job = runpy.run_path(ROOT / "benchmarks" / "jobs.py")["abstract_job"]
 
 
-def build(remat):
-    config = load_config("bundled:tiny", [f"model.remat={remat}", "model.dtype=float32"])
+def build(remat, *overrides):
+    overrides = (f"model.remat={remat}", "model.dtype=float32", *overrides)
+    config = load_config("bundled:tiny", overrides)
     values = json.loads((find_model(config.model.path) / "config.json").read_text())
     return train.build(abstract_job(config, values, 1), jax.devices()[:1])
 
 
-@pytest.mark.parametrize("remat", ["selective", "full"])
-def test_forecast(remat):
-    """Within 15 % of the compiled step, everything counted, for the shipped configuration."""
-    run = build(remat)
+@pytest.mark.parametrize(
+    "remat, rows, experts",
+    [
+        ("selective", 4, "block"),  # as shipped
+        ("full", 4, "block"),
+        ("selective", 16, "block"),
+        ("full", 48, "block"),
+        ("full", 16, "dense"),
+    ],
+)
+def test_forecast(remat, rows, experts):
+    """Within 15 % of the compiled step, everything counted."""
+    run = build(remat, f"train.batch_size={rows}", f"model.experts={experts}")
     inputs = (run.abstract_params, run.abstract_state, abstract_batch(run))
     compiled = run.step.lower(*inputs).compile()
     analysis, measured = compiled.memory_analysis(), compiled_bytes(compiled).total
     parts = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
     assert measured == pytest.approx(parts, rel=0.01)  # what is returned lies in what was given
-    layout = memory_layout(run.job, run.mesh, "block")
+    layout = memory_layout(run.job, run.mesh, experts)
     lora = bytes_on_one_device(run.abstract_state.lora)
     resident = bytes_on_one_device(inputs)
     predicted = resident + predicted_step_bytes(run.job.model_config, layout, lora, remat)

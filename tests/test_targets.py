@@ -5,7 +5,13 @@ import pytest
 from tiny import MIXTRAL, OLMOE
 
 from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.targets import coverage, coverage_lines, matrices, resolve_targets
+from drlora_jax.adapters.targets import (
+    coverage,
+    coverage_lines,
+    linear_inputs,
+    matrices,
+    resolve_targets,
+)
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import (
     DenseFfnConfig,
@@ -45,6 +51,21 @@ def test_roles_mean_experts_for_expert_lora_and_dense_ffns_for_lora():
         "segment_1/layer_0/attention/q",
     }
     assert resolve_targets(config, "lora", ("up",)) == {"segment_0/layer_0/mlp/up"}
+
+
+def test_what_plain_lora_reads():
+    config = mixed_model()
+    width, hidden = config.width, 28
+    for kind, targets, expected in (
+        ("expert_lora", ("up", "down"), 0),
+        ("expert_lora", ("up", "down", "q", "v"), 2 * width),
+        ("lora", ("q", "down"), width + hidden),  # of the dense layer, which has both
+    ):
+        spec = AdapterSpec(resolve_targets(config, kind, targets))
+        assert linear_inputs(config, spec) == expected
+    routed = AdapterSpec(resolve_targets(config, "lora", ("q", "down")), experts_module="mlp")
+    assert linear_inputs(config, routed) == width
+    assert linear_inputs(config, AdapterSpec(routed.paths, experts_module="*")) == 0
 
 
 def test_a_regular_expression_selects_paths():

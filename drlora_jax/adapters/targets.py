@@ -7,6 +7,7 @@ adapts no expert, is refused: experts left out in silence are the commonest mist
 of model.
 """
 
+import collections
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -169,6 +170,19 @@ def _check_own_experts(kind: str, every_layer: dict[str, set[str]]) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # coverage
+
+
+def linear_inputs(config: ModelConfig, spec: AdapterSpec) -> int:
+    """Numbers a token that the plain LoRA of one layer reads, summed over its matrices; of the
+    layer with the most.
+    """
+    by_layer: collections.Counter[tuple[str, str]] = collections.Counter()
+    for matrix in matrices(config):
+        if matrix.path in spec.paths:
+            segment, layer, module, _ = matrix.path.split("/")
+            is_plain = spec.experts_module not in ("*", module)
+            by_layer[segment, layer] += matrix.in_features if is_plain else 0
+    return max(by_layer.values(), default=0)
 
 
 class Coverage(NamedTuple):
