@@ -9,6 +9,11 @@ rows of 512 tokens; AdamW. peft runs with `target_parameters` and grouped_mm, it
 ours as a training runs by default, and once more saving memory (model.remat=full,
 train.micro_batches=4). Every measurement is a process of its own, so that peak memory is the
 process's own; the losses of the first step must agree, because B starts at zero.
+
+In every round one more process times the bare products of that step, each jitted by itself: gate_up
+and down of every expert for as many rows as it has when tokens are spread evenly, forward and input
+gradient, attention's projections and the head likewise. What they take is the least that the step's
+own products could take at XLA's rate; it is printed as a share of each side's step.
 """
 
 import argparse
@@ -91,6 +96,52 @@ def run_peft(directory: str, steps: int) -> dict:
     return measure(step, steps)
 
 
+def bare_products() -> dict[str, tuple[int, tuple[int, int, int]]]:
+    """Of a step with a frozen base: how often each product is computed, and its (rows, in, out)."""
+    layers, experts = CONFIG["num_hidden_layers"], CONFIG["num_experts"]
+    width, hidden, vocabulary = (
+        CONFIG[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    tokens = ROWS * LENGTH
+    rows = tokens * CONFIG["num_experts_per_tok"] // experts
+    forward = {
+        "gate_up": (layers * experts, (rows, width, 2 * hidden)),
+        "down": (layers * experts, (rows, hidden, width)),
+        "attention": (4 * layers, (tokens, width, width)),
+        "head": (1, (tokens, width, vocabulary)),
+    }
+    backward = {
+        f"{name}, input gradient": (count, (size[0], size[2], size[1]))
+        for name, (count, size) in forward.items()
+    }
+    return forward | backward
+
+
+def run_products(directory: str, steps: int) -> dict:
+    """The least seconds of all bare products of a step, and their rate."""
+    import jax
+    import jax.numpy as jnp
+    from timing import median_seconds
+
+    # A gradient's product takes the weights as they lie, the other way around.
+    product = {
+        False: jax.jit(jnp.matmul),
+        True: jax.jit(lambda left, right: jnp.einsum("PF,DF->PD", left, right)),
+    }
+    seconds, operations = 0.0, 0
+    for name, (count, (rows, width_in, width_out)) in bare_products().items():
+        is_backward = name.endswith("gradient")
+        shape = (width_out, width_in) if is_backward else (width_in, width_out)
+        keys = jax.random.split(jax.random.key(0))
+        left, right = (
+            jax.random.normal(keys[0], (rows, width_in)),
+            jax.random.normal(keys[1], shape),
+        )
+        seconds += count * median_seconds(product[is_backward], left, right, repeats=steps)
+        operations += count * 2 * rows * width_in * width_out
+    return {"seconds": seconds, "gflops": operations / seconds / 1e9}
+
+
 def run_saving(directory: str, steps: int) -> dict:
     return run_ours(directory, steps, remat="full", micro_batches=ROWS)
 
@@ -160,22 +211,36 @@ def main() -> None:
     if args.side:
         print("RESULT " + json.dumps(SIDES[args.side](args.model, args.steps)))
         return
-    results: dict[str, list[dict]] = {side: [] for side in SIDES}
+    rounds: dict[str, list[dict]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder:
         make_model(pathlib.Path(folder))
         for number in range(args.rounds):
-            for side, rows in results.items():
+            for side, rows in rounds.items():
                 command = [sys.executable, __file__, "--side", side, "--model", folder]
                 command += ["--steps", str(args.steps)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 line = next(line for line in output.splitlines() if line.startswith("RESULT "))
                 rows.append(json.loads(line.removeprefix("RESULT ")))
                 print(f"round {number + 1} {side}: {rows[-1]}", flush=True)
-    losses = {side: rows[0]["first_loss"] for side, rows in results.items()}
+    products = rounds.pop("products")
+    losses = {side: rows[0]["first_loss"] for side, rows in rounds.items()}
     for side, loss in losses.items():
         assert abs(loss - losses["peft"]) < 1e-4 * losses["peft"], (side, losses)
     for name in ("tokens_per_second", "peak_gib"):
-        print(f"{name}: {', '.join(_summary(name, results))}")
+        print(f"{name}: {', '.join(_summary(name, rounds))}")
+    print(products_line(products, rounds))
+
+
+def products_line(products: list[dict], rounds: dict[str, list[dict]]) -> str:
+    """The bare products' time, and what share of each side's step of the same round that is."""
+    seconds, gflops = (np.median([row[name] for row in products]) for name in ("seconds", "gflops"))
+    shares = []
+    for side, rows in rounds.items():
+        taken = [ROWS * LENGTH / row["tokens_per_second"] for row in rows]
+        share = np.median([row["seconds"] / s for row, s in zip(products, taken, strict=True)])
+        shares.append(f"{side} {share:.2f}")
+    line = f"bare products: {seconds:.3f} s a step at {gflops:.0f} GFLOP/s; of the step's time "
+    return line + ", ".join(shares)
 
 
 def _summary(name: str, results: dict) -> list[str]:
@@ -188,7 +253,7 @@ def _summary(name: str, results: dict) -> list[str]:
     return parts
 
 
-SIDES = {"ours": run_ours, "saving": run_saving, "peft": run_peft}
+SIDES = {"ours": run_ours, "saving": run_saving, "peft": run_peft, "products": run_products}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,9 @@
-"""How benchmarks take times: after a warm-up, results waited for, in turns, ratios by round."""
+"""How benchmarks take times: after a warm-up, results waited for, in turns, ratios by round.
+
+A call that ends in less than a few milliseconds is repeated within one measurement: a device that
+takes its programs from a queue gets as many as fill `MEASUREMENT` seconds, and the last result is
+waited for. A CPU may run such programs side by side, so there every call is waited for.
+"""
 
 import statistics
 import time
@@ -10,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 NORMAL_95 = 1.96
+MEASUREMENT = 0.05  # seconds that one is to take
+MOST_CALLS = 10_000
 
 
 class Ratio(NamedTuple):
@@ -22,15 +29,35 @@ class Ratio(NamedTuple):
     rounds: int
 
 
-def seconds_of(function: Callable, *args) -> float:
+def seconds_of(function: Callable, *args, calls: int = 1) -> float:
+    """Of one call, as the mean of some that follow one another."""
+    is_queue = jax.default_backend() != "cpu"
     start = time.perf_counter()
-    jax.block_until_ready(function(*args))
-    return time.perf_counter() - start
+    for _ in range(calls):
+        out = function(*args)
+        if not is_queue:
+            jax.block_until_ready(out)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+
+def calls_that_fill(function: Callable, *args, seconds: float = MEASUREMENT) -> int:
+    """How many calls take about that long; alone a call also takes what starting it takes."""
+    alone = seconds_of(function, *args)
+    calls = _bounded(seconds / alone)
+    return _bounded(seconds / seconds_of(function, *args, calls=calls)) if calls > 1 else 1
+
+
+def _bounded(calls: float) -> int:
+    return int(min(max(calls, 1), MOST_CALLS))
 
 
 def median_seconds(function: Callable, *args, repeats: int = 20, warmup: int = 3) -> float:
-    seconds = [seconds_of(function, *args) for _ in range(warmup + repeats)]
-    return statistics.median(seconds[warmup:])
+    """Of one call: the median of measurements of about `MEASUREMENT` seconds or one call each."""
+    for _ in range(warmup):
+        seconds_of(function, *args)
+    calls = calls_that_fill(function, *args)
+    return statistics.median(seconds_of(function, *args, calls=calls) for _ in range(repeats))
 
 
 def in_turns(functions: dict, rounds: int, warmup: int = 3) -> dict:

@@ -1,27 +1,228 @@
 """Benchmarks that need a device run here at tiny sizes, so that they are ready for one."""
 
+import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a module of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
+def run_gpu(tmp_path, *arguments: str):
+    """Of `gpu.py` as from a fresh checkout: the finished process, and its rows."""
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    lines = out.read_text().splitlines() if out.exists() else []
+    return done, [json.loads(line) for line in lines]
+
+
 @pytest.mark.slow
 def test_the_accelerator_benchmark_rehearses(tmp_path):
-    out = tmp_path / "results.jsonl"
-    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--parts", "grouped,event"]
-    done = subprocess.run(
-        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+    """Parts run in their order, from a directory where the package is not to be found."""
+    done, rows = run_gpu(tmp_path, "--tiny", "--parts", "attention,qwen3,grouped,event,bounds")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["part"] for row in rows] == ["grouped", "grouped", "event"]
-    assert all(row["error_to_f32"] < 1e-5 for row in rows[:2])
-    assert rows[2]["ranks"][0] < rows[2]["ranks"][1]
+    by_part = {}
+    for row in rows:
+        by_part.setdefault(row["part"], []).append(row)
+    assert list(by_part) == ["bounds", "event", "grouped", "attention", "qwen3"]
+    (bounds,), (event,) = by_part["bounds"], by_part["event"]
+    assert bounds["matmul_tflops"] > 0 and bounds["copy_gb_s"] > 0
+    assert event["ranks"][0] < event["ranks"][1]
+    assert event["event_steps"] == pytest.approx(event["event_ms"] / event["step_ms"])
+    for row in by_part["grouped"]:
+        assert row["of_measured_matmul"] == pytest.approx(row["tflops"] / bounds["matmul_tflops"])
+        assert row["dense_expansions"]  # on a CPU, with whatever option
+        assert row.get("error_to_f32", 0) < 1e-5
+    asked = {(row["backend"], bool(row["options"]), row["groups"]) for row in by_part["grouped"]}
+    assert ("ragged_dot", False, "uniform") in asked and ("ragged_dot", True, "skewed") in asked
+    assert {row["backend"] for row in by_part["attention"]} == {"xla", "chunked"}
+    packed = [row for row in by_part["attention"] if row["documents"] > 1]
+    assert len(packed) == 2 and all(row["others_outputs_change"] == 0 for row in packed)
+    assert all(row["error_to_f32"] < 1e-5 for row in by_part["attention"])
+    for row in by_part["qwen3"]:
+        assert row["tokens_per_second"] > 0 and row["measured"] == "compiled"
+        assert 0.3 < row["forecast_of_measured"] < 3
+
+
+@pytest.mark.slow
+def test_ours_and_peft_with_the_same_weights(tmp_path):
+    pytest.importorskip("peft")
+    done, rows = run_gpu(tmp_path, "--tiny", "--parts", "peers")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    peft, ours, ratio = rows
+    assert peft["trained"] == ours["trained"] > 0
+    assert ours["first_loss"] == pytest.approx(peft["first_loss"], rel=1e-5)
+    assert ours["last_loss"] < ours["first_loss"]
+    assert ratio["tokens_per_second"] == ours["tokens_per_second"] / peft["tokens_per_second"]
+    assert ratio["peak_gib"] == ours["peak_gib"] / peft["peak_gib"]
+
+
+@pytest.mark.slow
+def test_thin_products_and_the_largest_kernels(tmp_path):
+    done, rows = run_gpu(tmp_path, "--tiny", "--parts", "thin,profile")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    *thin, profile = rows
+    directions = {"forward", "input_gradient", "weight_gradient"}
+    for rank in (16, 32, 64):
+        measured = [row for row in thin if row["rank"] == rank and row["backend"] == "ragged_dot"]
+        assert {(row["side"], row["direction"]) for row in measured} == {
+            (side, direction) for side in ("into ranks", "out of ranks") for direction in directions
+        }
+        assert all(row["ms"] > 0 and row["of_measured_copy"] > 0 for row in measured)
+    kernels = profile["kernels"]
+    assert 3 < len(kernels) <= 12 and sum(kernel["share"] for kernel in kernels) <= 1.001
+    assert [kernel["ms"] for kernel in kernels] == sorted((k["ms"] for k in kernels), reverse=True)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for arguments, message in (
+        (["--parts", "bounds,grouping"], "unknown part 'grouping'; known: bounds, step, peers"),
+        (["--minutes", "0"], "--minutes must be greater than 0, got 0"),
+        (["--minutes", "soon"], "argument --minutes: invalid float value: 'soon'"),
+        (["--out", "missing/results.jsonl"], "there is no directory"),
+    ):
+        done, rows = run_gpu(tmp_path, *arguments)
+        assert done.returncode == 2 and not rows and not done.stdout
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_without_time_every_part_says_so(tmp_path):
+    done, rows = run_gpu(tmp_path, "--tiny", "--parts", "bounds,peers,steps", "--minutes", "0.001")
+    assert done.returncode == 1
+    assert [row["part"] for row in rows] == ["bounds", *["peers"] * 2, *["steps"] * 2]
+    assert all(row["error"] == "time" for row in rows)
+
+
+def test_a_part_that_takes_too_long_is_ended(benchmark, monkeypatch):
+    """Also what it has started, which keeps its output open; what it had found stays."""
+    gpu = benchmark("gpu")
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
+    script = "import subprocess; print('ROW {\"found\": 1}', flush=True)"
+    script += "; subprocess.run(['sleep', '60'])"
+    start = time.monotonic()
+    rows = list(gpu.child_rows([sys.executable, "-c", script], 1.5))
+    assert time.monotonic() - start < 20
+    assert rows[0] == {"found": 1} and rows[1]["error"] == "time"
+    failing = [sys.executable, "-c", "print('why'); raise SystemExit(3)"]
+    assert list(gpu.child_rows(failing, 20)) == [{"error": "exit code 3", "output": ["why"]}]
+
+
+def test_the_ratio_to_peft(benchmark):
+    gpu = benchmark("gpu")
+    peft = {"case": "peft", "tokens_per_second": 2.0, "peak_gib": 4.0, "first_loss": 6.0}
+    ours = {"case": "ours", "tokens_per_second": 6.0, "peak_gib": 1.0, "first_loss": 6.01}
+    (row,) = gpu.peer_ratio([peft, ours], shares_weights=False)
+    assert (row["tokens_per_second"], row["peak_gib"]) == (3.0, 0.25) and "error" not in row
+    (row,) = gpu.peer_ratio([peft, ours], shares_weights=True)
+    assert row["error"] == "first losses are 1.7e-03 apart with the same weights"
+    (row,) = gpu.peer_ratio([peft, ours | {"first_loss": float("nan")}], shares_weights=True)
+    assert "error" in row
+    assert not list(gpu.peer_ratio([peft, ours | {"error": "time"}], shares_weights=True))
+
+
+def test_a_leak_between_documents_is_found(benchmark):
+    attention = benchmark("gpu_attention")
+    shape = attention.TINY_SHAPES["tiny"][1]
+    setting = benchmark("gpu_setting").Setting(True, ROOT, 1.0, 1.0)
+    segments_BT, _ = attention.packed(shape)
+    inputs, others = (attention.random_inputs(setting, shape, seed) for seed in (0, 1))
+
+    def leaking(q, k, v, dy):
+        return (out := q * jnp.mean(v, axis=(1, 2), keepdims=True)), out * dy, k, v
+
+    def apart(q, k, v, dy):
+        return q * 2, q * dy, k, v
+
+    found = attention.leaks(leaking, inputs, others, inputs[0], segments_BT)
+    assert found["error"] == "a document sees another" and found["others_outputs_change"] > 0
+    assert "error" not in attention.leaks(apart, inputs, others, inputs[0], segments_BT)
+
+
+def test_kernel_times_do_not_count_twice(benchmark):
+    steps = benchmark("gpu_steps")
+
+    def event(name, start, duration):
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=duration)
+
+    inner = [event("dot.1", 0, 10), event("dot.2", 20, 10), event("while.7", 0, 100)]
+    lines = [
+        SimpleNamespace(name="Stream #1", events=[*inner, event("copy_3", 100, 50)]),
+        SimpleNamespace(name="Steps", events=[event("1", 0, 1000)]),
+    ]
+    planes = [
+        SimpleNamespace(name="/host:CPU", lines=[]),
+        SimpleNamespace(name="/device:GPU:0", lines=lines),
+    ]
+    seconds, calls = steps.kernel_times(SimpleNamespace(planes=planes))
+    assert {name: round(1e9 * taken) for name, taken in seconds.items()} == {
+        "while": 80,
+        "dot": 20,
+        "copy": 50,
+    }
+    assert calls == {"while": 1, "dot": 2, "copy": 1}
+
+
+def test_short_calls_are_timed_together(benchmark, monkeypatch):
+    timing = benchmark("timing")
+    add = jax.jit(lambda x: x + 1)
+    array = jnp.ones(8)
+    seconds = timing.median_seconds(add, array, repeats=3)
+    assert 1e-7 < seconds < 1e-2
+    assert timing.calls_that_fill(add, array) > 4
+    assert timing.calls_that_fill(lambda: time.sleep(0.1) or array) == 1
+    # On a device with a queue only the last result is waited for.
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda out: waited.append(out))
+    timing.seconds_of(add, array, calls=5)
+    assert len(waited) == 6  # of a CPU every one
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    waited.clear()
+    timing.seconds_of(add, array, calls=5)
+    assert len(waited) == 1
+
+
+def test_the_bare_products_of_the_step_beside_peft(benchmark):
+    """Forward and input gradient: four operations for every active weight and token."""
+    from drlora_jax.models.families import parse_config
+    from drlora_jax.plan import active_parameters
+
+    peers = benchmark("peers_cpu")
+    operations = sum(
+        count * 2 * int(np.prod(size)) for count, size in peers.bare_products().values()
+    )
+    config = peers.CONFIG
+    routers = config["num_hidden_layers"] * config["hidden_size"] * config["num_experts"]
+    active = active_parameters(parse_config(config | {"model_type": "olmoe"})) - routers
+    assert operations == 4 * active * peers.ROWS * peers.LENGTH
+
+
+def test_bare_products_as_shares_of_steps(benchmark):
+    peers = benchmark("peers_cpu")
+    tokens = peers.ROWS * peers.LENGTH
+    products = [{"seconds": 1.0, "gflops": 100.0}, {"seconds": 2.0, "gflops": 50.0}]
+    rounds = {"ours": [{"tokens_per_second": tokens / 2}, {"tokens_per_second": tokens / 4}]}
+    line = peers.products_line(products, rounds)
+    assert line == "bare products: 1.500 s a step at 75 GFLOP/s; of the step's time ours 0.50"
 
 
 def test_the_scaling_table():
