@@ -29,10 +29,8 @@ LINEAR_COPIES, DROPPED_COPIES = 1.5, 3.5
 # Grouped products on TPU, fitted to steps that were compiled for it: the tokens that the devices of
 # an expert group share [T, D], and for every slot the larger of two moments, as numbers of D and F.
 SHARED_COPIES = 6
-INPUT_MOMENT = (
-    4,
-    2,
-)  # gradients of the rows, each as written and masked, beside those of gate | up
+# Gradients of the rows, each as written and masked, beside those of gate | up.
+INPUT_MOMENT = (4, 2)
 HIDDEN_MOMENT = (1, 8)  # gate | up, h, what the factors add, and their gradients
 # Between slices sums are sent while the next layer runs, and more of two layers is there at once.
 OVERLAP = 1.5
@@ -54,7 +52,7 @@ class Layout(NamedTuple):
     roles: int = 0  # projections of an expert with factors
     slices: int = 1  # of TPU chips
     linear_inputs: int = 0  # numbers a token that plain LoRA of a layer reads, matrix by matrix
-    drops: bool = False  # some of them
+    drops: bool = False  # whether dropout leaves some of them out
     reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
 
 
