@@ -65,7 +65,14 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
     head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
     linear = DROPPED_COPIES if layout.drops else LINEAR_COPIES
     linear = int(linear * layout.linear_inputs * layout.tokens) * layout.item
-    working = max(head, *(_working(config, layer, layout) + linear for layer, _ in layers))
+    # What the walk of one layer writes is there once more before it lies in the stack.
+    passes = (
+        _working(config, layer, layout)
+        + linear
+        + layout.tokens * _walked_bytes(layer, layout, remat)
+        for layer, _ in layers
+    )
+    working = max(head, *passes)
     return 2 * lora_bytes + kept + weights + working
 
 
@@ -85,6 +92,7 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
         slots = layer.ffn.routing.experts_per_token * layout.expert_shards
         wide = 2 * layer.ffn.expert_dim + layout.roles * layout.max_rank
         token += slots * wide * layout.item
+    token += _walked_bytes(layer, layout, remat)
     kept = layout.tokens * token
     if remat == "none":
         kept += layout.tokens * NORM_COPIES * config.width * 4
@@ -100,6 +108,15 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
             # Its gradient keeps its weights, and the scan stacks them.
             kept += _expert_bytes(config, layer, layout)
     return kept
+
+
+def _walked_bytes(layer: LayerConfig, layout: Layout, remat: str) -> int:
+    """Pre-activations a token that the block walk keeps of a layer."""
+    is_alone = layout.expert_shards * layout.tensor == 1
+    if not (isinstance(layer.ffn, MoeConfig) and layout.experts == "block" and is_alone):
+        return 0
+    slots = layer.ffn.routing.experts_per_token
+    return 0 if remat == "full" else slots * 2 * layer.ffn.expert_dim * layout.item
 
 
 def _expert_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:

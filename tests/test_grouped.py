@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from drlora_jax.ops.grouped import expert_mlp
+from drlora_jax.ops.grouped_block import block_rows
 from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
 
 BACKENDS = ("block", "dense")
@@ -177,13 +179,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("repeats", (False, True))
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, repeats):
+    """With pre-activations that the backward pass finds, and that it computes again."""
     expert_TK, num_experts, roles, spec = CASES[name]
+    spec = spec._replace(repeats=repeats)
     inputs = make_inputs(expert_TK, num_experts, roles)
     dy = random_like(inputs[0])
     y, grads = reference(inputs, np.asarray(dy, np.float64), spec.activation)
-    for backend in BACKENDS:
+    for backend in BACKENDS[:1] if repeats else BACKENDS:  # the dense one leaves it to jax
         got_y, got_grads = value_and_pull(inputs, dy, spec, backend)
         assert relative_error(got_y, y) <= 1e-5, backend
         dx, dp, *d_weights, d_lora = grads
@@ -432,6 +437,25 @@ def test_block_backend_has_no_ragged_dot_and_no_dense_expansion():
     )
     assert "ragged_dot" not in text
     assert f"[{experts},{tokens}," not in text and f"[{tokens},{experts}," not in text
+
+
+def test_what_a_policy_may_keep(capsys):
+    """The pre-activations of all slots have a name, unless the backward pass repeats them."""
+    inputs = make_inputs(choose(40, 2, 3), 3)
+
+    def saved(spec, **options):
+        def run(x_TD):
+            return jnp.sum(expert_mlp(x_TD, *inputs[1:], spec, backend="block", **options))
+
+        policy = jax.checkpoint_policies.save_only_these_names("moe_gu")
+        print_saved_residuals(jax.checkpoint(run, policy=policy), inputs[0])
+        lines = capsys.readouterr().out.splitlines()
+        return [line.split()[0] for line in lines if "moe_gu" in line]
+
+    rows = 40 * 2 + block_rows(40 * 2, 3)[1]
+    assert saved(SPEC) == [f"f32[{rows},{inputs[3].shape[2]}]"]
+    assert saved(SPEC._replace(repeats=True)) == []
+    assert saved(SPEC, keeps_hidden=False) == []
 
 
 def test_auto_is_block_on_cpu():

@@ -30,6 +30,7 @@ class Moe(nn.Module):
     adapter: AdapterSpec
     expert_mlp: Callable  # ops.grouped.expert_mlp, or the same over a mesh
     base_grad: bool
+    repeats: bool  # the backward pass computes the whole layer again
 
     @nn.compact
     def __call__(
@@ -55,7 +56,8 @@ class Moe(nn.Module):
             if f"{self.location}/{role}" in self.adapter.paths
         }
         adapter = self.adapter.of_experts
-        spec = ExpertSpec(self.config.activation, adapter.scale, adapter.dropout, self.base_grad)
+        options = (adapter.scale, adapter.dropout, self.base_grad, self.repeats)
+        spec = ExpertSpec(self.config.activation, *options)
         is_dropping = bool(lora) and adapter.dropout > 0 and self.has_rng("dropout")
         y_TD = self.expert_mlp(
             x_TD,

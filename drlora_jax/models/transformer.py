@@ -107,9 +107,15 @@ class Block(nn.Module):
         x_BTD = keep(x_BTD + attended_BTD, "moe_in")
         y_BTD, stats = norm("ffn_norm")(x_BTD), None
         if isinstance(self.layer.ffn, MoeConfig):
-            run, base_grad = self.options.ops.expert_mlp, self.options.base_grad
             moe = Moe(
-                self.layer.ffn, f"{self.location}/moe", dtype, adapter, run, base_grad, name="moe"
+                self.layer.ffn,
+                f"{self.location}/moe",
+                dtype,
+                adapter,
+                self.options.ops.expert_mlp,
+                self.options.base_grad,
+                repeats=self.options.remat == "full",
+                name="moe",
             )
             y_BTD, stats = moe(y_BTD, segment_ids_BT, stack)
         elif self.layer.ffn.routing is not None and adapter.paths:

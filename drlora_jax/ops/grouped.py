@@ -58,9 +58,9 @@ def expert_mlp(
       spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
       backend: block | ragged | tokamax | dense | auto (block on CPU, else dense).
       platform: what the program is compiled for; by default what this process computes on.
-      keeps_hidden: of `ragged` and `tokamax`: gives `models.remat` the chance to keep
-        pre-activations (by the names `moe_gu`, `moe_z`): right where most slots are computed here,
-        wrong on an expert shard, where most rows of these arrays belong to others.
+      keeps_hidden: gives `models.remat` the chance to keep pre-activations (by the names `moe_gu`,
+        `moe_z`): right where most slots are computed here, wrong on an expert shard, where most
+        rows of these arrays belong to others.
       layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, of which this one
         is meant. `block` reads them expert by expert and copies no layer.
 
@@ -79,6 +79,7 @@ def expert_mlp(
         weights, layer = (w_gate_up_EDF[None], w_down_EFD[None]), 0
     elif backend != "block" and layer is not None:
         weights = (w_gate_up_EDF[layer], w_down_EFD[layer])
+    spec = spec._replace(repeats=spec.repeats or not keeps_hidden)
     arguments = (spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
     if backend == "block":
         return grouped_block.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))

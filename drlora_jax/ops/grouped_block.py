@@ -7,10 +7,10 @@ Compute follows the active rank: factors are worked on in pages of `PAGE` rank r
 walks its pages up to that of the last open gate. Growth changes counts, never shapes. What lies
 behind that page is not read, and its cotangents are zero.
 
-The backward pass is written out and starts from the tokens: it repeats the product with gate and
-up, never the one with down. To keep pre-activations is no faster: writing and reading them costs as
-much as the product. For the same reason weights are read from the stack of all layers, one expert
-at a time, and sums over experts are added up in place.
+The backward pass is written out. It reads the pre-activations `moe_gu` in the order of the sorted
+slots, or repeats the product with gate and up (`ExpertSpec.repeats`); never the one with down.
+Weights are read from the stack of all layers, one expert at a time, and sums over experts are added
+up in place.
 
 Letters: T tokens, K experts per token, P = T * K slots (and a tail of one block), B rows of a
   block, E experts, D model, F expert hidden, R ranks, Q ranks of a page.
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from drlora_jax.ops.grouped_parts import ACTIVATIONS, RoleLora, drop, matmul
 
@@ -32,46 +33,60 @@ PAGE = 16  # what AVX-512 holds in one register: thinner products cost as much
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, layer):
     """As `ops.grouped.expert_mlp`; `weights` are stacks [L, E, ...], of which `layer` is used."""
-    return _forward(_Walk(spec, expert_TK, weight_TK, weights, lora, dropout, layer), x_TD)
+    walk = _Walk(spec, expert_TK, weight_TK, weights, lora, dropout, layer)
+    return _forward(walk, x_TD, keeps=False)[0]
 
 
 def _expert_mlp_forward(spec, *inputs):
-    return expert_mlp(spec, *inputs), inputs
+    y_TD, gate_up_PF = _forward(_Walk(spec, *inputs[1:]), inputs[0], keeps=not spec.repeats)
+    return y_TD, (inputs, gate_up_PF)
 
 
-def _expert_mlp_backward(spec, inputs, dy_TD):
+def _expert_mlp_backward(spec, saved, dy_TD):
+    inputs, gate_up_PF = saved
     x_TD, _, weight_TK, *_ = inputs
-    dx_TD, dp_P, d_weights, d_lora = _backward(_Walk(spec, *inputs[1:]), x_TD, dy_TD)
+    walk = _Walk(spec, *inputs[1:])
+    dx_TD, dp_P, d_weights, d_lora = _backward(walk, x_TD, dy_TD, gate_up_PF)
     return dx_TD, None, dp_P.reshape(weight_TK.shape), d_weights, d_lora, None, None
 
 
 expert_mlp.defvjp(_expert_mlp_forward, _expert_mlp_backward)
 
 
-def _forward(walk: "_Walk", x_TD):
-    """Sums over experts, [T, D]."""
+def _forward(walk: "_Walk", x_TD, keeps: bool):
+    """Sums over experts, [T, D], and pre-activations of the sorted slots (None if not kept)."""
 
-    def one_block(block: _Block, y_TD):
-        h_BF = _activate(
-            walk.spec, x_TD.dtype, walk.pre_activations(block, x_TD[block.tokens_B]), block.p_B
-        )
+    def one_block(block: _Block, carry):
+        y_TD, gate_up_PF = carry
+        gate_up_BF = walk.pre_activations(block, x_TD[block.tokens_B])
+        if keeps:
+            # What a block writes past its group's end the next group writes again.
+            gate_up_PF = lax.dynamic_update_slice_in_dim(gate_up_PF, gate_up_BF, block.row, axis=0)
+        h_BF = _activate(walk.spec, x_TD.dtype, gate_up_BF, block.p_B)
         y_BD = matmul(h_BF, block.w_down_FD)
         if "down" in walk.lora:
             y_BD = walk.add_low_rank(block, "down", h_BF, y_BD)
         # Rows past the group's end add zeros.
-        return y_TD.at[block.tokens_B].add(y_BD.astype(jnp.float32))
+        return y_TD.at[block.tokens_B].add(y_BD.astype(jnp.float32)), gate_up_PF
 
-    return walk.run(one_block, jnp.zeros(x_TD.shape, jnp.float32)).astype(x_TD.dtype)
+    gate_up_PF = None
+    if keeps:
+        gate_up_PF = jnp.zeros((walk.num_rows, walk.weights[0].shape[-1]), x_TD.dtype)
+    y_TD, gate_up_PF = walk.run(one_block, (jnp.zeros(x_TD.shape, jnp.float32), gate_up_PF))
+    return y_TD.astype(x_TD.dtype), checkpoint_name(gate_up_PF, "moe_gu") if keeps else None
 
 
-def _backward(walk: "_Walk", x_TD, dy_TD):
+def _backward(walk: "_Walk", x_TD, dy_TD, gate_up_PF):
     """Cotangents of tokens [T, D], combine weights [P], base weights (None if frozen), factors."""
     spec = walk.spec
 
     def one_block(block: _Block, carry):
         dx_TD, dp_P, d_weights, d_lora = carry
         x_BD, dy_BD = x_TD[block.tokens_B], dy_TD[block.tokens_B]
-        gate_up_BF = walk.pre_activations(block, x_BD)
+        if gate_up_PF is None:
+            gate_up_BF = walk.pre_activations(block, x_BD)
+        else:
+            gate_up_BF = lax.dynamic_slice_in_dim(gate_up_PF, block.row, x_BD.shape[0])
         h_BF, pull = jax.vjp(functools.partial(_activate, spec, x_TD.dtype), gate_up_BF, block.p_B)
         dh_BF = matmul(dy_BD, block.w_down_FD.T)
         if "down" in walk.lora:
@@ -114,6 +129,7 @@ class _Block(NamedTuple):
     """Some rows of one expert's group."""
 
     expert: jax.Array
+    row: jax.Array  # first sorted slot
     w_gate_up_DF: jax.Array  # of the expert
     w_down_FD: jax.Array
     tokens_B: jax.Array
@@ -142,6 +158,7 @@ class _Walk:
         self._size_E = jnp.bincount(expert_P, length=num_experts + 1)[:num_experts]
         self._start_E = jnp.cumsum(self._size_E) - self._size_E
         self._slot_P = jnp.pad(order_P, (0, self._rows[1]))  # sorted position -> slot
+        self.num_rows = self._slot_P.size
         self._weight_P = weight_TK.reshape(-1)[self._slot_P]
         self._pages = {role: _count_pages(factors.gate_ER) for role, factors in lora.items()}
 
@@ -181,7 +198,7 @@ class _Walk:
         p_B = jnp.where(is_inside_B, read(self._weight_P), 0)
         slots_B = read(self._slot_P)
         tokens_B = slots_B // self._per_token
-        return _Block(expert, *weights, tokens_B, slots_B, p_B, is_inside_B)
+        return _Block(expert, row, *weights, tokens_B, slots_B, p_B, is_inside_B)
 
     def pre_activations(self, block: _Block, x_BD):
         """[gate | up], factors included."""

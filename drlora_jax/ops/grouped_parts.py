@@ -26,6 +26,7 @@ class ExpertSpec(NamedTuple):
     scale: float = 1.0
     dropout: float = 0.0
     base_grad: bool = False
+    repeats: bool = False  # the backward pass computes pre-activations again, where it has a choice
 
 
 class Dropout(NamedTuple):
