@@ -1,9 +1,11 @@
 """Training steps of ours beside transformers + peft, same machine, same weights, same batch, in
 turns.
 
-    python benchmarks/peers_cpu.py [--rounds 3] [--steps 5]
+    python benchmarks/peers_cpu.py [--rounds 3] [--steps 5] [--python .venv313/bin/python]
 
-Needs torch and peft (the extra `oracle`). The case: OLMoE-like, 4 layers, width 512, 64 experts of
+Needs torch and peft (the extra `oracle`). Where those are not to be had for the Python that the
+newest jax wants, `--python` names another environment's interpreter for all sides but peft's. The
+case: OLMoE-like, 4 layers, width 512, 64 experts of
 256 with 8 active, 8 heads, vocabulary 8,192, float32; LoRA of rank 16 on gate_up, down, q and v; 4
 rows of 512 tokens; AdamW. peft runs with `target_parameters` and grouped_mm, its fastest setting;
 ours as a training runs by default, and once more saving memory (model.remat=full,
@@ -205,6 +207,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--python", default=sys.executable, help="of every side but peft's")
     parser.add_argument("--side", choices=tuple(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -216,7 +219,8 @@ def main() -> None:
         make_model(pathlib.Path(folder))
         for number in range(args.rounds):
             for side, rows in rounds.items():
-                command = [sys.executable, __file__, "--side", side, "--model", folder]
+                python = sys.executable if side == "peft" else args.python
+                command = [python, __file__, "--side", side, "--model", folder]
                 command += ["--steps", str(args.steps)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 line = next(line for line in output.splitlines() if line.startswith("RESULT "))
