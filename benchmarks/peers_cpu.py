@@ -160,12 +160,15 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     from drlora_jax.allocation.uniform import uniform
     from drlora_jax.config import ModelSection, TrainSection
     from drlora_jax.data.loader import Batch, split_micro_batches
+    from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
     from drlora_jax.interop.hf_files import read_model_config
     from drlora_jax.interop.hf_read import load_model
     from drlora_jax.ops import ops_for
     from drlora_jax.optimizer import make_optimizer
     from drlora_jax.step import StepOptions, TrainState, init_lora, make_train_step
 
+    run_on_calling_thread()
+    keep_freed_memory("cpu")
     config = read_model_config(pathlib.Path(directory))
     paths = resolve_targets(config, "expert_lora", ("gate_up", "down", "q", "v"))
     adapter = AdapterSpec(paths, scale=2.0, rank=RANK, max_rank=RANK)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import cli
-from drlora_jax.build import Run, build, compile_step
+from drlora_jax.build import Run, build, compile_step, expansion_warning
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.config import load_config
@@ -23,6 +23,7 @@ from drlora_jax.data.prefetch import made_ahead
 from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.events import grow, start_profiled
+from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
 from drlora_jax.parallel import hosts
@@ -51,6 +52,7 @@ from drlora_jax.stop_signals import StopSignals
 def main(argv=None) -> int:
     args = cli.parse_arguments("python -m drlora_jax.train", __doc__, argv)
     config = load_config(args.config, args.overrides)
+    run_on_calling_thread()
     hosts.join(config.run.heartbeat_timeout)
     job = prepare(config)
     check_sinks(job.config.run)
@@ -67,10 +69,16 @@ def main(argv=None) -> int:
     job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         compiled, _ = compile_step(run)
-        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
+        print("\n".join(_compiled_lines(run, compiled)))
         print("dry run: everything checks out, nothing was written")
         return EXIT_DONE
     return train(run)
+
+
+def _compiled_lines(run: Run, compiled) -> list[str]:
+    warning = expansion_warning(run, compiled)
+    lines = memory_lines(run.abstract_params, run.abstract_state, compiled)
+    return lines if warning is None else [*lines, warning]
 
 
 def train(run: Run) -> int:
@@ -98,7 +106,8 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     with StopSignals() as stop:
         watchdog.beat("compiling")
         compiled, seconds = compile_step(run)
-        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
+        keep_freed_memory(jax.default_backend())  # what compiling took is given back
+        print("\n".join(_compiled_lines(run, compiled)))
         how = "resuming" if done else "starting"
         print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
         watchdog.beat("loading the base")
