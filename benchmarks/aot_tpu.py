@@ -30,12 +30,12 @@ from jax.experimental import topologies
 from jobs import abstract_job, model_values
 
 from drlora_jax import train
+from drlora_jax.build import step_expansions
 from drlora_jax.cli import run_and_exit
 from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.memory import compiled_bytes
 from drlora_jax.ops import grouped_tokamax
-from drlora_jax.ops.backends import dense_expansions
 from drlora_jax.parallel.mesh import EXPERTS, shards_of
 from drlora_jax.plan import flops_per_token
 from drlora_jax.units import format_bytes
@@ -132,29 +132,12 @@ def _complaints(run, compiled, text, collectives, limit) -> list[str]:
         found.append(f"{taken:.1f} GiB do not fit a chip of {limit:g} GiB")
     config = run.job.model_config
     if config.moe is not None:
-        found += [f"{each} looks like a dense expansion" for each in _expansions(run, text)]
+        found += [f"{each} looks like a dense expansion" for each in step_expansions(run, text)]
     for each in collectives:
         reason = hlo.forbidden(each, forbidden_sizes(run))
         if reason:
             found.append(f"{each.kind} of {each.shape} moves {reason} ({each.origin})")
     return sorted(set(found))
-
-
-def _expansions(run, text: str) -> list[str]:
-    config, section, sizes = run.job.model_config, run.job.config.train, run.mesh.shape
-    routing = config.moe.routing
-    experts = routing.num_experts // shards_of(run.mesh, EXPERTS)
-    if experts == 1:  # every row is this expert's, or nobody's here
-        return []
-    row_shards = sizes["data"] * sizes["fsdp"]  # an expert group's tokens are gathered
-    tokens = section.batch_size // section.micro_batches * section.sequence_length // row_shards
-    widths = (config.width, config.moe.expert_dim, 2 * config.moe.expert_dim)
-    return dense_expansions(
-        text,
-        experts=experts,
-        rows=tokens * routing.experts_per_token,
-        widths=widths,
-    )
 
 
 def forbidden_sizes(run) -> hlo.Limits:

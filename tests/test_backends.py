@@ -1,5 +1,6 @@
 """What runs where: the choice by platform, and reading compiled programs for what must not be."""
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -9,10 +10,13 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny import tiny_config
 
+from drlora_jax import build
 from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.ops import backends, ops_for
 from drlora_jax.parallel.mesh import make_mesh, platform_of
+from drlora_jax.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -74,6 +78,24 @@ def test_the_dense_expansion_is_found():
     assert backends.ragged_probe("float32", {})
     text = jax.jit(jnp.matmul).lower(jnp.ones((384, 128)), jnp.ones((128, 256))).compile().as_text()
     assert not backends.dense_expansions(text, experts=5, rows=384, widths=(128, 256))
+
+
+def test_a_step_that_became_dense_is_named(tmp_path, monkeypatch):
+    """On CPU `lax.ragged_dot` multiplies every row with every expert, as a GPU might."""
+    monkeypatch.setattr(backends, "_has_kernel", lambda platform, options: True)
+    # As many rows as are no multiple of the vocabulary: the embedding is no expansion.
+    config = tiny_config(tmp_path, train=dict(batch_size=6))
+    warnings = {}
+    for experts in ("ragged", "block"):
+        model = dataclasses.replace(config.model, experts=experts)
+        run = build.build(prepare(dataclasses.replace(config, model=model)), jax.devices()[:1])
+        compiled, _ = build.compile_step(run)
+        assert build.expansion_warning(run, compiled) is None  # not on CPU, where it is known
+        assert bool(build.step_expansions(run, compiled.as_text())) == (experts == "ragged")
+        with monkeypatch.context() as patch:
+            patch.setattr(build.mesh_lib, "platform_of", lambda mesh: "gpu")
+            warnings[experts] = build.expansion_warning(run, compiled)
+    assert "model.experts=dense" in warnings["ragged"] and warnings["block"] is None
 
 
 MODULE = """\

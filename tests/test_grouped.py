@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
+from drlora_jax.ops import grouped_block
 from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.ops.grouped_block import block_rows
 from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
 
 BACKENDS = ("block", "dense")
@@ -452,7 +452,7 @@ def test_what_a_policy_may_keep(capsys):
         lines = capsys.readouterr().out.splitlines()
         return [line.split()[0] for line in lines if "moe_gu" in line]
 
-    rows = 40 * 2 + block_rows(40 * 2, 3)[1]
+    rows = 40 * 2 + grouped_block.block_rows(40 * 2, 3)[1]
     assert saved(SPEC) == [f"f32[{rows},{inputs[3].shape[2]}]"]
     assert saved(SPEC._replace(repeats=True)) == []
     assert saved(SPEC, keeps_hidden=False) == []
@@ -462,3 +462,11 @@ def test_auto_is_block_on_cpu():
     inputs = make_inputs(choose(9, 2, 3), 3)
     auto = expert_mlp(*inputs, SPEC)
     np.testing.assert_array_equal(auto, expert_mlp(*inputs, SPEC, backend="block"))
+
+
+@pytest.mark.parametrize("num_experts", [7, 2**28])  # packed into one number, and as pairs
+def test_slots_are_sorted_by_expert_and_number(num_experts):
+    expert_P = np.random.default_rng(0).integers(0, 8, 1000).astype(np.int32)
+    order_P = grouped_block._order(jnp.asarray(expert_P), num_experts)
+    assert order_P.dtype == jnp.int32
+    assert order_P.tolist() == sorted(range(1000), key=lambda slot: (expert_P[slot], slot))

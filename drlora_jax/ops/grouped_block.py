@@ -154,7 +154,7 @@ class _Walk:
         expert_P = expert_TK.reshape(-1)
         is_elsewhere_P = (expert_P < 0) | (expert_P >= num_experts)
         expert_P = jnp.where(is_elsewhere_P, num_experts, expert_P)
-        order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
+        order_P = _order(expert_P, num_experts)
         self._size_E = jnp.bincount(expert_P, length=num_experts + 1)[:num_experts]
         self._start_E = jnp.cumsum(self._size_E) - self._size_E
         self._slot_P = jnp.pad(order_P, (0, self._rows[1]))  # sorted position -> slot
@@ -299,6 +299,15 @@ def block_rows(num_slots: int, num_experts: int) -> tuple[int, int]:
     """
     large = num_slots // num_experts // SMALL_ROWS * SMALL_ROWS
     return SMALL_ROWS, min(LARGE_ROWS, max(SMALL_ROWS, large))
+
+
+def _order(expert_P, num_experts: int) -> jax.Array:
+    """Slots by expert and then by number, i32 [P]."""
+    slots = expert_P.size
+    if (num_experts + 1) * slots > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(expert_P, stable=True).astype(jnp.int32)
+    # One number for both: XLA sorts pairs five times as slowly (2.6 ms for 16,384, jax 0.10).
+    return lax.sort(expert_P * slots + jnp.arange(slots, dtype=jnp.int32)) % slots
 
 
 def _count_pages(gate_ER) -> jax.Array:
