@@ -12,6 +12,7 @@ from drlora_jax.allocation import make_policy
 from drlora_jax.config import TrainConfig
 from drlora_jax.data.loader import Batch
 from drlora_jax.errors import UserError
+from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
@@ -62,12 +63,14 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepar
 
 class Step:
     """A run's training step on one device, compiled, with weights, state and a batch of random
-    numbers. A call takes a step and returns its metrics.
+    numbers, in a process like that of a training. A call takes a step and returns its metrics.
     """
 
     def __init__(self, config: TrainConfig, values: dict, params=None):
+        run_on_calling_thread()
         self.run = train.build(abstract_job(config, values, 1), jax.devices()[:1])
         self.compiled, self.compile_seconds = train.compile_step(self.run)
+        keep_freed_memory(jax.default_backend())
         self.params = random_params(self.run) if params is None else params
         self.state = start(self.run).state
         self.batch = jax.device_put(random_batch(config, values["vocab_size"]))
