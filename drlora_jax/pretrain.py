@@ -25,6 +25,7 @@ from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, count_tokens, eval_batches, split_micro_batches
 from drlora_jax.data.tokenize import load_tokenizer, pad_token
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
+from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_files import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
@@ -43,6 +44,7 @@ class Domain(NamedTuple):
 def main(argv=None) -> int:
     args = cli.parse_arguments("drlora_jax.pretrain", __doc__, argv)
     config = load_config(args.config, args.overrides)
+    run_on_calling_thread()
     check_supported(config)
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
@@ -66,6 +68,7 @@ def main(argv=None) -> int:
     with run_dir.locked(), StopSignals() as stop:
         if stored is None:
             run_dir.create(config, origin, config.train.steps)
+        keep_freed_memory(jax.default_backend())
         if not train(config, model, tx, schedule, params, domains, stop):
             return EXIT_RESUMABLE
         params, _ = restore_or_start(config, tx, params)[0]
