@@ -2,9 +2,9 @@
 
 XLA asks malloc for all of a step's intermediate results at once and frees them at its end. glibc
 gives so large a block back to the system, which clears and hands it out again page by page in the
-next step: a fifteenth of the processor time of a step with 400 MB. Kept, it is on the heap. Two
-things are needed, because only the first thread of a process has a heap of any size: that thread
-has to run the step, and nothing may be returned. Peak memory stays what it was.
+next step: a tenth of the time of a step with 400 MB. Kept, it is on the heap. Two things are
+needed, because only the first thread of a process has a heap of any size: that thread has to run
+the step, and nothing may be returned.
 """
 
 import ctypes
