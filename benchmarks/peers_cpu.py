@@ -12,24 +12,30 @@ ours as a training runs by default, and once more saving memory (model.remat=ful
 train.micro_batches=4). Every measurement is a process of its own, so that peak memory is the
 process's own; the losses of the first step must agree, because B starts at zero.
 
-In every round one more process times the bare products of that step, each jitted by itself: gate_up
-and down of every expert for as many rows as it has when tokens are spread evenly, forward and input
-gradient, attention's projections and the head likewise. What they take is the least that the step's
-own products could take at XLA's rate; it is printed as a share of each side's step.
+In every round one more process times the bare products of that step in programs that do nothing
+else: gate_up and down of every expert for as many rows as it has when tokens are spread evenly,
+forward and input gradient, attention's projections and the head likewise; then the factors'
+products with their gradients, and attention's, in blocks. What they take is the least that the
+step's own products could take at XLA's rate; it is printed as a share of each side's step.
 """
 
 import argparse
 import json
+import math
 import pathlib
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 ROWS, LENGTH, RANK = 4, 512, 16
+ATTENTION_BLOCK = 128  # of drlora_jax.ops.attention_chunked
+TOGETHER = 8
 CONFIG = {
     "vocab_size": 8192,
     "hidden_size": 512,
@@ -98,50 +104,103 @@ def run_peft(directory: str, steps: int) -> dict:
     return measure(step, steps)
 
 
-def bare_products() -> dict[str, tuple[int, tuple[int, int, int]]]:
-    """Of a step with a frozen base: how often each product is computed, and its (rows, in, out)."""
-    layers, experts = CONFIG["num_hidden_layers"], CONFIG["num_experts"]
+class Product(NamedTuple):
+    """One of a step's products, as it is computed by itself."""
+
+    count: int
+    equation: str  # of einsum
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    contracted: int
+
+    @property
+    def operations(self) -> int:
+        """Of all of them: twice the elements of the left operand for every column of the right."""
+        return 2 * self.count * math.prod(self.left) * self._columns
+
+    @property
+    def _columns(self) -> int:
+        batch = self.left[0] if len(self.left) == 3 else 1
+        return math.prod(self.right) // self.contracted // batch
+
+
+def bare_products() -> dict[str, list[Product]]:
+    """Of a step with a frozen base: those with its weights, with factors, and of attention."""
+    layers, experts, heads = (
+        CONFIG[name] for name in ("num_hidden_layers", "num_experts", "num_attention_heads")
+    )
     width, hidden, vocabulary = (
         CONFIG[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
     tokens = ROWS * LENGTH
     rows = tokens * CONFIG["num_experts_per_tok"] // experts
-    forward = {
-        "gate_up": (layers * experts, (rows, width, 2 * hidden)),
-        "down": (layers * experts, (rows, hidden, width)),
-        "attention": (4 * layers, (tokens, width, width)),
-        "head": (1, (tokens, width, vocabulary)),
+    sizes = {  # count, rows, in, out
+        "gate_up": (layers * experts, rows, width, 2 * hidden),
+        "down": (layers * experts, rows, hidden, width),
+        "attention": (4 * layers, tokens, width, width),
+        "head": (1, tokens, width, vocabulary),
     }
-    backward = {
-        f"{name}, input gradient": (count, (size[0], size[2], size[1]))
-        for name, (count, size) in forward.items()
-    }
-    return forward | backward
+    base, factors = [], []
+    for count, rows, width_in, width_out in sizes.values():
+        weights = (width_in, width_out)
+        base.append(Product(count, "PD,DF->PF", (rows, width_in), weights, width_in))
+        # A gradient's product takes the weights as they lie, the other way around.
+        base.append(Product(count, "PF,DF->PD", (rows, width_out), weights, width_out))
+    for name, trained in (("gate_up", 1), ("down", 1), ("attention", 0.5)):  # q and v of q, k, v, o
+        count, rows, width_in, width_out = sizes[name]
+        count = int(count * trained)
+        x, dy, z = (rows, width_in), (rows, width_out), (rows, RANK)
+        a, b = (RANK, width_in), (RANK, width_out)
+        factors += [
+            Product(count, "PD,RD->PR", x, a, width_in),
+            Product(count, "PR,RF->PF", z, b, RANK),
+            Product(count, "PF,RF->PR", dy, b, width_out),
+            Product(count, "PR,RD->PD", z, a, RANK),
+            Product(count, "PR,PD->RD", z, x, rows),
+            Product(count, "PR,PF->RF", z, dy, rows),
+        ]
+    blocks = LENGTH // ATTENTION_BLOCK
+    count, head_width = layers * blocks * (blocks + 1) // 2, width // heads  # none behind a query
+    rows = (ROWS * heads, ATTENTION_BLOCK, head_width)
+    scores = (ROWS * heads, ATTENTION_BLOCK, ATTENTION_BLOCK)
+    attention = [
+        # Scores, again in the backward pass, and what comes back to the weights.
+        Product(3 * count, "GTH,GSH->GTS", rows, rows, head_width),
+        # What comes out, and the gradient of queries.
+        Product(2 * count, "GTS,GSH->GTH", scores, rows, ATTENTION_BLOCK),
+        # The gradients of keys and values.
+        Product(2 * count, "GTS,GTH->GSH", scores, rows, ATTENTION_BLOCK),
+    ]
+    return {"base": base, "factors": factors, "attention": attention}
 
 
 def run_products(directory: str, steps: int) -> dict:
-    """The least seconds of all bare products of a step, and their rate."""
+    """The seconds of all bare products of a step, and operations, by kind."""
     import jax
     import jax.numpy as jnp
     from timing import median_seconds
 
-    # A gradient's product takes the weights as they lie, the other way around.
-    product = {
-        False: jax.jit(jnp.matmul),
-        True: jax.jit(lambda left, right: jnp.einsum("PF,DF->PD", left, right)),
+    def seconds(product: Product) -> float:
+        # Many small ones share a program, which would take a third of their time to start.
+        together = TOGETHER if product.count >= CONFIG["num_experts"] else 1
+        keys = jax.random.split(jax.random.key(0), 2 * together)
+        lefts = [jax.random.normal(key, product.left) for key in keys[:together]]
+        rights = [jax.random.normal(key, product.right) for key in keys[together:]]
+
+        @jax.jit
+        def compute(lefts, rights):
+            return list(map(partial(jnp.einsum, product.equation), lefts, rights))
+
+        taken = median_seconds(compute, lefts, rights, repeats=steps)
+        return product.count / together * taken
+
+    return {
+        kind: {
+            "seconds": sum(map(seconds, products)),
+            "operations": sum(product.operations for product in products),
+        }
+        for kind, products in bare_products().items()
     }
-    seconds, operations = 0.0, 0
-    for name, (count, (rows, width_in, width_out)) in bare_products().items():
-        is_backward = name.endswith("gradient")
-        shape = (width_out, width_in) if is_backward else (width_in, width_out)
-        keys = jax.random.split(jax.random.key(0))
-        left, right = (
-            jax.random.normal(keys[0], (rows, width_in)),
-            jax.random.normal(keys[1], shape),
-        )
-        seconds += count * median_seconds(product[is_backward], left, right, repeats=steps)
-        operations += count * 2 * rows * width_in * width_out
-    return {"seconds": seconds, "gflops": operations / seconds / 1e9}
 
 
 def run_saving(directory: str, steps: int) -> dict:
@@ -235,19 +294,25 @@ def main() -> None:
         assert abs(loss - losses["peft"]) < 1e-4 * losses["peft"], (side, losses)
     for name in ("tokens_per_second", "peak_gib"):
         print(f"{name}: {', '.join(_summary(name, rounds))}")
-    print(products_line(products, rounds))
+    for kinds in (("base",), tuple(products[0])):
+        print(products_line(products, rounds, kinds))
 
 
-def products_line(products: list[dict], rounds: dict[str, list[dict]]) -> str:
+def products_line(
+    products: list[dict], rounds: dict[str, list[dict]], kinds: tuple[str, ...]
+) -> str:
     """The bare products' time, and what share of each side's step of the same round that is."""
-    seconds, gflops = (np.median([row[name] for row in products]) for name in ("seconds", "gflops"))
+    seconds, operations = (
+        np.array([sum(row[kind][name] for kind in kinds) for row in products])
+        for name in ("seconds", "operations")
+    )
     shares = []
     for side, rows in rounds.items():
-        taken = [ROWS * LENGTH / row["tokens_per_second"] for row in rows]
-        share = np.median([row["seconds"] / s for row, s in zip(products, taken, strict=True)])
-        shares.append(f"{side} {share:.2f}")
-    line = f"bare products: {seconds:.3f} s a step at {gflops:.0f} GFLOP/s; of the step's time "
-    return line + ", ".join(shares)
+        taken = np.array([ROWS * LENGTH / row["tokens_per_second"] for row in rows])
+        shares.append(f"{side} {np.median(seconds / taken):.2f}")
+    rate = np.median(operations / seconds) / 1e9
+    line = f"bare products of {', '.join(kinds)}: {np.median(seconds):.3f} s a step at {rate:.0f} "
+    return line + f"GFLOP/s; of the step's time {', '.join(shares)}"
 
 
 def _summary(name: str, results: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """Benchmarks that need a device run here at tiny sizes, so that they are ready for one."""
 
+import functools
 import importlib
 import json
 import os
@@ -11,7 +12,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -202,27 +202,54 @@ def test_short_calls_are_timed_together(benchmark, monkeypatch):
 
 
 def test_the_bare_products_of_the_step_beside_peft(benchmark):
-    """Forward and input gradient: four operations for every active weight and token."""
+    """Four operations for every active weight and token, six for every active one of factors."""
     from drlora_jax.models.families import parse_config
     from drlora_jax.plan import active_parameters
 
     peers = benchmark("peers_cpu")
-    operations = sum(
-        count * 2 * int(np.prod(size)) for count, size in peers.bare_products().values()
-    )
+    products = peers.bare_products()
+    operations = {kind: sum(one.operations for one in of) for kind, of in products.items()}
     config = peers.CONFIG
-    routers = config["num_hidden_layers"] * config["hidden_size"] * config["num_experts"]
+    layers, width, hidden = (
+        config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")
+    )
+    tokens = peers.ROWS * peers.LENGTH
+    routers = layers * width * config["num_experts"]
     active = active_parameters(parse_config(config | {"model_type": "olmoe"})) - routers
-    assert operations == 4 * active * peers.ROWS * peers.LENGTH
+    assert operations["base"] == 4 * active * tokens
+    widths = config["num_experts_per_tok"] * (2 * width + 3 * hidden) + 2 * 2 * width
+    assert operations["factors"] == 6 * layers * peers.RANK * widths * tokens
+    # Seven products of a head's width for every query and key that are not a block apart.
+    pairs = peers.ROWS * sum(
+        peers.ATTENTION_BLOCK * (at // peers.ATTENTION_BLOCK + 1) for at in range(peers.LENGTH)
+    )
+    assert operations["attention"] == 7 * 2 * layers * width * pairs
+    # Equations and shapes are of one kind: what comes out has the size that is counted.
+    for product in (one for of in products.values() for one in of):
+        shapes = (jax.ShapeDtypeStruct(shape, "float32") for shape in (product.left, product.right))
+        out = jax.eval_shape(functools.partial(jnp.einsum, product.equation), *shapes)
+        assert 2 * product.count * out.size * product.contracted == product.operations
 
 
 def test_bare_products_as_shares_of_steps(benchmark):
     peers = benchmark("peers_cpu")
     tokens = peers.ROWS * peers.LENGTH
-    products = [{"seconds": 1.0, "gflops": 100.0}, {"seconds": 2.0, "gflops": 50.0}]
+    products = [
+        {
+            "base": {"seconds": 1.0, "operations": 1e11},
+            "factors": {"seconds": 0.5, "operations": 0},
+        },
+        {
+            "base": {"seconds": 2.0, "operations": 1e11},
+            "factors": {"seconds": 1.0, "operations": 0},
+        },
+    ]
     rounds = {"ours": [{"tokens_per_second": tokens / 2}, {"tokens_per_second": tokens / 4}]}
-    line = peers.products_line(products, rounds)
-    assert line == "bare products: 1.500 s a step at 75 GFLOP/s; of the step's time ours 0.50"
+    line = peers.products_line(products, rounds, ("base",))
+    step = "of the step's time ours"
+    assert line == f"bare products of base: 1.500 s a step at 75 GFLOP/s; {step} 0.50"
+    line = peers.products_line(products, rounds, ("base", "factors"))
+    assert line == f"bare products of base, factors: 2.250 s a step at 50 GFLOP/s; {step} 0.75"
 
 
 def test_the_scaling_table():
