@@ -111,17 +111,13 @@ class Product(NamedTuple):
     equation: str  # of einsum
     left: tuple[int, ...]
     right: tuple[int, ...]
-    contracted: int
 
     @property
     def operations(self) -> int:
-        """Of all of them: twice the elements of the left operand for every column of the right."""
-        return 2 * self.count * math.prod(self.left) * self._columns
-
-    @property
-    def _columns(self) -> int:
-        batch = self.left[0] if len(self.left) == 3 else 1
-        return math.prod(self.right) // self.contracted // batch
+        """Of all of them: a multiplication and an addition for every index of the equation."""
+        left, right = self.equation.split("->")[0].split(",")
+        sizes = dict(zip(left + right, self.left + self.right, strict=True))
+        return 2 * self.count * math.prod(sizes.values())
 
 
 def bare_products() -> dict[str, list[Product]]:
@@ -143,21 +139,20 @@ def bare_products() -> dict[str, list[Product]]:
     base, factors = [], []
     for count, rows, width_in, width_out in sizes.values():
         weights = (width_in, width_out)
-        base.append(Product(count, "PD,DF->PF", (rows, width_in), weights, width_in))
+        base.append(Product(count, "PD,DF->PF", (rows, width_in), weights))
         # A gradient's product takes the weights as they lie, the other way around.
-        base.append(Product(count, "PF,DF->PD", (rows, width_out), weights, width_out))
-    for name, trained in (("gate_up", 1), ("down", 1), ("attention", 0.5)):  # q and v of q, k, v, o
-        count, rows, width_in, width_out = sizes[name]
-        count = int(count * trained)
+        base.append(Product(count, "PF,DF->PD", (rows, width_out), weights))
+    q_and_v = (2 * layers, tokens, width, width)
+    for count, rows, width_in, width_out in (sizes["gate_up"], sizes["down"], q_and_v):
         x, dy, z = (rows, width_in), (rows, width_out), (rows, RANK)
         a, b = (RANK, width_in), (RANK, width_out)
         factors += [
-            Product(count, "PD,RD->PR", x, a, width_in),
-            Product(count, "PR,RF->PF", z, b, RANK),
-            Product(count, "PF,RF->PR", dy, b, width_out),
-            Product(count, "PR,RD->PD", z, a, RANK),
-            Product(count, "PR,PD->RD", z, x, rows),
-            Product(count, "PR,PF->RF", z, dy, rows),
+            Product(count, "PD,RD->PR", x, a),
+            Product(count, "PR,RF->PF", z, b),
+            Product(count, "PF,RF->PR", dy, b),
+            Product(count, "PR,RD->PD", z, a),
+            Product(count, "PR,PD->RD", z, x),
+            Product(count, "PR,PF->RF", z, dy),
         ]
     blocks = LENGTH // ATTENTION_BLOCK
     count, head_width = layers * blocks * (blocks + 1) // 2, width // heads  # none behind a query
@@ -165,11 +160,11 @@ def bare_products() -> dict[str, list[Product]]:
     scores = (ROWS * heads, ATTENTION_BLOCK, ATTENTION_BLOCK)
     attention = [
         # Scores, again in the backward pass, and what comes back to the weights.
-        Product(3 * count, "GTH,GSH->GTS", rows, rows, head_width),
+        Product(3 * count, "GTH,GSH->GTS", rows, rows),
         # What comes out, and the gradient of queries.
-        Product(2 * count, "GTS,GSH->GTH", scores, rows, ATTENTION_BLOCK),
+        Product(2 * count, "GTS,GSH->GTH", scores, rows),
         # The gradients of keys and values.
-        Product(2 * count, "GTS,GTH->GSH", scores, rows, ATTENTION_BLOCK),
+        Product(2 * count, "GTS,GTH->GSH", scores, rows),
     ]
     return {"base": base, "factors": factors, "attention": attention}
 
@@ -179,6 +174,11 @@ def run_products(directory: str, steps: int) -> dict:
     import jax
     import jax.numpy as jnp
     from timing import median_seconds
+
+    from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
+
+    run_on_calling_thread()
+    keep_freed_memory("cpu")  # as in our step: fresh memory is no part of a product
 
     def seconds(product: Product) -> float:
         # Many small ones share a program, which would take a third of their time to start.
