@@ -19,6 +19,7 @@ from drlora_jax.memory import Layout
 from drlora_jax.models.architecture import MoeConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.ops.backends import compiler_options, dense_expansions
+from drlora_jax.ops.grouped import READS_STACKS
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.sharded_ops import sharded_ops
@@ -224,7 +225,7 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
         linear_inputs=linear_inputs(job.model_config, job.adapter),
         drops=job.adapter.dropout > 0,
-        reads_stacks=experts == "block" and mesh.size == 1,
+        reads_stacks=experts in READS_STACKS and mesh.size == 1,
     )
 
 

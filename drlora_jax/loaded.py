@@ -62,7 +62,8 @@ class Loaded(NamedTuple):
     def computed(self) -> str:
         """How experts are computed, and where."""
         platform = mesh_lib.platform_of(self.mesh)
-        return experts_line(self.model.config, platform, self.compiler_options)
+        dtype = self.model.options.dtype
+        return experts_line(self.model.config, platform, self.compiler_options, dtype)
 
     def base(self) -> "Loaded":
         """The same model without its adapter."""
@@ -185,8 +186,10 @@ def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, dig
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, model_config.vocab_size)
     mesh = mesh_lib.make_mesh(sizes)
-    compiler = compiler_options(mesh_lib.platform_of(mesh), plain.options.dtype)
-    options = dataclasses.replace(plain.options, adapter=adapter, ops=sharded_ops(mesh, compiler))
+    dtype = plain.options.dtype
+    compiler = compiler_options(mesh_lib.platform_of(mesh), dtype)
+    ops = sharded_ops(mesh, compiler, dtype=dtype)
+    options = dataclasses.replace(plain.options, adapter=adapter, ops=ops)
     abstract = mesh_lib.with_shardings(abstract, mesh_lib.shardings_for(mesh, abstract, "params"))
     params = load_params(model_config, directory, abstract)
     digest = digest or fingerprint(directory)

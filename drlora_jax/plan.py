@@ -66,7 +66,7 @@ def attention_backends(config: ModelConfig, length: int, dtype, platform: str, w
             section = layer.attention
             widths = (section.head_dim, section.head_dim)
             call = Call(length, *widths, dtype, section.soft_cap, section.has_sinks)
-            reason = None if wanted == "auto" else cannot(wanted, call)
+            reason = None if wanted == "auto" else cannot(wanted, platform, call)
             if reason:
                 raise UserError(f"model.attention={wanted} can not be used here: {reason}.")
             chosen.add(choose_backend(platform, call) if wanted == "auto" else wanted)
@@ -83,7 +83,7 @@ def checked_expert_backend(
             reason = "the model has no experts of its own"
         if reason:
             raise UserError(f"model.experts={wanted} can not be used here: {reason}.")
-    return expert_backend(device.platform, options, wanted)
+    return expert_backend(device.platform, options, wanted, dtype)
 
 
 def _has_expert_operation(config: ModelConfig) -> bool:
@@ -98,10 +98,10 @@ def backend_line(config: ModelConfig, attention: list[str], experts: Experts, pl
     return f"computed    {'; '.join(parts)} on {platform}"
 
 
-def experts_line(config: ModelConfig, platform: str, options: dict) -> str:
+def experts_line(config: ModelConfig, platform: str, options: dict, dtype) -> str:
     """The same of programs for many lengths of rows, whose attention is chosen for each."""
     attention = ["by length"]
-    return backend_line(config, attention, expert_backend(platform, options), platform)
+    return backend_line(config, attention, expert_backend(platform, options, dtype=dtype), platform)
 
 
 def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: str) -> str:

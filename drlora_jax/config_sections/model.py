@@ -12,8 +12,9 @@ class ModelSection(Section):
     # Of base weights and activations; auto: bfloat16 on accelerators, float32 on CPUs.
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "selective", "full"] = "selective"  # see drlora_jax/models/remat.py
-    attention: Literal["auto", "xla", "chunked", "cudnn", "splash"] = "auto"  # drlora_jax/ops
-    experts: Literal["auto", "block", "ragged", "dense", "tokamax"] = "auto"  # ops/grouped.py
+    # Which implementation computes; see drlora_jax/ops/attention.py and grouped.py.
+    attention: Literal["auto", "xla", "native", "chunked", "cudnn", "splash"] = "auto"
+    experts: Literal["auto", "native", "block", "ragged", "dense", "tokamax"] = "auto"
 
     def check(self):
         require(bool(self.path), "model.path must name a model, got an empty string.")

@@ -4,11 +4,13 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from drlora_jax.ops.attention import Backend, attend
 from drlora_jax.ops.backends import Experts, expert_backend
 from drlora_jax.ops.cross_entropy import summed_nll
 from drlora_jax.ops.expert_deltas import deltas_of
-from drlora_jax.ops.grouped import expert_mlp
+from drlora_jax.ops.grouped import READS_STACKS, expert_mlp
 
 
 def look_up(table_VD, tokens_BT):
@@ -36,13 +38,14 @@ def ops_for(
     expert_shards: int = 1,
     attention: Backend = "auto",
     experts: Experts = "auto",
+    dtype=jnp.float32,
 ) -> Ops:
     """What runs in programs compiled for `platform` with these compiler options."""
-    backend = expert_backend(platform, options, experts)
+    backend = expert_backend(platform, options, experts, dtype)
     return Ops(
         expert_mlp=_experts(backend, expert_shards == 1, platform),
         attend=_attention(attention, platform),
-        reads_stacks=backend == "block",
+        reads_stacks=backend in READS_STACKS,
     )
 
 

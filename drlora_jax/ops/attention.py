@@ -6,6 +6,7 @@ has segment 0 and sees padding only.
 
 Backends with the same numbers:
   xla      scores of a whole row, [N, T, S]: on CPU row by row, elsewhere batched
+  native   compiled code for float32 on CPU (`attention_native`)
   chunked  blocks with an online softmax (`attention_chunked`), for long rows
   splash   jax's kernel for TPU (`attention_splash`)
   cudnn    NVIDIA's kernel through jax, with the documents as a mask [B, T, S]
@@ -19,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from drlora_jax.ops import attention_chunked, attention_splash
+from drlora_jax.ops import attention_chunked, attention_native, attention_splash
+from drlora_jax.ops.native import library
 
-Backend = Literal["auto", "xla", "chunked", "cudnn", "splash"]
+Backend = Literal["auto", "xla", "native", "chunked", "cudnn", "splash"]
 # Longer rows are computed in blocks: on CPU because that is faster, elsewhere because the scores of
 # 4 rows of 2,048 tokens and 16 heads would take 5 GiB in a backward pass.
 LONG_ROW = {"cpu": attention_chunked.BLOCK}
@@ -39,8 +41,14 @@ class Call(NamedTuple):
     has_sinks: bool = False
 
 
-def cannot(backend: str, call: Call) -> str | None:
-    """Why a backend can not do this, or None."""
+def cannot(backend: str, platform: str, call: Call) -> str | None:
+    """Why a backend can not do this in programs compiled for `platform`, or None."""
+    if backend == "native":
+        if platform != "cpu":
+            return f"its kernels are for CPUs, not for {platform}"
+        if call.dtype != jnp.float32:
+            return f"its kernels compute in float32, not in {jnp.dtype(call.dtype).name}"
+        return library.why_not()
     if backend in ("cudnn", "splash") and call.has_sinks:
         return "it has no attention sinks"
     if backend == "splash" and call.length % attention_splash.LANES:
@@ -60,8 +68,8 @@ def cannot(backend: str, call: Call) -> str | None:
 
 def choose_backend(platform: str, call: Call) -> str:
     """What `auto` means for programs compiled for `platform`."""
-    own = {"tpu": "splash", "gpu": "cudnn"}.get(platform)
-    if own and cannot(own, call) is None:
+    own = {"cpu": "native", "tpu": "splash", "gpu": "cudnn"}.get(platform)
+    if own and cannot(own, platform, call) is None:
         return own
     is_long = call.length > LONG_ROW.get(platform, LONG_ROW_ELSEWHERE)
     return "chunked" if is_long else "xla"
@@ -97,7 +105,7 @@ def attend(
     call = Call(q_BTNH.shape[1], *widths, q_BTNH.dtype, soft_cap, sinks_N is not None)
     if backend == "auto":
         backend = choose_backend(platform, call)
-    elif reason := cannot(backend, call):
+    elif reason := cannot(backend, platform, call):
         raise ValueError(f"attention backend {backend}: {reason}.")
     rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
@@ -108,6 +116,9 @@ def attend(
         return _attend_cudnn(*rows, scale, window)  # kept by `models.remat` with its statistics
     if backend == "chunked":
         return _attend_chunked(rows, sinks_N, platform, attention_chunked.Options(**options))
+    if backend == "native":
+        options = attention_native.Options(**options)
+        return attention_native.attend_native(*rows, _sinks_or_none(rows, sinks_N), options)
 
     def attend_row(inputs):
         return _attend_row(*inputs, **options, sinks_N=sinks_N)
@@ -120,14 +131,19 @@ def attend(
 
 
 def _attend_chunked(rows, sinks_N, platform: str, options: attention_chunked.Options):
-    if sinks_N is None:
-        sinks_N = jnp.full(rows[0].shape[2], -jnp.inf)
-    sinks_N = sinks_N.astype(jnp.float32)
+    sinks_N = _sinks_or_none(rows, sinks_N)
 
     def attend_row(inputs):
         return attention_chunked.attend_row(*inputs, sinks_N, options)
 
     return jax.lax.map(attend_row, rows) if platform == "cpu" else jax.vmap(attend_row)(rows)
+
+
+def _sinks_or_none(rows, sinks_N) -> jax.Array:
+    """Sinks of all heads, f32; -inf where there is none."""
+    if sinks_N is None:
+        return jnp.full(rows[0].shape[2], -jnp.inf)
+    return sinks_N.astype(jnp.float32)
 
 
 def _attend_cudnn(

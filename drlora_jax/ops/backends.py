@@ -16,9 +16,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.ops import grouped_ragged, grouped_tokamax
+from drlora_jax.ops import grouped_native, grouped_ragged, grouped_tokamax
 
-Experts = Literal["auto", "block", "ragged", "dense", "tokamax"]
+Experts = Literal["auto", "native", "block", "ragged", "dense", "tokamax"]
+CPU_ONLY = "its kernels are for CPUs, not for {}"
 PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # as of an expert, and as of its factors
 RAGGED_FUSION = "xla_gpu_experimental_use_ragged_dot_fusion"
 
@@ -30,12 +31,16 @@ def compiler_options(platform: str, dtype) -> dict[str, bool]:
     return {}
 
 
-def expert_backend(platform: str, options: dict | None = None, wanted: Experts = "auto") -> Experts:
-    """How experts are computed in a program compiled with `options`; `auto` is never tokamax."""
+def expert_backend(
+    platform: str, options: dict | None = None, wanted: Experts = "auto", dtype=jnp.float32
+) -> Experts:
+    """How experts with a frozen base are computed in a program compiled with `options`; `auto` is
+    never tokamax.
+    """
     if wanted != "auto":
         return wanted
     if platform == "cpu":
-        return "block"
+        return "native" if grouped_native.cannot(dtype) is None else "block"
     return "ragged" if _has_kernel(platform, options) else "dense"
 
 
@@ -46,6 +51,8 @@ def cannot_compute_experts(
 
     On a GPU a small case is compiled to find out; on TPU the generation of `device` decides.
     """
+    if backend == "native":
+        return CPU_ONLY.format(platform) if platform != "cpu" else grouped_native.cannot(dtype)
     if backend == "block" and platform != "cpu":
         return f"it walks blocks of rows one after another, which is for CPUs, not for {platform}"
     if backend == "ragged" and not _has_kernel(platform, options):

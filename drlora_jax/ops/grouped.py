@@ -13,6 +13,7 @@ before the absolute value (sum_j A_kj dA_kj = sum_i B_ik dB_ik).
 
 Backends with the same numbers, each in a file of its own:
 
+    native   CPU: sorted slots, in compiled code for frozen float32 weights
     block    CPU: sorted slots, each group walked in blocks of rows
     ragged   TPU, and GPU where it is a kernel: sorted slots, `lax.ragged_dot`
     tokamax  the same with the grouped products of that package, where one asks for them
@@ -26,8 +27,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from drlora_jax.ops import grouped_block, grouped_dense, grouped_ragged, grouped_tokamax
+from drlora_jax.ops import (
+    grouped_block,
+    grouped_dense,
+    grouped_native,
+    grouped_ragged,
+    grouped_tokamax,
+)
 from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
+
+READS_STACKS = ("native", "block")  # backends that take the weights of all layers
 
 
 def expert_mlp(
@@ -56,31 +65,38 @@ def expert_mlp(
       lora: role -> factors; roles `gate`, `up` (or `gate_up`) and `down`; may be empty. B is zero
         where a gate is.
       spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
-      backend: block | ragged | tokamax | dense | auto (block on CPU, else dense).
+      backend: native | block | ragged | tokamax | dense | auto (on CPU native where it can, or
+        block; else dense).
       platform: what the program is compiled for; by default what this process computes on.
       keeps_hidden: gives `models.remat` the chance to keep pre-activations (by the names `moe_gu`,
         `moe_z`): right where most slots are computed here, wrong on an expert shard, where most
         rows of these arrays belong to others.
       layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, of which this one
-        is meant. `block` reads them expert by expert and copies no layer.
+        is meant. `native` and `block` read them expert by expert and copy no layer.
 
     Returns:
       y_TD in the dtype of x_TD.
     """
     platform = platform or jax.default_backend()
+    reason = grouped_native.cannot(x_TD.dtype, spec.base_grad)
     if backend == "auto":
-        backend = "block" if platform == "cpu" else "dense"
+        on_cpu = "native" if reason is None else "block"
+        backend = on_cpu if platform == "cpu" else "dense"
+    elif backend == "native" and reason:
+        raise ValueError(f"expert backend native: {reason}.")
     if not spec.base_grad:
         w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
     if dropout is None:
         spec, dropout = spec._replace(dropout=0.0), Dropout(jax.random.key(0))
     weights, weight_TK = (w_gate_up_EDF, w_down_EFD), weight_TK.astype(jnp.float32)
-    if backend == "block" and layer is None:
+    if backend in READS_STACKS and layer is None:
         weights, layer = (w_gate_up_EDF[None], w_down_EFD[None]), 0
-    elif backend != "block" and layer is not None:
+    elif backend not in READS_STACKS and layer is not None:
         weights = (w_gate_up_EDF[layer], w_down_EFD[layer])
     spec = spec._replace(repeats=spec.repeats or not keeps_hidden)
     arguments = (spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
+    if backend == "native":
+        return grouped_native.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
     if backend == "block":
         return grouped_block.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
     if backend == "ragged":

@@ -58,12 +58,22 @@ def _hash(x):
     return x ^ (x >> 16)
 
 
+def dropout_seeds(dropout: Dropout) -> jax.Array:
+    """Of rows and of columns, for each of `ROLES`: u32 [roles, 2]."""
+    roles = jnp.arange(len(ROLES))
+    return jax.vmap(lambda role: jax.random.bits(_role_key(dropout, role), (2,), jnp.uint32))(roles)
+
+
+def _role_key(dropout: Dropout, role: int | jax.Array):
+    return jax.random.fold_in(dropout.key, role)
+
+
 def drop(x_BD, slots_B, role: str, spec: ExpertSpec, dropout: Dropout):
     """Dropout of rows by their slot numbers; being linear, it is its own pullback."""
     if spec.dropout == 0.0:
         return x_BD
     row_seed, column_seed = jax.random.bits(
-        jax.random.fold_in(dropout.key, ROLES.index(role)), (2,), jnp.uint32
+        _role_key(dropout, ROLES.index(role)), (2,), jnp.uint32
     )
     # A counter hash of (slot, column): jax.random inside the block loop takes twice as long to
     # compile, and a draw by block would depend on how the tokens are sorted.

@@ -38,10 +38,12 @@ def sharded_ops(
     attention: Backend = "auto",
     experts: Experts = "auto",
     exchange: str = "auto",
+    dtype=jnp.float32,
 ) -> Ops:
     """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device.
 
     Args:
+      dtype: of activations.
       exchange: how tokens get to their experts: gather, ragged, padded, or auto by sizes.
     """
     ops = ops_for(
@@ -50,6 +52,7 @@ def sharded_ops(
         expert_shards=shards_of(mesh, EXPERTS),
         attention=attention,
         experts=experts,
+        dtype=dtype,
     )
     if mesh.size == 1:
         return ops

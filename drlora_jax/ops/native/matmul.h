@@ -1,0 +1,79 @@
+// Matrix products of float32 on one core, for operands that stay in its cache.
+//
+// A product is computed in tiles of kRows x kPanel results that live in registers. The right operand
+// is copied panel by panel into the order in which tiles read it; the left one is read as it lies.
+// A product may have several terms, sum_i left_i right_i, whose sums never leave the registers: that
+// is how low-rank factors are added to the weights that they adapt. Every result is a sum over the
+// depth in order, so it does not depend on which rows are computed together.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace drlora {
+
+#if defined(__AVX__) && !defined(__AVX512F__)
+constexpr int kVectors = 2;  // 6 x 2 sums of 16 registers
+#else
+constexpr int kVectors = 4;  // 6 x 4 of 32
+#endif
+constexpr int kRows = 6;
+constexpr int kPanel = kLanes * kVectors;
+constexpr int kDepth = 1024;  // of a packed panel: a quarter of a megabyte
+
+inline int64_t round_up(int64_t size, int64_t multiple) {
+  return (size + multiple - 1) / multiple * multiple;
+}
+
+// A matrix [depth, columns] as it lies in memory, or transposed, [columns, depth].
+struct Right {
+  const float* data;
+  int64_t stride;
+  bool is_transposed = false;
+};
+
+// A matrix [rows, depth] as it lies in memory, or transposed, [depth, rows].
+struct Left {
+  const float* data;
+  int64_t stride;
+};
+
+struct Segment {  // what of a term one panel holds
+  Left left;
+  int64_t depth;
+};
+
+// Rows of results: a matrix, or rows anywhere.
+struct Out {
+  float* data = nullptr;
+  int64_t stride = 0;
+  float* const* rows = nullptr;
+
+  float* row(int64_t index) const { return rows != nullptr ? rows[index] : data + index * stride; }
+};
+
+struct Term {
+  Left left;
+  Right right;
+  int64_t depth;
+};
+
+// out[:, 0:columns] (+)= sum over terms of left [rows, depth] right [depth, columns].
+void multiply(int64_t rows, int64_t columns, const Term* terms, int count, const Out& out,
+              bool adds);
+
+// out [rows, columns] += left [depth, rows]^T right [depth, columns]. Rows of `right` may be read up
+// to the next multiple of kPanel columns.
+void add_gram(int64_t rows, int64_t columns, int64_t depth, const Left& left, const Left& right,
+              const Out& out);
+
+// Columns [first, first + columns) of `depth` rows of the right operand from row `start`, as
+// [depth, width] with zeros behind the columns.
+void pack(const Right& right, int64_t start, int64_t depth, int64_t first, int columns, int width,
+          float* panel);
+
+// out[:, first:first + columns] = left [rows, depth] times a panel [depth, kPanel].
+void multiply_packed(int64_t rows, const Segment& left, const float* panel, const Out& out,
+                     int64_t first, int columns);
+
+}  // namespace drlora
