@@ -13,7 +13,7 @@ from timing import median_seconds
 
 from drlora_jax.ops.attention import Call, attend, cannot, choose_backend
 
-BACKENDS = ("xla", "chunked", "cudnn", "splash")
+BACKENDS = ("xla", "native", "chunked", "cudnn", "splash")
 OWN_PLATFORM = {"cudnn": "gpu", "splash": "tpu"}  # elsewhere they are interpreted, or missing
 LONGEST_SCORES = 4096  # tokens of a row whose scores are held as a whole
 BACKWARD = 2.5  # products of the backward pass to those of the forward pass
@@ -44,7 +44,8 @@ def attention(setting: Setting, case: str):
         for shape in shapes:
             call = Call(shape.length, shape.width, shape.width, jnp.dtype(setting.dtype))
             for backend in BACKENDS:
-                if OWN_PLATFORM.get(backend, platform) != platform or cannot(backend, call):
+                is_elsewhere = OWN_PLATFORM.get(backend, platform) != platform
+                if is_elsewhere or cannot(backend, platform, call):
                     continue
                 row = {"shape": name} | shape._asdict() | {"backend": backend}
                 row["is_default"] = choose_backend(platform, call) == backend

@@ -17,6 +17,8 @@ import jax
 
 from drlora_jax.models.architecture import LayerConfig, ModelConfig, MoeConfig
 from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
+from drlora_jax.ops.grouped import READS_STACKS
+from drlora_jax.ops.native.library import parts
 
 POLICIES = ("none", "selective", "full")
 LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
@@ -104,16 +106,16 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
         if layer.linear_routing:
             ranks = layer.linear_routing.num_experts * layout.max_rank
             kept += layout.tokens * RANK_COPIES * layout.roles * ranks * layout.item
-        if layout.experts in ("block", "dense") and not layout.reads_stacks:
+        if layout.experts in (*READS_STACKS, "dense") and not layout.reads_stacks:
             # Its gradient keeps its weights, and the scan stacks them.
             kept += _expert_bytes(config, layer, layout)
     return kept
 
 
 def _walked_bytes(layer: LayerConfig, layout: Layout, remat: str) -> int:
-    """Pre-activations a token that the block walk keeps of a layer."""
+    """Pre-activations a token that sorted slots on CPU keep of a layer."""
     is_alone = layout.expert_shards * layout.tensor == 1
-    if not (isinstance(layer.ffn, MoeConfig) and layout.experts == "block" and is_alone):
+    if not (isinstance(layer.ffn, MoeConfig) and layout.experts in READS_STACKS and is_alone):
         return 0
     slots = layer.ffn.routing.experts_per_token
     return 0 if remat == "full" else slots * 2 * layer.ffn.expert_dim * layout.item
@@ -146,9 +148,12 @@ def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
     # The tokens of an expert group are gathered on each of its devices.
     shared, hidden = layout.tokens * layout.expert_shards, layer.ffn.expert_dim
     slots = shared * layer.ffn.routing.experts_per_token
-    if layout.experts in ("dense", "block"):
-        is_dense = layout.experts == "dense"
-        per = WIDE_COPIES * hidden * shared if is_dense else int(BLOCK_COPIES * slots) * width
+    if layout.experts in ("dense", *READS_STACKS):
+        per = {
+            "dense": WIDE_COPIES * hidden * shared,
+            "block": int(BLOCK_COPIES * slots) * width,
+            "native": (parts() - 1) * shared * width,  # sums over experts of each part
+        }[layout.experts]
         gathered = SHARED_COPIES * (shared - layout.tokens) * width
         return (own + gathered + per) * layout.item
     widest = max(rows * width + wide * hidden for rows, wide in (INPUT_MOMENT, HIDDEN_MOMENT))

@@ -15,6 +15,7 @@ from drlora_jax.memory import (
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.ops.attention import Call, cannot, choose_backend
 from drlora_jax.ops.backends import Experts, cannot_compute_experts, expert_backend
+from drlora_jax.ops.native import library
 from drlora_jax.units import format_bytes
 
 
@@ -95,7 +96,10 @@ def backend_line(config: ModelConfig, attention: list[str], experts: Experts, pl
     parts = [f"attention {', '.join(attention)}"]
     if _has_expert_operation(config):
         parts.insert(0, f"experts {experts}")
-    return f"computed    {'; '.join(parts)} on {platform}"
+    line = f"computed    {'; '.join(parts)} on {platform}"
+    if platform == "cpu" and (reason := library.why_not()):
+        line += f" (no compiled kernels: {reason})"
+    return line
 
 
 def experts_line(config: ModelConfig, platform: str, options: dict, dtype) -> str:

@@ -84,11 +84,12 @@ CASES = {
 }
 
 
-# Row by row, batched, and in blocks.
+# Row by row, batched, in blocks, and in compiled code.
 HOW = {
     "rows": {"backend": "xla", "platform": "cpu"},
     "batched": {"backend": "xla", "platform": "tpu"},
     "chunked": {"backend": "chunked"},
+    "native": {"backend": "native"},
 }
 
 
@@ -102,10 +103,11 @@ def test_values(name, how):
     np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_groups_of_query_heads(kv_heads):
+def test_groups_of_query_heads(kv_heads, how):
     inputs = make_inputs(kv_heads, value_width=6)
-    got, expected = run(*inputs), loop_attention(*inputs)
+    got, expected = run(*inputs, **HOW[how]), loop_attention(*inputs)
     np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)
 
 
@@ -143,12 +145,13 @@ def test_bfloat16_in_and_out():
     assert error.max() < 2**-7 * np.abs(expected).max()
 
 
-def test_gradients_against_differences_of_the_loop():
+@pytest.mark.parametrize("how", HOW)
+def test_gradients_against_differences_of_the_loop(how):
     options = CASES["all"]
     inputs = make_inputs()
     cotangent = np.random.default_rng(5).normal(size=(*SEGMENTS.shape, 4, 5))
     cotangent[SEGMENTS == 0] = 0
-    _, pull = jax.vjp(lambda *inputs: run(*inputs, **options), *inputs)
+    _, pull = jax.vjp(lambda *inputs: run(*inputs, **options, **HOW[how]), *inputs)
     grads = pull(jnp.asarray(cotangent, jnp.float32))
     for index, grad in enumerate(grads):
         assert np.all(np.isfinite(grad))
@@ -163,13 +166,14 @@ def test_gradients_against_differences_of_the_loop():
         np.testing.assert_allclose(np.sum(grad * direction), difference, rtol=1e-4)
 
 
+@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("changed", [1, 2, 0])
-def test_documents_do_not_see_each_other(changed):
+def test_documents_do_not_see_each_other(changed, how):
     """Changing one document (or the padding) leaves every other output bit-identical."""
     inputs, others = make_inputs(seed=1), make_inputs(seed=2)
     is_changed = jnp.asarray(SEGMENTS == changed)[:, :, None, None]
     mixed = [jnp.where(is_changed, b, a) for a, b in zip(inputs, others, strict=True)]
-    before, after = np.asarray(run(*inputs)), np.asarray(run(*mixed))
+    before, after = (np.asarray(run(*values, **HOW[how])) for values in (inputs, mixed))
     np.testing.assert_array_equal(before[SEGMENTS != changed], after[SEGMENTS != changed])
     assert not np.allclose(before[SEGMENTS == changed], after[SEGMENTS == changed])
 

@@ -76,7 +76,7 @@ def whole_rows(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["chunked", "splash"])
+@pytest.mark.parametrize("backend", ["native", "chunked", "splash"])
 def test_values_and_gradients(backend, name):
     if backend == "splash" and name == "sinks":
         pytest.skip("no sinks")
@@ -85,7 +85,7 @@ def test_values_and_gradients(backend, name):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("backend", ["xla", "chunked", "splash"])
+@pytest.mark.parametrize("backend", ["xla", "native", "chunked", "splash"])
 def test_documents_do_not_see_each_other(backend):
     """Changing one document leaves outputs and gradients of the others bit-identical."""
     inputs, others, cotangent = make_inputs(), make_inputs(2), make_inputs(1)[0]
@@ -166,17 +166,22 @@ def test_choice():
     assert choose_backend("tpu", bf16._replace(length=500)) == "xla"
     assert choose_backend("tpu", bf16._replace(length=1000)) == "chunked"
     assert choose_backend("gpu", bf16._replace(length=1023)) == "chunked"
-    assert "an even number of tokens, got 1023" in cannot("cudnn", bf16._replace(length=1023))
+    odd = cannot("cudnn", "gpu", bf16._replace(length=1023))
+    assert "an even number of tokens, got 1023" in odd
     assert choose_backend("gpu", bf16._replace(dtype=jnp.dtype(jnp.float32))) == "chunked"
     assert choose_backend("gpu", bf16._replace(soft_cap=30.0, length=512)) == "xla"
-    assert "at most 128" in cannot("cudnn", bf16._replace(head_width=192))
+    assert "at most 128" in cannot("cudnn", "gpu", bf16._replace(head_width=192))
+    float32 = bf16._replace(dtype=jnp.dtype(jnp.float32))
+    assert choose_backend("cpu", float32) == "native"
+    assert "in float32, not in bfloat16" in cannot("native", "cpu", bf16)
+    assert "for CPUs, not for tpu" in cannot("native", "tpu", float32)
 
 
 def test_a_backend_that_can_not_do_it_is_refused():
     from tiny import OLMOE
 
     config, float32 = parse_config(OLMOE), jnp.dtype(jnp.float32)
-    assert attention_backends(config, 64, float32, "cpu", "auto") == ["xla"]
+    assert attention_backends(config, 64, float32, "cpu", "auto") == ["native"]
     assert attention_backends(config, 512, float32, "cpu", "chunked") == ["chunked"]
     message = "model.attention=splash can not be used here: it needs rows of a multiple of 128"
     with pytest.raises(UserError, match=message):

@@ -30,7 +30,8 @@ def load_hlo_text():
 
 def test_experts_by_platform():
     assert platform_of(make_mesh((1, 1, 1, 1))) == "cpu"
-    assert ops_for("cpu").expert_mlp.keywords["backend"] == "block"
+    assert ops_for("cpu").expert_mlp.keywords["backend"] == "native"
+    assert ops_for("cpu", dtype=jnp.bfloat16).expert_mlp.keywords["backend"] == "block"
     assert ops_for("cpu") == ops_for("cpu")  # one program, not two
     assert ops_for("tpu").expert_mlp.keywords["backend"] == "ragged"
     assert ops_for("gpu").expert_mlp.keywords["backend"] == "dense"

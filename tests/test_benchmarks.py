@@ -55,9 +55,9 @@ def test_the_accelerator_benchmark_rehearses(tmp_path):
         assert row.get("error_to_f32", 0) < 1e-5
     asked = {(row["backend"], bool(row["options"]), row["groups"]) for row in by_part["grouped"]}
     assert ("ragged_dot", False, "uniform") in asked and ("ragged_dot", True, "skewed") in asked
-    assert {row["backend"] for row in by_part["attention"]} == {"xla", "chunked"}
+    assert {row["backend"] for row in by_part["attention"]} == {"xla", "native", "chunked"}
     packed = [row for row in by_part["attention"] if row["documents"] > 1]
-    assert len(packed) == 2 and all(row["others_outputs_change"] == 0 for row in packed)
+    assert len(packed) == 3 and all(row["others_outputs_change"] == 0 for row in packed)
     assert all(row["error_to_f32"] < 1e-5 for row in by_part["attention"])
     for row in by_part["qwen3"]:
         assert row["tokens_per_second"] > 0 and row["measured"] == "compiled"

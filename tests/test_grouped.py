@@ -1,4 +1,4 @@
-"""Expert MLPs of both backends against a NumPy float64 loop with a hand-written backward pass."""
+"""Expert MLPs of every CPU backend against a NumPy float64 loop with a backward pass of its own."""
 
 import functools
 
@@ -12,7 +12,8 @@ from drlora_jax.ops import grouped_block
 from drlora_jax.ops.grouped import expert_mlp
 from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
 
-BACKENDS = ("block", "dense")
+BACKENDS = ("native", "block", "dense")
+REPEATING = ("native", "block")  # the dense one leaves it to jax
 SCALE = 2.0
 
 
@@ -138,6 +139,9 @@ def value_and_pull(inputs, dy, spec, backend, dropout=None):
     """(y, gradients) in the order of `reference`."""
     x_TD, expert_TK, *rest = inputs
 
+    if backend == "native":  # it has no gradients of the base; what has none is zero
+        spec = spec._replace(base_grad=False)
+
     def run(x_TD, *rest):
         return expert_mlp(x_TD, expert_TK, *rest, spec, dropout=dropout, backend=backend)
 
@@ -188,7 +192,7 @@ def test_values_and_gradients(name, repeats):
     inputs = make_inputs(expert_TK, num_experts, roles)
     dy = random_like(inputs[0])
     y, grads = reference(inputs, np.asarray(dy, np.float64), spec.activation)
-    for backend in BACKENDS[:1] if repeats else BACKENDS:  # the dense one leaves it to jax
+    for backend in REPEATING if repeats else BACKENDS:
         got_y, got_grads = value_and_pull(inputs, dy, spec, backend)
         assert relative_error(got_y, y) <= 1e-5, backend
         dx, dp, *d_weights, d_lora = grads
@@ -196,7 +200,7 @@ def test_values_and_gradients(name, repeats):
         assert relative_error(got_dx, dx) <= 1e-5, backend
         assert relative_error(got_dp, dp) <= 1e-5, backend
         for got, expected in zip(got_d_weights, d_weights, strict=True):
-            if spec.base_grad:
+            if spec.base_grad and backend != "native":
                 assert relative_error(got, expected) <= 1e-5, backend
             else:
                 assert not np.any(got), backend
@@ -216,6 +220,8 @@ def test_tokens_computed_elsewhere(backend):
     dy = random_like(inputs[0])
     y, grads = reference(inputs, np.asarray(dy, np.float64), "silu")
     got_y, got_grads = value_and_pull(inputs, dy, TRAINED, backend)
+    if backend == "native":
+        grads = (*grads[:2], *map(np.zeros_like, grads[2:4]), grads[4])
     for got, expected in zip(
         jax.tree.leaves((got_y, got_grads)), jax.tree.leaves((y, grads)), strict=True
     ):
@@ -228,9 +234,10 @@ def test_tokens_computed_elsewhere(backend):
     assert not np.any(np.asarray(got_grads[1])[is_elsewhere_TK])
 
 
-def test_no_slot_computed_here():
+@pytest.mark.parametrize("backend", REPEATING)
+def test_no_slot_computed_here(backend):
     inputs = make_inputs(np.full((9, 2), 3, np.int32), 3)
-    y, grads = value_and_pull(inputs, random_like(inputs[0]), TRAINED, "block")
+    y, grads = value_and_pull(inputs, random_like(inputs[0]), TRAINED, backend)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((y, grads)))
 
 
@@ -258,7 +265,8 @@ def test_rank_gates(backend):
 
 
 @pytest.mark.parametrize("ranks", (16, 17, 40))
-def test_pages_of_ranks(ranks):
+@pytest.mark.parametrize("backend", REPEATING)
+def test_pages_of_ranks(backend, ranks):
     """Whole pages, an overlapping last page; experts whose open ranks end in every page."""
     inputs = list(make_inputs(choose(90, 2, 7), 7, ("gate_up", "down"), ranks=ranks))
     open_E = np.array([0, 1, 15, 16, 17, 33, 40]).clip(max=ranks)
@@ -269,12 +277,16 @@ def test_pages_of_ranks(ranks):
     }
     dy = random_like(inputs[0])
     expected = reference(inputs, np.asarray(dy, np.float64), "silu")
-    got = value_and_pull(tuple(inputs), dy, TRAINED, "block")
+    if backend == "native":
+        y, (dx, dp, *d_weights, d_lora) = expected
+        expected = (y, (dx, dp, *map(np.zeros_like, d_weights), d_lora))
+    got = value_and_pull(tuple(inputs), dy, TRAINED, backend)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(one, other) <= 1e-5
 
 
-def test_work_follows_the_last_open_gate():
+@pytest.mark.parametrize("backend", REPEATING)
+def test_work_follows_the_last_open_gate(backend):
     """Factors behind it are not read: even NaN there changes nothing."""
     inputs = make_inputs(choose(50, 2, 3), 3, ("up", "down"), ranks=48)
     mask_ER = jnp.broadcast_to(jnp.arange(48) < 16, (3, 48)).astype(jnp.float32)
@@ -288,7 +300,7 @@ def test_work_follows_the_last_open_gate():
             )
             for role, factors in inputs[-1].items()
         }
-        results.append(value_and_pull((*inputs[:-1], lora), dy, SPEC, "block"))
+        results.append(value_and_pull((*inputs[:-1], lora), dy, SPEC, backend))
     jax.tree.map(np.testing.assert_array_equal, *results)
 
 
@@ -348,7 +360,7 @@ def test_bfloat16_is_as_good_as_a_plain_dense_computation():
         return y_TD, pull(dy)
 
     plain = errors(*plain_and_pull(*inputs))
-    for backend in BACKENDS:
+    for backend in ("block", "dense"):
         got = errors(*value_and_pull(tuple(inputs), dy, SPEC, backend))
         assert all(g <= 1.5 * p for g, p in zip(got, plain, strict=True)), (got, plain)
 
@@ -391,16 +403,18 @@ def test_dropout_rate_and_scale(backend):
     np.testing.assert_allclose(run(None), full, rtol=1e-5)
 
 
-def test_dropout_is_the_same_in_both_backends():
+def test_dropout_is_the_same_in_all_backends():
     spec = SPEC._replace(dropout=0.25)
     inputs = make_inputs(choose(45, 2, 5), 5)
     dy, dropout = random_like(inputs[0]), Dropout(jax.random.key(3), 11 + 2 * jnp.arange(45))
-    block, dense = (value_and_pull(inputs, dy, spec, name, dropout) for name in BACKENDS)
-    for one, other in zip(jax.tree.leaves(block), jax.tree.leaves(dense), strict=True):
-        assert relative_error(one, other) <= 1e-5
+    dense = value_and_pull(inputs, dy, spec, "dense", dropout)
+    for backend in REPEATING:
+        got = value_and_pull(inputs, dy, spec, backend, dropout)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(dense), strict=True):
+            assert relative_error(one, other) <= 1e-5
     other = Dropout(jax.random.key(4), dropout.first_slot_T)
     other_key, _ = value_and_pull(inputs, dy, spec, "dense", other)
-    assert relative_error(other_key, block[0]) > 0.01
+    assert relative_error(other_key, dense[0]) > 0.01
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -439,29 +453,34 @@ def test_block_backend_has_no_ragged_dot_and_no_dense_expansion():
     assert f"[{experts},{tokens}," not in text and f"[{tokens},{experts}," not in text
 
 
-def test_what_a_policy_may_keep(capsys):
+@pytest.mark.parametrize("backend", REPEATING)
+def test_what_a_policy_may_keep(backend, capsys):
     """The pre-activations of all slots have a name, unless the backward pass repeats them."""
     inputs = make_inputs(choose(40, 2, 3), 3)
 
     def saved(spec, **options):
         def run(x_TD):
-            return jnp.sum(expert_mlp(x_TD, *inputs[1:], spec, backend="block", **options))
+            return jnp.sum(expert_mlp(x_TD, *inputs[1:], spec, backend=backend, **options))
 
         policy = jax.checkpoint_policies.save_only_these_names("moe_gu")
         print_saved_residuals(jax.checkpoint(run, policy=policy), inputs[0])
         lines = capsys.readouterr().out.splitlines()
         return [line.split()[0] for line in lines if "moe_gu" in line]
 
-    rows = 40 * 2 + grouped_block.block_rows(40 * 2, 3)[1]
+    tail = grouped_block.block_rows(40 * 2, 3)[1] if backend == "block" else 0
+    rows = 40 * 2 + tail
     assert saved(SPEC) == [f"f32[{rows},{inputs[3].shape[2]}]"]
     assert saved(SPEC._replace(repeats=True)) == []
     assert saved(SPEC, keeps_hidden=False) == []
 
 
-def test_auto_is_block_on_cpu():
+def test_auto_is_native_on_cpu_or_block():
     inputs = make_inputs(choose(9, 2, 3), 3)
-    auto = expert_mlp(*inputs, SPEC)
-    np.testing.assert_array_equal(auto, expert_mlp(*inputs, SPEC, backend="block"))
+    for spec, backend in ((SPEC, "native"), (TRAINED, "block")):
+        auto = expert_mlp(*inputs, spec)
+        np.testing.assert_array_equal(auto, expert_mlp(*inputs, spec, backend=backend))
+    with pytest.raises(ValueError, match="native: its kernels have no gradients of the base"):
+        expert_mlp(*inputs, TRAINED, backend="native")
 
 
 @pytest.mark.parametrize("num_experts", [7, 2**28])  # packed into one number, and as pairs

@@ -148,12 +148,12 @@ def tiny_run():
     return build
 
 
-@pytest.mark.parametrize("experts", ["auto", "block", "dense"])
+@pytest.mark.parametrize("experts", ["auto", "native", "block", "dense"])
 def test_a_choice_is_taken_and_logged(tiny_run, experts):
-    run, chosen = tiny_run(f"model.experts={experts}"), experts.replace("auto", "block")
+    run, chosen = tiny_run(f"model.experts={experts}"), experts.replace("auto", "native")
     assert run.backends.startswith(f"computed    experts {chosen}; attention")
     assert run.model.options.ops.expert_mlp.keywords["backend"] == chosen
-    assert run.model.options.ops.reads_stacks == (chosen == "block")
+    assert run.model.options.ops.reads_stacks == (chosen != "dense")
 
 
 def test_choices_by_platform(monkeypatch):
@@ -166,7 +166,9 @@ def test_choices_by_platform(monkeypatch):
     assert cannot("ragged", "gpu", fused, bf16) is None
     assert not any(cannot("dense", platform, {}, bf16) for platform in ("cpu", "gpu", "tpu"))
     assert "for bfloat16 on gpu it is no kernel" in cannot("ragged", "gpu", {}, bf16)
-    assert "for CPUs, not for tpu" in cannot("block", "tpu", {}, bf16)
+    for experts in ("native", "block"):
+        assert "for CPUs, not for tpu" in cannot(experts, "tpu", {}, bf16)
+    assert "in float32, not in bfloat16" in cannot("native", "cpu", {}, bf16)
     monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: True)
     assert cannot("tokamax", "tpu", {}, bf16, Device("tpu", "TPU v5 lite")) is None
     assert "v5 and later" in cannot("tokamax", "tpu", {}, bf16, Device("tpu", "TPU v4"))

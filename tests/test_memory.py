@@ -28,7 +28,9 @@ def build(remat, *overrides):
 @pytest.mark.parametrize(
     "remat, rows, experts",
     [
-        ("selective", 4, "block"),  # as shipped
+        ("selective", 4, "native"),  # as shipped
+        ("full", 16, "native"),
+        ("selective", 4, "block"),
         ("full", 4, "block"),
         ("selective", 16, "block"),
         ("full", 48, "block"),

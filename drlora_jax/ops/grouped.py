@@ -78,11 +78,12 @@ def expert_mlp(
       y_TD in the dtype of x_TD.
     """
     platform = platform or jax.default_backend()
-    reason = grouped_native.cannot(x_TD.dtype, spec.base_grad)
-    if backend == "auto":
-        on_cpu = "native" if reason is None else "block"
-        backend = on_cpu if platform == "cpu" else "dense"
-    elif backend == "native" and reason:
+    if backend == "auto" and platform == "cpu":
+        reason = grouped_native.cannot(x_TD.dtype, spec.base_grad)
+        backend = "native" if reason is None else "block"
+    elif backend == "auto":
+        backend = "dense"
+    elif backend == "native" and (reason := grouped_native.cannot(x_TD.dtype, spec.base_grad)):
         raise ValueError(f"expert backend native: {reason}.")
     if not spec.base_grad:
         w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))

@@ -72,9 +72,7 @@ def drop(x_BD, slots_B, role: str, spec: ExpertSpec, dropout: Dropout):
     """Dropout of rows by their slot numbers; being linear, it is its own pullback."""
     if spec.dropout == 0.0:
         return x_BD
-    row_seed, column_seed = jax.random.bits(
-        _role_key(dropout, ROLES.index(role)), (2,), jnp.uint32
-    )
+    row_seed, column_seed = jax.random.bits(_role_key(dropout, ROLES.index(role)), (2,), jnp.uint32)
     # A counter hash of (slot, column): jax.random inside the block loop takes twice as long to
     # compile, and a draw by block would depend on how the tokens are sorted.
     row_B = _hash(slots_B.astype(jnp.uint32) ^ row_seed)

@@ -16,6 +16,7 @@ from tiny import OLMOE, write_rows, write_tiny_model
 
 from drlora_jax import cli, prepare, train
 from drlora_jax.models.transformer import abstract_params
+from drlora_jax.ops.native import library
 
 CONFIG = """
 from drlora_jax.config import *
@@ -82,6 +83,7 @@ def arguments(case: Case) -> list[str]:
 
 def run_command(folder: pathlib.Path, argv: list[str], around=None) -> Outcome:
     """`python -m drlora_jax.train` in this process, its end and what it did."""
+    library.why_not()  # the compiler is not run by what a case brings
     before, arrays = _state_of(folder), len(jax.live_arrays())
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:

@@ -23,7 +23,9 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int kRoles = 4, kDown = 3;  // gate, up, gate_up, down
-constexpr int64_t kChunk = 512;       // rows of an expert that are worked on together
+// Rows of an expert that are worked on together: as many as a core's memory is for, within bounds.
+constexpr int64_t kMostRows = 512, kFewestRows = 96;
+constexpr int64_t kCoreMemory = 8 << 20;  // floats
 
 int64_t padded(int64_t width) { return round_up(width, kPanel) + kPanel; }
 
@@ -151,13 +153,13 @@ struct Chunk {
 };
 
 template <typename Visit>
-void each_chunk(const Problem& problem, int64_t part, const Visit& visit) {
+void each_chunk(const Problem& problem, int64_t part, int64_t most_rows, const Visit& visit) {
   int64_t at = problem.part_start(part);
   const int64_t end = problem.part_start(part + 1);
   for (int64_t e = 0; e < problem.experts; ++e) {
     const int64_t stop = std::min(end, problem.start[e + 1]);
     if (at >= stop) continue;
-    const int64_t chunks = (stop - at + kChunk - 1) / kChunk, rows = stop - at;
+    const int64_t chunks = (stop - at + most_rows - 1) / most_rows, rows = stop - at;
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t from = at + rows * c / chunks;
       visit(Chunk{e, from, at + rows * (c + 1) / chunks - from});
@@ -166,9 +168,10 @@ void each_chunk(const Problem& problem, int64_t part, const Visit& visit) {
   }
 }
 
-// What a core works in: arrays of up to kChunk rows, kept from one call to the next.
+// What a core works in: arrays of up to `most_rows`, kept from one call to the next.
 struct Workspace {
   std::vector<float> memory;
+  int64_t most_rows;
   float *x, *dy, *gate_up, *d_gate_up, *hidden, *d_hidden, *z[kRoles], *dz[kRoles];
   float* dropped;  // as wide as x or as h
   int64_t x_stride, gate_up_stride, hidden_stride, dropped_stride, z_stride[kRoles];
@@ -184,9 +187,12 @@ struct Workspace {
       z_stride[r] = round_up(problem.roles[r].ranks, kLanes);
       wanted += 2 * z_stride[r];
     }
-    if (static_cast<int64_t>(memory.size()) < wanted * kChunk) memory.resize(wanted * kChunk);
+    most_rows = std::clamp(kCoreMemory / wanted, kFewestRows, kMostRows);
+    if (static_cast<int64_t>(memory.size()) < wanted * most_rows) {
+      memory.resize(wanted * most_rows);
+    }
     float* next = memory.data();
-    const auto take = [&](int64_t stride) { return std::exchange(next, next + stride * kChunk); };
+    const auto take = [&](int64_t stride) { return std::exchange(next, next + stride * most_rows); };
     x = take(x_stride);
     dy = take(x_stride);
     gate_up = take(gate_up_stride);
@@ -198,7 +204,7 @@ struct Workspace {
       z[r] = take(z_stride[r]);
       dz[r] = take(z_stride[r]);
     }
-    rows.resize(kChunk);
+    rows.resize(most_rows);
   }
 
   static Workspace& of_this_thread(const Problem& problem) {
@@ -344,7 +350,7 @@ void forward(Problem& problem, ffi::ThreadPool& pool, float* y, float* kept, flo
   parallel(pool, problem.parts, [&](int64_t part) {
     Workspace& work = Workspace::of_this_thread(problem);
     float* own = sums_of(problem, part, y, sums);
-    each_chunk(problem, part, [&](const Chunk& chunk) {
+    each_chunk(problem, part, work.most_rows, [&](const Chunk& chunk) {
       gather(problem, chunk, problem.x, work.x, work.x_stride);
       Out gate_up = {work.gate_up, work.gate_up_stride};
       if (kept != nullptr) {
@@ -480,7 +486,7 @@ void backward(Problem& problem, ffi::ThreadPool& pool, const float* dy, const fl
     Workspace& work = Workspace::of_this_thread(problem);
     float* own = sums_of(problem, part, dx, sums);
     const int64_t shared = problem.shared_expert(part), hidden = problem.hidden;
-    each_chunk(problem, part, [&](const Chunk& chunk) {
+    each_chunk(problem, part, work.most_rows, [&](const Chunk& chunk) {
       RoleGradients of[kRoles];
       if (chunk.expert == shared) {
         partial_of(part, of);

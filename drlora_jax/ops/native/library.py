@@ -2,15 +2,18 @@
 first used, for its own instructions, and kept in the user's cache directory.
 
 A machine without a compiler computes with XLA's operations alone; nothing else depends on this.
+CXX and CXXFLAGS are respected.
 """
 
 import concurrent.futures
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +25,7 @@ SOURCES = ("matmul.cc", "experts.cc", "attention.cc")
 TARGETS = ("ExpertsForward", "ExpertsBackward", "AttentionForward", "AttentionBackward")
 COMPILERS = ("c++", "g++", "clang++")
 LONGEST_BUILD = 300  # seconds
-MOST_PARTS = 16  # each takes memory for a sum of its own over all tokens
+MOST_PARTS = 16  # each takes memory for sums of its own over all tokens
 
 
 def why_not() -> str | None:
@@ -39,55 +42,58 @@ def target(name: str) -> str:
 
 @functools.cache
 def parts() -> int:
-    """Into how many parts work is divided; results depend on it. Not above the cores there are."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    """Into how many parts work is divided: as many as this process has cores, within bounds. The
+    last digits of results depend on it.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return min(cores, MOST_PARTS)
 
 
 @functools.cache
 def _registered() -> tuple[str, str | None]:
     """(key of the build, why there is none)."""
+    wanted = os.environ.get("CXX")
     compiler = _compiler()
     if compiler is None:
-        return "", f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names)"
+        looked_for = f"CXX={wanted}" if wanted else ", ".join(COMPILERS)
+        return "", f"no C++ compiler was found ({looked_for})"
     try:
         command = _command(compiler)
         key = _key(command)
         library = ctypes.CDLL(str(_built(command, key)))
-        for name in TARGETS:
-            function = jax.ffi.pycapsule(getattr(library, f"Drlora{name}"))
-            jax.ffi.register_ffi_target(f"drlora_{name}_{key}", function, platform="cpu")
     except (OSError, subprocess.SubprocessError) as error:
-        lines = getattr(error, "stderr", None) or str(error)
-        return "", f"{compiler} does not build them: {' '.join(lines.split())[:300]}"
+        said = getattr(error, "stderr", None) or str(error)
+        return "", f"{compiler[0]} does not build them: {' '.join(said.split())[:300]}"
+    for name in TARGETS:
+        function = jax.ffi.pycapsule(getattr(library, f"Drlora{name}"))
+        jax.ffi.register_ffi_target(f"drlora_{name}_{key}", function, platform="cpu")
     return key, None
 
 
-def _compiler() -> str | None:
-    wanted = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [wanted] if wanted else COMPILERS)), None)
+def _compiler() -> list[str] | None:
+    """The command that CXX names, or the first that is there."""
+    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else None
+    candidates = candidates or [[name] for name in COMPILERS]
+    return next((command for command in candidates if shutil.which(command[0])), None)
 
 
-def _command(compiler: str) -> list[str]:
+def _command(compiler: list[str]) -> list[str]:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     machine = "-march=native" if is_x86 else "-mcpu=native"
     options = ["-std=c++17", "-O3", machine, "-ffp-contract=fast", "-fPIC", "-pthread"]
-    # Not warned about: jaxlib's header is its own affair.
-    return [compiler, *options, "-w", "-isystem", jax.ffi.include_dir()]
+    options += shlex.split(os.environ.get("CXXFLAGS", ""))
+    # No warnings: a user could do nothing about them.
+    return [*compiler, *options, "-w", "-isystem", jax.ffi.include_dir()]
 
 
 def _key(command: list[str]) -> str:
-    """Of everything that the built file depends on: code, compiler, jaxlib's interface, processor."""
+    """Of all that the built file depends on: code, compiler, jaxlib's interface, processor."""
     digest = hashlib.sha256()
     for path in sorted(FOLDER.glob("*.h")) + [FOLDER / name for name in SOURCES]:
         digest.update(path.read_bytes())
-    version = subprocess.run(
-        [command[0], "--version"], capture_output=True, text=True, check=True, timeout=LONGEST_BUILD
-    ).stdout
-    for text in (*command, version, jax.lib.__version__, *_processor()):
+    version = _run([command[0], "--version"])
+    for text in (*command, version, importlib.metadata.version("jaxlib"), *_processor()):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -99,7 +105,7 @@ def _processor() -> list[str]:
         return [platform.machine(), platform.processor()]
     names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
     lines = info.read_text().splitlines()
-    return sorted({line for line in lines if line.split("\t")[0].split(":")[0].strip() in names})
+    return sorted({line for line in lines if line.partition(":")[0].strip() in names})
 
 
 def _built(command: list[str], key: str) -> pathlib.Path:
@@ -127,14 +133,17 @@ def _built(command: list[str], key: str) -> pathlib.Path:
 
 def _build(command: list[str], made: pathlib.Path) -> None:
     """Compiles the sources side by side and links them."""
-
-    def run(*arguments: str) -> None:
-        subprocess.run(
-            [*command, *arguments], check=True, capture_output=True, text=True, timeout=LONGEST_BUILD
-        )
-
     objects = [str(made.with_name(f"{name}.o")) for name in SOURCES]
+    steps = [
+        [*command, "-c", str(FOLDER / name), "-o", out]
+        for name, out in zip(SOURCES, objects, strict=True)
+    ]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = zip(SOURCES, objects, strict=True)
-        list(pool.map(lambda job: run("-c", str(FOLDER / job[0]), "-o", job[1]), jobs))
-    run("-shared", *objects, "-o", str(made))
+        list(pool.map(_run, steps))
+    _run([*command, "-shared", *objects, "-o", str(made)])
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD
+    ).stdout

@@ -1,0 +1,217 @@
+"""The compiled kernels of the CPU: how they are built and kept, and what they do at their edges.
+
+That they compute what the other backends compute is in test_grouped.py and test_attention.py.
+"""
+
+import functools
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import CASES as ATTENTION_CASES
+from test_attention import SEGMENTS, loop_attention
+from test_attention import make_inputs as attention_inputs
+from test_attention import run as attend
+from test_grouped import (
+    SPEC,
+    choose,
+    groups,
+    make_inputs,
+    random_like,
+    reference,
+    relative_error,
+    value_and_pull,
+)
+
+from drlora_jax.ops.grouped import expert_mlp
+from drlora_jax.ops.grouped_parts import Dropout
+from drlora_jax.ops.native import library
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def python(code: str, **environment) -> subprocess.CompletedProcess:
+    """A process of its own, which finds or builds the kernels anew."""
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# ---------------------------------------------------------------------------------------- building
+
+WHY_NOT = "from drlora_jax.ops.native import library; print(library.why_not())"
+CHOICES = """
+import jax.numpy as jnp
+from drlora_jax.ops.attention import Call, choose_backend
+from drlora_jax.ops.backends import cannot_compute_experts, expert_backend
+float32 = jnp.dtype(jnp.float32)
+print(expert_backend("cpu"), choose_backend("cpu", Call(512, 64, 64, float32)))
+print(cannot_compute_experts("native", "cpu", {}, float32))
+"""
+
+
+def test_built_once_and_kept(tmp_path):
+    """The second process finds what the first has built; other options are another library."""
+
+    def kept():
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")}
+
+    assert python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path)).stdout == "None\n"
+    first = kept()
+    assert len(first) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".so"]
+    # Nothing is compiled now: these commands would fail.
+    broken = tmp_path / "c++"
+    broken.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec {library._compiler()[0]} "$1"\nexit 1\n'
+    )
+    broken.chmod(0o700)
+    assert python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path)).stdout == "None\n"
+    assert kept() == first
+    assert (
+        "does not build them"
+        in python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path), CXX=str(broken)).stdout
+    )
+    assert python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path), CXXFLAGS="-DX").stdout == "None\n"
+    assert len(kept()) == 2
+
+
+@pytest.mark.parametrize("home", ["file", "missing"])
+def test_a_cache_that_can_not_be_written(tmp_path, home):
+    """The kernels are built for this process alone."""
+    place = tmp_path / "file"
+    place.write_text("")
+    result = python(WHY_NOT, XDG_CACHE_HOME=str(place if home == "file" else "/proc/nowhere"))
+    assert result.stdout == "None\n", result.stderr
+
+
+def test_without_a_compiler(tmp_path):
+    """XLA's operations do the work, and a run that asks for the kernels is told why not."""
+    result = python(CHOICES, XDG_CACHE_HOME=str(tmp_path), CXX="no-such-compiler")
+    assert result.stdout.splitlines() == [
+        "block chunked",
+        "no C++ compiler was found (CXX=no-such-compiler)",
+    ], result.stderr
+
+
+SAME_NUMBERS = """
+import test_native
+test_native.check_numbers()
+print("same")
+"""
+
+
+def check_numbers():
+    """Some of the cases of the other tests, in this process."""
+    assert library.why_not() is None, library.why_not()
+    for roles in (("gate_up", "down"), ("gate", "up", "down")):
+        inputs = make_inputs(groups(70, 0, 13, 1), 4, roles, width=37, hidden=70, ranks=18)
+        dy = random_like(inputs[0])
+        y, (dx, dp, *_, d_lora) = reference(inputs, np.asarray(dy, np.float64), "silu")
+        got_y, (got_dx, got_dp, *_, got_lora) = value_and_pull(inputs, dy, SPEC, "native")
+        pairs = zip(
+            jax.tree.leaves((got_y, got_dx, got_dp, got_lora)),
+            jax.tree.leaves((y, dx, dp, d_lora)),
+            strict=True,
+        )
+        assert all(relative_error(*pair) <= 1e-5 for pair in pairs)
+    for options in ATTENTION_CASES.values():
+        inputs = attention_inputs()
+        got = np.asarray(attend(*inputs, **options, backend="native"))
+        expected = loop_attention(*inputs, **options)
+        np.testing.assert_allclose(got[SEGMENTS > 0], expected[SEGMENTS > 0], atol=1e-5)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names processors of that family")
+@pytest.mark.parametrize("machine", ["x86-64", "haswell"])
+def test_other_processors(tmp_path, machine):
+    """Vectors of 4 and of 8; this machine's own are used in the other tests."""
+    flags = {"CXXFLAGS": f"-march={machine}", "XDG_CACHE_HOME": str(tmp_path)}
+    result = python(SAME_NUMBERS, **flags)
+    assert result.stdout == "same\n", result.stderr[-2000:]
+
+
+# --------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 16])
+def test_any_number_of_parts(monkeypatch, parts):
+    """Also more than there are slots, and experts that several parts share."""
+    monkeypatch.setattr(library, "parts", lambda: parts)
+    cases = (groups(0, 50, 0, 7), groups(90), groups(1, 1, 1), choose(40, 4, 6))
+    for expert_TK in cases:
+        inputs = make_inputs(expert_TK, int(expert_TK.max()) + 1, ("gate_up", "down"))
+        dy = random_like(inputs[0])
+        y, (dx, dp, *_, d_lora) = reference(inputs, np.asarray(dy, np.float64), "silu")
+        # Not the compiled function of another number of parts.
+        run = jax.jit(functools.partial(value_and_pull.__wrapped__, spec=SPEC, backend="native"))
+        got_y, (got_dx, got_dp, *_, got_lora) = run(inputs, dy)
+        for got, expected in zip(
+            jax.tree.leaves((got_y, got_dx, got_dp, got_lora)),
+            jax.tree.leaves((y, dx, dp, d_lora)),
+            strict=True,
+        ):
+            assert relative_error(got, expected) <= 1e-5
+
+
+def test_results_do_not_depend_on_which_thread_was_faster():
+    inputs = make_inputs(choose(300, 4, 9), 9, width=40, hidden=24)
+    dy = random_like(inputs[0])
+    first = value_and_pull(inputs, dy, SPEC, "native")
+    for _ in range(20):
+        again = value_and_pull(inputs, dy, SPEC, "native")
+        jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_many_rows_of_wide_experts():
+    """More rows than are worked on together, products deeper and wider than a packed panel."""
+    inputs = make_inputs(groups(1100, 3), 2, ("gate_up", "down"), width=1100, hidden=530, ranks=20)
+    dy, dropout = random_like(inputs[0]), Dropout(jax.random.key(1))
+    for spec in (SPEC, SPEC._replace(dropout=0.2)):
+        dense, native = (
+            value_and_pull(inputs, dy, spec, name, dropout) for name in ("dense", "native")
+        )
+        for got, expected in zip(jax.tree.leaves(native), jax.tree.leaves(dense), strict=True):
+            assert relative_error(got, expected) <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def test_what_is_no_number_stays_none():
+    """A loss that is no number has to be seen, not to become one."""
+    inputs = list(make_inputs(choose(40, 2, 3), 3))
+    inputs[0] = inputs[0].at[5, 2].set(jnp.nan)
+    y_TD, (dx_TD, *_) = value_and_pull(tuple(inputs), random_like(inputs[0]), SPEC, "native")
+    for array in (np.asarray(y_TD), np.asarray(dx_TD)):
+        assert np.isnan(array[5]).all() and np.isfinite(np.delete(array, 5, axis=0)).all()
+    q, k, v = attention_inputs()
+    out = np.array(attend(q.at[1, 3, 0, 1].set(jnp.nan), k, v, backend="native"))
+    assert np.isnan(out[1, 3, 0]).all()
+    out[1, 3, 0] = 0
+    assert np.isfinite(out[SEGMENTS > 0]).all()
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_over_their_whole_range(activation):
+    """One token a value, through a model that is the activation: gate x, up and down one."""
+    values = np.concatenate([-np.geomspace(1e-6, 300, 400), [0], np.geomspace(1e-6, 300, 400)])
+    x_TD = jnp.asarray(np.stack([values, np.ones_like(values)], axis=1), jnp.float32)
+    gate_up = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]]])
+    down = jnp.asarray([[[1.0, 0.0]]])
+    one = (jnp.zeros((len(values), 1), jnp.int32), jnp.ones((len(values), 1)))
+    spec = SPEC._replace(activation=activation)
+    got = expert_mlp(x_TD, *one, gate_up, down, {}, spec, backend="native")[:, 0]
+    exact = np.asarray(x_TD[:, 0], np.float64)
+    if activation == "silu":
+        exact = exact / (1 + np.exp(-exact))
+    else:
+        inner = np.sqrt(2 / np.pi) * (exact + 0.044715 * exact**3)
+        exact = 0.5 * exact * (1 + np.tanh(inner))
+    np.testing.assert_allclose(got, exact, rtol=2e-6, atol=3e-7)
