@@ -1,8 +1,9 @@
 // Causal attention over packed rows, forward and backward, in float32.
 //
-// A block of queries meets the keys from the first one that its documents or its window can reach up
-// to its own last one: scores of a block lie in cache, a row's never exist at once. A task is one
-// head of one row, backward one key-value head with all its query heads, so sums have one order.
+// A block of queries meets the keys from the first one that its documents or its window can reach
+// up to its own last one: scores of a block lie in cache, a row's never exist at once. A task is
+// one head of one row, backward one key-value head with all its query heads, so sums have one
+// order.
 //
 // Equations are those of ops/attention_chunked.py. B rows, T positions, N heads, G key-value heads.
 
@@ -18,8 +19,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kBlock = 48;        // queries
-constexpr float kUnseen = -1e30f;     // a score
+constexpr int64_t kBlock = 48;     // queries
+constexpr float kUnseen = -1e30f;  // a score
 
 struct Attention {
   int64_t rows, length, heads, groups, head_width, value_width;
@@ -289,8 +290,20 @@ using Result = ffi::ResultBuffer<ffi::F32>;
 Attention problem_of(const Floats& q, const Floats& k, const Floats& v, const Ints& segments,
                      const Ints& positions, float scale, float cap, int64_t window) {
   const auto sizes = q.dimensions(), kv = v.dimensions();
-  return {sizes[0], sizes[1], sizes[2], kv[2], sizes[3], kv[3], q.typed_data(), k.typed_data(),
-          v.typed_data(), segments.typed_data(), positions.typed_data(), scale, cap, window};
+  return {sizes[0],
+          sizes[1],
+          sizes[2],
+          kv[2],
+          sizes[3],
+          kv[3],
+          q.typed_data(),
+          k.typed_data(),
+          v.typed_data(),
+          segments.typed_data(),
+          positions.typed_data(),
+          scale,
+          cap,
+          window};
 }
 
 ffi::Error run_forward(ffi::ThreadPool pool, Floats q, Floats k, Floats v, Ints segments,

@@ -1,11 +1,11 @@
 // Gated expert MLPs with low-rank factors, forward and backward, for frozen float32 weights.
 //
-// Slots (a token and one of its experts) are sorted by expert. Every part, one a core, gets an equal
-// stretch of them, and takes its experts one after another: the rows of an expert are gathered,
-// multiplied with weights and active ranks as they lie in the stacks, and added to the part's own
-// sums over experts. So there are no filling rows, skew costs nothing, cost follows the active ranks,
-// and results depend on the number of parts only. An expert that parts share has partial gradients,
-// which are added up in the order of the parts.
+// Slots (a token and one of its experts) are sorted by expert. Every part, one a core, gets an
+// equal stretch of them, and takes its experts one after another: the rows of an expert are
+// gathered, multiplied with weights and active ranks as they lie in the stacks, and added to the
+// part's own sums over experts. So there are no filling rows, skew costs nothing, cost follows the
+// active ranks, and results depend on the number of parts only. An expert that parts share has
+// partial gradients, which are added up in the order of the parts.
 //
 // Equations and letters are those of ops/grouped.py and ops/grouped_block.py.
 
@@ -129,6 +129,17 @@ struct Problem {
     }
   }
 
+  // Weights of an expert as right operands. Those behind the last are never multiplied with, but
+  // may be asked for as what comes next.
+  Right gate_up_of(int64_t e, int64_t half, bool is_transposed) const {
+    const int64_t stride = 2 * hidden;
+    return {gate_up + std::min(e, experts - 1) * width * stride + half * hidden, stride,
+            is_transposed};
+  }
+  Right down_of(int64_t e, bool is_transposed) const {
+    return {down + std::min(e, experts - 1) * hidden * width, width, is_transposed};
+  }
+
   int64_t part_start(int64_t part) const { return start[experts] * part / parts; }
 
   // Of the expert of a part's first slot that began in a part before; -1: none.
@@ -192,7 +203,9 @@ struct Workspace {
       memory.resize(wanted * most_rows);
     }
     float* next = memory.data();
-    const auto take = [&](int64_t stride) { return std::exchange(next, next + stride * most_rows); };
+    const auto take = [&](int64_t stride) {
+      return std::exchange(next, next + stride * most_rows);
+    };
     x = take(x_stride);
     dy = take(x_stride);
     gate_up = take(gate_up_stride);
@@ -291,31 +304,40 @@ void pre_activations(const Problem& problem, const Chunk& chunk, Workspace& work
   for (int r = 0; r < kDown; ++r) {
     open_low_rank(problem, chunk, r, work.x, work.x_stride, work);
   }
-  const int64_t hidden = problem.hidden, both = 2 * hidden;
-  const float* weights = problem.gate_up + chunk.expert * problem.width * both;
+  const int64_t hidden = problem.hidden, e = chunk.expert;
   for (int half = 0; half < 2; ++half) {
-    Term terms[3] = {{{work.x, work.x_stride}, {weights + half * hidden, both}, problem.width}};
+    const Right weights = problem.gate_up_of(e, half, false);
+    Term terms[3] = {{{work.x, work.x_stride}, weights, problem.width}};
     int count = 1;
     for (int r : {half, 2}) {
       const Role& role = problem.roles[r];
       const float* b = role.b_of(chunk.expert) + (r == 2 ? half * hidden : 0);
       terms[count++] = {{work.z[r], work.z_stride[r]}, {b, role.out}, role.active(chunk.expert)};
     }
-    multiply(chunk.rows, hidden, terms, count, {out.data + half * hidden, out.stride}, false);
+    const Next up = {problem.gate_up_of(e, 1, false), problem.width, hidden};
+    const Next down = {problem.down_of(e, false), hidden, problem.width};
+    multiply(chunk.rows, hidden, terms, count, {out.data + half * hidden, out.stride}, false,
+             half == 0 ? up : down);
   }
 }
 
-// h = act(gate) * up * p.
+// h = act(gate) * up * p. With `keeps` the act and its slope are left where d[gate | up] will be.
 void hide(const Problem& problem, const Chunk& chunk, const float* gate_up, int64_t stride,
-          Workspace& work) {
+          bool keeps, Workspace& work) {
   const int64_t hidden = problem.hidden;
   for (int64_t row = 0; row < chunk.rows; ++row) {
     const float p = problem.weight[problem.order[chunk.first + row]];
     const float* from = gate_up + row * stride;
     float* to = work.hidden + row * work.hidden_stride;
+    float* kept = work.d_gate_up + row * work.gate_up_stride;
     for (int64_t at = 0; at < hidden; at += kLanes) {
-      const Vec up = load_some(from + hidden + at, hidden - at);
-      store(to + at, activate(load_some(from + at, hidden - at), problem.is_gelu).value * up * p);
+      const int64_t some = hidden - at;
+      const Activated gate = activate(load_some(from + at, some), problem.is_gelu);
+      store(to + at, gate.value * load_some(from + hidden + at, some) * p);
+      if (keeps) {
+        store_some(kept + at, gate.value, some);
+        store_some(kept + hidden + at, gate.slope, some);
+      }
     }
   }
 }
@@ -357,17 +379,18 @@ void forward(Problem& problem, ffi::ThreadPool& pool, float* y, float* kept, flo
         gate_up = {kept + chunk.first * 2 * problem.hidden, 2 * problem.hidden};
       }
       pre_activations(problem, chunk, work, gate_up);
-      hide(problem, chunk, gate_up.data, gate_up.stride, work);
+      hide(problem, chunk, gate_up.data, gate_up.stride, false, work);
       open_low_rank(problem, chunk, kDown, work.hidden, work.hidden_stride, work);
       const Role& role = problem.roles[kDown];
       const Term terms[] = {
-          {{work.hidden, work.hidden_stride},
-           {problem.down + chunk.expert * problem.hidden * problem.width, problem.width},
-           problem.hidden},
+          {{work.hidden, work.hidden_stride}, problem.down_of(chunk.expert, false), problem.hidden},
           {{work.z[kDown], work.z_stride[kDown]},
            {role.b_of(chunk.expert), role.out},
            role.active(chunk.expert)}};
-      multiply(chunk.rows, problem.width, terms, 2, at_tokens(problem, chunk, own, work), true);
+      const Next next = {problem.gate_up_of(chunk.expert + 1, 0, false), problem.width,
+                         problem.hidden};
+      multiply(chunk.rows, problem.width, terms, 2, at_tokens(problem, chunk, own, work), true,
+               next);
     });
   });
   add_parts(problem, pool, y, sums);
@@ -406,8 +429,7 @@ void pull_low_rank(const Problem& problem, const Chunk& chunk, int r, const floa
 
 // What A sends back to the input of a role's factors, as a term of the product with the base; with
 // dropout it is added to `out` here, and the term is empty.
-Term sent_back(const Problem& problem, const Chunk& chunk, int r, const Out& out,
-               Workspace& work) {
+Term sent_back(const Problem& problem, const Chunk& chunk, int r, const Out& out, Workspace& work) {
   const Role& role = problem.roles[r];
   const Term term = {{work.dz[r], work.z_stride[r]},
                      {role.a_of(chunk.expert), role.in},
@@ -423,24 +445,24 @@ Term sent_back(const Problem& problem, const Chunk& chunk, int r, const Out& out
   return {term.left, term.right, 0};
 }
 
-// From dh: d[gate | up] and d p.
+// From dh, the act and its slope: d[gate | up] and d p.
 void pull_hidden(const Problem& problem, const Chunk& chunk, const float* gate_up, int64_t stride,
                  float* d_weight, Workspace& work) {
   const int64_t hidden = problem.hidden;
   for (int64_t row = 0; row < chunk.rows; ++row) {
     const int32_t slot = problem.order[chunk.first + row];
     const float p = problem.weight[slot];
-    const float* from = gate_up + row * stride;
+    const float* up_of = gate_up + row * stride + hidden;
     const float* dh = work.d_hidden + row * work.hidden_stride;
     float* to = work.d_gate_up + row * work.gate_up_stride;
     Vec d_p = {};
     for (int64_t at = 0; at < hidden; at += kLanes) {
       const int64_t some = hidden - at;
-      const Activated gate = activate(load_some(from + at, some), problem.is_gelu);
-      const Vec up = load_some(from + hidden + at, some), back = load_some(dh + at, some);
-      d_p += back * gate.value * up;
-      store_some(to + at, back * up * p * gate.slope, some);
-      store_some(to + hidden + at, back * gate.value * p, some);
+      const Vec act = load_some(to + at, some), slope = load_some(to + hidden + at, some);
+      const Vec up = load_some(up_of + at, some), back = load_some(dh + at, some);
+      d_p += back * act * up;
+      store_some(to + at, back * up * p * slope, some);
+      store_some(to + hidden + at, back * act * p, some);
     }
     d_weight[slot] = sum(d_p);
   }
@@ -469,8 +491,7 @@ void backward(Problem& problem, ffi::ThreadPool& pool, const float* dy, const fl
     for (int r = 0; r < kRoles; ++r) {
       const Role& role = problem.roles[r];
       const int64_t first = expert * role.ranks;
-      of[r] = {grads[r][0] + first * role.in, grads[r][1] + first * role.out,
-               grads[r][2] + first};
+      of[r] = {grads[r][0] + first * role.in, grads[r][1] + first * role.out, grads[r][2] + first};
     }
   };
   const auto partial_of = [&](int64_t part, RoleGradients* of) {
@@ -503,30 +524,30 @@ void backward(Problem& problem, ffi::ThreadPool& pool, const float* dy, const fl
       } else {
         pre_activations(problem, chunk, work, {work.gate_up, work.gate_up_stride});
       }
-      hide(problem, chunk, gate_up, stride, work);
+      hide(problem, chunk, gate_up, stride, true, work);
       pull_low_rank(problem, chunk, kDown, work.hidden, work.hidden_stride, work.dy, work.x_stride,
                     of[kDown], work);
-      const float* down = problem.down + chunk.expert * hidden * problem.width;
       const Out d_hidden = {work.d_hidden, work.hidden_stride};
       const bool is_added = problem.dropout.is_on;
       if (is_added) {
         std::memset(work.d_hidden, 0, chunk.rows * work.hidden_stride * sizeof(float));
       }
       const Term to_hidden[] = {
-          {{work.dy, work.x_stride}, {down, problem.width, true}, problem.width},
+          {{work.dy, work.x_stride}, problem.down_of(chunk.expert, true), problem.width},
           sent_back(problem, chunk, kDown, d_hidden, work)};
-      multiply(chunk.rows, hidden, to_hidden, 2, d_hidden, is_added);
+      const Right gate_up_weights = problem.gate_up_of(chunk.expert, 0, true);
+      multiply(chunk.rows, hidden, to_hidden, 2, d_hidden, is_added,
+               {gate_up_weights, 2 * hidden, problem.width});
       pull_hidden(problem, chunk, gate_up, stride, d_weight, work);
-      const float* weights = problem.gate_up + chunk.expert * problem.width * 2 * hidden;
       const Out d_x = at_tokens(problem, chunk, own, work);
-      Term to_x[1 + kDown] = {
-          {{work.d_gate_up, work.gate_up_stride}, {weights, 2 * hidden, true}, 2 * hidden}};
+      Term to_x[1 + kDown] = {{{work.d_gate_up, work.gate_up_stride}, gate_up_weights, 2 * hidden}};
       for (int r = 0; r < kDown; ++r) {
         pull_low_rank(problem, chunk, r, work.x, work.x_stride,
                       work.d_gate_up + (r == 1 ? hidden : 0), work.gate_up_stride, of[r], work);
         to_x[1 + r] = sent_back(problem, chunk, r, d_x, work);
       }
-      multiply(chunk.rows, problem.width, to_x, 1 + kDown, d_x, true);
+      multiply(chunk.rows, problem.width, to_x, 1 + kDown, d_x, true,
+               {problem.down_of(chunk.expert + 1, true), problem.width, hidden});
     });
   });
   add_parts(problem, pool, dx, sums);
@@ -588,9 +609,10 @@ Problem read(ffi::RemainingArgs& args, const Options& options) {
   problem.down = floats(4) + layer * matrix;
   problem.scale = options.scale;
   problem.is_gelu = options.is_gelu;
-  problem.dropout = {options.dropout > 0, static_cast<uint32_t>(std::nearbyint(options.dropout * 4294967296.0)),
-                     static_cast<float>(1.0 - options.dropout),
-                     data_of<const uint32_t>(buffer(6)), data_of<const int32_t>(buffer(7))};
+  problem.dropout = {options.dropout > 0,
+                     static_cast<uint32_t>(std::nearbyint(options.dropout * 4294967296.0)),
+                     static_cast<float>(1.0 - options.dropout), data_of<const uint32_t>(buffer(6)),
+                     data_of<const int32_t>(buffer(7))};
   for (int r = 0; r < kRoles; ++r) {
     const int at = kFactors + 3 * r;
     const auto a = buffer(at).dimensions(), b = buffer(at + 1).dimensions();
@@ -622,14 +644,14 @@ ffi::Error run_backward(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
 }  // namespace
 }  // namespace drlora
 
-#define DRLORA_BIND               \
-  xla::ffi::Ffi::Bind()           \
+#define DRLORA_BIND                \
+  xla::ffi::Ffi::Bind()            \
       .Ctx<xla::ffi::ThreadPool>() \
-      .RemainingArgs()            \
-      .RemainingRets()            \
-      .Attr<float>("scale")       \
-      .Attr<bool>("is_gelu")      \
-      .Attr<double>("dropout")    \
+      .RemainingArgs()             \
+      .RemainingRets()             \
+      .Attr<float>("scale")        \
+      .Attr<bool>("is_gelu")       \
+      .Attr<double>("dropout")     \
       .Attr<int64_t>("parts")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DrloraExpertsForward, drlora::run_forward, DRLORA_BIND);

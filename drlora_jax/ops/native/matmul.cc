@@ -8,6 +8,8 @@
 namespace drlora {
 namespace {
 
+constexpr int kThinRows = 12;  // of a tile that is one vector wide: as many sums as hide latencies
+
 // Lanes of `a` where bit `Step` of the lane is 0, else those of `b` (kHigh: the upper halves).
 template <int Step, bool kHigh, int... lane>
 inline Vec merge_lanes(Vec a, Vec b, std::integer_sequence<int, lane...>) {
@@ -46,7 +48,7 @@ void tile(const Segment* segments, int count, int64_t row, const float* panel, i
       Vec right[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) right[v] = load(panel + v * kLanes);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int i = 0; i < M; ++i) {
         const float value = kTransposed ? left[i] : left[i * ld];
 #pragma GCC unroll 4
@@ -84,25 +86,66 @@ constexpr Tile tile_of(int vectors) {
 
 template <bool kTransposed>
 Tile tile_of(int rows, int vectors) {
+  if (rows > kRows) return tile<kThinRows, 1, kTransposed>;
   switch (rows) {
-    case 1: return tile_of<kTransposed, 1>(vectors);
-    case 2: return tile_of<kTransposed, 2>(vectors);
-    case 3: return tile_of<kTransposed, 3>(vectors);
-    case 4: return tile_of<kTransposed, 4>(vectors);
-    case 5: return tile_of<kTransposed, 5>(vectors);
-    default: return tile_of<kTransposed, 6>(vectors);
+    case 1:
+      return tile_of<kTransposed, 1>(vectors);
+    case 2:
+      return tile_of<kTransposed, 2>(vectors);
+    case 3:
+      return tile_of<kTransposed, 3>(vectors);
+    case 4:
+      return tile_of<kTransposed, 4>(vectors);
+    case 5:
+      return tile_of<kTransposed, 5>(vectors);
+    default:
+      return tile_of<kTransposed, 6>(vectors);
   }
 }
+
+// What a panel is packed from, brought near while the one before is multiplied.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Right& right, int64_t depth, int64_t first, int64_t columns) : stride_(right.stride) {
+    const int64_t wide = std::min<int64_t>(kPanel, columns - first);
+    const int64_t deep = std::min<int64_t>(kDepth, depth);
+    next_ = right.data + first * (right.is_transposed ? right.stride : 1);
+    lines_ = (right.is_transposed ? deep : wide) / kLine;
+    rows_ = lines_ == 0 ? 0 : right.is_transposed ? wide : deep;
+  }
+  int64_t lines() const { return rows_ * lines_; }
+  void bring(int64_t count) {
+    for (; count > 0 && rows_ > 0; --count) {
+      __builtin_prefetch(next_ + line_ * kLine, 0, 2);
+      if (++line_ < lines_) continue;
+      line_ = 0;
+      next_ += stride_;
+      --rows_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;  // floats
+  const float* next_ = nullptr;         // row
+  int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0;
+};
 
 // All rows of one panel, packed or as it lies with `stride` between its rows.
 template <bool kTransposed>
 void multiply_panel(int64_t rows, const Segment* segments, int count, const float* panel,
-                    int64_t stride, const Out& out, int64_t first, int columns, bool adds) {
+                    int64_t stride, const Out& out, int64_t first, int columns, bool adds,
+                    Ahead ahead = {}) {
+  if (rows == 0) return;
+  const int64_t share = ahead.lines() * kRows / rows + 1;
   const int vectors = (columns + kLanes - 1) / kLanes;
-  float* at[kRows];
-  for (int64_t row = 0; row < rows; row += kRows) {
-    const int some = static_cast<int>(std::min<int64_t>(kRows, rows - row));
+  float* at[kThinRows];
+  int some = 0;
+  for (int64_t row = 0; row < rows; row += some) {
+    const bool is_thin = vectors == 1 && rows - row >= kThinRows;
+    some = is_thin ? kThinRows : static_cast<int>(std::min<int64_t>(kRows, rows - row));
     for (int i = 0; i < some; ++i) at[i] = out.row(row + i);
+    ahead.bring(share);
     tile_of<kTransposed>(some, vectors)(segments, count, row, panel, stride, at, first, columns,
                                         adds);
   }
@@ -116,8 +159,8 @@ inline float* panel_buffer() {
 
 }  // namespace
 
-void pack(const Right& right, int64_t start, int64_t depth, int64_t first, int columns,
-                 int width, float* panel) {
+void pack(const Right& right, int64_t start, int64_t depth, int64_t first, int columns, int width,
+          float* panel) {
   if (!right.is_transposed) {
     for (int64_t k = 0; k < depth; ++k) {
       const float* from = right.data + (start + k) * right.stride + first;
@@ -138,7 +181,8 @@ void pack(const Right& right, int64_t start, int64_t depth, int64_t first, int c
       for (; k + kLanes <= depth; k += kLanes) {
         Vec rows[kLanes];
 #pragma GCC unroll 16
-        for (int row = 0; row < kLanes; ++row) rows[row] = load(data + (at + row) * right.stride + k);
+        for (int row = 0; row < kLanes; ++row)
+          rows[row] = load(data + (at + row) * right.stride + k);
         transpose_steps<kLanes / 2>(rows);
 #pragma GCC unroll 16
         for (int row = 0; row < kLanes; ++row) store(panel + (k + row) * width + at, rows[row]);
@@ -153,7 +197,7 @@ void pack(const Right& right, int64_t start, int64_t depth, int64_t first, int c
 }
 
 void multiply(int64_t rows, int64_t columns, const Term* terms, int count, const Out& out,
-                     bool adds) {
+              bool adds, const Next& next) {
   if (rows == 0) return;
   float* panel = panel_buffer();
   for (int64_t first = 0; first < columns; first += kPanel) {
@@ -163,8 +207,12 @@ void multiply(int64_t rows, int64_t columns, const Term* terms, int count, const
     Segment segments[8];
     int filled = 0;
     int64_t depth = 0;
+    const int64_t after = first + kPanel;
+    const Ahead ahead = after < columns ? Ahead(terms[0].right, terms[0].depth, after, columns)
+                                        : Ahead(next.right, next.depth, 0, next.columns);
     const auto flush = [&] {
-      multiply_panel<false>(rows, segments, filled, panel, width, out, first, some, is_begun);
+      multiply_panel<false>(rows, segments, filled, panel, width, out, first, some, is_begun,
+                            ahead);
       is_begun = true;
       filled = 0;
       depth = 0;

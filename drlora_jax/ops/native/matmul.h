@@ -1,10 +1,10 @@
 // Matrix products of float32 on one core, for operands that stay in its cache.
 //
-// A product is computed in tiles of kRows x kPanel results that live in registers. The right operand
-// is copied panel by panel into the order in which tiles read it; the left one is read as it lies.
-// A product may have several terms, sum_i left_i right_i, whose sums never leave the registers: that
-// is how low-rank factors are added to the weights that they adapt. Every result is a sum over the
-// depth in order, so it does not depend on which rows are computed together.
+// A product is computed in tiles of kRows x kPanel results that live in registers. The right
+// operand is copied panel by panel into the order in which tiles read it; the left one is read as
+// it lies. A product may have several terms, sum_i left_i right_i, whose sums never leave the
+// registers: that is how low-rank factors are added to the weights that they adapt. Every result is
+// a sum over the depth in order, so it does not depend on which rows are computed together.
 
 #pragma once
 
@@ -58,12 +58,18 @@ struct Term {
   int64_t depth;
 };
 
+// The right operand of the product that follows, which is brought near meanwhile.
+struct Next {
+  Right right = {};
+  int64_t depth = 0, columns = 0;
+};
+
 // out[:, 0:columns] (+)= sum over terms of left [rows, depth] right [depth, columns].
 void multiply(int64_t rows, int64_t columns, const Term* terms, int count, const Out& out,
-              bool adds);
+              bool adds, const Next& next = {});
 
-// out [rows, columns] += left [depth, rows]^T right [depth, columns]. Rows of `right` may be read up
-// to the next multiple of kPanel columns.
+// out [rows, columns] += left [depth, rows]^T right [depth, columns]. Rows of `right` may be read
+// up to the next multiple of kPanel columns.
 void add_gram(int64_t rows, int64_t columns, int64_t depth, const Left& left, const Left& right,
               const Out& out);
 
