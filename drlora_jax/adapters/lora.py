@@ -17,6 +17,7 @@ LoRA Dropout (arXiv 2404.09610) leaves out columns of A and rows of B (inputs an
 update, never ranks), the same for all tokens of a micro-batch.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import flax.linen as nn
@@ -54,11 +55,38 @@ NO_ADAPTER = AdapterSpec()
 SMALLEST_NORM = 1e-15  # of a column with DoRA: one of zeros stays one
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def lora_delta(x_BTD: jax.Array, a_RD: jax.Array, b_RF: jax.Array, scale: float) -> jax.Array:
-    """s * (x A^T) B in the dtype of x."""
-    return ((x_BTD @ a_RD.astype(x_BTD.dtype).T) * scale).astype(x_BTD.dtype) @ b_RF.astype(
-        x_BTD.dtype
-    )
+    """s * (x A^T) B in the dtype of x; gradients of A and B are summed in f32."""
+    return _low_rank(x_BTD, a_RD, scale) @ b_RF.astype(x_BTD.dtype)
+
+
+def _low_rank(x_BTD, a_RD, scale: float):
+    return ((x_BTD @ a_RD.astype(x_BTD.dtype).T) * scale).astype(x_BTD.dtype)
+
+
+def _lora_delta_forward(x_BTD, a_RD, b_RF, scale):
+    z_BTR = _low_rank(x_BTD, a_RD, scale)
+    return z_BTR @ b_RF.astype(x_BTD.dtype), (x_BTD, z_BTR, a_RD, b_RF)
+
+
+def _lora_delta_backward(scale, saved, dy_BTF):
+    """Written out: what autodiff makes of it transposes the cotangent of all tokens for B's
+    gradient, which on CPU takes longer than the product.
+    """
+    x_BTD, z_BTR, a_RD, b_RF = saved
+    dz_BTR = _low_rank(dy_BTF, b_RF, scale)
+    tokens = tuple(range(x_BTD.ndim - 1))
+
+    def gram(left, right):
+        axes = (tokens, tokens)
+        return jnp.tensordot(left, right, axes, preferred_element_type=jnp.float32)
+
+    dx_BTD = dz_BTR @ a_RD.astype(dz_BTR.dtype)
+    return dx_BTD, gram(dz_BTR, x_BTD), gram(z_BTR, dy_BTF)
+
+
+lora_delta.defvjp(_lora_delta_forward, _lora_delta_backward)
 
 
 def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -3,8 +3,8 @@
     none       whatever autodiff asks for; of custom gradients that includes their weights, which a
                scan over layers then stacks: a copy of the experts
     selective  what is expensive to compute: the residual stream at both halves of a layer, queries,
-               keys, values, attention's output, the pre-activations of FFNs; norms, routing,
-               sorting and activations are computed again
+               keys, values, attention's output, chosen experts, the pre-activations of FFNs; norms,
+               routers, sorting and activations are computed again
     full       the residual stream at the start of every layer; the layer is computed again
 
 With a frozen base a step is 4 N floating-point operations a token; `full` makes it 6 N again. All
@@ -19,7 +19,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal["none", "selective", "full"]
-KEPT = ("moe_in", "q", "k", "v", "attn_out", "attn_lse", "mlp_gu", "moe_gu", "moe_z")
+KEPT = ("moe_in", "q", "k", "v", "attn_out", "attn_lse", "expert", "mlp_gu", "moe_gu", "moe_z")
 CUDNN_FORWARD = "dot_product_attention_fwd"  # jax's primitive, whose statistics have no name
 
 keep = checkpoint_name

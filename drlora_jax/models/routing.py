@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.models.architecture import RoutingConfig
+from drlora_jax.models.remat import keep
 
 
 class RoutingStats(NamedTuple):
@@ -35,7 +36,8 @@ def choose_experts(
 ) -> Routing:
     """Top-k experts and combine weights from f32 router logits; ties go to the lower index."""
     if config.score == "softmax_of_top_k":
-        top_TK, expert_TK = jax.lax.top_k(logits_TE, config.experts_per_token)
+        expert_TK = _highest(logits_TE, config.experts_per_token)
+        top_TK = jnp.take_along_axis(logits_TE, expert_TK, axis=-1)
         return Routing(expert_TK, jax.nn.softmax(top_TK, axis=-1) * config.scaling)
     score_TE = (
         jax.nn.sigmoid(logits_TE)
@@ -47,11 +49,16 @@ def choose_experts(
     choice_TE = score_TE if bias_E is None else score_TE + bias_E[None]
     if config.num_groups > 1:
         choice_TE = _limit_to_groups(choice_TE, config)
-    _, expert_TK = jax.lax.top_k(choice_TE, config.experts_per_token)
+    expert_TK = _highest(choice_TE, config.experts_per_token)
     weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
     if config.normalize:
         weight_TK = weight_TK / (jnp.sum(weight_TK, axis=-1, keepdims=True) + 1e-20)
     return Routing(expert_TK, weight_TK * config.scaling)
+
+
+def _highest(score_TE, count: int):
+    """Indices of the highest scores, kept: to find them again takes longer than to read them."""
+    return keep(jax.lax.top_k(score_TE, count)[1], "expert")
 
 
 def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:
