@@ -131,7 +131,7 @@ def build(job: Job, devices=None) -> Run:
         abstract_params=params,
         abstract_state=state,
         experts=experts,
-        backends=backend_line(job.model_config, attention, experts, platform),
+        backends=backend_line(job.model_config, attention, experts, platform, dtype),
         forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
     )
 

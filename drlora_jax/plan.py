@@ -3,6 +3,7 @@ against.
 """
 
 import jax
+import jax.numpy as jnp
 
 from drlora_jax.errors import UserError
 from drlora_jax.memory import (
@@ -91,13 +92,15 @@ def _has_expert_operation(config: ModelConfig) -> bool:
     return config.experts_module == "moe" and config.moe is not None
 
 
-def backend_line(config: ModelConfig, attention: list[str], experts: Experts, platform: str) -> str:
+def backend_line(
+    config: ModelConfig, attention: list[str], experts: Experts, platform: str, dtype
+) -> str:
     """Which implementations of the operations a run takes."""
     parts = [f"attention {', '.join(attention)}"]
     if _has_expert_operation(config):
         parts.insert(0, f"experts {experts}")
     line = f"computed    {'; '.join(parts)} on {platform}"
-    if platform == "cpu" and (reason := library.why_not()):
+    if platform == "cpu" and dtype == jnp.float32 and (reason := library.why_not()):
         line += f" (no compiled kernels: {reason})"
     return line
 
@@ -105,7 +108,8 @@ def backend_line(config: ModelConfig, attention: list[str], experts: Experts, pl
 def experts_line(config: ModelConfig, platform: str, options: dict, dtype) -> str:
     """The same of programs for many lengths of rows, whose attention is chosen for each."""
     attention = ["by length"]
-    return backend_line(config, attention, expert_backend(platform, options, dtype=dtype), platform)
+    experts = expert_backend(platform, options, dtype=dtype)
+    return backend_line(config, attention, experts, platform, dtype)
 
 
 def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: str) -> str:

@@ -90,8 +90,11 @@ def test_own_rank_scale_and_dropout_of_experts(oracle):
     assert adapter.scale == model.options.adapter.of_experts.scale == 2
     assert adapter.dropout == values["lora_dropout"]
     assert (adapter.of_experts.scale, adapter.of_experts.dropout) == (8, 0.25)
-    got_BTV = our_logits(other, others, tokens_BT)
-    np.testing.assert_allclose(got_BTV, our_logits(model, variables, tokens_BT), atol=1e-5)
+    got_BTV, expected_BTV = (
+        our_logits(*each, tokens_BT) for each in ((other, others), (model, variables))
+    )
+    # Logits of up to 23 in float32; sums over three and over four ranks differ in last digits.
+    assert np.abs(got_BTV - expected_BTV).max() <= 1e-6 * np.abs(expected_BTV).max()
     packed, _ = mixlora.pack(other.config, adapter, others["lora"], np.full((2, 5), 3))
     jax.tree.map(np.testing.assert_array_equal, packed, tensors)
 

@@ -56,39 +56,54 @@ print(cannot_compute_experts("native", "cpu", {}, float32))
 """
 
 
+def kept_in(folder) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.so")}
+
+
 def test_built_once_and_kept(tmp_path):
     """The second process finds what the first has built; other options are another library."""
-
-    def kept():
-        return {path.name: path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")}
-
-    assert python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path)).stdout == "None\n"
-    first = kept()
+    home = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert python(WHY_NOT, **home).stdout == "None\n"
+    first = kept_in(tmp_path)
     assert len(first) == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".so"]
-    # Nothing is compiled now: these commands would fail.
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.suffix for path in files] == [".so"]
+    assert python(WHY_NOT, **home).stdout == "None\n"
+    assert kept_in(tmp_path) == first
+    assert python(WHY_NOT, **home, DRLORA_CXXFLAGS="-DX").stdout == "None\n"
+    assert len(kept_in(tmp_path)) == 2
+    # One that is damaged is built again.
+    for path in files:
+        path.write_bytes(b"")
+    assert python(WHY_NOT, **home).stdout == "None\n"
+    assert files[0].stat().st_size > 0
+
+
+def test_a_compiler_that_fails(tmp_path):
+    """Its first words are passed on."""
     broken = tmp_path / "c++"
-    broken.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exec {library._compiler()[0]} "$1"\nexit 1\n'
-    )
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no space" >&2; exit 1; }\n')
     broken.chmod(0o700)
-    assert python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path)).stdout == "None\n"
-    assert kept() == first
-    assert (
-        "does not build them"
-        in python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path), CXX=str(broken)).stdout
-    )
-    assert python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path), CXXFLAGS="-DX").stdout == "None\n"
-    assert len(kept()) == 2
+    said = python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path), CXX=str(broken)).stdout
+    assert said == "they can not be built or loaded: no space\n"
+    assert not kept_in(tmp_path)
 
 
-@pytest.mark.parametrize("home", ["file", "missing"])
-def test_a_cache_that_can_not_be_written(tmp_path, home):
-    """The kernels are built for this process alone."""
-    place = tmp_path / "file"
-    place.write_text("")
-    result = python(WHY_NOT, XDG_CACHE_HOME=str(place if home == "file" else "/proc/nowhere"))
+@pytest.mark.parametrize("home", ["a file", "missing", "of everybody"])
+def test_a_cache_that_is_not_ones_own(tmp_path, home):
+    """The kernels are built for this process alone, and what others could write is not loaded."""
+    place = tmp_path / "cache"
+    if home == "a file":
+        place.write_text("")
+    elif home == "of everybody":
+        folder = place / "drlora_jax" / "native"
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    else:
+        place = "/proc/nowhere"
+    result = python(WHY_NOT, XDG_CACHE_HOME=str(place))
     assert result.stdout == "None\n", result.stderr
+    assert not kept_in(tmp_path)
 
 
 def test_without_a_compiler(tmp_path):
@@ -110,8 +125,14 @@ print("same")
 def check_numbers():
     """Some of the cases of the other tests, in this process."""
     assert library.why_not() is None, library.why_not()
-    for roles in (("gate_up", "down"), ("gate", "up", "down")):
-        inputs = make_inputs(groups(70, 0, 13, 1), 4, roles, width=37, hidden=70, ranks=18)
+    cases = (
+        (groups(70, 0, 13, 1), ("gate_up", "down"), dict(width=37, hidden=70, ranks=18)),
+        (groups(70, 0, 13, 1), ("gate", "up", "down"), dict(width=37, hidden=70, ranks=18)),
+        # Deeper than a packed panel.
+        (groups(9, 4), ("gate_up", "down"), dict(width=1100, hidden=1050, ranks=3)),
+    )
+    for expert_TK, roles, sizes in cases:
+        inputs = make_inputs(expert_TK, int(expert_TK.max()) + 1, roles, **sizes)
         dy = random_like(inputs[0])
         y, (dx, dp, *_, d_lora) = reference(inputs, np.asarray(dy, np.float64), "silu")
         got_y, (got_dx, got_dp, *_, got_lora) = value_and_pull(inputs, dy, SPEC, "native")
@@ -132,7 +153,7 @@ def check_numbers():
 @pytest.mark.parametrize("machine", ["x86-64", "haswell"])
 def test_other_processors(tmp_path, machine):
     """Vectors of 4 and of 8; this machine's own are used in the other tests."""
-    flags = {"CXXFLAGS": f"-march={machine}", "XDG_CACHE_HOME": str(tmp_path)}
+    flags = {"DRLORA_CXXFLAGS": f"-march={machine}", "XDG_CACHE_HOME": str(tmp_path)}
     result = python(SAME_NUMBERS, **flags)
     assert result.stdout == "same\n", result.stderr[-2000:]
 
@@ -158,6 +179,17 @@ def test_any_number_of_parts(monkeypatch, parts):
             strict=True,
         ):
             assert relative_error(got, expected) <= 1e-5
+
+
+def test_weights_of_another_dtype_go_to_the_block_walk():
+    x_TD, expert_TK, weight_TK, *weights, lora = make_inputs(choose(20, 2, 3), 3)
+    weights = [array.astype(jnp.bfloat16) for array in weights]
+    inputs = (x_TD, expert_TK, weight_TK, *weights, lora)
+    np.testing.assert_array_equal(
+        expert_mlp(*inputs, SPEC), expert_mlp(*inputs, SPEC, backend="block")
+    )
+    with pytest.raises(ValueError, match="in float32, not in bfloat16"):
+        expert_mlp(*inputs, SPEC, backend="native")
 
 
 def test_results_do_not_depend_on_which_thread_was_faster():

@@ -64,7 +64,8 @@ def _highest(score_TE, count: int):
 def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:
     """Every expert up to and with the first that takes the sum of scores over `top_p`."""
     num_experts = score_TE.shape[-1]
-    weight_TK, expert_TK = jax.lax.top_k(score_TE, num_experts)
+    expert_TK = _highest(score_TE, num_experts)
+    weight_TK = jnp.take_along_axis(score_TE, expert_TK, axis=-1)
     before_TK = jnp.cumsum(weight_TK, axis=-1) - weight_TK
     is_chosen_TK = before_TK <= config.top_p
     weight_TK = jnp.where(is_chosen_TK, weight_TK, 0.0)

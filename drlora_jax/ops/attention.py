@@ -142,7 +142,7 @@ def _attend_chunked(rows, sinks_N, platform: str, options: attention_chunked.Opt
 def _sinks_or_none(rows, sinks_N) -> jax.Array:
     """Sinks of all heads, f32; -inf where there is none."""
     if sinks_N is None:
-        return jnp.full(rows[0].shape[2], -jnp.inf)
+        return jnp.full(rows[0].shape[2], -jnp.inf, jnp.float32)
     return sinks_N.astype(jnp.float32)
 
 

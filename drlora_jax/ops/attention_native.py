@@ -24,7 +24,9 @@ def attend_native(
     q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N, options: Options
 ) -> jax.Array:
     """[B, T, N, V]; `sinks_N` is f32, -inf is no sink."""
-    return _attend(options, q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N)
+    heads = (array.astype(jnp.float32) for array in (q_BTNH, k_BSGH, v_BSGV))
+    packed = (array.astype(jnp.int32) for array in (segment_ids_BT, positions_BT))
+    return _attend(options, *heads, *packed, sinks_N)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -62,10 +64,12 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _call(name: str, options: Options, results, *arguments):
+    length = arguments[0].shape[1]
+    window = length if options.window is None else min(options.window, length)
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
-    return jax.ffi.ffi_call(library.target(name), out)(
+    return jax.ffi.ffi_call(library.target(name), out, vmap_method="sequential")(
         *arguments,
         scale=np.float32(options.scale),
         cap=np.float32(options.soft_cap or 0),
-        window=np.int64(options.window or 0),
+        window=np.int64(window),
     )

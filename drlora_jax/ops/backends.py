@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from drlora_jax.ops import grouped_native, grouped_ragged, grouped_tokamax
 
 Experts = Literal["auto", "native", "block", "ragged", "dense", "tokamax"]
-CPU_ONLY = "its kernels are for CPUs, not for {}"
 PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # as of an expert, and as of its factors
 RAGGED_FUSION = "xla_gpu_experimental_use_ragged_dot_fusion"
 
@@ -40,7 +39,7 @@ def expert_backend(
     if wanted != "auto":
         return wanted
     if platform == "cpu":
-        return "native" if grouped_native.cannot(dtype) is None else "block"
+        return "native" if grouped_native.cannot(platform, dtype) is None else "block"
     return "ragged" if _has_kernel(platform, options) else "dense"
 
 
@@ -52,7 +51,7 @@ def cannot_compute_experts(
     On a GPU a small case is compiled to find out; on TPU the generation of `device` decides.
     """
     if backend == "native":
-        return CPU_ONLY.format(platform) if platform != "cpu" else grouped_native.cannot(dtype)
+        return grouped_native.cannot(platform, dtype)
     if backend == "block" and platform != "cpu":
         return f"it walks blocks of rows one after another, which is for CPUs, not for {platform}"
     if backend == "ragged" and not _has_kernel(platform, options):

@@ -78,13 +78,15 @@ def expert_mlp(
       y_TD in the dtype of x_TD.
     """
     platform = platform or jax.default_backend()
-    if backend == "auto" and platform == "cpu":
-        reason = grouped_native.cannot(x_TD.dtype, spec.base_grad)
-        backend = "native" if reason is None else "block"
+    if backend == "native" or (backend == "auto" and platform == "cpu"):
+        kinds = [array.dtype for array in (x_TD, w_gate_up_EDF, w_down_EFD)]
+        other = next((kind for kind in kinds if kind != jnp.float32), jnp.float32)
+        reason = grouped_native.cannot(platform, other, spec.base_grad)
+        if backend == "native" and reason:
+            raise ValueError(f"expert backend native: {reason}.")
+        backend = "block" if reason else "native"
     elif backend == "auto":
         backend = "dense"
-    elif backend == "native" and (reason := grouped_native.cannot(x_TD.dtype, spec.base_grad)):
-        raise ValueError(f"expert backend native: {reason}.")
     if not spec.base_grad:
         w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
     if dropout is None:
@@ -96,10 +98,9 @@ def expert_mlp(
         weights = (w_gate_up_EDF[layer], w_down_EFD[layer])
     spec = spec._replace(repeats=spec.repeats or not keeps_hidden)
     arguments = (spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
-    if backend == "native":
-        return grouped_native.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
-    if backend == "block":
-        return grouped_block.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
+    if backend in READS_STACKS:
+        module = grouped_native if backend == "native" else grouped_block
+        return module.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
     if backend == "ragged":
         return grouped_ragged.expert_mlp(*arguments, keeps_hidden)
     if backend == "tokamax":

@@ -1,8 +1,8 @@
 """The expert operation on CPU in compiled code: `native/experts.cc`, for frozen float32 weights.
 
 As `grouped_block` it sorts slots by expert and follows the active ranks; it fills up no blocks, and
-the products with factors are part of those with weights. Cores take equal stretches of the sorted
-slots. Letters as in `ops.grouped_block`; W parts.
+the products with factors are part of those with weights. Up to `library.MOST_PARTS` cores take
+equal stretches of the sorted slots. Letters as in `ops.grouped_block`.
 """
 
 import functools
@@ -16,8 +16,10 @@ from drlora_jax.ops.grouped_parts import ROLES, RoleLora, dropout_seeds
 from drlora_jax.ops.native import library
 
 
-def cannot(dtype, base_grad: bool = False) -> str | None:
-    """Why the compiled kernels can not do this, or None."""
+def cannot(platform: str, dtype, base_grad: bool = False) -> str | None:
+    """Why the compiled kernels can not do this in programs compiled for `platform`, or None."""
+    if platform != "cpu":
+        return f"its kernels are for CPUs, not for {platform}"
     if jnp.dtype(dtype) != jnp.float32:
         return f"its kernels compute in float32, not in {jnp.dtype(dtype).name}"
     if base_grad:
@@ -94,7 +96,7 @@ def _call(name: str, spec, results, arguments):
         return (like,) if isinstance(like, int) else getattr(like, "shape", like)
 
     out = [jax.ShapeDtypeStruct(shape(like), jnp.float32) for like in results]
-    return jax.ffi.ffi_call(library.target(name), out)(
+    return jax.ffi.ffi_call(library.target(name), out, vmap_method="sequential")(
         *arguments,
         scale=np.float32(spec.scale),
         is_gelu=spec.activation == "gelu_tanh",

@@ -27,7 +27,7 @@ struct Attention {
   const float *q, *k, *v;  // [B, T, N, H], [B, T, G, H], [B, T, G, V]
   const int32_t *segments, *positions;
   float scale, cap;  // cap 0: none
-  int64_t window;    // 0: none
+  int64_t window;    // keys that a query sees, itself included
 
   int64_t keys() const { return round_up(length, kPanel); }  // with filling ones
 };
@@ -47,8 +47,7 @@ struct Row {
     positions.resize(problem.keys(), 0);
     first.resize(length);
     for (int64_t i = 0; i < length; ++i) {
-      int64_t reach = at[i];
-      if (problem.window > 0) reach = std::min<int64_t>(reach, problem.window - 1);
+      const int64_t reach = std::min<int64_t>(at[i], problem.window - 1);
       first[i] = std::max<int64_t>(i - reach, 0);
     }
   }
@@ -92,7 +91,7 @@ struct Panels {
 };
 
 // Scores of a block's queries, [queries, high - low], not yet scaled.
-void product_with_keys(const Left& left, int64_t rows, int64_t depth, const Panels& keys,
+void product_with_keys(const Rows& left, int64_t rows, int64_t depth, const Panels& keys,
                        const Block& block, float* out, int64_t stride) {
   const Segment segment = {left, depth};
   for (int64_t first = block.low; first < block.high; first += kPanel) {
@@ -112,9 +111,8 @@ void product_over_keys(const float* left, int64_t stride, int64_t rows, const Pa
 
 IntVec is_seen(const Attention& problem, const Row& row, int64_t query, int64_t key) {
   const IntVec ages = row.positions[query] - load(row.positions.data() + key);
-  IntVec seen = (load(row.segments.data() + key) == row.segments[query]) & (ages >= 0);
-  if (problem.window > 0) seen &= ages < static_cast<int32_t>(problem.window);
-  return seen;
+  return (load(row.segments.data() + key) == row.segments[query]) & (ages >= 0) &
+         (ages < static_cast<int32_t>(problem.window));
 }
 
 Vec scaled(const Attention& problem, Vec score, Vec* slope) {
@@ -163,7 +161,7 @@ void forward(const Attention& problem, ffi::ThreadPool& pool, const float* sinks
     float* scores = work.scores.data();
     each_block(problem, row, [&](const Block& block) {
       const int64_t queries = block.stop - block.start, keys = block.high - block.low;
-      const Left left = {problem.q + q.offset + block.start * q.stride, q.stride};
+      const Rows left = {problem.q + q.offset + block.start * q.stride, q.stride};
       product_with_keys(left, queries, head_width, work.keys, block, scores, stride);
       float totals[kBlock];
       for (int64_t i = 0; i < queries; ++i) {

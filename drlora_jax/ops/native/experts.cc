@@ -25,7 +25,7 @@ namespace ffi = xla::ffi;
 constexpr int kRoles = 4, kDown = 3;  // gate, up, gate_up, down
 // Rows of an expert that are worked on together: as many as a core's memory is for, within bounds.
 constexpr int64_t kMostRows = 512, kFewestRows = 96;
-constexpr int64_t kCoreMemory = 8 << 20;  // floats
+constexpr int64_t kCoreMemory = 4 << 20;  // floats
 
 int64_t padded(int64_t width) { return round_up(width, kPanel) + kPanel; }
 
@@ -85,7 +85,7 @@ struct Role {
   const float *a, *b, *gate;  // [E, R, D_in], [E, R, D_out], [E, R]
   int64_t ranks, in, out;
 
-  // Rank rows of an expert lie together: page j of expert e is page j of its own rows.
+  // Where an expert's rank rows are: all together. (Rows in pages anywhere would be found here.)
   const float* a_of(int64_t expert) const { return a + expert * ranks * in; }
   const float* b_of(int64_t expert) const { return b + expert * ranks * out; }
   const float* gate_of(int64_t expert) const { return gate + expert * ranks; }
@@ -142,7 +142,7 @@ struct Problem {
 
   int64_t part_start(int64_t part) const { return start[experts] * part / parts; }
 
-  // Of the expert of a part's first slot that began in a part before; -1: none.
+  // The expert of a part's first slot if an earlier part began it, else -1.
   int64_t shared_expert(int64_t part) const {
     const int64_t first = part_start(part);
     if (first == part_start(part + 1)) return -1;
@@ -272,7 +272,7 @@ void drop(const Problem& problem, const Chunk& chunk, int r, const float* from, 
 }
 
 // The input of a role's factors: as it is, or with what dropout leaves of it.
-Left factors_read(const Problem& problem, const Chunk& chunk, int r, const float* in,
+Rows factors_read(const Problem& problem, const Chunk& chunk, int r, const float* in,
                   int64_t stride, Workspace& work) {
   if (!problem.dropout.is_on || problem.roles[r].active(chunk.expert) == 0) return {in, stride};
   drop(problem, chunk, r, in, stride, work.dropped, work.dropped_stride);
@@ -280,7 +280,7 @@ Left factors_read(const Problem& problem, const Chunk& chunk, int r, const float
 }
 
 // z = in A^T, [rows, active ranks].
-void low_rank(const Problem& problem, const Chunk& chunk, int r, Left in, Workspace& work) {
+void low_rank(const Problem& problem, const Chunk& chunk, int r, Rows in, Workspace& work) {
   const Role& role = problem.roles[r];
   const Term term = {in, {role.a_of(chunk.expert), role.in, true}, role.in};
   multiply(chunk.rows, role.active(chunk.expert), &term, 1, {work.z[r], work.z_stride[r]}, false);
@@ -406,7 +406,7 @@ void pull_low_rank(const Problem& problem, const Chunk& chunk, int r, const floa
   const Role& role = problem.roles[r];
   const int64_t active = role.active(chunk.expert), stride = work.z_stride[r];
   if (active == 0) return;
-  const Left read = factors_read(problem, chunk, r, in, in_stride, work);
+  const Rows read = factors_read(problem, chunk, r, in, in_stride, work);
   low_rank(problem, chunk, r, read, work);
   const Term term = {{d_out, out_stride}, {role.b_of(chunk.expert), role.out, true}, role.out};
   multiply(chunk.rows, active, &term, 1, {work.dz[r], stride}, false);

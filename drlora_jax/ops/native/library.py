@@ -1,11 +1,13 @@
 """The compiled kernels of the CPU: C++ in this folder, built with the machine's own compiler when
 first used, for its own instructions, and kept in the user's cache directory.
 
-A machine without a compiler computes with XLA's operations alone; nothing else depends on this.
-CXX and CXXFLAGS are respected.
+A machine without a compiler computes with XLA's operations alone; nothing else depends on this. CXX
+names another compiler, DRLORA_CXXFLAGS further options. (CXXFLAGS are for other programs: what they
+often hold, such as the oldest processor that is to be served, would be wrong here.)
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +17,7 @@ import pathlib
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 
@@ -53,28 +56,32 @@ def parts() -> int:
 @functools.cache
 def _registered() -> tuple[str, str | None]:
     """(key of the build, why there is none)."""
-    wanted = os.environ.get("CXX")
-    compiler = _compiler()
-    if compiler is None:
-        looked_for = f"CXX={wanted}" if wanted else ", ".join(COMPILERS)
-        return "", f"no C++ compiler was found ({looked_for})"
+    wanted = os.environ.get("CXX", "").strip()
     try:
+        compiler = _compiler(wanted)
+        if compiler is None:
+            return "", f"no C++ compiler was found ({f'CXX={wanted}' if wanted else _listed()})"
         command = _command(compiler)
-        key = _key(command)
-        library = ctypes.CDLL(str(_built(command, key)))
-    except (OSError, subprocess.SubprocessError) as error:
+        key = _key(compiler, command)
+        library = _loaded(command, key)
+        functions = [getattr(library, f"Drlora{name}") for name in TARGETS]
+    except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        return "", f"{compiler[0]} does not build them: {' '.join(said.split())[:300]}"
-    for name in TARGETS:
-        function = jax.ffi.pycapsule(getattr(library, f"Drlora{name}"))
-        jax.ffi.register_ffi_target(f"drlora_{name}_{key}", function, platform="cpu")
+        said = said.decode(errors="replace") if isinstance(said, bytes) else said
+        return "", f"they can not be built or loaded: {' '.join(said.split())[:300]}"
+    for name, function in zip(TARGETS, functions, strict=True):
+        capsule = jax.ffi.pycapsule(function)
+        jax.ffi.register_ffi_target(f"drlora_{name}_{key}", capsule, platform="cpu")
     return key, None
 
 
-def _compiler() -> list[str] | None:
-    """The command that CXX names, or the first that is there."""
-    candidates = [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else None
-    candidates = candidates or [[name] for name in COMPILERS]
+def _listed() -> str:
+    return ", ".join(COMPILERS)
+
+
+def _compiler(wanted: str) -> list[str] | None:
+    """The command that is wanted, or the first compiler that is there."""
+    candidates = [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]
     return next((command for command in candidates if shutil.which(command[0])), None)
 
 
@@ -82,53 +89,61 @@ def _command(compiler: list[str]) -> list[str]:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     machine = "-march=native" if is_x86 else "-mcpu=native"
     options = ["-std=c++17", "-O3", machine, "-ffp-contract=fast", "-fPIC", "-pthread"]
-    options += shlex.split(os.environ.get("CXXFLAGS", ""))
+    options += shlex.split(os.environ.get("DRLORA_CXXFLAGS", ""))
     # No warnings: a user could do nothing about them.
     return [*compiler, *options, "-w", "-isystem", jax.ffi.include_dir()]
 
 
-def _key(command: list[str]) -> str:
+def _key(compiler: list[str], command: list[str]) -> str:
     """Of all that the built file depends on: code, compiler, jaxlib's interface, processor."""
     digest = hashlib.sha256()
     for path in sorted(FOLDER.glob("*.h")) + [FOLDER / name for name in SOURCES]:
         digest.update(path.read_bytes())
-    version = _run([command[0], "--version"])
-    for text in (*command, version, importlib.metadata.version("jaxlib"), *_processor()):
+    version = _run([*compiler, "--version"])
+    for text in (*command, version, importlib.metadata.version("jaxlib"), *_machine()):
         digest.update(text.encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def _processor() -> list[str]:
-    """What -march=native looks at: a home directory may be shared by different machines."""
+def _machine() -> list[str]:
+    """What -march=native looks at, and the C library: machines may share a home directory."""
+    about = [platform.machine(), platform.processor(), *platform.libc_ver()]
     info = pathlib.Path("/proc/cpuinfo")
-    if not info.is_file():
-        return [platform.machine(), platform.processor()]
-    names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
-    lines = info.read_text().splitlines()
-    return sorted({line for line in lines if line.partition(":")[0].strip() in names})
+    if info.is_file():
+        names = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU part")
+        lines = info.read_text().splitlines()
+        about += sorted({line for line in lines if line.partition(":")[0].strip() in names})
+    return about
 
 
-def _built(command: list[str], key: str) -> pathlib.Path:
+def _loaded(command: list[str], key: str) -> ctypes.CDLL:
     """The library, from the cache directory or built now."""
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = pathlib.Path(home, "drlora_jax", "native")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_kept = os.access(folder, os.W_OK)
-    except OSError:
-        is_kept = False
-    path = folder / f"{key}.so"
-    if path.is_file():
-        return path
-    # Built beside its place and moved there whole: several processes may do this at once.
-    with tempfile.TemporaryDirectory(dir=folder if is_kept else None) as build:
-        made = pathlib.Path(build, path.name)
+    folder = _cache_folder()
+    path = folder / f"{key}.so" if folder else None
+    if path and path.is_file():
+        with contextlib.suppress(OSError):  # one that does not load is made again
+            return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory(dir=folder) as build:
+        made = pathlib.Path(build, f"{key}.so")
         _build(command, made)
-        if is_kept:
-            os.replace(made, path)
-            return path
-        ctypes.CDLL(str(made))  # stays loaded, so the file may go
-        return made
+        library = ctypes.CDLL(str(made))  # stays loaded, so the file may move
+        if path:
+            os.replace(made, path)  # whole at once: several processes may build
+        return library
+
+
+def _cache_folder() -> pathlib.Path | None:
+    """A directory that this user, and nobody else, can write; None where there is none."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(home, "drlora_jax", "native")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return None
+    is_own = not hasattr(os, "getuid") or about.st_uid == os.getuid()
+    is_shared = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return folder if is_own and not is_shared and os.access(folder, os.W_OK) else None
 
 
 def _build(command: list[str], made: pathlib.Path) -> None:

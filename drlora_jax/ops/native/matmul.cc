@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
-#include <vector>
 
 namespace drlora {
 namespace {
@@ -151,10 +151,12 @@ void multiply_panel(int64_t rows, const Segment* segments, int count, const floa
   }
 }
 
-inline float* panel_buffer() {
-  static thread_local std::vector<float> buffer(kDepth * kPanel + kLanes);
-  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-  return buffer.data() + (64 - address % 64) % 64 / sizeof(float);
+float* panel_buffer() {
+  struct alignas(64) Panel {
+    float values[kDepth * kPanel];
+  };
+  static thread_local const auto panel = std::make_unique<Panel>();
+  return panel->values;
 }
 
 }  // namespace
@@ -232,7 +234,7 @@ void multiply(int64_t rows, int64_t columns, const Term* terms, int count, const
   }
 }
 
-void add_gram(int64_t rows, int64_t columns, int64_t depth, const Left& left, const Left& right,
+void add_gram(int64_t rows, int64_t columns, int64_t depth, const Rows& left, const Rows& right,
               const Out& out) {
   const Segment segment = {left, depth};
   for (int64_t first = 0; first < columns; first += kPanel) {

@@ -12,10 +12,10 @@
 
 namespace drlora {
 
-#if defined(__AVX__) && !defined(__AVX512F__)
-constexpr int kVectors = 2;  // 6 x 2 sums of 16 registers
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectors = 4;  // 6 x 4 sums in 32 registers
 #else
-constexpr int kVectors = 4;  // 6 x 4 of 32
+constexpr int kVectors = 2;  // 6 x 2 in 16
 #endif
 constexpr int kRows = 6;
 constexpr int kPanel = kLanes * kVectors;
@@ -32,14 +32,14 @@ struct Right {
   bool is_transposed = false;
 };
 
-// A matrix [rows, depth] as it lies in memory, or transposed, [depth, rows].
-struct Left {
+// Rows as they lie in memory.
+struct Rows {
   const float* data;
   int64_t stride;
 };
 
 struct Segment {  // what of a term one panel holds
-  Left left;
+  Rows left;
   int64_t depth;
 };
 
@@ -53,7 +53,7 @@ struct Out {
 };
 
 struct Term {
-  Left left;
+  Rows left;
   Right right;
   int64_t depth;
 };
@@ -70,7 +70,7 @@ void multiply(int64_t rows, int64_t columns, const Term* terms, int count, const
 
 // out [rows, columns] += left [depth, rows]^T right [depth, columns]. Rows of `right` may be read
 // up to the next multiple of kPanel columns.
-void add_gram(int64_t rows, int64_t columns, int64_t depth, const Left& left, const Left& right,
+void add_gram(int64_t rows, int64_t columns, int64_t depth, const Rows& left, const Rows& right,
               const Out& out);
 
 // Columns [first, first + columns) of `depth` rows of the right operand from row `start`, as
