@@ -33,6 +33,19 @@ inline IntVec load(const int32_t* from) {
 }
 inline Vec all(float value) { return Vec{} + value; }
 
+// The first `count` lanes, or all; zeros in the others.
+inline Vec load_some(const float* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  float lanes[kLanes] = {};
+  std::memcpy(lanes, from, count * sizeof(float));
+  return load(lanes);
+}
+
+inline void store_some(float* to, Vec value, int64_t count) {
+  if (count >= kLanes) return store(to, value);
+  std::memcpy(to, &value, count * sizeof(float));
+}
+
 inline float sum(Vec value) {
   float total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += value[lane];
