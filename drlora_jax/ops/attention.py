@@ -44,11 +44,7 @@ class Call(NamedTuple):
 def cannot(backend: str, platform: str, call: Call) -> str | None:
     """Why a backend can not do this in programs compiled for `platform`, or None."""
     if backend == "native":
-        if platform != "cpu":
-            return f"its kernels are for CPUs, not for {platform}"
-        if call.dtype != jnp.float32:
-            return f"its kernels compute in float32, not in {jnp.dtype(call.dtype).name}"
-        return library.why_not()
+        return library.cannot(platform, call.dtype)
     if backend in ("cudnn", "splash") and call.has_sinks:
         return "it has no attention sinks"
     if backend == "splash" and call.length % attention_splash.LANES:

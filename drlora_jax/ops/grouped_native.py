@@ -18,13 +18,9 @@ from drlora_jax.ops.native import library
 
 def cannot(platform: str, dtype, base_grad: bool = False) -> str | None:
     """Why the compiled kernels can not do this in programs compiled for `platform`, or None."""
-    if platform != "cpu":
-        return f"its kernels are for CPUs, not for {platform}"
-    if jnp.dtype(dtype) != jnp.float32:
-        return f"its kernels compute in float32, not in {jnp.dtype(dtype).name}"
     if base_grad:
         return "its kernels have no gradients of the base"
-    return library.why_not()
+    return library.cannot(platform, dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

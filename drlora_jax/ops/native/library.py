@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 
 import jax
+import jax.numpy as jnp
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = ("matmul.cc", "experts.cc", "attention.cc")
@@ -34,6 +35,15 @@ MOST_PARTS = 16  # each takes memory for sums of its own over all tokens
 def why_not() -> str | None:
     """Why there are no compiled kernels here, or None. The first call builds and registers them."""
     return _registered()[1]
+
+
+def cannot(platform: str, dtype) -> str | None:
+    """Why the kernels can not compute in `dtype` in programs compiled for `platform`, or None."""
+    if platform != "cpu":
+        return f"its kernels are for CPUs, not for {platform}"
+    if dtype != jnp.float32:
+        return f"its kernels compute in float32, not in {jnp.dtype(dtype).name}"
+    return why_not()
 
 
 def target(name: str) -> str:
