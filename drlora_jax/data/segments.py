@@ -1,0 +1,65 @@
+"""The text of a document on its way from a row to token ids, and which of it came from the user.
+
+A rendering is a list of segments; their concatenation is the document's text. Inside a segment,
+control tokens (`<|endoftext|>`, `<|im_end|>`, ...) that stand in the *user's* text are guarded: a
+noncharacter behind their first character keeps them from being matched, so whatever still matches
+was put there by the template. `encode_document` takes the guards out again and tokenises guarded
+literals as ordinary text.
+"""
+
+import re
+import weakref
+from typing import NamedTuple
+
+GUARD = "\ufdd0"  # a Unicode noncharacter: never part of interchanged text
+_patterns: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+class Segment(NamedTuple):
+    text: str
+    is_response: bool  # to be learned
+
+
+class Written(NamedTuple):
+    """One document as text."""
+
+    segments: list[Segment]
+    is_ended: bool  # the template closed the last answer with a control token of its own
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: a short reason to count by, and a message to act on."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def control_pattern(tokenizer) -> re.Pattern:
+    """Matches the tokenizer's control tokens, the longest first, unless they are guarded."""
+    if tokenizer not in _patterns:
+        tokens = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        texts = sorted(filter(None, tokens), key=len, reverse=True)
+        one_of = "|".join(map(re.escape, texts)) or "(?!)"
+        _patterns[tokenizer] = re.compile(f"(?:{one_of})(?!{GUARD})")
+    return _patterns[tokenizer]
+
+
+def guard(text: str, tokenizer) -> str:
+    """The user's text with every control token in it guarded.
+
+    Raises:
+      BadRow: for a text that holds the guard character itself.
+    """
+    if GUARD in text:
+        raise BadRow("invalid text", f"the text has the noncharacter U+{ord(GUARD):04X}; remove it")
+    return control_pattern(tokenizer).sub(lambda m: m[0][0] + GUARD + m[0][1:], text)
+
+
+def unguard(text: str) -> str:
+    return text.replace(GUARD, "")
+
+
+def plain_text(segments: list[Segment]) -> str:
+    """The document's text as a person reads it."""
+    return unguard("".join(segment.text for segment in segments))
