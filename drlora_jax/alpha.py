@@ -41,6 +41,10 @@ from drlora_jax.reporting.alpha_chart import draw_layers
 from drlora_jax.spectra import ESTIMATORS
 
 LONGEST_BAR = 40  # characters
+_ESTIMATOR_TEXTS = {
+    "fix_finger": "fits the tail above the peak of each matrix's spectrum (the authors' choice)",
+    "median": "fits the upper half of each matrix's spectrum (plain Hill estimator)",
+}
 MOST_THREADS = 8  # unless said; one of them needs 0.9 GiB for the matrices of a 7B model
 
 
@@ -166,6 +170,13 @@ def table(args: argparse.Namespace, result: Result) -> list[str]:
     mean, total = np.mean(result.alpha_L), result.experts_L.sum()
     lines.append(f" mean{mean:>10.4f}{matrices:>10}{total:>9}  in all, by alpha^{args.beta:g}")
     empty = [fit.layer for fit, n in zip(result.layers, result.experts_L, strict=True) if n < 1]
+    lines += [
+        "",
+        "alpha      heavy-tail exponent of a layer's weights, the mean over its matrices; a larger "
+        "one means lighter tails",
+        f"experts    shared out in proportion to alpha^{args.beta:g} (--beta)",
+        f"{args.estimator:<11}{_ESTIMATOR_TEXTS[args.estimator]}",
+    ]
     if empty:
         lines += ["", f"Layers without an expert, as the authors' rounding has it: {empty}."]
     return lines

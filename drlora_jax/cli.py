@@ -78,34 +78,25 @@ def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = None):
-    """The model that the arguments of `model_parser` mean, in memory."""
+def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = None, words=None):
+    """The model that the arguments of `model_parser` mean, in memory.
+
+    Args:
+      words: of `open_words`, if they are there already.
+    """
     from drlora_jax.loaded import load_base, load_run
+    from drlora_jax.words import open_words
 
     count_devices()  # a mistake in the environment is said in one line
     keep_compiled_programs(jax.default_backend())  # before anything is compiled
+    words = words or open_words(args)
     if args.model is not None:
-        given = [name for name in ("step", "base", "model_path") if _is_given(args, name)]
-        if given:
-            option = given[0].replace("_", "-")
-            raise UserError(f"--{option} says something about --run; it has no use with --model.")
-        loaded = load_base(args.model, dtype=args.dtype, mesh=mesh)
+        loaded = load_base(args.model, dtype=args.dtype, mesh=mesh, words=words)
     else:
-        loaded = load_run(
-            args.run,
-            step=args.step,
-            base_only=args.base,
-            model_path=args.model_path,
-            dtype=args.dtype,
-            mesh=mesh,
-        )
+        loaded = load_run(args.run, base_only=args.base, dtype=args.dtype, mesh=mesh, words=words)
     if hosts.is_main():
         print(loaded.computed, file=sys.stderr)
     return loaded
-
-
-def _is_given(args: argparse.Namespace, name: str) -> bool:
-    return getattr(args, name) not in (None, False, "latest")
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

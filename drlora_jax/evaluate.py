@@ -18,24 +18,25 @@ Exit codes: 0 done, 2 a mistake in the input, 1 the evaluation failed, 75 anothe
 import argparse
 import json
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
 
 from drlora_jax import cli
 from drlora_jax.config import RunSection, TrainConfig, apply_overrides, to_dict
-from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import harness, results
 from drlora_jax.evaluation import jobs as jobs_lib
 from drlora_jax.evaluation.records import Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
-from drlora_jax.interop.hf_files import find_model, fingerprint
-from drlora_jax.loaded import Loaded, find_run
+from drlora_jax.interop.hf_files import fingerprint
+from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import count_devices
 from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.provenance import versions
+from drlora_jax.words import Words, open_words
 
 OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
 # Options that may differ by host; what is found there is compared.
@@ -57,19 +58,21 @@ def _run(args: argparse.Namespace, watchdog: Watchdog) -> int:
         raise UserError("Nothing to evaluate: give --tasks NAME,... or --loss FILE.")
     source = _source(args)
     folder = _folder(args)
-    tokenizer = load_tokenizer(source.directory)
-    jobs = jobs_lib.prepare_jobs(requests, settings_of(args), source.config, tokenizer)
-    prepared = _harness_tasks(others, args, tokenizer)
+    settings = settings_of(args)
+    texts = jobs_lib.make_texts(settings, source.config, source.words, args.row_format)
+    jobs = jobs_lib.prepare_jobs(requests, settings, source.config, texts)
+    prepared = _harness_tasks(others, args, texts)
+    _tell(source.words.notes)
     sandbox = Sandbox() if any(job.task.is_code for job in jobs) else None
     mesh = apply_overrides(TrainConfig(), _only(args, "mesh.")).mesh
     _check_processes_agree(args, source, jobs, others)
     watchdog.beat("loading the model")
-    loaded = cli.load_model(args, mesh)._replace(on_batch=watchdog.again)
+    loaded = cli.load_model(args, mesh, source.words)._replace(on_batch=watchdog.again)
     watchdog.beat("evaluating")
-    scores = _evaluate(jobs, settings_of(args), loaded, sandbox, folder) if jobs else []
+    scores = _evaluate(jobs, settings, loaded, sandbox, folder) if jobs else []
     scores += _evaluate_harness(prepared, loaded, folder)
     if hosts.is_main():
-        print(results.table(scores))
+        print("\n".join([results.table(scores), *results.chance_lines(scores)]))
         if folder:
             results.write_scores(folder, scores)
     return EXIT_DONE
@@ -87,7 +90,7 @@ def _check_processes_agree(args, source: "_Source", jobs, others) -> None:
         "settings": hosts.digest(json.dumps([settings, others], sort_keys=True)),
         "run": hosts.digest(source.run_digest),
         "step": hosts.digest(str(source.step)),
-        "base": hosts.digest(fingerprint(source.directory)),
+        "base": hosts.digest(fingerprint(source.words.directory)),
         "data": hosts.digest(*(job.data_fingerprint for job in jobs), text_hash(prompts)),
         "versions": hosts.digest(json.dumps(versions())),
     }
@@ -106,12 +109,12 @@ def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list
     return found
 
 
-def _harness_tasks(names, args, tokenizer) -> harness.Prepared | None:
+def _harness_tasks(names, args, texts) -> harness.Prepared | None:
     """Tasks of lm-evaluation-harness; a package that few have is imported only for these."""
     if not names:
         return None
     return harness.prepare(
-        names, settings_of(args), tokenizer, shots=args.shots, task_path=args.task_path
+        names, settings_of(args), texts, shots=args.shots, task_path=args.task_path
     )
 
 
@@ -137,32 +140,37 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_length=args.max_length,
         data_dir=args.data_dir,
         allow_code=args.allow_code_execution,
+        template=args.template,
+        system=args.system,
     )
+
+
+def _tell(notes) -> None:
+    if hosts.is_main():
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 class _Source(NamedTuple):
     """What is evaluated."""
 
     config: TrainConfig | None  # the run's, with data settings overridden
-    directory: pathlib.Path  # of the base
+    words: Words
     step: int | None = None  # of the run's checkpoint
     run_digest: str = ""
 
 
 def _source(args) -> _Source:
     """Finds run and base. What `latest` or `best` is now is kept: a training may be saving."""
-    if args.run is None:
+    words = open_words(args)
+    found = words.source
+    if found is None:
         given = [each for each in args.overrides if each.startswith("data.")]
         config = apply_overrides(TrainConfig(), given) if given else None
-        return _Source(config, find_model(args.model))
-    found = find_run(
-        args.run, step="latest" if args.base else args.step, model_path=args.model_path
-    )
-    if not args.base:
-        args.step = str(found.step)
+        return _Source(config, words)
     config = apply_overrides(found.config, _only(args, "data."))
     digest = hosts.digest(json.dumps(to_dict(found.config)))
-    return _Source(config, found.directory, None if args.base else found.step, digest)
+    return _Source(config, words, None if args.base else found.step, digest)
 
 
 def _only(args, section: str) -> list[str]:
@@ -200,8 +208,21 @@ def _parse(argv) -> argparse.Namespace:
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="ask through the tokenizer's chat template, or with plain prompts; default: written "
-        "answers as the run was trained, multiple choice plain",
+        help="ask in the run's own words, or for a base through the tokenizer's chat template; "
+        "--no-chat: in each task's plain prompts; default: written answers as the run was trained, "
+        "multiple choice plain",
+    )
+    add("--system", metavar="TEXT", help="a system message in front of every question")
+    add(
+        "--template",
+        metavar="NAME",
+        help="another template than the run's, as in data.template, or none",
+    )
+    add(
+        "--format",
+        dest="row_format",
+        choices=("prompt_response", "alpaca", "chat", "text"),
+        help="of the training rows, for runs of earlier versions; default: the run's",
     )
     add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run model's programs")
     add("overrides", nargs="*", metavar="mesh.field=value | data.field=value")

@@ -1,22 +1,27 @@
 """`python -m drlora_jax.generate --run DIR --prompt TEXT`: answers prompts with a run's model.
 
-Without --prompt it reads prompts line by line, on a terminal or from a pipe. A prompt is written
-with the template that the run was trained with (--template none takes the text as it is). On a
-terminal a single answer is shown as it is made.
+Without --prompt or --messages it reads prompts line by line, on a terminal or from a pipe. Prompts
+are written in the words that the run was trained with: its template, its chat template, its date.
+--messages takes rows as training takes them, with history, system message and tools. On a terminal
+a single answer is shown as it is made.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from drlora_jax import cli
-from drlora_jax.data.templates import PROMPT_TEMPLATES, choose_template, render_prompt
-from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.config import DataSection
+from drlora_jax.data.segments import BadRow
+from drlora_jax.data.sources import read_rows, read_stream
+from drlora_jax.data.templates import AS_IS
+from drlora_jax.data.wording import Prompt, Wording, Writer, named_wording, resolve_wording
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.generation import Generation, Generator, Sampling
-from drlora_jax.loaded import Loaded
+from drlora_jax.identity import asked_wording, system_note
+from drlora_jax.words import Words, open_words
 
-AS_IT_IS = "none"
+STANDARD_INPUT = "-"
 
 
 def main(argv=None) -> int:
@@ -24,74 +29,139 @@ def main(argv=None) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     sampling.check()
     cli.check_positive(args, "max_new_tokens", "batch_size")
-    loaded = cli.load_model(args)
-    write = prompt_writer(loaded, args.template)
-    prompts = args.prompt or []
-    size = min(args.batch_size, len(prompts)) or 1
+    words = open_words(args)
+    asker = Asker(words, args)
+    asked = asker.asked()  # what is wrong with a prompt is said before weights are read
+    for note in [*words.notes, *asker.notes()]:
+        print(f"note: {note}", file=sys.stderr)
+    loaded = cli.load_model(args, words=words)
+    size = min(args.batch_size, len(asked)) or 1
     generator = Generator(loaded, batch_size=size)
 
-    def answer(texts: list[str]) -> None:
-        streams = len(texts) == 1 and sys.stdout.isatty()
+    def answer(prompts: Sequence[Prompt], labels: Sequence[str]) -> None:
+        streams = len(prompts) == 1 and sys.stdout.isatty()
         results = generator.generate(
-            [encode_prompt(write(text), loaded.tokenizer) for text in texts],
+            [prompt.ids for prompt in prompts],
             max_new_tokens=args.max_new_tokens,
             stop=tuple(args.stop or ()),
             sampling=sampling,
             seed=args.seed,
             on_text=(lambda _, text: print(text, end="", flush=True)) if streams else None,
         )
-        _show(texts, results, streams)
+        _show(labels, results, streams)
 
-    if prompts:
-        answer(prompts)
+    if asked or args.messages:
+        answer([prompt for prompt, _ in asked], [label for _, label in asked])
     else:
-        _interact(answer)
+        _interact(lambda text: answer([asker.question(text)], [text]))
     return EXIT_DONE
 
 
-def prompt_writer(loaded: Loaded, template: str) -> Callable[[str], str]:
-    """What writes a prompt out: `auto` is the run's own template, or the tokenizer's chat template
-    for a base without a run, or nothing at all.
-    """
-    tokenizer, config = loaded.tokenizer, loaded.config
-    row_format = "prompt_response"
-    if template == "auto" and config is None:
-        template = "tokenizer" if getattr(tokenizer, "chat_template", None) else AS_IT_IS
-    elif template == "auto":
-        template = config.data.template
-        if config.data.format != "auto":
-            row_format = config.data.format
-        if row_format in ("text", "choice"):
-            template = AS_IT_IS
-    if template == AS_IT_IS:
-        return lambda text: text
-    if row_format == "chat" and template in PROMPT_TEMPLATES:
-        row_format = "prompt_response"
-    resolved = choose_template(template, row_format, tokenizer)
-    return lambda text: render_prompt(text, template=resolved, tokenizer=tokenizer)
+class Asker:
+    """Prompts in the words of a run, or of a base model."""
+
+    def __init__(self, words: Words, args: argparse.Namespace):
+        self._words, self._args, self._tokenizer = words, args, words.tokenizer
+        template = None if args.template == "auto" else args.template
+        like = None
+        if words.is_run:
+            like = words.wording(template, args.row_format)
+        elif template is None and args.row_format is None:
+            template = "tokenizer" if words.has_chat_template else AS_IS
+            like = named_wording(template, self._tokenizer)
+            template = None
+        self._named = template is not None or args.row_format is not None
+        self.wording = asked_wording(template, args.row_format, self._tokenizer, like)
+        self._writer = Writer(self.wording, self._tokenizer)
+        if args.input is not None and self.wording.format != "alpaca" and words.is_run:
+            raise UserError(
+                f"--input is the second field of Alpaca rows; {args.run} was trained on rows of "
+                f"the format {self.wording.format}. Put the text into --prompt."
+            )
+
+    def notes(self) -> list[str]:
+        notes = []
+        known = self._words.known_wording
+        if known is not None and self.wording.template != known.template:
+            notes.append(
+                f"prompts are written with the template {self.wording.template}; the run was "
+                f"trained with {known.template}"
+            )
+        if self._args.system is None and not self._args.messages and not self.wording.is_as_is:
+            note = system_note(self._words.resolved)
+            notes += [note] if note else []
+        return notes
+
+    def asked(self) -> list[tuple[Prompt, str]]:
+        """The prompts of the command line, each with what stands for it in the output."""
+        if self._args.messages is not None:
+            return [self._row(row) for row in _rows(self._args.messages)]
+        return [(self.question(text), text) for text in self._args.prompt or []]
+
+    def question(self, text: str) -> Prompt:
+        return self._writer.question(text, extra=self._args.input or "", system=self._args.system)
+
+    def _row(self, row) -> tuple[Prompt, str]:
+        try:
+            writer = Writer(self._wording_of(row.fields), self._tokenizer)
+            prompt = writer.row_prompt(row.fields, system=self._args.system)
+        except (BadRow, UserError) as error:
+            raise UserError(f"{row.where}: {str(error).rstrip('.')}.") from error
+        return prompt, prompt.text
+
+    def _wording_of(self, fields: dict) -> Wording:
+        """A run's own wording of such rows; for a base model what the fields look like."""
+        if self._words.resolved is not None and not self._named:
+            return self._words.resolved.wording_of(fields)
+        if self._words.is_run or self._args.row_format is not None:
+            return self.wording
+        section = DataSection(special_tokens="split")
+        found = resolve_wording(fields, section, self._tokenizer, date=self.wording.date)
+        template = self.wording.template if self._named else None
+        return asked_wording(template, None, self._tokenizer, found)
+
+
+def _rows(path: str) -> list:
+    rows = read_stream(sys.stdin.buffer) if path == STANDARD_INPUT else read_rows(path)
+    return list(rows)
 
 
 def _parse(argv) -> argparse.Namespace:
     parser = cli.model_parser("python -m drlora_jax.generate", __doc__)
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given often")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be given often")
+    add("--input", metavar="TEXT", help="the input that belongs to an Alpaca instruction")
+    add("--system", metavar="TEXT", help="a system message in front of every prompt")
+    add(
+        "--messages",
+        metavar="FILE.jsonl",
+        help="rows as in training; their last answer is left out; - is standard input",
+    )
+    add(
         "--template",
         default="auto",
-        help="auto (default: the run's), none, or a name as in data.template",
+        help="auto (default: the run's), none (texts as they are), or a name as in data.template",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default): the likeliest token always"
+    add(
+        "--format",
+        dest="row_format",
+        choices=("prompt_response", "alpaca", "chat", "text"),
+        help="of the rows, for runs of earlier versions; default: the run's",
     )
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts answered at once")
-    return parser.parse_args(argv)
+    add("--max-new-tokens", type=int, default=256)
+    add("--stop", action="append", metavar="TEXT", help="ends an answer")
+    add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token always")
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=8, help="prompts answered at once")
+    args = parser.parse_args(argv)
+    if args.prompt and args.messages is not None:
+        raise UserError("Give --prompt or --messages, not both.")
+    return args
 
 
-def _interact(answer: Callable[[list[str]], None]) -> None:
+def _interact(answer: Callable[[str], None]) -> None:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print("One prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
@@ -103,18 +173,18 @@ def _interact(answer: Callable[[list[str]], None]) -> None:
         except UnicodeDecodeError as error:
             raise UserError(f"The prompt on standard input is not UTF-8: {error}.") from None
         if text.strip():
-            answer([text])
+            answer(text)
         elif is_terminal:
             return
 
 
-def _show(texts: list[str], results: list[Generation], streams: bool) -> None:
+def _show(labels: Sequence[str], results: list[Generation], streams: bool) -> None:
     if streams:
         print()
         return
-    for text, result in zip(texts, results, strict=True):
-        if len(texts) > 1:
-            print(f"> {text}")
+    for label, result in zip(labels, results, strict=True):
+        if len(labels) > 1:
+            print(f"> {label}")
         print(result.text)
         if result.finish == "length":
             print(f"[cut at {len(result.tokens)} tokens: --max-new-tokens]", file=sys.stderr)

@@ -17,10 +17,9 @@ from jax.sharding import Mesh
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
 from drlora_jax.allocation import masks_from_ranks
-from drlora_jax.checkpoint import choose_step, read_arrays
-from drlora_jax.config import MeshSection, TrainConfig, from_dict
-from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
-from drlora_jax.errors import UserError
+from drlora_jax.checkpoint import read_arrays
+from drlora_jax.config import MeshSection, TrainConfig
+from drlora_jax.data.tokenize import check_vocabulary
 from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
@@ -33,9 +32,9 @@ from drlora_jax.parallel.fit import check_model_divides
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.plan import experts_line
 from drlora_jax.precision import resolve_dtype
-from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.run_dir import RunDirectory
+from drlora_jax.run_source import RunSource, find_run
 from drlora_jax.step import init_lora
+from drlora_jax.words import Words, of_base, of_run
 
 
 class Loaded(NamedTuple):
@@ -44,6 +43,7 @@ class Loaded(NamedTuple):
     model: Decoder
     variables: dict  # params; with an adapter also lora and rank_mask
     tokenizer: Any
+    end_token_ids: tuple[int, ...]  # each of them ends an answer
     directory: pathlib.Path  # of the base
     base_fingerprint: str
     mesh: Mesh
@@ -77,9 +77,20 @@ class Loaded(NamedTuple):
         )
 
 
-def load_base(path: str, *, dtype: str | None = None, mesh: MeshSection | None = None) -> Loaded:
-    """A base model: a directory, a hub name or `bundled:NAME`; dtype None: `auto`."""
-    return _load(find_model(path), dtype or "auto", NO_ADAPTER, mesh or MeshSection())
+def load_base(
+    path: str,
+    *,
+    dtype: str | None = None,
+    mesh: MeshSection | None = None,
+    words: Words | None = None,
+) -> Loaded:
+    """A base model: a directory, a hub name or `bundled:NAME`; dtype None: `auto`.
+
+    Args:
+      words: of that path, if they are there already.
+    """
+    words = words or of_base(find_model(path))
+    return _load(words, dtype or "auto", NO_ADAPTER, mesh or MeshSection())
 
 
 def load_run(
@@ -90,6 +101,7 @@ def load_run(
     model_path: str | None = None,
     dtype: str | None = None,
     mesh: MeshSection | None = None,
+    words: Words | None = None,
 ) -> Loaded:
     """A run's model at a checkpoint.
 
@@ -99,11 +111,15 @@ def load_run(
       model_path: where the base is now, if it has moved; the same weights, checked by fingerprint.
       dtype: of base weights and activations; None: the run's.
       mesh: None spreads rows over all devices.
+      words: of that run and step, if they are there already.
     """
-    source = find_run(run_dir, step="latest" if base_only else step, model_path=model_path)
+    if words is None:
+        step = "latest" if base_only else step
+        words = of_run(find_run(run_dir, step=step, model_path=model_path))
+    source = words.source
     adapter = NO_ADAPTER if base_only else source.adapter
     loaded = _load(
-        source.directory,
+        words,
         dtype or source.config.model.dtype,
         adapter,
         mesh or MeshSection(),
@@ -113,45 +129,6 @@ def load_run(
         loaded = loaded._replace(model=loaded.model.clone(config=source.model_config))
     loaded = loaded._replace(config=source.config, run_dir=source.run_dir)
     return loaded if base_only else _with_adapter(loaded, source)
-
-
-class RunSource(NamedTuple):
-    """What a run's model is made of, found and checked; nothing is read into memory yet."""
-
-    run_dir: pathlib.Path
-    config: TrainConfig
-    directory: pathlib.Path  # of the base
-    base_fingerprint: str
-    model_config: ModelConfig
-    adapter: AdapterSpec
-    checkpoints: pathlib.Path
-    step: int
-
-
-def find_run(run_dir: str, *, step: str = "latest", model_path: str | None = None) -> RunSource:
-    """A run and its base; refuses another base than the one it was trained with."""
-    stored = read_stored(run_dir)
-    config = from_dict(stored["config"])
-    directory = find_model(model_path or config.model.path)
-    digest = fingerprint(directory)
-    if digest != stored["base_fingerprint"]:
-        raise UserError(
-            f"{directory} is not the base of {run_dir}: the run's base has fingerprint "
-            f"{stored['base_fingerprint'][:12]}, this one {digest[:12]}. Give the right directory "
-            "with --model-path."
-        )
-    checkpoints = RunDirectory(run_dir).checkpoints
-    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
-    return RunSource(
-        run_dir=pathlib.Path(run_dir),
-        config=config,
-        directory=directory,
-        base_fingerprint=digest,
-        model_config=model_config,
-        adapter=make_adapter(config, model_config),
-        checkpoints=checkpoints,
-        step=choose_step(checkpoints, step),
-    )
 
 
 def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray]:
@@ -166,25 +143,17 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray]:
     return arrays["lora"], np.array(arrays["ranks_LE"])
 
 
-def read_stored(run_dir: str) -> dict:
-    """The content of a run's config.json."""
-    stored = RunDirectory(run_dir).stored()
-    if stored is None:
-        raise UserError(
-            f"{run_dir} has no finished checkpoint; give the run.dir of a training that saved one."
-        )
-    return stored
-
-
-def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None) -> Loaded:
+def _load(
+    words: Words, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None
+) -> Loaded:
+    directory = words.directory
     model_config = read_model_config(directory)
     sizes = mesh_lib.resolve_sizes(section, mesh_lib.count_devices(), jax.process_count())
     check_model_divides(model_config, sizes)
     plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
     abstract = abstract_params(plain)
     match_keys(model_config, read_headers(directory), abstract)
-    tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, model_config.vocab_size)
+    check_vocabulary(words.tokenizer, model_config.vocab_size)
     mesh = mesh_lib.make_mesh(sizes)
     dtype = plain.options.dtype
     compiler = compiler_options(mesh_lib.platform_of(mesh), dtype)
@@ -196,7 +165,8 @@ def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, dig
     return Loaded(
         model=Decoder(model_config, options),
         variables={"params": params},
-        tokenizer=tokenizer,
+        tokenizer=words.tokenizer,
+        end_token_ids=words.end_token_ids,
         directory=directory,
         base_fingerprint=digest,
         mesh=mesh,

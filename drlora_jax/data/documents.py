@@ -1,66 +1,27 @@
-"""From a data config to documents, with a count of everything that did not go in as it was."""
+"""From a data config to documents, with a count of everything that did not go in as it was.
 
-import dataclasses
-from collections import Counter
-from collections.abc import Iterator
+Format and template are settled per file, by its first row. Rows are written one by one and
+tokenised in batches.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from drlora_jax.config import DataSection
 from drlora_jax.data.choices import FORMAT as CHOICE
-from drlora_jax.data.choices import read_choices, render_choice
-from drlora_jax.data.sources import Row, read_rows
-from drlora_jax.data.templates import BadRow, FieldNames, choose_template, detect_format, render
-from drlora_jax.data.tokenize import Document, check_tokenizer, encode_document
+from drlora_jax.data.choices import render_choice, split_task
+from drlora_jax.data.report import PathReport, Report
+from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
+from drlora_jax.data.sources import Row, read_paths
+from drlora_jax.data.templates import opens_thinking
+from drlora_jax.data.tokenize import Document, check_tokenizer, encode_documents
+from drlora_jax.data.wording import Writer, resolve_wording
 from drlora_jax.errors import UserError
 
-WARN_FRACTION = 0.01  # of rows skipped
-
-
-@dataclasses.dataclass
-class Report:
-    """What came of the rows of one data set."""
-
-    paths: tuple[str, ...]
-    format: str = ""
-    template: str = ""
-    is_detected: bool = False  # the format, from the first row's fields
-    rows_read: int = 0
-    rows_kept: int = 0
-    truncated: int = 0
-    split: int = 0  # rows cut into windows
-    documents: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    skipped: Counter = dataclasses.field(default_factory=Counter)  # by reason
-    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # first message by reason
-
-    def skip(self, reason: str, message: str) -> None:
-        """Counts a row that was left out."""
-        self.skipped[reason] += 1
-        self.examples.setdefault(reason, message)
-
-    def lines(self) -> list[str]:
-        """The report as text, warnings last."""
-        found = " (found from the first row)" if self.is_detected else ""
-        lines = [
-            f"data: {', '.join(self.paths)}",
-            f"format {self.format}{found}, template {self.template}",
-            f"{self.rows_read} rows read, {self.rows_kept} kept, {self.documents} documents, "
-            f"{self.tokens} tokens, {self.target_tokens} target tokens",
-        ]
-        for reason, count in self.skipped.most_common():
-            lines.append(f"skipped {count}: {reason} (first: {self.examples[reason]})")
-        if self.truncated:
-            lines.append(f"truncated {self.truncated} rows to train.sequence_length")
-        if self.split:
-            lines.append(f"split {self.split} rows into windows of train.sequence_length")
-        skipped = self.skipped.total()
-        if skipped > WARN_FRACTION * self.rows_read:
-            share = 100 * skipped / self.rows_read
-            lines.append(
-                f"warning: {skipped} of {self.rows_read} rows ({share:.1f} %) were skipped"
-            )
-        return lines
+BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 22  # tokenised in one call
+SAY_AFTER = 5.0  # seconds without a word
 
 
 class Documents(NamedTuple):
@@ -69,7 +30,13 @@ class Documents(NamedTuple):
 
 
 def load_documents(
-    config: DataSection, tokenizer, sequence_length: int, *, evaluation: bool = False
+    config: DataSection,
+    tokenizer,
+    sequence_length: int,
+    *,
+    evaluation: bool = False,
+    date: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Documents:
     """Reads, renders and tokenises a data set.
 
@@ -78,6 +45,8 @@ def load_documents(
       tokenizer: of the model.
       sequence_length: the longest document that fits into a row.
       evaluation: read `eval_path` instead of `path`.
+      date: of templates that read the clock; None: what `data.date` says.
+      say: is told how far reading has come, every few seconds.
     """
     paths = config.eval_path if evaluation else config.path
     if not paths:
@@ -89,89 +58,153 @@ def load_documents(
         )
     check_tokenizer(tokenizer)
     split = config.eval_split if evaluation else config.split
+    reader = _Reader(config, tokenizer, sequence_length, date, say)
     limit = None if evaluation else config.max_rows
-    report = Report(paths)
-    documents = []
-    for task, row in _first(_rows(config, paths, split), limit):
-        documents += _documents_of(task, row, config, tokenizer, sequence_length, report)
-    if not documents:
-        raise UserError(_nothing_left(report))
-    report.documents = len(documents)
-    report.tokens = sum(len(document.tokens) for document in documents)
-    report.target_tokens = sum(int(document.is_target.sum()) for document in documents)
-    return Documents(documents, report)
+    return reader.read(_files(config, paths, split), limit)
 
 
-def _rows(config: DataSection, paths: tuple[str, ...], split: str) -> Iterator[tuple[str, Row]]:
-    """Rows, each with its multiple-choice task; no task ("") where rows need none."""
-    if config.format == CHOICE:
-        return read_choices(paths, split=split)
-    return (("", row) for row in read_rows(paths, split=split))
+def digest(documents: list[Document]) -> str:
+    """sha256 of all tokens and of which are learned: rows, tokenizer and the way to read them."""
+    found = hashlib.sha256()
+    for document in documents:
+        found.update(document.tokens.tobytes())
+        found.update(document.is_target.tobytes())
+    return found.hexdigest()
 
 
-def _first(rows: Iterator, limit: int | None) -> Iterator:
-    # Not itertools.islice: past the limit it would ask for a row more, and a bad one would stop us.
-    for number, row in enumerate(rows, start=1):
-        yield row
-        if number == limit:
-            return
+def _files(config: DataSection, paths, split: str) -> Iterator[tuple[str, str, Iterator[Row]]]:
+    """(multiple-choice task or "", file, rows) of every file."""
+    if config.format != CHOICE:
+        yield from (("", *each) for each in read_paths(paths, split=split))
+        return
+    for task, path in [split_task(path) for path in paths]:  # all are checked before one is read
+        yield from ((task, *each) for each in read_paths((path,), split=split))
 
 
-def _documents_of(
-    task: str, row: Row, config: DataSection, tokenizer, sequence_length: int, report: Report
-) -> list[Document]:
-    """The documents of one row; none if it is skipped."""
-    report.rows_read += 1
-    if not report.format:
-        _decide(row, config, tokenizer, report)
-    try:
-        document = _encode_row(task, row, config, tokenizer, report)
-        documents = _fit(document, config, sequence_length)
-        _check_targets(document, documents, sequence_length)
-    except BadRow as error:
-        message = f"{row.where}: {error}"
-        if config.bad_rows == "stop" and error.reason != "too long":
-            raise UserError(f"{message} (or set data.bad_rows=skip).") from error
-        report.skip(error.reason, message)
-        return []
-    except UserError as error:
-        raise UserError(f"{row.where}: {error}") from error
-    report.rows_kept += 1
-    report.split += len(documents) > 1
-    report.truncated += len(documents) == 1 and len(documents[0].tokens) < len(document.tokens)
-    return documents
+class _Reader:
+    """Documents as they come, and the report on them."""
 
+    def __init__(self, config, tokenizer, sequence_length: int, date, say):
+        self._config, self._tokenizer, self._length = config, tokenizer, sequence_length
+        self._date, self._say, self._said = date, say, time.monotonic()
+        self._report, self._documents = Report(max_rows=config.max_rows), []
+        self._waiting: list[tuple[Row, PathReport, list[Written]]] = []
+        self._characters = 0
 
-def _decide(row: Row, config: DataSection, tokenizer, report: Report) -> None:
-    """Settles format and template, once, by the first row."""
-    report.is_detected = config.format == "auto"
-    row_format = config.format
-    if report.is_detected:
+    def read(self, files, limit: int | None) -> Documents:
+        report = self._report
+        for task, path, rows in files:
+            if limit is not None and report.rows_read >= limit:
+                report.left_out.append(path)
+                continue
+            part = PathReport(path)
+            report.parts.append(part)
+            for row in rows:
+                self._take(task, row, part)
+                # Looked at behind the row: past the limit a bad row would stop us.
+                if report.rows_read == limit:
+                    break
+            self._flush()
+            if not part.rows_kept:
+                raise UserError(part.nothing_left())
+        report.documents = len(self._documents)
+        report.tokens = sum(len(document.tokens) for document in self._documents)
+        report.target_tokens = sum(int(each.is_target.sum()) for each in self._documents)
+        return Documents(self._documents, report)
+
+    def _take(self, task: str, row: Row, part: PathReport) -> None:
+        """Writes a row out; it is tokenised with the next batch."""
+        part.rows_read += 1
+        if part.wording is None:
+            self._settle(row, part)
         try:
-            row_format = detect_format(row.fields, _names(config))
+            written = self._written(task, row, part)
+        except BadRow as error:
+            self._flush()  # what is wrong in an earlier row is said first
+            self._skip(row, part, error)
+            return
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
-    report.template = choose_template(config.template, row_format, tokenizer)
-    report.format = row_format
+        self._waiting.append((row, part, written))
+        self._characters += sum(len(s.text) for each in written for s in each.segments)
+        if len(self._waiting) >= BATCH_ROWS or self._characters >= BATCH_CHARACTERS:
+            self._flush()
+
+    def _settle(self, row: Row, part: PathReport) -> None:
+        try:
+            part.wording = resolve_wording(
+                row.fields, self._config, self._tokenizer, date=self._date
+            )
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        part.is_detected = self._config.format == "auto"
+        self._writer = Writer(part.wording, self._tokenizer)
+        self._report.special_tokens = part.wording.special_tokens
+        if not part.wording.is_as_is:
+            closing = opens_thinking(self._writer.style, self._tokenizer)
+            self._report.ended_thinking = closing or self._report.ended_thinking
+
+    def _written(self, task: str, row: Row, part: PathReport) -> list[Written]:
+        if task:
+            segments = [
+                self._writer.as_is(segment.text, segment.is_response)
+                for segment in render_choice(task, row)
+            ]
+            written = [Written(segments, False)]
+        else:
+            written, conversation = self._writer.documents(row.fields)
+            part.saw(conversation)
+            if conversation.unread and self._config.unread == "stop":
+                names = ", ".join(conversation.unread)
+                raise UserError(f"fields that nothing reads: {names} (data.unread=stop)")
+        self._report.several += len(written) > 1
+        self._report.guarded += self._has_control_tokens(written, part)
+        return written
+
+    def _has_control_tokens(self, written: list[Written], part: PathReport) -> bool:
+        """Whether the row's own text has control tokens; a template's are not meant."""
+        texts = [segment.text for each in written for segment in each.segments]
+        if part.wording.special_tokens == "split":
+            return any(GUARD in text for text in texts)
+        pattern = control_pattern(self._tokenizer)
+        return part.wording.is_as_is and any(pattern.search(text) for text in texts)
+
+    def _flush(self) -> None:
+        """Tokenises the rows that wait, and takes their documents."""
+        waiting, self._waiting, self._characters = self._waiting, [], 0
+        everything = [each for _, _, written in waiting for each in written]
+        encoded = iter(encode_documents(everything, self._tokenizer, self._config.loss_on))
+        for row, part, written in waiting:
+            self._keep(row, part, [next(encoded) for _ in written])
+        if time.monotonic() > self._said + SAY_AFTER:
+            self._said = time.monotonic()
+            self._say(f"tokenizing: {self._report.rows_read:,} rows")
+
+    def _keep(self, row: Row, part: PathReport, whole: list[Document]) -> None:
+        try:
+            fitted = [piece for each in whole for piece in _fit(each, self._config, self._length)]
+            _check_targets(whole, fitted, self._length)
+        except BadRow as error:
+            self._skip(row, part, error)
+            return
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+        part.rows_kept += 1
+        is_split = len(fitted) > len(whole)
+        self._report.split += is_split
+        self._report.truncated += not is_split and _size(fitted) < _size(whole)
+        # Of several documents one may have lost its answer to the length of a row.
+        self._documents += [each for each in fitted if len(whole) == 1 or each.is_target.any()]
+
+    def _skip(self, row: Row, part: PathReport, error: BadRow) -> None:
+        message = f"{row.where}: {error}"
+        if self._config.bad_rows == "stop" and error.reason != "too long":
+            raise UserError(f"{message} (or set data.bad_rows=skip).") from error
+        part.skip(error.reason, message)
 
 
-def _names(config: DataSection) -> FieldNames:
-    return FieldNames(
-        config.prompt_field, config.response_field, config.messages_field, config.text_field
-    )
-
-
-def _encode_row(task: str, row: Row, config: DataSection, tokenizer, report: Report) -> Document:
-    if task:
-        return encode_document(render_choice(task, row), tokenizer, config.loss_on)
-    segments = render(
-        row.fields,
-        row_format=report.format,
-        template=report.template,
-        tokenizer=tokenizer,
-        names=_names(config),
-    )
-    return encode_document(segments, tokenizer, config.loss_on)
+def _size(documents: list[Document]) -> int:
+    return sum(len(document.tokens) for document in documents)
 
 
 def _fit(document: Document, config: DataSection, sequence_length: int) -> list[Document]:
@@ -201,20 +234,12 @@ def _windows(document: Document, sequence_length: int) -> list[Document]:
     return windows
 
 
-def _check_targets(document: Document, documents: list[Document], sequence_length: int) -> None:
+def _check_targets(whole: list[Document], fitted: list[Document], sequence_length: int) -> None:
     """Refuses a row that teaches nothing, such as a prompt that fills the whole row."""
-    if any(each.is_target.any() for each in documents):
+    if any(each.is_target.any() for each in fitted):
         return
     raise BadRow(
         "no target token left",
-        f"no target token left in the first {sequence_length} of {len(document.tokens)} tokens; "
+        f"no target token left in the first {sequence_length} of {_size(whole)} tokens; "
         "raise train.sequence_length or shorten the prompt",
     )
-
-
-def _nothing_left(report: Report) -> str:
-    reasons = "; ".join(
-        f"{count} {reason} (first: {report.examples[reason]})"
-        for reason, count in report.skipped.most_common()
-    )
-    return f"{', '.join(report.paths)}: no row is left of {report.rows_read}: {reasons}."

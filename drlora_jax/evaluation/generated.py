@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from drlora_jax.data.sources import Row
-from drlora_jax.data.templates import CHAT_TEMPLATES, render, render_prompt
+from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.answers import last_number, option_of, strict_number, without_notes
 from drlora_jax.evaluation.questions import instruction_options
 from drlora_jax.evaluation.records import Sample
 
-# Texts, stop strings, tokens at most -> what was written, with `.text` and `.finish`.
-Generate = Callable[[Sequence[str], Sequence[str], int], Sequence]
+# Prompts as texts or token ids, stop strings, tokens at most -> what was written, with `.text` and
+# `.finish`.
+Generate = Callable[[Sequence[str | list[int]], Sequence[str], int], Sequence]
 
 # Where the next turn or example would begin.
 _STOPS = {
@@ -32,16 +33,20 @@ class Item(NamedTuple):
 
     id: str
     prompt: str
+    ids: list[int]  # of the prompt
     gold: str
     options: tuple[str, ...] = ()  # of an instruction row
 
 
-def gsm8k_item(name: str, row: Row, shots: Sequence[Row], template: str, tokenizer) -> Item:
+def gsm8k_item(
+    name: str, row: Row, shots: Sequence[Row], writer: Writer, system: str | None = None
+) -> Item:
     question, answer = question_and_answer(row)
     if strict_number(answer) is None:
         raise UserError(f"{row.where}: the reference has no number behind ####; correct the row.")
     examples = [question_and_answer(shot) for shot in shots]
-    return Item(name, prompt_with_shots(question, examples, template, tokenizer), answer)
+    prompt = writer.question(question, system=system, shots=examples)
+    return Item(name, prompt.text, prompt.ids, answer)
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:
@@ -56,31 +61,19 @@ def question_and_answer(row: Row) -> tuple[str, str]:
     )
 
 
-def instruct_item(name: str, row: Row, template: str, tokenizer) -> Item:
+def instruct_item(name: str, row: Row, writer: Writer, system: str | None = None) -> Item:
     options = instruction_options(row)
     answer = row.fields["answer"]
     if answer not in options:
         raise UserError(f"{row.where}: the answer {answer!r} is none of {', '.join(options)}.")
     extra = row.fields.get("input") or ""
-    instruction = row.fields["instruction"]
-    prompt = render_prompt(instruction, template=template, tokenizer=tokenizer, extra=extra)
-    return Item(name, prompt, answer, options)
+    prompt = writer.question(row.fields["instruction"], extra=extra, system=system)
+    return Item(name, prompt.text, prompt.ids, answer, options)
 
 
-def prompt_with_shots(
-    question: str, shots: Sequence[tuple[str, str]], template: str, tokenizer
-) -> str:
-    """A question behind answered ones."""
-    if template in CHAT_TEMPLATES:
-        return _chat_prompt(question, shots, template, tokenizer)
-    blocks = [
-        "".join(segment.text for segment in _pair(*shot, template, tokenizer)) for shot in shots
-    ]
-    return "\n\n".join([*blocks, render_prompt(question, template=template, tokenizer=tokenizer)])
-
-
-def stop_strings(template: str, *, shots: int = 0) -> tuple[str, ...]:
+def stop_strings(writer: Writer, *, shots: int = 0) -> tuple[str, ...]:
     """What ends an answer besides the end-of-text token."""
+    template = writer.wording.template
     if template == "plain":
         return ("\n\n",) if shots else ()
     return _STOPS.get(template, ())
@@ -112,7 +105,7 @@ def answer_instruct(items: Sequence[Item], generate: Generate, stop, tokens: int
 
 
 def _written(items: Sequence[Item], generate: Generate, stop, tokens: int):
-    answers = generate([item.prompt for item in items], stop, tokens)
+    answers = generate([item.ids for item in items], stop, tokens)
     return zip(items, answers, strict=True)
 
 
@@ -126,19 +119,3 @@ def _sample(item: Item, written, gold: str, predicted, is_correct: bool, values:
         "correct": is_correct,
     }
     return Sample(item.id, values, fields)
-
-
-def _pair(question: str, answer: str, template: str, tokenizer):
-    fields = {"prompt": question, "response": answer}
-    return render(fields, row_format="prompt_response", template=template, tokenizer=tokenizer)
-
-
-def _chat_prompt(question: str, shots, template: str, tokenizer) -> str:
-    turns = []
-    for asked, answered in [*shots, (question, "answer")]:
-        turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    segments = render(
-        {"messages": turns}, row_format="chat", template=template, tokenizer=tokenizer
-    )
-    last = max(index for index, segment in enumerate(segments) if segment.is_response)
-    return "".join(segment.text for segment in segments[:last])

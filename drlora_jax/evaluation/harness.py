@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drlora_jax.data.packages import load_package
+from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import harness_scores, results
 from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
-from drlora_jax.evaluation.tasks import chosen
+from drlora_jax.evaluation.tasks import Texts, chosen
 from drlora_jax.loaded import Loaded
 
 INSTALL = "'drlora-jax[eval]'"
@@ -41,12 +42,13 @@ class Prepared(NamedTuple):
 
     found: Mapping[str, Any]  # what the harness loaded: tasks, groups
     settings: Settings
+    writer: Writer | None = None  # of chats; None: plain prompts
 
 
 def prepare(
     names: Sequence[str],
     settings: Settings,
-    tokenizer,
+    texts: Texts,
     *,
     shots: int | None = None,
     task_path: str | None = None,
@@ -58,8 +60,9 @@ def prepare(
       task_path: a folder of task definitions (.yaml), looked into first.
     """
     load_package("lm_eval", f"--tasks {','.join(names)}", install=INSTALL)
-    if settings.chat and not tokenizer.chat_template:
-        raise UserError("--chat: this tokenizer has no chat template; leave --chat out.")
+    writer = texts.chat_writer() if settings.chat else None
+    if settings.system is not None and writer is None:
+        raise UserError("--system: tasks of the harness ask without a template; add --chat.")
     manager = _manager(names, task_path)
     for name in names:
         _check_name(name, manager, task_path)
@@ -67,7 +70,7 @@ def prepare(
     for name, task in found["tasks"].items():
         _check_task(name, task)
         _set_up(task, settings, shots)
-    return Prepared(found, settings)
+    return Prepared(found, settings, writer)
 
 
 def run(
@@ -84,12 +87,14 @@ def run(
         batch_size=settings.batch_size,
         max_length=settings.max_length,
         seed=settings.seed,
+        writer=prepared.writer,
     )
     output = evaluate(
         lm=model,
         task_dict=prepared.found,
         samples=_parts(prepared),
         bootstrap_iters=0,
+        system_instruction=settings.system,
         apply_chat_template=bool(settings.chat),
         fewshot_as_multiturn=bool(settings.chat),
     )
@@ -212,7 +217,8 @@ def _parts(prepared: Prepared) -> dict[str, list[int]]:
 
 def _common(name: str, task, entries, settings: Settings, loaded: Loaded) -> dict:
     """What the scores of a task have in common."""
-    stored = settings.stored(("limit", "chat", "max_new_tokens", "max_length")) | {
+    names = ("limit", "chat", "template", "system", "max_new_tokens", "max_length")
+    stored = settings.stored(names) | {
         "shots": task.config.num_fewshot,
         "dtype": np.dtype(loaded.model.options.dtype).name,
         "lm_eval": importlib.metadata.version("lm_eval"),

@@ -1,5 +1,7 @@
 """From what the user asked for to tasks with their items, and from these to scores."""
 
+import dataclasses
+import functools
 import hashlib
 import importlib.util
 import pathlib
@@ -10,8 +12,7 @@ import jax
 import numpy as np
 
 from drlora_jax.config import TrainConfig
-from drlora_jax.data.sources import BUNDLED, Row, read_rows
-from drlora_jax.data.templates import AS_IS, FieldNames, choose_template, detect_format
+from drlora_jax.data.sources import BUNDLED, Row
 from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import files, results
@@ -19,9 +20,12 @@ from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
 from drlora_jax.evaluation.scoring import score_continuations
 from drlora_jax.evaluation.tasks import TASKS, Task, Texts, Tools, Work, suggest
+from drlora_jax.data.wording import CHOICE, Writer
 from drlora_jax.generation import Generator
+from drlora_jax.identity import asked_wording
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
+from drlora_jax.words import Words
 
 HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
 MAX_LENGTH = 2048  # tokens that a model sees of context and answer
@@ -67,10 +71,9 @@ def _harness_task(name: str) -> str:
 
 
 def prepare_jobs(
-    requests: Sequence[Request], settings: Settings, config: TrainConfig | None, tokenizer
+    requests: Sequence[Request], settings: Settings, config: TrainConfig | None, texts: Texts
 ) -> list[Job]:
     """Reads all data and writes all prompts; user mistakes end here, before a model is loaded."""
-    texts = make_texts(settings, config, tokenizer)
     jobs = []
     for request in requests:
         if TASKS[request.name].is_code and not settings.allow_code:
@@ -85,30 +88,34 @@ def prepare_jobs(
     return jobs
 
 
-def make_texts(settings: Settings, config: TrainConfig | None, tokenizer) -> Texts:
-    """A run's way to read and write texts; without a run, that of a new config."""
+def make_texts(
+    settings: Settings, config: TrainConfig | None, words: Words, row_format: str | None = None
+) -> Texts:
+    """A run's way to read and write texts; without a run, that of a new config.
+
+    Args:
+      config: of the run, with data settings overridden.
+      row_format: of the run's rows, for one that did not keep it.
+    """
     known = config or TrainConfig()
-    template = None if config is None else trained_template(config, tokenizer)
     length = settings.max_length or known.train.sequence_length
-    return Texts(tokenizer, template, known.data, length)
+    date = words.resolved.date if words.resolved else None
+    section = known.data
+    if words.is_run and words.resolved is None and section.special_tokens == "auto":
+        section = dataclasses.replace(section, special_tokens="keep")  # as it was read then
+    find_own = functools.cache(lambda: own_writer(settings, words, row_format))
+    return Texts(words.tokenizer, find_own, section, length, date)
 
 
-def trained_template(config: TrainConfig, tokenizer) -> str | None:
-    """The template that a run's prompts were written with; None for plain text."""
-    section = config.data
-    row_format = section.format
-    if row_format == "auto" and section.template == "auto":
-        names = FieldNames(
-            section.prompt_field, section.response_field, section.messages_field, section.text_field
-        )
-        try:
-            row_format = detect_format(next(iter(read_rows(section.path))).fields, names)
-        except (UserError, StopIteration):  # the data has moved since
-            row_format = "prompt_response"
-    elif row_format == "auto":
-        row_format = "prompt_response"
-    found = choose_template(section.template, row_format, tokenizer)
-    return None if found == AS_IS else found
+def own_writer(settings: Settings, words: Words, row_format: str | None) -> Writer | None:
+    """In the words of the run, or those that `--template` names; None for plain text."""
+    if settings.template is None and not words.is_run:
+        return None
+    like = words.wording(settings.template, row_format)
+    wording = asked_wording(settings.template, row_format, words.tokenizer, like)
+    if settings.template is None and (wording.is_as_is or wording.format == CHOICE):
+        return None
+    return Writer(wording, words.tokenizer)
 
 
 def _heldout(config: TrainConfig | None) -> tuple[str, ...]:
@@ -173,7 +180,10 @@ def make_tools(loaded: Loaded, settings: Settings, sandbox: Sandbox | None) -> T
         return score_continuations(loaded, pairs, batch_size=settings.batch_size, max_length=length)
 
     def generate(texts, stop, tokens):
-        prompts = [encode_prompt(text, loaded.tokenizer) for text in texts]
+        prompts = [
+            encode_prompt(text, loaded.tokenizer) if isinstance(text, str) else text
+            for text in texts
+        ]
         return generator.generate(prompts, max_new_tokens=tokens, stop=stop)
 
     return Tools(loaded, score, generate, sandbox.run if sandbox else None)
@@ -200,6 +210,8 @@ def run_job(
         "settings": stored,
         "samples": results.samples_name(job.label, loaded.step, stored),
     }
+    if job.task.chance is not None:
+        common["chance"] = float(np.mean([job.task.chance(item) for item in job.items]))
     return samples, results.scores_of(samples, job.task.metrics, common)
 
 

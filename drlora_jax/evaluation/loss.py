@@ -43,14 +43,21 @@ class Item(NamedTuple):
     document: Document
 
 
-def read_items(path: str, section: DataSection, tokenizer, length: int) -> list[Item]:
-    """The documents of a file, by the data settings of a run."""
+def read_items(
+    path: str, section: DataSection, tokenizer, length: int, date: str | None = None
+) -> list[Item]:
+    """The documents of a file, by the data settings of a run.
+
+    Args:
+      date: of chat templates that read the clock.
+    """
     if is_text_file(path):
         document = encode_document([Segment(_read_text(path), True)], tokenizer, "all")
         documents = list(_windows(document, length))
     else:
         section = dataclasses.replace(section, eval_path=(path,))
-        documents = load_documents(section, tokenizer, length, evaluation=True).documents
+        found = load_documents(section, tokenizer, length, evaluation=True, date=date)
+        documents = found.documents
     return [Item(str(number), document) for number, document in enumerate(documents, 1)]
 
 

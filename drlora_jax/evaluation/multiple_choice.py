@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.data.templates import render_prompt
-from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.data.segments import Segment
+from drlora_jax.data.tokenize import encode_document, encode_prompt
+from drlora_jax.data.wording import Prompt, Writer
 from drlora_jax.errors import RunError
 from drlora_jax.evaluation.prompts import Choice, label_prompt, likelihood_choices
 from drlora_jax.evaluation.questions import Question
@@ -27,17 +28,42 @@ class Item(NamedTuple):
     choices: tuple[Choice, ...]
     pairs: tuple[tuple[list[int], list[int]], ...]
     gold: int
+    answers: int  # of the question; labels of other questions may compete, too
 
 
 def likelihood_item(
-    name: str, question: Question, dataset: str, tokenizer, *, template: str | None = None
+    name: str,
+    question: Question,
+    dataset: str,
+    tokenizer,
+    *,
+    writer: Writer | None = None,
+    system: str | None = None,
 ) -> Item:
-    """Full answers behind a question; with a template, the question is a user's turn."""
+    """Full answers behind a question; with a writer, the question is asked in its words."""
     choices = likelihood_choices(question, dataset)
-    if template is not None:
-        choices = [_in_template(choice, template, tokenizer) for choice in choices]
-    pairs = [encode_pair(choice.context, choice.continuation, tokenizer) for choice in choices]
-    return Item(name, tuple(choices), tuple(pairs), question.gold)
+    if writer is None:
+        pairs = [encode_pair(choice.context, choice.continuation, tokenizer) for choice in choices]
+        return Item(name, tuple(choices), tuple(pairs), question.gold, len(choices))
+    prompts = [writer.question(choice.context, system=system) for choice in choices]
+    asked, pairs = [], []
+    for choice, prompt in zip(choices, prompts, strict=True):
+        continuation = choice.continuation.lstrip()
+        asked.append(Choice(prompt.text, continuation, choice.answer))
+        pairs.append(_behind(prompt, writer.as_is(continuation, True), tokenizer))
+    return Item(name, tuple(asked), tuple(pairs), question.gold, len(asked))
+
+
+def _behind(prompt: Prompt, answer: Segment, tokenizer) -> tuple[list[int], list[int]]:
+    """The prompt's ids, and those that the answer adds: both as one text, as in training."""
+    document = encode_document([*prompt.segments, answer], tokenizer, "response")
+    is_answer = document.is_target.copy()
+    is_answer[-1] = False  # the end-of-text token
+    whole = document.tokens.tolist()
+    if whole[: len(prompt.ids)] == prompt.ids:
+        return prompt.ids, whole[len(prompt.ids) : -1]
+    start = int(is_answer.argmax())  # the prompt's last token holds the answer's first letters
+    return whole[:start], whole[start:-1]
 
 
 def label_item(name: str, question: Question, dataset: str, tokenizer) -> Item:
@@ -47,7 +73,7 @@ def label_item(name: str, question: Question, dataset: str, tokenizer) -> Item:
     choices = tuple(Choice(prompt, f" {label}", label) for label in labels)
     # The last piece: some tokenizers cut the space or the first letters off.
     pairs = tuple((ids, _ids(f" {label}", tokenizer)[-1:]) for label in labels)
-    return Item(name, choices, pairs, gold)
+    return Item(name, choices, pairs, gold, len(question.choices) or len(labels))
 
 
 def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], list[int]]:
@@ -102,11 +128,6 @@ def _sample(item: Item, totals: np.ndarray) -> Sample:
             "correct": best == item.gold,
         },
     )
-
-
-def _in_template(choice: Choice, template: str, tokenizer) -> Choice:
-    context = render_prompt(choice.context, template=template, tokenizer=tokenizer)
-    return Choice(context, choice.continuation.lstrip(), choice.answer)
 
 
 def _ids(text: str, tokenizer) -> list[int]:

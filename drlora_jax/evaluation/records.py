@@ -18,6 +18,8 @@ class Settings(NamedTuple):
     max_length: int | None = None  # tokens of a row; None: the loss uses the run's
     data_dir: str | None = None
     allow_code: bool = False
+    template: str | None = None  # None: the run's; else a name as in data.template, or `none`
+    system: str | None = None  # a system message in front of every question
 
     def stored(self, names: Iterable[str]) -> dict:
         """Of the named ones, those that are not their defaults."""
@@ -55,6 +57,7 @@ class Score:
     adapter_fingerprint: str | None = None
     settings: dict = dataclasses.field(default_factory=dict)
     samples: str | None = None  # file of samples, relative to the run directory
+    chance: float | None = None  # of guessing among the answers of a question, mean over items
 
     def row(self) -> dict:
         """A JSON object."""

@@ -51,6 +51,16 @@ def table(scores: Sequence[Score]) -> str:
     )
 
 
+def chance_lines(scores: Sequence[Score]) -> list[str]:
+    """A line for every accuracy that guessing reaches: chance lies within its interval."""
+    return [
+        f"{score.task} {score.metric}: {score.value:.4f} is no better than chance "
+        f"({score.chance:.4f} lies in its interval)"
+        for score in scores
+        if score.chance is not None and score.ci95 and score.ci95[0] <= score.chance
+    ]
+
+
 def samples_name(task: str, step: int | None, settings: Mapping) -> str:
     """The name of a task's file of samples, below the run directory."""
     parts = [re.sub(r"[^A-Za-z0-9_.@-]+", "-", task)]

@@ -14,7 +14,7 @@ import numpy as np
 
 from drlora_jax.config import DataSection
 from drlora_jax.data.sources import Row
-from drlora_jax.data.templates import choose_template
+from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import code_tasks, generated, loss, multiple_choice
 from drlora_jax.evaluation.files import Source
@@ -27,9 +27,28 @@ class Texts(NamedTuple):
     """What items are made with; no weights are needed."""
 
     tokenizer: object
-    template: str | None  # of the run that the model comes from, resolved; None: no run
+    # In the run's words, or those of --template; None: neither, or plain text. Found when a task
+    # asks: a run of an earlier version may not know its words, and not every task needs them.
+    find_own: Callable[[], Writer | None]
     section: DataSection  # for the loss: how a run reads its data
     length: int  # tokens a row, for the loss
+    date: str | None = None  # of templates that read the clock
+
+    def named(self, template: str) -> Writer:
+        """A writer in a template that a task or an option names."""
+        wording = named_wording(template, self.tokenizer, date=self.date)
+        return Writer(wording, self.tokenizer)
+
+    def writer(self, settings: Settings, default: str) -> Writer:
+        """`--chat`: in the words of the run, else of the tokenizer's chat template; `--no-chat`: in
+        the task's own prompts; neither: as the run was trained, else the task's own.
+        """
+        if settings.chat is None:
+            return self.find_own() or self.named(default)
+        return self.chat_writer() if settings.chat else self.named(default)
+
+    def chat_writer(self) -> Writer:
+        return self.find_own() or self.named("tokenizer")
 
 
 class Tools(NamedTuple):
@@ -64,6 +83,7 @@ class Task(NamedTuple):
     shots: Source | None = None  # where examples come from; None: the task takes none
     is_code: bool = False
     reads_itself: bool = False  # items come from the path, not from rows
+    chance: Callable[[object], float] | None = None  # of an item: to guess its answer
     version: str = "1"
 
 
@@ -118,14 +138,21 @@ def _source(dataset: str, folders=_FOLDERS) -> Source:
 
 def _likelihood_task(dataset: str) -> Task:
     def items(work: Work) -> list:
-        template = None
+        writer = None
         if work.settings.chat:
             if dataset == "winogrande":
                 raise UserError("winogrande scores the rest of a sentence; leave --chat out.")
-            template = "tokenizer"
+            writer = work.texts.chat_writer()
+        elif work.settings.system is not None:
+            raise UserError(f"--system: {dataset} asks without a template; add --chat.")
         return [
             multiple_choice.likelihood_item(
-                name, read_question(row, dataset), dataset, work.texts.tokenizer, template=template
+                name,
+                read_question(row, dataset),
+                dataset,
+                work.texts.tokenizer,
+                writer=writer,
+                system=work.settings.system,
             )
             for name, row in _named(work)
         ]
@@ -136,8 +163,9 @@ def _likelihood_task(dataset: str) -> Task:
 
 def _label_task(dataset: str) -> Task:
     def items(work: Work) -> list:
-        if work.settings.chat:
-            raise UserError(f"{dataset}:mixlora has prompts of its own; leave --chat out.")
+        if work.settings.chat or work.settings.system is not None:
+            option = "--chat" if work.settings.chat else "--system"
+            raise UserError(f"{dataset}:mixlora has prompts of its own; leave {option} out.")
         return [
             multiple_choice.label_item(
                 name, read_question(row, dataset), dataset, work.texts.tokenizer
@@ -156,20 +184,21 @@ def _choice_task(name: str, dataset: str, metrics: tuple[str, ...], items) -> Ta
         items=items,
         strings=multiple_choice.item_texts,
         answer=lambda items, work, tools: multiple_choice.answer_items(items, tools.score),
-        options=("limit", "chat", "max_length"),
+        options=("limit", "chat", "template", "system", "max_length"),
+        chance=lambda item: 1 / item.answers,
     )
 
 
 # ------------------------------------------------------------------------------------------ written
 
-_WRITTEN = ("limit", "shots", "chat", "max_new_tokens")
+_WRITTEN = ("limit", "shots", "chat", "template", "system", "max_new_tokens")
 
 
 def _instruct_task(dataset: str) -> Task:
     def items(work: Work) -> list:
-        template = _template(work, "alpaca")
+        writer = work.texts.writer(work.settings, "alpaca")
         return [
-            generated.instruct_item(name, row, template, work.texts.tokenizer)
+            generated.instruct_item(name, row, writer, work.settings.system)
             for name, row in _named(work)
         ]
 
@@ -183,22 +212,22 @@ def _instruct_task(dataset: str) -> Task:
 
 
 def _answer_instruct(items, work: Work, tools: Tools) -> list[Sample]:
-    stop = generated.stop_strings(_template(work, "alpaca"))
+    stop = generated.stop_strings(work.texts.writer(work.settings, "alpaca"))
     tokens = work.settings.max_new_tokens or 32
     return generated.answer_instruct(items, tools.generate, stop, tokens)
 
 
 def _gsm8k_items(work: Work) -> list:
-    template = _template(work, "question_answer")
+    writer = work.texts.writer(work.settings, "question_answer")
     return [
-        generated.gsm8k_item(name, row, work.shots, template, work.texts.tokenizer)
+        generated.gsm8k_item(name, row, work.shots, writer, work.settings.system)
         for name, row in _named(work)
     ]
 
 
 def _answer_gsm8k(items, work: Work, tools: Tools) -> list[Sample]:
-    template = _template(work, "question_answer")
-    stop = generated.stop_strings(template, shots=work.settings.shots)
+    writer = work.texts.writer(work.settings, "question_answer")
+    stop = generated.stop_strings(writer, shots=work.settings.shots)
     tokens = work.settings.max_new_tokens or 256
     return generated.answer_gsm8k(items, tools.generate, stop, tokens)
 
@@ -216,21 +245,12 @@ def _written_task(name: str, source: Source, metrics, items, answer, **more) -> 
     )
 
 
-def _template(work: Work, default: str) -> str:
-    """`--chat`: the tokenizer's; `--no-chat`: plain prompts; neither: as the run was trained."""
-    if work.settings.chat is None:
-        return work.texts.template or default
-    if work.settings.chat:
-        return choose_template("tokenizer", "chat", work.texts.tokenizer)
-    return default
-
-
 # --------------------------------------------------------------------------------------------- loss
 
 
 def _loss_items(work: Work) -> list[loss.Item]:
     texts = work.texts
-    items = loss.read_items(work.path, texts.section, texts.tokenizer, texts.length)
+    items = loss.read_items(work.path, texts.section, texts.tokenizer, texts.length, texts.date)
     return chosen(items, work.settings)
 
 

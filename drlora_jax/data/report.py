@@ -1,0 +1,180 @@
+"""What came of the rows of a data set, path by path: counts, and everything that did not go in as
+it was, by name.
+"""
+
+import dataclasses
+from collections import Counter
+
+from drlora_jax.data.layouts import Conversation
+from drlora_jax.data.wording import Wording
+
+WARN_FRACTION = 0.01  # of rows skipped
+
+
+@dataclasses.dataclass
+class PathReport:
+    """Of one file."""
+
+    path: str
+    wording: Wording | None = None  # None until its first row was seen
+    is_detected: bool = False  # the format, from that row's fields
+    rows_read: int = 0
+    rows_kept: int = 0
+    system_rows: int = 0
+    system_texts: set[str] = dataclasses.field(default_factory=set)  # two are enough
+    skipped: Counter = dataclasses.field(default_factory=Counter)  # by reason
+    examples: dict[str, str] = dataclasses.field(default_factory=dict)  # first message by reason
+    unread: Counter = dataclasses.field(default_factory=Counter)  # by field: rows
+
+    def skip(self, reason: str, message: str) -> None:
+        """Counts a row that was left out."""
+        self.skipped[reason] += 1
+        self.examples.setdefault(reason, message)
+
+    def saw(self, conversation: Conversation) -> None:
+        """Counts what a conversation holds beside its questions and answers."""
+        self.unread.update(conversation.unread)
+        texts = [m["content"] for m in conversation.messages if m["role"] in SYSTEM_ROLES]
+        self.system_rows += bool(texts)
+        if len(self.system_texts) < 2:
+            self.system_texts.update(map(str, texts))
+
+    def nothing_left(self) -> str:
+        """Why no row is left."""
+        reasons = "; ".join(
+            f"{count} {reason} (first: {self.examples[reason]})"
+            for reason, count in self.skipped.most_common()
+        )
+        return f"{self.path}: no row is left of {self.rows_read}: {reasons}."
+
+    def wording_text(self) -> str:
+        if self.wording is None:
+            return "no row was read"
+        found = " (found from the first row)" if self.is_detected else ""
+        text = f"format {self.wording.format}{found}, template {self.wording.template}"
+        if self.wording.date:
+            text += f", date {self.wording.date} (the template reads the clock)"
+        return text
+
+
+SYSTEM_ROLES = ("system", "developer")
+
+
+@dataclasses.dataclass
+class Report:
+    """Of one data set."""
+
+    parts: list[PathReport] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)  # paths behind data.max_rows
+    truncated: int = 0
+    split: int = 0  # rows cut into windows
+    several: int = 0  # rows that became a document for each answer
+    guarded: int = 0  # rows with control tokens in their own text
+    straddled: int = 0  # learned texts whose first characters lie in a token of the prompt
+    ended_thinking: str | None = None  # what a row without reasoning learns to close at once
+    max_rows: int | None = None
+    special_tokens: str = "keep"
+    documents: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+
+    def total(self, name: str) -> int:
+        return sum(getattr(part, name) for part in self.parts)
+
+    @property
+    def rows_read(self) -> int:
+        return self.total("rows_read")
+
+    @property
+    def rows_kept(self) -> int:
+        return self.total("rows_kept")
+
+    @property
+    def skipped(self) -> Counter:
+        return sum((part.skipped for part in self.parts), Counter())
+
+    @property
+    def wordings(self) -> dict[str, Wording]:
+        """By path, in the order of reading."""
+        return {part.path: part.wording for part in self.parts if part.wording is not None}
+
+    def lines(self) -> list[str]:
+        """The report as text, warnings last."""
+        lines = [f"data: {', '.join(part.path for part in self.parts)}", *self._wording_lines()]
+        lines.append(
+            f"{self.rows_read} rows read, {self.rows_kept} kept, {self.documents} documents, "
+            f"{self.tokens} tokens, {self.target_tokens} target tokens"
+        )
+        lines += self._counted_lines()
+        skipped, examples = self.skipped, {}
+        for part in reversed(self.parts):
+            examples |= part.examples
+        for reason, count in skipped.most_common():
+            lines.append(f"skipped {count}: {reason} (first: {examples[reason]})")
+        if skipped.total() > WARN_FRACTION * self.rows_read:
+            share = 100 * skipped.total() / self.rows_read
+            lines.append(
+                f"warning: {skipped.total()} of {self.rows_read} rows ({share:.1f} %) were skipped"
+            )
+        return lines
+
+    def _wording_lines(self) -> list[str]:
+        """One line where all paths are read alike, else a line per path with its counts."""
+        texts = {part.wording_text() for part in self.parts}
+        if len(texts) == 1:
+            return list(texts)
+        return [
+            f"  {part.path}: {part.wording_text()}; {part.rows_read} rows read, "
+            f"{part.rows_kept} kept"
+            for part in self.parts
+        ]
+
+    def _counted_lines(self) -> list[str]:
+        lines = []
+        unread = sum((part.unread for part in self.parts), Counter())
+        if unread:
+            names = ", ".join(f"{name} ({count} rows)" for name, count in unread.most_common())
+            lines.append(f"fields that are not read: {names}")
+        system, texts = self.total("system_rows"), set().union(*(p.system_texts for p in self.parts))
+        if system:
+            what = f"the same: {shortened(next(iter(texts)))}" if len(texts) == 1 else "they differ"
+            lines.append(f"system message in {system} of {self.rows_read} rows ({what})")
+        if self.guarded:
+            how = (
+                "tokenized as ordinary text"
+                if self.special_tokens == "split"
+                else "kept as control tokens"
+            )
+            lines.append(
+                f"{self.guarded} rows have control tokens in their own text: {how} "
+                f"(data.special_tokens={self.special_tokens})"
+            )
+        if self.several:
+            lines.append(
+                f"{self.several} rows became one document per answer: the chat template rewrites "
+                "earlier turns"
+            )
+        if self.ended_thinking is not None:
+            lines.append(
+                "the template opens a thinking block; answers without reasoning learn to close it "
+                f"at once ({self.ended_thinking!r})"
+            )
+        if self.straddled:
+            lines.append(
+                f"{self.straddled} answers begin inside a token of their prompt; that token is not "
+                "learned"
+            )
+        if self.truncated:
+            lines.append(f"truncated {self.truncated} rows to train.sequence_length")
+        if self.split:
+            lines.append(f"split {self.split} rows into windows of train.sequence_length")
+        if self.left_out:
+            lines.append(
+                f"not read: {', '.join(self.left_out)} (data.max_rows={self.max_rows} was reached)"
+            )
+        return lines
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """The text in quotes, cut if it is long."""
+    return repr(text if len(text) <= length else f"{text[:length]}...")

@@ -1,0 +1,227 @@
+"""How a run puts things into words: rows into documents, questions and turns into prompts.
+
+A `Wording` is what was resolved when a run was created, and what its config.json keeps. A `Writer`
+applies it. It is the only way to a prompt: training writes documents with it, and `generate`,
+`evaluate` and the adapter of lm-evaluation-harness ask with what `Writer.prompt` returns, which is
+the very text that training put in front of an answer.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from drlora_jax.config import DataSection
+from drlora_jax.data.layouts import Conversation, FieldNames, detect_format, read_row
+from drlora_jax.data.segments import BadRow, Segment, Written, guard, plain_text
+from drlora_jax.data.templates import (
+    AS_IS,
+    CHAT_TEMPLATES,
+    Style,
+    choose_template,
+    reads_clock,
+    write,
+    write_prompt,
+)
+from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.errors import UserError
+
+TEXT, CHOICE = "text", "choice"  # formats whose texts are taken as they are
+
+
+class Wording(NamedTuple):
+    """What decides how rows of one layout are written; nothing in it is a request like `auto`."""
+
+    format: str
+    template: str
+    fields: FieldNames = FieldNames()
+    special_tokens: str = "keep"  # "split": control tokens come from the template only
+    date: str | None = None  # YYYY-MM-DD, of a chat template that reads the clock
+
+    @property
+    def is_as_is(self) -> bool:
+        return self.template == AS_IS
+
+    def to_json(self) -> dict:
+        return self._asdict() | {"fields": self.fields._asdict()}
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Wording":
+        """The inverse of `to_json`; names that this version does not know are passed over."""
+        known = {name: values[name] for name in cls._fields if name in values}
+        fields = {n: v for n, v in values.get("fields", {}).items() if n in FieldNames._fields}
+        return cls(**known | {"fields": FieldNames(**fields)})
+
+
+class Prompt(NamedTuple):
+    """What a model is asked with."""
+
+    text: str  # as a person reads it
+    segments: list[Segment]  # the same with control tokens of the user's text guarded
+    ids: list[int]
+
+
+def field_names(section: DataSection) -> FieldNames:
+    """The names that a config gives."""
+    return FieldNames(
+        section.prompt_field, section.response_field, section.messages_field, section.text_field
+    )
+
+
+def resolve_wording(
+    fields: dict, section: DataSection, tokenizer, *, date: str | None = None
+) -> Wording:
+    """The wording of rows like the one with these fields.
+
+    Args:
+      date: of a template that reads the clock; None: `data.date`, which is today's for `auto`.
+
+    Raises:
+      UserError: when the format cannot be told, or format and template do not go together.
+    """
+    row_format, names = section.format, field_names(section)
+    if row_format == "auto":
+        row_format, names = detect_format(fields, names)
+    template = choose_template(section.template, row_format, tokenizer)
+    special = section.special_tokens
+    if special == "auto":
+        special = "keep" if row_format == TEXT else "split"
+    return Wording(row_format, template, names, special, _date(section, template, tokenizer, date))
+
+
+def named_wording(
+    template: str, tokenizer, *, date: str | None = None, special_tokens: str = "split"
+) -> Wording:
+    """The wording of single questions in a template that the user names; `none` takes texts as
+    they are.
+    """
+    if template in ("none", AS_IS):
+        return Wording(TEXT, AS_IS)
+    row_format = "chat" if template in CHAT_TEMPLATES else "prompt_response"
+    template = choose_template(template, row_format, tokenizer)
+    date = _date(DataSection(), template, tokenizer, date)
+    return Wording(row_format, template, special_tokens=special_tokens, date=date)
+
+
+def _date(section: DataSection, template: str, tokenizer, date: str | None) -> str | None:
+    if template != "tokenizer" or not reads_clock(tokenizer):
+        return None
+    if section.date != "auto":
+        return section.date
+    return date or datetime.date.today().isoformat()
+
+
+class Writer:
+    """Writes rows and questions in one wording."""
+
+    def __init__(self, wording: Wording, tokenizer):
+        self.wording, self.tokenizer = wording, tokenizer
+        self._style = Style(wording.template, wording.special_tokens, wording.date)
+
+    @property
+    def style(self) -> Style:
+        return self._style
+
+    def documents(self, fields: dict) -> tuple[list[Written], Conversation]:
+        """A training row as documents, usually one, and what was read of the row.
+
+        Raises:
+          BadRow: if the row lacks what it needs.
+        """
+        conversation = read_row(fields, self.wording.format, self.wording.fields)
+        if self.wording.is_as_is:
+            return [Written([self.as_is(conversation.messages[0]["content"], True)], False)], (
+                conversation
+            )
+        return write(conversation, self._style, self.tokenizer), conversation
+
+    def row_prompt(self, fields: dict, *, system: str | None = None) -> Prompt:
+        """What stands before the answer of a row like those of training; an answer that the row
+        has already is left out.
+        """
+        row_format, names = self.wording.format, self.wording.fields
+        conversation = read_row(fields, row_format, names, needs_answer=False)
+        return self.prompt(_with_system(conversation, system))
+
+    def question(
+        self,
+        text: str,
+        *,
+        extra: str = "",
+        system: str | None = None,
+        shots: Sequence[tuple[str, str]] = (),
+    ) -> Prompt:
+        """The prompt of one question, behind answered ones if there are `shots`.
+
+        Args:
+          extra: Alpaca's `input`.
+          system: the text of a system message.
+          shots: (question, answer): earlier turns of a chat, or blocks with an empty line between.
+        """
+        is_chat = self.wording.template in CHAT_TEMPLATES
+        turns = [turn for shot in shots for turn in _turns(*shot)] if is_chat else []
+        messages = (*turns, {"role": "user", "content": text})
+        conversation = Conversation(messages, (False,) * len(messages), None, extra)
+        prompt = self.prompt(_with_system(conversation, system))
+        if is_chat or not shots:
+            return prompt
+        blocks = [segment for shot in shots for segment in [*self._pair(*shot), BLANK_LINE]]
+        return self._made([*blocks, *prompt.segments])
+
+    def prompt(self, conversation: Conversation) -> Prompt:
+        """What stands before the next answer of a conversation: the text, and its token ids.
+
+        Raises:
+          UserError: for what the template does not write.
+        """
+        if self.wording.is_as_is:
+            return self._as_is(conversation)
+        try:
+            return self._made(write_prompt(conversation, self._style, self.tokenizer))
+        except BadRow as error:
+            raise UserError(f"The prompt cannot be written: {error}.") from error
+
+    def as_is(self, text: str, is_response: bool = False) -> Segment:
+        """A text that no template writes; its control tokens are guarded if the wording says so."""
+        if self.wording.special_tokens == "split":
+            text = guard(text, self.tokenizer)
+        return Segment(text, is_response)
+
+    def _as_is(self, conversation: Conversation) -> Prompt:
+        if len(conversation.messages) > 1 or conversation.extra:
+            raise UserError(
+                "The prompt is taken as it is: there is no place for a system message, earlier "
+                "turns or an input. Name a template (--template NAME)."
+            )
+        return self._made([self.as_is(conversation.messages[0]["content"])])
+
+    def _pair(self, question: str, answer: str) -> list[Segment]:
+        turns = tuple(_turns(question, answer))
+        [document] = write(Conversation(turns, (False, True), None), self._style, self.tokenizer)
+        return document.segments
+
+    def _made(self, segments: list[Segment]) -> Prompt:
+        return Prompt(plain_text(segments), segments, encode_prompt(segments, self.tokenizer))
+
+
+BLANK_LINE = Segment("\n\n", False)  # between answered examples
+
+
+def _turns(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _with_system(conversation: Conversation, system: str | None) -> Conversation:
+    if system is None:
+        return conversation
+    if any(message["role"] in ("system", "developer") for message in conversation.messages):
+        raise UserError("--system: the conversation has a system message of its own; leave it out.")
+    return conversation._replace(
+        messages=({"role": "system", "content": system}, *conversation.messages),
+        is_learned=(False, *conversation.is_learned),
+    )
+
+
+def with_date(section: DataSection, date: str | None) -> DataSection:
+    """The section with a date that a run has settled."""
+    return section if date is None else dataclasses.replace(section, date=date)

@@ -1,0 +1,264 @@
+"""What a run was made with, as config.json keeps it: the block `resolved`.
+
+A run stores what was found, not what was asked for: how its rows were written, which tokenizer and
+chat template wrote them, what ends an answer, which base it started from. Whoever uses the run
+later (resume, `generate`, `evaluate`, `export`) gets the same words, wherever rows and base are by
+then. Token ids that changed are refused. A chat template, end tokens or a date that changed are
+said, and those of the run are used.
+"""
+
+import dataclasses
+import pathlib
+from typing import NamedTuple
+
+from drlora_jax.config import TrainConfig
+from drlora_jax.data.documents import digest, load_documents
+from drlora_jax.data.layouts import FieldNames
+from drlora_jax.data.report import Report, shortened
+from drlora_jax.data.templates import AS_IS, CHAT_TEMPLATES, choose_template, turn_end
+from drlora_jax.data.tokenize import end_token_ids, tokenizer_identity
+from drlora_jax.data.wording import CHOICE, TEXT, Wording, Writer, field_names, named_wording
+from drlora_jax.errors import UserError
+
+LONGEST_SYSTEM = 2000  # characters of a system message that are kept
+
+
+class SystemMessages(NamedTuple):
+    """Of the training rows."""
+
+    rows: int  # that begin with one
+    of: int
+    text: str | None = None  # where all say the same
+
+
+class Resolved(NamedTuple):
+    """The block `resolved` of config.json."""
+
+    wordings: tuple[tuple[str, Wording], ...]  # (path, its wording) in the order of reading
+    system: SystemMessages
+    end_token_ids: tuple[int, ...]  # the first is the tokenizer's own
+    chat_template: str | dict | None  # of the tokenizer, where a wording uses it
+    model_revision: str | None  # of a hub name
+    tokenizer: dict[str, str]  # sha256 of its parts
+    base: str  # fingerprint
+
+    @property
+    def wording(self) -> Wording:
+        """Of the first path: what single prompts are written in."""
+        return self.wordings[0][1]
+
+    @property
+    def date(self) -> str | None:
+        return next((each.date for _, each in self.wordings if each.date), None)
+
+    def wording_of(self, fields: dict) -> Wording:
+        """The wording of the path whose rows look like this one; the first where none does."""
+        for _, wording in self.wordings:
+            if _fits(fields, wording):
+                return wording
+        return self.wording
+
+    def to_json(self) -> dict:
+        """The first path's wording at the top; `paths` only where they differ."""
+        values = self.wording.to_json() | {
+            "system": self.system._asdict() if self.system.rows else None,
+            "end_token_ids": list(self.end_token_ids),
+            "date": self.date,
+            "model_revision": self.model_revision,
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+            "base": self.base,
+        }
+        if len({wording for _, wording in self.wordings}) > 1:
+            values["paths"] = [{"path": path, **each.to_json()} for path, each in self.wordings]
+        return values
+
+    @classmethod
+    def from_json(cls, values: dict) -> "Resolved":
+        """The inverse of `to_json`.
+
+        Raises:
+          UserError: for a block that is not complete.
+        """
+        try:
+            paths = values.get("paths") or [{"path": "", **values}]
+            return cls(
+                wordings=tuple((each["path"], Wording.from_json(each)) for each in paths),
+                system=SystemMessages(**(values["system"] or {"rows": 0, "of": 0})),
+                end_token_ids=tuple(values["end_token_ids"]),
+                chat_template=values["chat_template"],
+                model_revision=values["model_revision"],
+                tokenizer=dict(values["tokenizer"]),
+                base=values["base"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"config.json: the block `resolved` is not one that this version writes ({error!r});"
+                " it was edited, or a newer version made the run."
+            ) from error
+
+
+def resolve(
+    report: Report, tokenizer, directory: pathlib.Path, *, vocab_size: int, revision, base: str
+) -> Resolved:
+    """What a new run keeps about its words, base and tokenizer."""
+    wordings = tuple(report.wordings.items())
+    ends = list(end_token_ids(tokenizer, directory, vocab_size))
+    for _, wording in wordings:
+        ends += [each for each in turn_end_ids(wording, tokenizer) if each not in ends]
+    texts = set().union(*(part.system_texts for part in report.parts))
+    same = next(iter(texts)) if len(texts) == 1 else None
+    uses_own = any(wording.template == "tokenizer" for _, wording in wordings)
+    return Resolved(
+        wordings=wordings,
+        system=SystemMessages(
+            report.total("system_rows"),
+            report.rows_read,
+            same if same is not None and len(same) <= LONGEST_SYSTEM else None,
+        ),
+        end_token_ids=tuple(ends),
+        chat_template=tokenizer.chat_template if uses_own else None,
+        model_revision=revision,
+        tokenizer=tokenizer_identity(tokenizer, directory),
+        base=base,
+    )
+
+
+def turn_end_ids(wording: Wording, tokenizer) -> list[int]:
+    """The control token that the template puts behind an answer, if it does."""
+    if wording.is_as_is:
+        return []
+    text = turn_end(Writer(wording, tokenizer).style, tokenizer)
+    return [] if text is None else [tokenizer.convert_tokens_to_ids(text)]
+
+
+def as_trained(
+    tokenizer, resolved: Resolved, directory: pathlib.Path, run_dir
+) -> tuple[object, list[str]]:
+    """The tokenizer with the run's chat template and end token, and what to say about it.
+
+    Raises:
+      UserError: when it makes other token ids than the run was trained with.
+    """
+    now, then, notes = tokenizer_identity(tokenizer, directory), resolved.tokenizer, []
+    changed = {name for name in then if now.get(name) != then[name]}
+    for name in ("vocabulary", "probe"):
+        if name in changed:
+            what = "vocabulary" if name == "vocabulary" else "way to cut texts"
+            raise UserError(
+                f"The tokenizer of {directory} is not the one that {run_dir} was trained with: its "
+                f"{what} has changed (sha256 {then[name][:12]}, got {now[name][:12]}), so the same "
+                "words have other token ids. Put the tokenizer files of the training back."
+            )
+    if "normalizer" in changed:
+        notes.append(
+            f"the tokenizer files of {directory} are written otherwise than at the training; the "
+            "token ids of a probe are the same"
+        )
+    if "template" in changed and resolved.chat_template is not None:
+        notes.append(
+            f"the chat template of {directory} is not the one that {run_dir} was trained with; the "
+            "run's own is used"
+        )
+    if resolved.chat_template is not None:
+        tokenizer.chat_template = resolved.chat_template
+    end = resolved.end_token_ids[0] if resolved.end_token_ids else None
+    if "ends" in changed:
+        notes.append(
+            f"the end tokens of {directory} have changed since the training; answers end at those "
+            f"of {run_dir} (ids {', '.join(map(str, resolved.end_token_ids))})"
+        )
+        if end is not None and tokenizer.eos_token_id != end:
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer, notes
+
+
+def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wording:
+    """The wording of a run that has no block `resolved`, found again from base and rows.
+
+    Args:
+      data_fingerprint: of the documents that the run was trained with.
+
+    Raises:
+      UserError: when rows or base are not what they were; it says what to give.
+    """
+    section = dataclasses.replace(config.data, special_tokens="keep")
+    if section.format != "auto":
+        return _given_wording(section, tokenizer)
+    try:
+        found = load_documents(section, tokenizer, config.train.sequence_length)
+    except UserError as error:
+        raise _lost(f"its rows cannot be read ({error})") from error
+    if digest(found.documents) != data_fingerprint:
+        raise _lost("its rows, or what reads them, have changed since")
+    return next(iter(found.report.wordings.values()))
+
+
+def _given_wording(section, tokenizer) -> Wording:
+    """A format that was named needs no row."""
+    template = choose_template(section.template, section.format, tokenizer)
+    return Wording(section.format, template, field_names(section), "keep")
+
+
+def _lost(why: str) -> UserError:
+    return UserError(
+        "The run was made by an earlier version, which did not keep how its prompts were written, "
+        f"and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, tulu, "
+        "tokenizer, or none for texts as they are) and, for rows, --format NAME."
+    )
+
+
+def asked_wording(
+    template: str | None, row_format: str | None, tokenizer, like: Wording | None
+) -> Wording:
+    """The wording that `--template` and `--format` name, else one like the run's.
+
+    Args:
+      like: of the run; what is not named is taken from it.
+    """
+    if template is None and row_format is None:
+        return like
+    if template is None:
+        template = choose_template("auto", row_format, tokenizer)
+    found = named_wording(
+        template,
+        tokenizer,
+        date=like.date if like else None,
+        special_tokens=like.special_tokens if like and not like.is_as_is else "split",
+    )
+    if row_format is not None:
+        choose_template("auto" if found.is_as_is else template, row_format, tokenizer)
+        found = found._replace(format=row_format)
+    elif like is not None and not like.is_as_is and _may_have(like.format, found):
+        found = found._replace(format=like.format)
+    return found._replace(fields=like.fields if like else FieldNames())
+
+
+def _may_have(row_format: str, wording: Wording) -> bool:
+    """Whether rows of this format can be written in that template."""
+    if wording.template == AS_IS or row_format in (TEXT, CHOICE):
+        return False
+    return row_format != "chat" or wording.template in CHAT_TEMPLATES
+
+
+def system_note(resolved: Resolved | None) -> str | None:
+    """What to say when a prompt has no system message and the training rows had one."""
+    if resolved is None or not resolved.system.rows:
+        return None
+    system = resolved.system
+    what = f" ({shortened(system.text)})" if system.text else ""
+    return (
+        f"{system.rows} of {system.of} training rows began with a system message{what}; these "
+        "prompts have none (--system TEXT)"
+    )
+
+
+def _fits(fields: dict, wording: Wording) -> bool:
+    names = wording.fields
+    needed = {
+        "chat": (names.messages,),
+        "prompt_response": (names.prompt,),
+        "alpaca": ("instruction",),
+        "text": (names.text,),
+    }.get(wording.format, ())
+    return bool(needed) and all(name in fields for name in needed)
