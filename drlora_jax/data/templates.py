@@ -1,66 +1,42 @@
-"""From a row to text: formats say what the fields mean, templates say how they are written.
+"""From a conversation to text: templates say how it is written.
 
-A rendering is a list of segments, each marked as response or not; the document's text is their
-concatenation. A response begins with the space before its first word ("Answer:" + " 42"): byte-pair
-tokenizers join the two, and a token that starts before the border does not count as response. The
-end-of-text token is appended by `encode_document`.
+A document is a list of segments, each marked as response or not; its text is their concatenation. A
+response begins with the space before its first word ("Answer:" + " 42"): byte-pair tokenizers join
+the two, and a token that starts before the border does not count as response. `write` and
+`write_prompt` put the same text before an answer, to the character.
+
+`plain`, `question_answer` and `alpaca` write one prompt and its response; a system text stands
+before them with an empty line between. `chatml`, `tulu` and the tokenizer's own chat template write
+any number of turns.
 """
 
 import difflib
 from typing import NamedTuple
 
-from drlora_jax.data.packages import load_package
+from drlora_jax.data import answers, chat_template, layouts
+from drlora_jax.data.chat_template import reads_clock
+from drlora_jax.data.layouts import DEFAULT_NAMES, Conversation, FieldNames
+from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, guard
 from drlora_jax.errors import UserError
+
+__all__ = ["BadRow", "FieldNames", "Segment", "Written", "reads_clock"]  # some for their callers
 
 PROMPT_TEMPLATES = ("plain", "question_answer", "alpaca")
 CHAT_TEMPLATES = ("chatml", "tulu", "tokenizer")
 AS_IS = "as is"  # what the formats `text` and `choice` resolve to
 
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _ALPACA = "Below is an instruction that describes a task"
 _ALPACA_INPUT = ", paired with an input that provides further context"
 _ALPACA_END = ". Write a response that appropriately completes the request.\n\n"
 
 
-class Segment(NamedTuple):
-    text: str
-    is_response: bool
+class Style(NamedTuple):
+    """How a run writes its rows."""
 
-
-class FieldNames(NamedTuple):
-    """Which fields of a row to read; the names of the format `alpaca` are fixed."""
-
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str = "messages"
-    text: str = "text"
-
-
-DEFAULT_NAMES = FieldNames()
-
-
-class BadRow(ValueError):
-    """A row that cannot be used: a short reason to count by, and a message to act on."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
-def detect_format(fields: dict, names: FieldNames) -> str:
-    """Names the format of a row by the fields it has."""
-    if names.messages in fields:
-        return "chat"
-    if names.prompt in fields and names.response in fields:
-        return "prompt_response"
-    if "instruction" in fields and "output" in fields:
-        return "alpaca"
-    if names.text in fields:
-        return "text"
-    raise UserError(
-        f"data.format=auto cannot tell the format of a row with the fields {', '.join(fields)}; "
-        f"it looks for {names.messages}, or {names.prompt} and {names.response}, or instruction "
-        f"and output, or {names.text}. Set data.prompt_field and data.response_field to your names."
-    )
+    template: str  # resolved, see `choose_template`
+    special_tokens: str = "split"  # control tokens in users' text: split into text, or keep
+    date: str | None = None  # YYYY-MM-DD, for chat templates that read the clock
 
 
 def choose_template(template: str, row_format: str, tokenizer) -> str:
@@ -93,44 +69,142 @@ def choose_template(template: str, row_format: str, tokenizer) -> str:
     return template
 
 
-def render(
-    fields: dict, *, row_format: str, template: str, tokenizer, names: FieldNames = DEFAULT_NAMES
-) -> list[Segment]:
-    """Writes a row out by a resolved template; raises BadRow if the row lacks what it needs."""
-    if row_format == "text":
-        return [Segment(_filled(fields, names.text, "empty text"), True)]
-    if row_format == "chat":
-        return _render_chat(_messages(fields, names.messages), template, tokenizer)
-    if row_format == "alpaca":
-        instruction, extra = _string(fields, "instruction"), _optional(fields, "input")
-        response = _filled(fields, "output", "empty response")
-    else:
-        instruction, extra = _string(fields, names.prompt), ""
-        response = _filled(fields, names.response, "empty response")
-    return _render_pair(instruction, extra, response, template, tokenizer)
+def write(conversation: Conversation, style: Style, tokenizer) -> list[Written]:
+    """Writes a conversation as documents: one, or one for each learned answer where a chat template
+    writes earlier turns otherwise than last ones.
+
+    Raises:
+      BadRow: the template cannot write it, or would leave a part of it out.
+    """
+    if style.template == "tokenizer":
+        chat = _open_chat(_merged(conversation), style, tokenizer)
+        return answers.write_chat(chat, conversation.is_learned)
+    segments = _write_ours(conversation, style, tokenizer)
+    return [Written(segments, turn_end(style, tokenizer) is not None)]
 
 
-def render_prompt(prompt: str, *, template: str, tokenizer, extra: str = "") -> str:
-    """What stands before the response, for generation: the same text as in training."""
-    segments = _render_pair(prompt, extra, "response", template, tokenizer)
-    return segments[0].text
+def write_prompt(conversation: Conversation, style: Style, tokenizer) -> list[Segment]:
+    """Writes what stands before the next answer: the text that `write` puts there."""
+    if not conversation.messages:
+        raise BadRow("empty messages", "the conversation has no messages; give a prompt")
+    if style.template == "tokenizer":
+        chat = _open_chat(_merged(conversation), style, tokenizer)
+        text = chat_template.render_chat(chat, chat.messages, answering=True)
+        answers.check_context(chat, [], text)
+        return [Segment(text, False)]
+    next_answer = {"role": "assistant", "content": ""}
+    asked = conversation._replace(
+        messages=(*conversation.messages, next_answer),
+        is_learned=(*(False for _ in conversation.messages), True),
+    )
+    return _write_ours(asked, style, tokenizer)[:-1]
 
 
-def _render_pair(
-    instruction: str, extra: str, response: str, template: str, tokenizer
-) -> list[Segment]:
+def unwritten(conversation: Conversation, style: Style, tokenizer) -> tuple[str, ...]:
+    """Names of a turn's keys that the template passes over: the name and tool_call_id of a turn.
+
+    What matters more is never passed over: `write` refuses such rows.
+    """
+    keys = ("name", "tool_call_id")
+    there = [key for key in keys if any(key in message for message in conversation.messages)]
+    if there and style.template == "tokenizer":
+        chat = _open_chat(_merged(conversation), style, tokenizer)
+        there = [key for key in there if not answers.writes_key(chat, key)]
+    return tuple(f"messages[].{key}" for key in there)
+
+
+def turn_end(style: Style, tokenizer) -> str | None:
+    """The control token that a template puts behind an answer; None if it puts none there."""
+    if style.template == "tokenizer":
+        return chat_template.turn_end(tokenizer, style.date).token
+    if style.template not in CHAT_TEMPLATES:
+        return None
+    end = _turn(style.template, "assistant", tokenizer)[1]
+    return end if end and control_pattern(tokenizer).fullmatch(end) else None
+
+
+def opens_thinking(style: Style, tokenizer) -> str:
+    """What rows without reasoning learn in front of their answer, such as the end of a block that
+    the generation prompt has opened; "" for most templates.
+    """
+    if style.template != "tokenizer":
+        return ""
+    words = chat_template.first_words(tokenizer, style.date)
+    return words if words.strip() else ""
+
+
+def _open_chat(conversation: Conversation, style: Style, tokenizer) -> chat_template.Chat:
+    return chat_template.open_chat(
+        conversation, tokenizer, special_tokens=style.special_tokens, date=style.date
+    )
+
+
+def _merged(conversation: Conversation) -> Conversation:
+    """Alpaca's input on the line below the instruction, the last user turn."""
+    if not conversation.extra:
+        return conversation
+    messages = list(conversation.messages)
+    place = max(n for n, message in enumerate(messages) if message["role"] == "user")
+    text = f"{messages[place]['content']}\n{conversation.extra}"
+    messages[place] = messages[place] | {"content": text}
+    return conversation._replace(messages=tuple(messages), extra="")
+
+
+# ------------------------------------------------------------------------------- our own templates
+
+
+def _write_ours(conversation: Conversation, style: Style, tokenizer) -> list[Segment]:
+    """Segments of the templates that we bring; the last one is the last answer."""
+    _check_ours(conversation, style.template)
+    if style.special_tokens == "split":
+        messages = tuple(
+            message | {"content": guard(message["content"], tokenizer)}
+            for message in conversation.messages
+        )
+        extra = guard(conversation.extra, tokenizer)
+        conversation = conversation._replace(messages=messages, extra=extra)
+    if style.template in PROMPT_TEMPLATES:
+        return _write_pair(conversation, style.template)
+    return _write_turns(_merged(conversation), style.template, tokenizer)
+
+
+def _check_ours(conversation: Conversation, template: str) -> None:
+    keys = {key for message in conversation.messages for key in message}
+    extras = [name for name in ("tool_calls", "reasoning_content") if name in keys]
+    extras = (["tools"] if conversation.tools else []) + extras
+    if extras:
+        raise BadRow(
+            f"{extras[0]} not in the template",
+            f"data.template={template} writes no {' and no '.join(extras)}; set "
+            "data.template=tokenizer for a chat template that does, or remove them from the row",
+        )
+    for number, message in enumerate(conversation.messages, start=1):
+        if message["role"] not in _ROLES:
+            raise BadRow(
+                "unknown role",
+                f"message {number} has the role {message['role']!r}; data.template={template} "
+                f"writes {', '.join(_ROLES)}: rename it, or set data.template=tokenizer",
+            )
+
+
+def _write_pair(conversation: Conversation, template: str) -> list[Segment]:
+    roles = [message["role"] for message in conversation.messages]
+    texts = [message["content"] for message in conversation.messages]
+    system = f"{texts.pop(0)}\n\n" if roles[:1] == ["system"] else ""
+    if roles[-2:] != ["user", "assistant"] or len(texts) != 2:
+        raise BadRow(
+            "several turns",
+            f"data.template={template} writes one prompt and one response, got the turns "
+            f"{', '.join(roles[:8])}; set data.template to chatml, tulu or tokenizer",
+        )
+    (instruction, response), extra = texts, conversation.extra
     prompt = f"{instruction}\n{extra}" if extra else instruction
     if template == "plain":
-        return [Segment(f"{prompt}\n", False), Segment(response, True)]
+        return [Segment(f"{system}{prompt}\n", False), Segment(response, True)]
     if template == "question_answer":
-        return [Segment(f"Question: {prompt}\nAnswer:", False), Segment(f" {response}", True)]
-    if template == "alpaca":
-        return [Segment(_alpaca_prompt(instruction, extra), False), Segment(response, True)]
-    messages = [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": response},
-    ]
-    return _render_chat(messages, template, tokenizer)
+        prompt = f"{system}Question: {prompt}\nAnswer:"
+        return [Segment(prompt, False), Segment(f" {response}", True)]
+    return [Segment(system + _alpaca_prompt(instruction, extra), False), Segment(response, True)]
 
 
 def _alpaca_prompt(instruction: str, extra: str) -> str:
@@ -142,147 +216,51 @@ def _alpaca_prompt(instruction: str, extra: str) -> str:
     return f"{opening}### Instruction:\n{instruction}\n\n{middle}### Response:\n"
 
 
-def _render_chat(messages: list[dict], template: str, tokenizer) -> list[Segment]:
-    if template == "tokenizer":
-        return _render_own(messages, tokenizer)
-    write = _write_chatml if template == "chatml" else _write_tulu
+def _write_turns(conversation: Conversation, template: str, tokenizer) -> list[Segment]:
     segments, before = [], ""
-    for message in messages:
-        opening, closing = write(message["role"], tokenizer)
+    for message, is_learned in zip(conversation.messages, conversation.is_learned, strict=True):
+        opening, closing = _turn(template, message["role"], tokenizer)
         content = message["content"]
-        if message["role"] != "assistant":
+        if is_learned:
+            segments += [Segment(before + opening, False), Segment(content + closing, True)]
+            before = "\n"  # after the end of an answer: the next turn's, not to be learned
+        else:
             before += opening + content + closing + "\n"
-            continue
-        segments += [Segment(before + opening, False), Segment(content + closing, True)]
-        before = "\n"  # after the end of an answer: the next turn's, not to be learned
     return segments
 
 
-def _write_chatml(role: str, tokenizer) -> tuple[str, str]:
-    return f"<|im_start|>{role}\n", "<|im_end|>"
-
-
-def _write_tulu(role: str, tokenizer) -> tuple[str, str]:
+def _turn(template: str, role: str, tokenizer) -> tuple[str, str]:
+    """What stands before and behind the content of a turn."""
+    if template == "chatml":
+        return f"<|im_start|>{role}\n", "<|im_end|>"
     # Every answer ends with the end-of-text token, or the model would not learn to stop early.
     return f"<|{role}|>\n", (tokenizer.eos_token or "") if role == "assistant" else ""
 
 
-def _render_own(messages: list[dict], tokenizer) -> list[Segment]:
-    """The tokenizer's chat template; answers are what each assistant turn adds to the rendering."""
-    segments, done = [], ""
-    for count, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _apply(tokenizer, messages[:count], add_generation_prompt=True)
-        full = _apply(tokenizer, messages[: count + 1], add_generation_prompt=False)
-        if not (prompt.startswith(done) and full.startswith(prompt)):
-            raise UserError(
-                f"the tokenizer's chat template rewrites earlier turns (message {count + 1}), so "
-                "the answers cannot be found in its text; set data.template=chatml or tulu."
-            )
-        segments.append(Segment(prompt[len(done) :], False))
-        answer, rest = _cut_after_end(full[len(prompt) :], tokenizer)
-        segments.append(Segment(answer, True))
-        if rest and count + 1 < len(messages):
-            segments.append(Segment(rest, False))
-        done = full
-    return segments
+# ------------------------------------------- the former functions, for callers that still use them
 
 
-def _cut_after_end(answer: str, tokenizer) -> tuple[str, str]:
-    """Splits behind the end-of-text token: the newline that templates put there is no answer."""
-    end = tokenizer.eos_token
-    if not end or end not in answer:
-        return answer, ""
-    cut = answer.rindex(end) + len(end)
-    return answer[:cut], answer[cut:]
+def detect_format(fields: dict, names: FieldNames) -> str:
+    """See `layouts.detect_format`."""
+    return layouts.detect_format(fields, names)[0]
 
 
-def _apply(tokenizer, messages: list[dict], *, add_generation_prompt: bool) -> str:
-    jinja2 = load_package("jinja2", "The tokenizer's chat template")
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except Exception as error:  # a template is a program in a sandbox: it may raise anything
-        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-        raise BadRow(
-            "refused by the chat template",
-            f"the tokenizer's chat template refuses the messages: {kind}{error}; mend them, or set "
-            "data.template=chatml or tulu",
-        ) from error
+def render(
+    fields: dict, *, row_format: str, template: str, tokenizer, names: FieldNames = DEFAULT_NAMES
+) -> list[Segment]:
+    """See `write`; for rows that become one document."""
+    if row_format == "text":
+        return [Segment(layouts.read_text(fields, names).text, True)]
+    conversation = layouts.read_row(fields, row_format, names)
+    documents = write(conversation, Style(template, "keep"), tokenizer)
+    if len(documents) > 1:
+        raise UserError("the tokenizer's chat template rewrites earlier turns; use chatml or tulu.")
+    return documents[0].segments
 
 
-def _value(fields: dict, name: str):
-    if name not in fields:
-        got = ", ".join(map(str, fields)) or "none"
-        raise BadRow("missing field", f"field {name!r} is missing, got the fields {got}; add it")
-    if fields[name] is None:
-        raise BadRow("null", f"field {name!r} is null; fill it in")
-    return fields[name]
-
-
-def _string(fields: dict, name: str) -> str:
-    return _checked_text(_value(fields, name), f"field {name!r}")
-
-
-def _checked_text(value, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"{what} must be a string, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but no tokenizer takes it
-        message = f"{what} has half of a surrogate pair at character {error.start}; remove it"
-        raise BadRow("invalid text", message) from error
-    return value
-
-
-def _optional(fields: dict, name: str) -> str:
-    return _string(fields, name) if fields.get(name) is not None else ""
-
-
-def _filled(fields: dict, name: str, reason: str) -> str:
-    value = _string(fields, name)
-    if not value.strip():
-        raise BadRow(reason, f"field {name!r} is empty, got {value!r}; fill it in")
-    return value
-
-
-def _messages(fields: dict, name: str) -> list[dict]:
-    value = _value(fields, name)
-    if not isinstance(value, list):
-        got = type(value).__name__
-        raise BadRow("wrong type", f"field {name!r} must be a list of messages, got {got}")
-    if not value:
-        raise BadRow("empty messages", f"field {name!r} is an empty list; fill it in")
-    messages = [_message(message, number) for number, message in enumerate(value, start=1)]
-    _check_roles([message["role"] for message in messages])
-    return messages
-
-
-def _message(message, number: int) -> dict:
-    """Checks one message and keeps its role and content only."""
-    if not isinstance(message, dict):
-        got = type(message).__name__
-        raise BadRow("wrong type", f"message {number} must be an object, got {got}")
-    for key in ("role", "content"):
-        if message.get(key) is None:
-            got = ", ".join(map(str, message)) or "none"
-            reason = "null" if key in message else "missing field"
-            raise BadRow(reason, f"message {number} needs a {key!r}, got the fields {got}")
-    role = _checked_text(message["role"], f"the role of message {number}")
-    content = _checked_text(message["content"], f"the content of message {number}")
-    if role == "assistant" and not content.strip():
-        raise BadRow("empty response", f"message {number} (assistant) is empty; fill it in")
-    return {"role": role, "content": content}
-
-
-def _check_roles(roles: list[str]) -> None:
-    turns = roles[1:] if roles[0] == "system" else roles
-    wanted = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or turns != wanted:
-        raise BadRow(
-            "role order",
-            "roles must be an optional system, then user and assistant in turn, ending with "
-            f"assistant, got {', '.join(roles[:8])}",
-        )
+def render_prompt(prompt: str, *, template: str, tokenizer, extra: str = "") -> str:
+    """See `write_prompt`; for one question."""
+    message = {"role": "user", "content": prompt}
+    conversation = Conversation((message,), (False,), extra=extra)
+    segments = write_prompt(conversation, Style(template, "keep"), tokenizer)
+    return "".join(segment.text for segment in segments)

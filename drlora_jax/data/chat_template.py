@@ -1,0 +1,289 @@
+"""Renders conversations with a tokenizer's own chat template, as transformers does.
+
+What differs from a bare `apply_chat_template`: control tokens in the user's text are guarded, the
+clock stands still, and a template that raises anything is a bad row.
+"""
+
+import copy
+import datetime
+import functools
+import json
+import re
+import weakref
+from typing import NamedTuple
+
+from drlora_jax.data.messages import parsed
+from drlora_jax.data.packages import load_package
+from drlora_jax.data.segments import GUARD, BadRow, control_pattern, guard
+from drlora_jax.errors import UserError
+
+SENTINEL = "7Qz4answer4zQ7"  # stands for an answer where the template is probed
+_PROBES = (
+    [{"role": "user", "content": "a"}],
+    [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}],
+)
+_DIRECTIVE = re.compile(r"%[-_^#0]?[A-Za-z%]")  # of strftime
+_CLOCK = re.compile(r"\bstrftime_now\b")
+_REASONING_MARK = re.compile(r"[<\[]/?[\w:|-]*(?:think|thought|reason)[\w:|-]*[>\]]", re.I)
+_OPENING_MARK = re.compile(r"\s*(?:<([\w:|-]+)>|\[([\w:|-]+)\])\s*")
+
+
+class Chat(NamedTuple):
+    """A conversation that is ready to be rendered."""
+
+    tokenizer: object
+    messages: list[dict]
+    tools: list[dict] | None
+    date: str | None  # what the template's clock shows; None where it reads none
+    is_guarded: bool = False
+
+
+class TurnEnd(NamedTuple):
+    """What a template puts behind an answer."""
+
+    token: str | None  # the first control token
+    text: str
+
+
+def open_chat(conversation, tokenizer, *, special_tokens: str, date: str | None) -> Chat:
+    """Prepares a conversation: guards the user's text and gives reasoning all of its names."""
+    is_guarded = special_tokens == "split"
+    marks = _reasoning_marks(tokenizer) if is_guarded else ()
+    messages = []
+    for message in conversation.messages:
+        if is_guarded:
+            kept = marks if message["role"] == "assistant" else ()
+            message = _guarded(message, tokenizer) | _guarded_content(message, tokenizer, kept)
+        if "reasoning_content" in message:  # gpt-oss reads it as `thinking`
+            message = message | {"thinking": message["reasoning_content"]}
+        messages.append(message)
+    tools = list(conversation.tools) if conversation.tools else None
+    if is_guarded:
+        tools = _guarded(tools, tokenizer)
+    return Chat(tokenizer, messages, tools, date if reads_clock(tokenizer) else None, is_guarded)
+
+
+def _guarded(value, tokenizer):
+    if isinstance(value, str):
+        return guard(value, tokenizer)
+    if isinstance(value, dict):
+        return {_guarded(k, tokenizer): _guarded(v, tokenizer) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_guarded(each, tokenizer) for each in value]
+    return value
+
+
+def _guarded_content(message: dict, tokenizer, marks: tuple[str, ...]) -> dict:
+    """An answer's content; marks of reasoning that the template itself writes stay readable."""
+    if not marks or "content" not in message:
+        return {}
+    pieces = re.split(f"({'|'.join(map(re.escape, marks))})", message["content"])
+    kept = (piece if piece in marks else guard(piece, tokenizer) for piece in pieces)
+    return {"content": "".join(kept)}
+
+
+def _reasoning_marks(tokenizer) -> tuple[str, ...]:
+    """Control tokens such as <think> that the template's text has."""
+    text = "".join(template_texts(tokenizer))
+    tokens = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(
+        token.content
+        for token in tokens
+        if _REASONING_MARK.fullmatch(token.content) and token.content in text
+    )
+
+
+def template_texts(tokenizer) -> list[str]:
+    """The chat templates, several where they have names."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return [str(text) for text in template.values()]
+    return [template] if template else []
+
+
+def reads_clock(tokenizer) -> bool:
+    """Whether the rendering depends on the date."""
+    return any(map(_CLOCK.search, template_texts(tokenizer)))
+
+
+# ---------------------------------------------------------------------------------------- render
+
+
+def render_chat(chat: Chat, messages: list[dict], *, answering: bool) -> str:
+    """Renders messages of a chat; `answering`: with the generation prompt behind them."""
+    objects = [_with_arguments(message, as_text=False) for message in messages]
+    arguments = [found for message in objects for found in _arguments_of(message)]
+    try:
+        text = _apply(chat, objects, answering)
+        # Python's way to write an object: the template writes arguments as they come.
+        if not any(each and str(each) in text for each in arguments):
+            return text
+    except BadRow:
+        if not arguments:
+            raise
+        try:
+            return _apply(chat, [_with_arguments(m, as_text=True) for m in messages], answering)
+        except BadRow:
+            pass
+        raise
+    return _apply(chat, [_with_arguments(m, as_text=True) for m in messages], answering)
+
+
+def _arguments_of(message: dict) -> list:
+    calls = message.get("tool_calls", ())
+    return [call.get("function", call)["arguments"] for call in calls]
+
+
+def _with_arguments(message: dict, *, as_text: bool) -> dict:
+    """Arguments of tool calls as objects, or as JSON text where a template concatenates them."""
+    if "tool_calls" not in message:
+        return message
+    message = copy.deepcopy(message)
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        held = function["arguments"]
+        if as_text and not isinstance(held, str):
+            function["arguments"] = json.dumps(held, ensure_ascii=False)
+        elif not as_text:
+            function["arguments"] = parsed(held) or {}
+    return message
+
+
+def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
+    jinja2 = load_package("jinja2", "The tokenizer's chat template")
+    options = {"chat_template": _dated_template(chat)} if chat.date else {}
+    try:
+        text = chat.tokenizer.apply_chat_template(
+            messages,
+            tools=chat.tools,
+            tokenize=False,
+            add_generation_prompt=answering,
+            **options,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"the tokenizer's chat template is no valid Jinja: {error} (line {error.lineno}); fix "
+            "it, or set data.template=chatml or tulu."
+        ) from error
+    except Exception as error:  # a template is a program in a sandbox: it may raise anything
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        raise BadRow(
+            "refused by the chat template",
+            f"the tokenizer's chat template refuses the messages: {kind}{error}; fix them, or set "
+            "data.template=chatml or tulu",
+        ) from error
+    # `tojson(ensure_ascii=true)` writes the guard as an escape.
+    return text.replace(json.dumps(GUARD)[1:-1], GUARD) if chat.is_guarded else text
+
+
+def _dated_template(chat: Chat) -> str:
+    # Not as an argument of the rendering: transformers turns functions among those into texts.
+    template = chat.tokenizer.get_chat_template(None, chat.tools)
+    return _fixed_clock(chat.date, tuple(sorted(set(_DIRECTIVE.findall(template))))) + template
+
+
+@functools.cache
+def _fixed_clock(date: str, directives: tuple[str, ...]) -> str:
+    """A Jinja macro in place of transformers' strftime_now: the same at a date's midnight."""
+    day = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time())
+    values = {"%%": "\ufdd1"} | {each: day.strftime(each) for each in directives if each != "%%"}
+    values["\ufdd1"] = "%"
+    replaced = "".join(f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in values.items())
+    # The line break is the one that `trim_blocks` takes away behind a block.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
+
+
+# ---------------------------------------------------------------------------------------- probes
+
+_found: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _once(function):
+    """Remembers what was found out about a tokenizer's template and the date."""
+
+    @functools.wraps(function)
+    def remembered(tokenizer, date):
+        key = (function.__name__, date, *template_texts(tokenizer))
+        found = _found.setdefault(tokenizer, {})
+        if key not in found:
+            found[key] = function(tokenizer, date)
+        return found[key]
+
+    return remembered
+
+
+class _Probe(NamedTuple):
+    """A small conversation as the template writes it, with and without an answer SENTINEL."""
+
+    chat: Chat
+    prompt: str
+    answered: str
+
+
+def _probe(tokenizer, date) -> _Probe | None:
+    """Returns the first probe that the template takes; None if it refuses all."""
+    for messages in _PROBES:
+        chat = Chat(tokenizer, messages, None, date if reads_clock(tokenizer) else None)
+        answer = {"role": "assistant", "content": SENTINEL}
+        try:
+            prompt = render_chat(chat, messages, answering=True)
+            answered = render_chat(chat, [*messages, answer], answering=False)
+        except BadRow:
+            continue
+        if SENTINEL in answered:
+            return _Probe(chat, prompt, answered)
+    return None
+
+
+@_once
+def turn_end(tokenizer, date) -> TurnEnd:
+    """What the template puts behind an answer, as a small conversation shows."""
+    probe = _probe(tokenizer, date)
+    behind = probe.answered.rpartition(SENTINEL)[2] if probe else ""
+    token = control_pattern(tokenizer).search(behind)
+    return TurnEnd(token[0] if token else None, behind)
+
+
+@_once
+def first_words(tokenizer, date) -> str:
+    """What an answer without reasoning begins with before its own words, such as </think>."""
+    probe = _probe(tokenizer, date)
+    if probe is None:
+        return ""
+    if probe.answered.startswith(probe.prompt):
+        return probe.answered[len(probe.prompt) : probe.answered.index(SENTINEL)]
+    return closing_of(probe.chat, probe.chat.messages, probe.prompt, probe.answered)
+
+
+@_once
+def opens_block(tokenizer, date) -> bool:
+    """Whether generation prompts end in what no rendering of a plain answer has."""
+    probe = _probe(tokenizer, date)
+    return probe is not None and not probe.answered.startswith(probe.prompt)
+
+
+def closing_of(chat: Chat, before: list[dict], prompt: str, shown: str) -> str:
+    """Returns what closes the block of reasoning that a generation prompt has opened.
+
+    Args:
+      before: the messages before the answer.
+      prompt: their generation prompt.
+      shown: their rendering with an answer `SENTINEL`, which does not start with the prompt.
+    """
+    same = next((n for n, (a, b) in enumerate(zip(prompt, shown, strict=False)) if a != b), 0)
+    mark = _OPENING_MARK.fullmatch(prompt[min(same, shown.index(SENTINEL)) :])
+    reasoning = SENTINEL[::-1]
+    answers = [{"content": SENTINEL, "reasoning_content": reasoning, "thinking": reasoning}]
+    closing = ""
+    if mark:
+        closed = f"</{mark[1]}>" if mark[1] else f"[/{mark[2]}]"
+        closing = f"\n{closed}\n\n"
+        answers.append({"content": f"{mark[0].strip()}\n{reasoning}{closing}{SENTINEL}"})
+    for answer in answers:
+        try:
+            text = render_chat(chat, [*before, {"role": "assistant"} | answer], answering=False)
+        except BadRow:
+            continue
+        if text.startswith(prompt + reasoning) and SENTINEL in text:
+            return text[len(prompt) + len(reasoning) : text.index(SENTINEL)]
+    return closing
