@@ -2,9 +2,9 @@
 
     folder = directory(tmp_path, "llama2", chat_template="{% for m in messages %}...")
 
-`STORED` are shortened tokenizers of public models (tokenizers/README.md); `MADE` are built here with
-the `tokenizers` library, the same each time. All have the control tokens of `CONTROLS` and an end of
-text; a beginning of text only where models of the kind have one.
+`STORED` are shortened tokenizers of public models (tokenizers/README.md); `MADE` are built here
+with the `tokenizers` library, the same each time. All have the control tokens of `CONTROLS` and an
+end of text; a beginning of text only where models of the kind have one.
 """
 
 import functools
