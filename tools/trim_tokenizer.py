@@ -1,9 +1,9 @@
 """Shortens a byte-level BPE tokenizer to its first merges: the stored tokenizers of tests/street.
 
-    python tools/trim_tokenizer.py gpt_neox gpt_neox_20b_tokenizer.json.gz --out tests/street/tokenizers
-    python tools/trim_tokenizer.py smollm2 build/smollm2/tokenizer.json --out tests/street/tokenizers
-    python tools/trim_tokenizer.py gpt2 gpt2.tiktoken --out tests/street/tokenizers
-    python tools/trim_tokenizer.py qwen3 qwen.tiktoken --out tests/street/tokenizers
+    python tools/trim_tokenizer.py gpt_neox gpt_neox_20b_tokenizer.json.gz
+    python tools/trim_tokenizer.py smollm2 build/smollm2/tokenizer.json
+    python tools/trim_tokenizer.py gpt2 gpt2.tiktoken
+    python tools/trim_tokenizer.py qwen3 qwen.tiktoken
 
 Normalizer, pre-tokenizer, post-processor, decoder and added tokens stay as they are; ids are
 numbered anew, in the old order. A source is a tokenizer.json (or one in gzip), or a list of ranked
@@ -17,6 +17,7 @@ import gzip
 import json
 import pathlib
 
+OUT = pathlib.Path(__file__).parents[1] / "tests" / "street" / "tokenizers"
 MERGES, MAX_BYTES = 1500, 30_000
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -86,7 +87,12 @@ def settings(tokenizer_class: str, length: int, **ends: str) -> dict:
 END = "<|endoftext|>"
 SETTINGS = {
     "gpt_neox": settings(
-        "GPTNeoXTokenizer", 2048, bos_token=END, eos_token=END, unk_token=END, pad_token="<|padding|>"
+        "GPTNeoXTokenizer",
+        2048,
+        bos_token=END,
+        eos_token=END,
+        unk_token=END,
+        pad_token="<|padding|>",
     ),
     "gpt2": settings("GPT2Tokenizer", 1024, bos_token=END, eos_token=END, unk_token=END),
     "smollm2": settings(
@@ -105,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(SETTINGS))
     parser.add_argument("source", type=pathlib.Path)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, default=OUT)
     args = parser.parse_args()
     text, merges = shorten(read_source(args.name, args.source))
     folder = args.out / args.name

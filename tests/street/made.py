@@ -104,9 +104,7 @@ def _sentencepiece_bpe(size: int = 900) -> Tokenizer:
     """BPE over "▁" with byte fallback, as Llama 2 and Mixtral have it; neither splits nor joins."""
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    learner.train_from_iterator(
-        _texts(), trainers.BpeTrainer(vocab_size=size, show_progress=False)
-    )
+    learner.train_from_iterator(_texts(), trainers.BpeTrainer(vocab_size=size, show_progress=False))
     learned = json.loads(learner.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += sorted(learned["vocab"], key=learned["vocab"].get)
