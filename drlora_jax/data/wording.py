@@ -12,7 +12,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from drlora_jax.config import DataSection
-from drlora_jax.data.layouts import Conversation, FieldNames, detect_format, read_row
+from drlora_jax.data.layouts import (
+    Conversation,
+    FieldNames,
+    detect_format,
+    read_row,
+    read_text,
+)
 from drlora_jax.data.segments import BadRow, Segment, Written, guard, plain_text
 from drlora_jax.data.templates import (
     AS_IS,
@@ -20,6 +26,7 @@ from drlora_jax.data.templates import (
     Style,
     choose_template,
     reads_clock,
+    unwritten,
     write,
     write_prompt,
 )
@@ -128,11 +135,13 @@ class Writer:
         Raises:
           BadRow: if the row lacks what it needs.
         """
-        conversation = read_row(fields, self.wording.format, self.wording.fields)
-        if self.wording.is_as_is:
-            return [Written([self.as_is(conversation.messages[0]["content"], True)], False)], (
-                conversation
-            )
+        row_format, names = self.wording.format, self.wording.fields
+        if row_format == TEXT:
+            text, unread = read_text(fields, names)
+            return [Written([self.as_is(text, True)], False)], Conversation((), (), unread=unread)
+        conversation = read_row(fields, row_format, names)
+        left = unwritten(conversation, self._style, self.tokenizer)
+        conversation = conversation._replace(unread=(*conversation.unread, *left))
         return write(conversation, self._style, self.tokenizer), conversation
 
     def row_prompt(self, fields: dict, *, system: str | None = None) -> Prompt:
@@ -140,7 +149,10 @@ class Writer:
         has already is left out.
         """
         row_format, names = self.wording.format, self.wording.fields
-        conversation = read_row(fields, row_format, names, needs_answer=False)
+        if row_format == TEXT:
+            conversation = _asked(read_text(fields, names).text)
+        else:
+            conversation = read_row(fields, row_format, names, needs_answer=False)
         return self.prompt(_with_system(conversation, system))
 
     def question(
@@ -160,8 +172,7 @@ class Writer:
         """
         is_chat = self.wording.template in CHAT_TEMPLATES
         turns = [turn for shot in shots for turn in _turns(*shot)] if is_chat else []
-        messages = (*turns, {"role": "user", "content": text})
-        conversation = Conversation(messages, (False,) * len(messages), None, extra)
+        conversation = _asked(text, turns)._replace(extra=extra)
         prompt = self.prompt(_with_system(conversation, system))
         if is_chat or not shots:
             return prompt
@@ -197,7 +208,7 @@ class Writer:
 
     def _pair(self, question: str, answer: str) -> list[Segment]:
         turns = tuple(_turns(question, answer))
-        [document] = write(Conversation(turns, (False, True), None), self._style, self.tokenizer)
+        [document] = write(Conversation(turns, (False, True)), self._style, self.tokenizer)
         return document.segments
 
     def _made(self, segments: list[Segment]) -> Prompt:
@@ -209,6 +220,12 @@ BLANK_LINE = Segment("\n\n", False)  # between answered examples
 
 def _turns(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _asked(text: str, before: Sequence[dict] = ()) -> Conversation:
+    """A question behind other turns."""
+    messages = (*before, {"role": "user", "content": text})
+    return Conversation(messages, (False,) * len(messages))
 
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:
