@@ -19,7 +19,7 @@ from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.checkpoint import choose_step, read_arrays
 from drlora_jax.config import MeshSection, TrainConfig, from_dict
-from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer
+from drlora_jax.data.tokenize import check_vocabulary, end_token_ids, load_tokenizer
 from drlora_jax.errors import UserError
 from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
@@ -44,6 +44,7 @@ class Loaded(NamedTuple):
     model: Decoder
     variables: dict  # params; with an adapter also lora and rank_mask
     tokenizer: Any
+    end_token_ids: tuple[int, ...]  # each of them ends an answer
     directory: pathlib.Path  # of the base
     base_fingerprint: str
     mesh: Mesh
@@ -197,6 +198,7 @@ def _load(directory, dtype: str, adapter: AdapterSpec, section: MeshSection, dig
         model=Decoder(model_config, options),
         variables={"params": params},
         tokenizer=tokenizer,
+        end_token_ids=end_token_ids(tokenizer, directory, model_config.vocab_size),
         directory=directory,
         base_fingerprint=digest,
         mesh=mesh,
