@@ -2,7 +2,8 @@
 
 What the harness leaves to a model is done as its own `hf` model does it: how a text becomes token
 ids, what stands before an empty context, which end of a long context is cut off, and where a
-written answer ends. `benchmarks/harness_parity.py` compares the two sample by sample. This file is
+written answer ends; but a written answer keeps the blank that it begins with, which `hf` drops with
+some tokenizers. `benchmarks/harness_parity.py` compares the two sample by sample. This file is
 imported where lm_eval is installed, by `harness`.
 """
 
@@ -18,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.scoring import Scorer
-from drlora_jax.generation import GREEDY, Generation, Generator, Sampling
+from drlora_jax.generation import GREEDY, Generator, Sampling
 from drlora_jax.loaded import Loaded
 
 DEFAULT_LENGTH = 2048  # tokens, of a model that names no longest context
@@ -63,7 +64,14 @@ class JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        """The tokenizer's eos, or what else ends an answer."""
+        if not self._loaded.end_token_ids:
+            raise UserError(
+                "The tokenizer has no bos and no eos token, and config.json no eos_token_id: there "
+                "is nothing that could stand before a text without context. Set eos_token in "
+                "tokenizer_config.json."
+            )
+        return self._loaded.end_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -171,8 +179,7 @@ class JaxLM(TemplateLM):
             sampling=options.sampling,
             seed=self._seed,
         )
-        special = stop_tokens(options.stop, self.tokenizer)
-        return [text_before(answer, special, options.stop, self.tokenizer) for answer in found]
+        return [answer.text for answer in found]
 
 
 def read_options(given: dict) -> Options:
@@ -212,24 +219,6 @@ def _sampling(left: dict) -> Sampling:
     sampling = Sampling(temperature, int(top_k) if top_k else None, top_p and float(top_p))
     sampling.check()
     return sampling
-
-
-def stop_tokens(stop: Sequence[str], tokenizer) -> set[int]:
-    """Stop strings that are special tokens: decoded answers do not show them."""
-    special = set(tokenizer.all_special_ids)
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in stop]
-    return {each[0] for each in ids if len(each) == 1 and each[0] in special}
-
-
-def text_before(answer: Generation, special: set[int], stop: Sequence[str], tokenizer) -> str:
-    """The answer's text up to its first special stop token, if it has one."""
-    at = next((place for place, token in enumerate(answer.tokens) if token in special), None)
-    if at is None:
-        return answer.text
-    text = tokenizer.decode(
-        answer.tokens[:at], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)]
 
 
 def context_length(loaded: Loaded) -> int:
