@@ -4,18 +4,22 @@
     [answer] = generator.generate([encode_prompt(text, generator.tokenizer)], max_new_tokens=64)
 
 Rows of a batch may be of any length: each has its own position, and one compiled step serves all
-of them until the last row has ended. Cache sizes and prompt lengths are rounded up to powers of
-two, so few programs are compiled. A prompt's answer does not depend on what it is batched with.
+of them until the last row has ended: at any of the end tokens that the model directory names
+(`Loaded.end_token_ids`), at a stop string, or at the limit. Cache sizes and prompt lengths are
+rounded up to powers of two, so few programs are compiled. A prompt's answer does not depend on what
+it is batched with.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drlora_jax.answer_text import Answer, AnswerText, Finish, shown_tokens
+from drlora_jax.context import warn_beyond
 from drlora_jax.data.tokenize import pad_token
 from drlora_jax.errors import UserError
 from drlora_jax.loaded import Loaded
@@ -47,9 +51,9 @@ GREEDY = Sampling()
 
 
 class Generation(NamedTuple):
-    text: str  # without the stop string or end-of-text token that ended it
-    tokens: list[int]  # all that were generated, an end-of-text token included
-    finish: Literal["stop", "eos", "length"]
+    text: str  # what follows the prompt, without the stop string or end token that ended it
+    tokens: list[int]  # all that were generated, an end token included
+    finish: Finish
 
 
 class RowState(NamedTuple):
@@ -57,7 +61,7 @@ class RowState(NamedTuple):
 
     tokens_B: jax.Array  # i32, the newest token
     positions_B: jax.Array  # i32, of that token
-    is_active_B: jax.Array  # bool, has not met end-of-text
+    is_active_B: jax.Array  # bool, has met no end token
     keys_B: jax.Array  # of each row's random numbers
 
 
@@ -78,8 +82,8 @@ class Generator:
             self._model, self._variables = unroll(loaded.model, loaded.variables)
         self._programs: dict = {}
         self._row_keys = jax.jit(_row_keys, out_shardings=mesh_lib.rows(self.mesh))
-        end = self.tokenizer.eos_token_id
-        self._end = -1 if end is None else end
+        self._ends = loaded.end_token_ids
+        self._directory, self._has_warned = loaded.directory, False
         self._pad = pad_token(self.tokenizer) or 0
 
     def generate(
@@ -92,31 +96,46 @@ class Generator:
         seed: int = 0,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Generation]:
-        """Continues each prompt until a stop string, end-of-text or `max_new_tokens`.
+        """Continues each prompt until a stop string, an end token or `max_new_tokens`.
 
         Args:
           prompts: token ids, at least one each.
+          stop: strings that end an answer; they may be, or contain, special tokens.
           on_text: called with (prompt index, new text) as text becomes certain.
         """
         sampling.check()
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}.")
-        if any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("A prompt has no token; give some text.")
+        _check(prompts, max_new_tokens, stop)
+        self._warn(max(map(len, prompts), default=0), max_new_tokens)
+        shown = shown_tokens(stop, self.tokenizer)
+
+        def answer_of(index: int) -> Answer:
+            return Answer(
+                AnswerText(self.tokenizer, prompts[index]),
+                limit=max_new_tokens,
+                ends=self._ends,
+                stop=stop,
+                shown=shown,
+                tell=_tell(on_text, index),
+            )
+
         answers: dict[int, Generation] = {}
         # Rows of similar length together: less padding in the first pass.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
-            rows = [
-                _Row(self.tokenizer, stop, _tell(on_text, index), max_new_tokens, self._end)
-                for index in indices
-            ]
+            rows = [answer_of(index) for index in indices]
             self._run(indices, [prompts[index] for index in indices], rows, sampling, seed)
-            answers |= {index: row.result() for index, row in zip(indices, rows, strict=True)}
+            for index, row in zip(indices, rows, strict=True):
+                answers[index] = Generation(row.text, row.tokens, row.finish)
         return [answers[index] for index in range(len(prompts))]
 
-    def _run(self, indices, prompts, rows: "list[_Row]", sampling: Sampling, seed: int) -> None:
+    def _warn(self, longest_prompt: int, max_new_tokens: int) -> None:
+        """Says once that answers may run beyond the positions that the model was made for."""
+        what = f"a prompt of {longest_prompt:,} and {max_new_tokens:,} new tokens"
+        if longest_prompt and not self._has_warned:
+            self._has_warned = warn_beyond(self._directory, longest_prompt + max_new_tokens, what)
+
+    def _run(self, indices, prompts, rows: list[Answer], sampling: Sampling, seed: int) -> None:
         """Feeds the rows with tokens until all have ended.
 
         Tokens are read one step late, so that the device never waits for the host.
@@ -161,17 +180,29 @@ class Generator:
             model = self._model.clone(options=options)
             compiler = {"compiler_options": self._compiler_options}
             self._programs[slots, sampling] = (
-                jax.jit(make_first_pass(model, sampling, self._end), **compiler),
-                jax.jit(make_decode_step(model, sampling, self._end), donate_argnums=1, **compiler),
+                jax.jit(make_first_pass(model, sampling, self._ends), **compiler),
+                jax.jit(
+                    make_decode_step(model, sampling, self._ends), donate_argnums=1, **compiler
+                ),
             )
         return self._programs[slots, sampling]
+
+
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str]) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be 1 or more, got {max_new_tokens}.")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) == 0:
+            raise UserError(f"Prompt {number} has no token; give some text.")
+    if "" in stop:
+        raise UserError("A stop string is empty; it would end every answer before its first token.")
 
 
 def _row_keys(key_data, places_B) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key_data), places_B)
 
 
-def make_first_pass(model, sampling: Sampling, end: int) -> Callable:
+def make_first_pass(model, sampling: Sampling, ends: Sequence[int]) -> Callable:
     """A pure `first(variables, tokens [B, T], lengths [B], keys [B]) -> (RowState, cache)`.
 
     Rows are padded on the right; what padding writes into the cache lies behind the row's position
@@ -188,13 +219,13 @@ def make_first_pass(model, sampling: Sampling, end: int) -> Callable:
         hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
         logits_BV = logits(model.config, variables["params"], hidden_BD)
         tokens_B = choose_tokens(logits_BV, keys_B, last_B, sampling)
-        is_active_B = (lengths_B > 0) & (tokens_B != end)
+        is_active_B = (lengths_B > 0) & ~_is_end(tokens_B, ends)
         return RowState(tokens_B, last_B + 1, is_active_B, keys_B), changed["cache"]
 
     return first
 
 
-def make_decode_step(model, sampling: Sampling, end: int) -> Callable:
+def make_decode_step(model, sampling: Sampling, ends: Sequence[int]) -> Callable:
     """A pure `step(variables, cache, state) -> (state, cache)`: one token for every row.
 
     Rows that have ended repeat their last token at their last position and are routed to no expert.
@@ -213,10 +244,16 @@ def make_decode_step(model, sampling: Sampling, end: int) -> Callable:
         chosen_B = choose_tokens(logits_BV, state.keys_B, state.positions_B, sampling)
         tokens_B = jnp.where(state.is_active_B, chosen_B, state.tokens_B)
         positions_B = state.positions_B + state.is_active_B
-        is_active_B = state.is_active_B & (tokens_B != end)
+        is_active_B = state.is_active_B & ~_is_end(tokens_B, ends)
         return RowState(tokens_B, positions_B, is_active_B, state.keys_B), changed["cache"]
 
     return step
+
+
+def _is_end(tokens_B: jax.Array, ends: Sequence[int]) -> jax.Array:
+    """bool [B]: the token ends its row; none does where there are no end tokens."""
+    ends_E = np.array(ends, np.int32)
+    return jnp.any(tokens_B[:, None] == ends_E[None], axis=1)
 
 
 def choose_tokens(logits_BV, keys_B, positions_B, sampling: Sampling) -> jax.Array:
@@ -252,47 +289,3 @@ def _rounded(length: int, least: int) -> int:
 
 def _tell(on_text, index: int) -> Callable[[str], None]:
     return (lambda text: None) if on_text is None else (lambda text: on_text(index, text))
-
-
-class _Row:
-    """Tokens of one answer as they come, and when it ends."""
-
-    def __init__(self, tokenizer, stop: Sequence[str], tell, limit: int, end: int):
-        self.limit, self.finish = limit, None
-        self._tokenizer, self._stop, self._tell, self._end = tokenizer, tuple(stop), tell, end
-        self._tokens: list[int] = []
-        self._text, self._told = "", 0
-
-    def take(self, token: int) -> None:
-        if self.finish:
-            return
-        self._tokens.append(token)
-        if token == self._end:
-            self.finish = "eos"
-        elif len(self._tokens) == self.limit:
-            self.finish = "length"
-        visible = self._tokens[:-1] if self.finish == "eos" else self._tokens
-        self._text = self._tokenizer.decode(
-            visible, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        cuts = [at for text in self._stop if (at := self._text.find(text)) >= 0]
-        if cuts:
-            self._text, self.finish = self._text[: min(cuts)], "stop"
-        self._tell_certain()
-
-    def _tell_certain(self) -> None:
-        """Tells what later tokens can not change: no half character, no start of a stop string."""
-        certain = len(self._text)
-        if not self.finish:
-            certain -= len(self._text) - len(self._text.rstrip("\ufffd"))
-            for text in self._stop:
-                for size in range(min(len(text) - 1, len(self._text)), 0, -1):
-                    if self._text.endswith(text[:size]):
-                        certain = min(certain, len(self._text) - size)
-                        break
-        if certain > self._told:
-            self._tell(self._text[self._told : certain])
-            self._told = certain
-
-    def result(self) -> Generation:
-        return Generation(self._text, self._tokens, self.finish)

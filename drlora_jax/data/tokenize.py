@@ -13,6 +13,7 @@ import numpy as np
 from drlora_jax.data.packages import load_package
 from drlora_jax.data.templates import Segment
 from drlora_jax.errors import UserError
+from drlora_jax.files import ABSENT, kind_of, read_json
 
 # Any one of these is enough for transformers; tokenizer_config.json alone is not.
 _VOCABULARY_FILES = (
@@ -155,3 +156,48 @@ def _encode_apart(segments: Sequence[Segment], tokenizer) -> tuple[list[int], li
         ids += piece
         is_response += [segment.is_response] * len(piece)
     return ids, is_response
+
+
+def end_token_ids(tokenizer, directory: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's eos, then those of generation_config.json and
+    of config.json, each once. Ids without an embedding row are left out.
+
+    Raises:
+      UserError: for an `eos_token_id` that is neither a whole number nor a list of them.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        file = pathlib.Path(directory) / name
+        values = read_json(file) if kind_of(file) != ABSENT else {}
+        text_values = values.get("text_config")  # the language model's part of a larger one
+        for part in (values, text_values if isinstance(text_values, dict) else {}):
+            given = part.get("eos_token_id")
+            listed = given if isinstance(given, list) else [] if given is None else [given]
+            if not all(type(token) is int for token in listed):
+                raise UserError(
+                    f"{file}: eos_token_id must be a token id or a list of token ids, got "
+                    f"{given!r}; correct or remove it."
+                )
+            ends += listed
+    return tuple(dict.fromkeys(token for token in ends if 0 <= token < vocab_size))
+
+
+def decode_after(tokenizer, prompt_tail_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """The text that new tokens add behind a prompt, special tokens left out.
+
+    The new tokens are decoded together with those in front of them: a decoder treats the start of
+    a text in its own way, and a character may begin in the prompt's last token.
+    """
+
+    def decode(ids) -> str:
+        return tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    before, whole = decode(prompt_tail_ids), decode([*prompt_tail_ids, *new_ids])
+    while not whole.startswith(before):
+        if not before.endswith("\ufffd"):
+            # New bytes made the prompt's own unreadable: they were no characters together.
+            return decode(new_ids)
+        before = before[:-1]  # half a character, which the new tokens go on with
+    return whole[len(before) :]

@@ -179,6 +179,20 @@ class Writer:
         blocks = [segment for shot in shots for segment in [*self._pair(*shot), BLANK_LINE]]
         return self._made([*blocks, *prompt.segments])
 
+    def turns(self, messages: Sequence[dict]) -> Prompt:
+        """The prompt of a conversation of roles and contents; its last turn is not answered yet.
+
+        A template for single questions takes the turns before as answered examples.
+        """
+        messages = list(messages)
+        if self.wording.template in CHAT_TEMPLATES or len(messages) < 3:
+            conversation = Conversation(tuple(messages), (False,) * len(messages))
+            return self.prompt(conversation)
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else None
+        asked, answers = messages[0::2], messages[1::2]
+        shots = [(q["content"], a["content"]) for q, a in zip(asked, answers, strict=False)]
+        return self.question(messages[-1]["content"], system=system, shots=shots)
+
     def prompt(self, conversation: Conversation) -> Prompt:
         """What stands before the next answer of a conversation: the text, and its token ids.
 

@@ -88,6 +88,7 @@ def run(
         max_length=settings.max_length,
         seed=settings.seed,
         writer=prepared.writer,
+        has_system=settings.system is not None,
     )
     output = evaluate(
         lm=model,

@@ -2,23 +2,25 @@
 
 What the harness leaves to a model is done as its own `hf` model does it: how a text becomes token
 ids, what stands before an empty context, which end of a long context is cut off, and where a
-written answer ends. `benchmarks/harness_parity.py` compares the two sample by sample. This file is
+written answer ends; but a written answer keeps the blank that it begins with, which `hf` drops with
+some tokenizers. `benchmarks/harness_parity.py` compares the two sample by sample. This file is
 imported where lm_eval is installed, by `harness`.
 """
 
 import functools
 import json
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.data.wording import Writer
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.scoring import Scorer
-from drlora_jax.generation import GREEDY, Generation, Generator, Sampling
+from drlora_jax.generation import GREEDY, Generator, Sampling
 from drlora_jax.loaded import Loaded
 
 DEFAULT_LENGTH = 2048  # tokens, of a model that names no longest context
@@ -41,16 +43,26 @@ class JaxLM(TemplateLM):
     Args:
       max_length: tokens that the model sees; None: what its config.json says.
       seed: of sampled answers; greedy ones do not depend on it.
+      writer: of chats; None: there are only plain prompts.
+      has_system: whether the user gave a system message, which is not to be left out.
     """
 
     def __init__(
-        self, loaded: Loaded, *, batch_size: int = 8, max_length: int | None = None, seed: int = 0
+        self,
+        loaded: Loaded,
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        seed: int = 0,
+        writer: Writer | None = None,
+        has_system: bool = False,
     ):
         super().__init__()
         self.tokenizer = loaded.tokenizer
         self.max_length = max_length or context_length(loaded)
         self.batch_size = batch_size
         self._loaded, self._seed = loaded, seed
+        self._writer, self._has_system, self._said = writer, has_system, set()
 
     @functools.cached_property
     def _score(self) -> Scorer:
@@ -63,7 +75,14 @@ class JaxLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        return self.tokenizer.eos_token_id
+        """The tokenizer's eos, or what else ends an answer."""
+        if not self._loaded.end_token_ids:
+            raise UserError(
+                "The tokenizer has no bos and no eos token, and config.json no eos_token_id: there "
+                "is nothing that could stand before a text without context. Set eos_token in "
+                "tokenizer_config.json."
+            )
+        return self._loaded.end_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -84,22 +103,28 @@ class JaxLM(TemplateLM):
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens).input_ids)
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        """A conversation as the tokenizer's template writes it; templates that know no system turn
-        get the conversation without it.
-        """
-        try:
-            return self._written(chat_history, add_generation_prompt)
-        except TemplateError:
-            turns = [turn for turn in chat_history if turn["role"] != "system"]
-            return self._written(turns, add_generation_prompt)
+        """A conversation in the words of the run, or as the tokenizer's template writes it.
 
-    def _written(self, turns, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        Control tokens in the text of others stay guarded until `tok_encode`. Without a generation
+        prompt the last turn is the beginning of the answer.
+        """
+        turns, begun = list(chat_history), ""
+        if not add_generation_prompt:
+            begun = self._writer.as_is(turns.pop()["content"]).text
+        try:
+            prompt = self._writer.turns(turns)
+        except UserError:
+            others = [turn for turn in turns if turn["role"] != "system"]
+            if len(others) == len(turns) or self._has_system:
+                raise
+            prompt = self._writer.turns(others)
+            self._say_once("the template writes no system message; those of the task are left out")
+        return "".join(segment.text for segment in prompt.segments) + begun
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            print(f"note: {text}", file=sys.stderr)
 
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         for request in requests:
@@ -171,8 +196,7 @@ class JaxLM(TemplateLM):
             sampling=options.sampling,
             seed=self._seed,
         )
-        special = stop_tokens(options.stop, self.tokenizer)
-        return [text_before(answer, special, options.stop, self.tokenizer) for answer in found]
+        return [answer.text for answer in found]
 
 
 def read_options(given: dict) -> Options:
@@ -212,24 +236,6 @@ def _sampling(left: dict) -> Sampling:
     sampling = Sampling(temperature, int(top_k) if top_k else None, top_p and float(top_p))
     sampling.check()
     return sampling
-
-
-def stop_tokens(stop: Sequence[str], tokenizer) -> set[int]:
-    """Stop strings that are special tokens: decoded answers do not show them."""
-    special = set(tokenizer.all_special_ids)
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in stop]
-    return {each[0] for each in ids if len(each) == 1 and each[0] in special}
-
-
-def text_before(answer: Generation, special: set[int], stop: Sequence[str], tokenizer) -> str:
-    """The answer's text up to its first special stop token, if it has one."""
-    at = next((place for place, token in enumerate(answer.tokens) if token in special), None)
-    if at is None:
-        return answer.text
-    text = tokenizer.decode(
-        answer.tokens[:at], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return text[: min((place for each in stop if (place := text.find(each)) >= 0), default=None)]
 
 
 def context_length(loaded: Loaded) -> int:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from drlora_jax.config import DataSection
+from drlora_jax.context import warn_beyond
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import stack_rows
 from drlora_jax.data.packing import pack
@@ -72,6 +73,10 @@ def answer_items(
 ) -> list[Sample]:
     """The loss of each document: nats a target token, weighted by target tokens."""
     documents = [item.document for item in items]
+    longest = max(items, key=lambda item: len(item.document.tokens))
+    warn_beyond(
+        loaded.directory, len(longest.document.tokens), f"document {longest.id} of the loss"
+    )
     batch_size = mesh_lib.whole_shards(loaded.mesh, batch_size)
     lengths = np.array([len(document.tokens) for document in documents])
     rows = pack(lengths, length, np.arange(len(documents)))

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drlora_jax.context import warn_beyond
 from drlora_jax.data.loader import Batch, stack_rows
 from drlora_jax.data.packing import pack
 from drlora_jax.data.tokenize import Document, pad_token
@@ -44,7 +45,7 @@ class Scorer:
 
     def __init__(self, loaded: Loaded, *, batch_size: int = 8, max_length: int = 2048):
         self.max_length = max_length
-        self._loaded = loaded
+        self._loaded, self._has_warned = loaded, False
         self._batch_size = mesh_lib.whole_shards(loaded.mesh, batch_size)
         self._score = jit_score(loaded)
 
@@ -55,6 +56,7 @@ class Scorer:
           ValueError: for an empty part, or a continuation longer than max_length.
         """
         documents = [_document(index, pair, self.max_length) for index, pair in enumerate(pairs)]
+        self._warn(documents)
         results: list[LogLikelihood | None] = [None] * len(pairs)
         pad_id = pad_token(self._loaded.tokenizer) or 0
         for batch, rows in _batches(documents, self._batch_size, pad_id):
@@ -68,6 +70,14 @@ class Scorer:
                 results[index] = LogLikelihood(total, bool(np.all(is_top_N[part])), count)
                 start += count
         return results
+
+    def _warn(self, documents: Sequence[Document]) -> None:
+        """Says once that a pair is longer than what the model was made for."""
+        # Nothing is predicted from the last token.
+        longest = max((len(document.tokens) - 1 for document in documents), default=0)
+        if not self._has_warned:
+            what = "a context with its answer"
+            self._has_warned = warn_beyond(self._loaded.directory, longest, what)
 
     def _run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of every predicted token of a batch, and whether it is the likeliest."""

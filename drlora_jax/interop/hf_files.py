@@ -23,6 +23,7 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived fro
 HEAD = "lm_head.weight"
 # Of config.json: who wrote it and how it is to be run, not what the model is.
 UNRELATED_VALUES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+STRETCHING = ("linear", "dynamic", "yarn")  # rope scalings by a factor of the original length
 WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
 SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
 
@@ -95,6 +96,27 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
     if config.tie_embeddings and any(directory.glob("*.safetensors")):
         return dataclasses.replace(config, tie_embeddings=HEAD not in read_headers(directory))
     return config
+
+
+def longest_positions(directory: pathlib.Path) -> int | None:
+    """Tokens of one text that the model was made for, rope scaling counted; None: it names none.
+
+    With linear, dynamic and yarn scaling, `max_position_embeddings` may be the length before or
+    behind the scaling; with the other kinds it is the one behind it.
+    """
+    values = read_config_json(directory)
+    values = values.get("text_config") or values
+    longest = values.get("max_position_embeddings")
+    if type(longest) is not int or longest < 1:
+        return None
+    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    scaling = scaling.get("full_attention") or scaling  # one entry for each kind of layer
+    factor = scaling.get("factor")
+    if scaling.get("rope_type", scaling.get("type")) not in STRETCHING or not factor:
+        return longest
+    name = "original_max_position_embeddings"
+    original = values.get(name) or scaling.get(name) or longest
+    return max(longest, int(original * factor))
 
 
 # ---------------------------------------------------------------------------------------------
