@@ -6,13 +6,13 @@ any ending that rows are read from (.jsonl, .jsonl.gz, .json, .json.gz, .parquet
 
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from drlora_jax.data.sources import SUFFIXES, Row, read_rows
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.records import text_hash
+from drlora_jax.files import local_path
 
 BUNDLED = "bundled:"  # a file of the package
 
@@ -60,7 +60,7 @@ def fingerprint(rows: Sequence[Row]) -> str:
 def _in_folder(source: Source, data_dir: str | None) -> str | None:
     if data_dir is None:
         return None
-    folder = pathlib.Path(data_dir).expanduser()
+    folder = local_path(data_dir, "--data-dir")
     if not folder.is_dir():
         raise UserError(f"--data-dir {data_dir} is no directory; give the folder of the data.")
     for stem in source.stems:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, expand_user, kind_of
+from drlora_jax.files import FILE, kind_of, local_path
 from drlora_jax.interop.hf_files import fingerprint
 from drlora_jax.interop.spectra_read import fit_layers, open_cache, with_progress
 from drlora_jax.models.architecture import ModelConfig
@@ -59,7 +59,7 @@ def _by_expert(chosen: Sequence[Found], experts: int) -> np.ndarray | None:
 
 
 def _from_file(path: str, identity: str, layers: int, estimator: str) -> list[Found]:
-    file = expand_user(path)
+    file = local_path(path, "allocation.alpha_file")
     kind = kind_of(file)
     if kind != FILE:
         raise _refused(path, f"it is {kind}")

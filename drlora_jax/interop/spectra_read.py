@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.files import expand_user
+from drlora_jax.files import expand_user, local_path
 from drlora_jax.interop.factors import places
 from drlora_jax.interop.hf_files import TensorInfo, fingerprint, open_weights, read_headers
 from drlora_jax.interop.hf_read import match_keys
@@ -207,7 +207,7 @@ def open_cache(path: str | None) -> pathlib.Path | None:
     """The folder, made. Without the default one the analysis goes on; one that was named must be
     there.
     """
-    folder = default_cache() if path is None else expand_user(path)
+    folder = default_cache() if path is None else local_path(path, "--cache")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "no permission"
