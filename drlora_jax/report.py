@@ -29,10 +29,10 @@ def main(argv=None) -> int:
     )
     args = parser.parse_args(argv)
     directories = [local_path(run, "--run") for run in args.run]
-    folder, name = (
-        (directories[0], "report.html") if len(directories) == 1 else (".", "comparison.html")
-    )
-    out = local_path(args.out, "--out") if args.out else pathlib.Path(folder, name)
+    default = directories[0] / "report.html"
+    if len(directories) > 1:
+        default = pathlib.Path("comparison.html")
+    out = local_path(args.out, "--out") if args.out else default
     if args.out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {args.out}: give a file in a directory that exists.")
     try:

@@ -65,8 +65,8 @@ def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
     wanted = (shapes.layers, shapes.experts)
     if table.shape != wanted or table.dtype.kind != "i":
         raise UserError(
-            f"allocation.pattern={path} must hold integers [layers][experts] of shape {list(wanted)}, "
-            f"got {table.dtype} of shape {list(table.shape)}."
+            f"allocation.pattern={path} must hold integers [layers][experts] of shape "
+            f"{list(wanted)}, got {table.dtype} of shape {list(table.shape)}."
         )
     if table.min() < 0 or table.max() > shapes.max_rank:
         raise UserError(

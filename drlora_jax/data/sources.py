@@ -121,11 +121,11 @@ def _in_folder(name: str, folder: pathlib.Path, split: str) -> list[Source]:
 
 def _read_saved(name: str, folder: pathlib.Path) -> Iterator[Row]:
     """A data set that `datasets` saved: its Arrow files in order, as one."""
-    listed = read_json(folder / SAVED_SET).get("_data_files") or []
+    state = read_json(folder / SAVED_SET)
+    listed = state.get("_data_files") or []
     files = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
-    if not files or not all(
-        isinstance(each, str) and each == pathlib.Path(each).name for each in files
-    ):
+    is_plain = all(isinstance(each, str) and each == pathlib.Path(each).name for each in files)
+    if not files or not is_plain or state.get("_indices_files"):
         raise UserError(
             f"{folder / SAVED_SET} does not list the .arrow files of a saved data set; save it "
             "again with save_to_disk."
