@@ -18,7 +18,7 @@ from drlora_jax.errors import UserError
 FILE, DIRECTORY, ABSENT = "a file", "a directory", "absent"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors takes about 100 MiB
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-_FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?)?(?=/)", re.IGNORECASE)
+_FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
 _POINTERS = (
     b"version https://git-lfs.github.com/spec/",
     b"version https://hawser.github.com/spec/",
@@ -73,11 +73,11 @@ def check_local(text: str, option: str = "") -> None:
     if not found or _FILE_ADDRESS.match(text):
         return
     scheme, rest = found[1].lower(), text[found.end() :]
-    what, way = "an address, and only local paths are opened", "download it and give the local path"
+    what, way = "an address, and only local paths are opened", "download it and give its local path"
     if scheme == "file":
         what, way = "no address of a file here", f"it has three slashes: file:///{rest.lstrip('/')}"
     elif scheme == "hf" or "huggingface.co/" in rest:
-        way = "give the name on the hub, OWNER/NAME, or download it and give the local path"
+        way = f"{way}, or for a model or data set of the hub give its name, OWNER/NAME"
     elif scheme not in ("http", "https", "ftp"):
         what = "an address, and buckets are neither read nor written"
         way = "mount it (launch/README.md, Buckets) and give the path where it is mounted"

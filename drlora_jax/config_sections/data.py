@@ -10,10 +10,10 @@ from drlora_jax.config_sections.section import Section, positive, require
 class DataSection(Section):
     path: tuple[
         str, ...
-    ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` NAME[:CONFIG]
-    # (with format=choice: TASK=PATH, see drlora_jax/data/choices.py)
+    ] = ()  # files of data/file_readers.py, folders of them, globs, bundled:FILE, or a `datasets`
+    # NAME[:CONFIG] (with format=choice: TASK=PATH, see drlora_jax/data/choices.py)
     eval_path: tuple[str, ...] = ()
-    split: str = "train"  # of a `datasets` name
+    split: str = "train"  # of a `datasets` name, or of a folder whose files say it
     eval_split: str = "validation"
     format: Literal["auto", "prompt_response", "alpaca", "chat", "text", "choice"] = "auto"
     prompt_field: str = "prompt"

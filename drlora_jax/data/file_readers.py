@@ -24,6 +24,7 @@ _ARROW = (".arrow", ".feather")
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
 _TEXT = (*_LINES, *_JSON, *_TABLES)
 SUFFIXES = (*_TEXT, ".parquet", *_ARROW, *(text + packed for text in _TEXT for packed in _PACKED))
+KNOWN = f"{', '.join(_TEXT)} (also with {', '.join(_PACKED)}), .parquet, {', '.join(_ARROW)}"
 
 
 class Row(NamedTuple):
@@ -101,7 +102,13 @@ def _read_lines(name: str, file: pathlib.Path) -> Iterator[Row]:
                     "lines; write one object a line, or a list of objects [ ] in a .json file."
                 )
             if text.strip():
-                yield _row(where, _parse(text, name, first_line=number))
+                fields = _parse(text, name, first_line=number)
+                if number == 1 and isinstance(fields, list):
+                    raise UserError(
+                        f"{where}: a list, where each line must be an object; call the file .json "
+                        "if it is one list of objects."
+                    )
+                yield _row(where, fields)
 
 
 def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:

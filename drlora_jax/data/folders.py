@@ -7,7 +7,7 @@ folder, else a file name that has one of the words below.
 import pathlib
 import re
 
-from drlora_jax.data.file_readers import SUFFIXES, ending_of
+from drlora_jax.data.file_readers import KNOWN, ending_of
 from drlora_jax.errors import UserError
 from drlora_jax.files import FILE, kind_of
 
@@ -127,4 +127,4 @@ def _why_nothing(name: str, folder: pathlib.Path) -> str:
     has = f" It has {', '.join(found[:3])}." if found else " It is empty."
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         has += " It hides the `datasets` name of the hub: rename it to read that one."
-    return f"{has} Known are {', '.join(SUFFIXES)}."
+    return f"{has} Known are {KNOWN}."

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from drlora_jax.data.file_readers import SUFFIXES, Row, ending_of, read_arrow, read_file, rows_of
+from drlora_jax.data.file_readers import KNOWN, Row, ending_of, read_arrow, read_file, rows_of
 from drlora_jax.data.folders import SAVED_SET, SAVED_SETS, choose_shards, data_files, is_data
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
@@ -35,8 +35,8 @@ def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Ro
     """Yields the rows of a path, or of several paths one after the other.
 
     Args:
-      path: a file (SUFFIXES), a folder of such files or one that `save_to_disk` wrote, a glob,
-        `bundled:FILE`, or a `datasets` name.
+      path: a file of a KNOWN kind, a folder of such files or one that `save_to_disk` wrote, a
+        glob, `bundled:FILE`, or a `datasets` name.
       split: of a `datasets` name, and of a folder whose files are named by splits.
     """
     for _, rows in read_paths(path, split=split):
@@ -99,7 +99,7 @@ def _unknown_kind(file: pathlib.Path) -> str:
             "a text file does not say what a row is; write a .jsonl with one "
             '{"text": ...} a document (data.format=text).'
         )
-    return f"unknown kind of file; known are {', '.join(SUFFIXES)}."
+    return f"unknown kind of file; known are {KNOWN}."
 
 
 def _in_folder(name: str, folder: pathlib.Path, split: str) -> list[Source]:
@@ -153,7 +153,7 @@ def _in_glob(name: str, pattern: pathlib.Path, split: str) -> list[Source]:
             f"*{ending_of(kept[0].name) if kept else '.jsonl'}."
         )
     if not kept and not folders:
-        raise UserError(f"{name} matches no data file. Known are {', '.join(SUFFIXES)}.")
+        raise UserError(f"{name} matches no data file; known are {KNOWN}.")
     return [
         source for each in sorted(kept + folders) for source in _at_path(str(each), each, split)
     ]

@@ -213,7 +213,7 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
         files = visible_weights(directory)
         alone = [file for file in files if file.name == SINGLE]
         files = alone or [file for file in files if _other_kind(file) is None]
-    if not files and (odd := visible_weights(directory)):
+    if not files and weight_map is None and (odd := visible_weights(directory)):
         raise UserError(
             f"{directory} has no weights of a model: {odd[0].name} is {_other_kind(odd[0])}. "
             f"Expected is {SINGLE}, or shards with their index."
