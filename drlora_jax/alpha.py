@@ -27,7 +27,7 @@ import numpy as np
 from drlora_jax import cli
 from drlora_jax.allocation.alphalora import ROUNDINGS, allocate_experts
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
 from drlora_jax.interop.spectra_read import (
     LayerFit,
@@ -62,7 +62,7 @@ class Result(NamedTuple):
 def main(argv=None) -> int:
     args = _parse(argv)
     files = [_check_file(name, getattr(args, name)) for name in ("out", "svg")]
-    directory = find_model(args.model)
+    directory = find_model(args.model, option="MODEL")
     config = read_model_config(directory)
     cli.check_positive(args, "threads")
     _allocate(args, [1.0] * config.num_layers)  # refused now, not after the analysis
@@ -133,7 +133,7 @@ def _check_file(name: str, path: str | None) -> pathlib.Path | None:
     """A file that can be written, or None where none is asked for."""
     if path is None:
         return None
-    file = expand_user(path)
+    file = local_path(path, f"--{name}")
     if kind_of(file) not in (FILE, ABSENT) or kind_of(file.absolute().parent) != DIRECTORY:
         raise UserError(f"--{name} {path}: give a file in a directory that exists.")
     return file

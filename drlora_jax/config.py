@@ -25,7 +25,7 @@ from drlora_jax.config_sections import (
 from drlora_jax.config_sections.section import require
 from drlora_jax.config_types import parse, type_name
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, expand_user, kind_of
+from drlora_jax.files import FILE, check_local, kind_of, local_path
 
 __all__ = [
     "AdapterSection",
@@ -43,6 +43,8 @@ __all__ = [
     "load_config",
     "to_dict",
 ]
+PLACES = ("run.dir", "model.path", "data.path", "data.eval_path")  # fields that name paths
+PLACES += ("allocation.pattern", "allocation.alpha_file", "adapter.experts_per_layer")
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,24 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
         raise UserError(
             f"get_config() in {file} must return a TrainConfig, got {type(config).__name__}."
         )
-    return apply_overrides(config, overrides)
+    config = apply_overrides(config, overrides)
+    _check_places(config)
+    return config
+
+
+def _check_places(config: TrainConfig) -> None:
+    """Refuses addresses where paths are wanted, before anything is read."""
+    for name in PLACES:
+        section, field_name = name.split(".")
+        value = getattr(getattr(config, section), field_name) or ()
+        for text in (value,) if isinstance(value, str) else value:
+            check_local(text, name)
 
 
 def config_file(path: str) -> pathlib.Path:
     """Where a config lies: a path, or `bundled:NAME` (with the package, or in the clone)."""
     if not path.startswith("bundled:"):
-        file = expand_user(path)
+        file = local_path(path, "--config")
         kind = kind_of(file)
         if kind != FILE or file.suffix != ".py":
             found = "it does not end in .py" if kind == FILE else f"it is {kind}"

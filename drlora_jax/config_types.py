@@ -1,10 +1,12 @@
 """Types of config fields: what a value must be, how it is read from a command line, and named."""
 
+import re
 import types
 import typing
 from typing import Literal
 
 from drlora_jax.errors import UserError
+from drlora_jax.files import ABSENT, expand_user, kind_of
 
 LARGEST_INT = 2**32 - 1  # of any field
 LARGEST_NUMBER = 1e38  # what a 32-bit float holds
@@ -67,10 +69,28 @@ def _why(value) -> str:
 def _shown(value) -> str:
     """The value for a message, cut if it is very long."""
     try:
-        text = repr(value)
+        text = ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
     except ValueError:  # Python does not print integers of more than 4300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# One part of a list: quoted, with any commas, or up to the next comma.
+_PART = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)')\s*(?:,|$)|([^,]*)(?:,|$)""")
+
+
+def _parts(name: str, text: str) -> tuple[str, ...]:
+    """The parts of a list; a data path with a comma in it is one part where there is such a file,
+    or in quotes.
+    """
+    if name.startswith("data.") and "," in text and kind_of(expand_user(text)) != ABSENT:
+        return (text,)
+    if text[:1] + text[-1:] in ("()", "[]"):  # as Python prints a tuple or a list
+        text = text[1:-1]
+    found = [
+        double or single or plain.strip(" '\"") for double, single, plain in _PART.findall(text)
+    ]
+    return tuple(part for part in found if part)
 
 
 def parse(name: str, text: str, kind):
@@ -82,9 +102,7 @@ def parse(name: str, text: str, kind):
         if option is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
         if typing.get_origin(option) is tuple:
-            if text[:1] + text[-1:] in ("()", "[]"):  # as Python prints a tuple or a list
-                text = text[1:-1]
-            return tuple(part.strip(" '\"") for part in text.split(",") if part.strip(" '\""))
+            return _parts(name, text)
         if option is str or (
             typing.get_origin(option) is Literal and text in typing.get_args(option)
         ):

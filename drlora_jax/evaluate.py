@@ -30,6 +30,7 @@ from drlora_jax.evaluation import harness, results
 from drlora_jax.evaluation import jobs as jobs_lib
 from drlora_jax.evaluation.records import Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
+from drlora_jax.files import local_path
 from drlora_jax.interop.hf_files import fingerprint
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
@@ -179,11 +180,11 @@ def _only(args, section: str) -> list[str]:
 
 def _folder(args) -> pathlib.Path | None:
     """Where results are kept; made and tried before any work."""
-    where = args.out or args.run
-    if where is None:
+    if args.out is None and args.run is None:
         return None
-    results.check_writable(pathlib.Path(where).expanduser())
-    return pathlib.Path(where).expanduser()
+    folder = local_path(args.out, "--out") if args.out else local_path(args.run, "--run")
+    results.check_writable(folder)
+    return folder
 
 
 def _parse(argv) -> argparse.Namespace:

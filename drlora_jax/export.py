@@ -27,7 +27,7 @@ from drlora_jax import cli
 from drlora_jax.config import MeshSection
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, kind_of
+from drlora_jax.files import ABSENT, DIRECTORY, kind_of, local_path
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
 from drlora_jax.interop.factors import layer_factors
@@ -115,7 +115,7 @@ def _shard_bytes(args: argparse.Namespace) -> int | None:
 
 
 def check_out(path: str) -> pathlib.Path:
-    out = pathlib.Path(path).expanduser()
+    out = local_path(path, "--out")
     kind = kind_of(out)
     if kind not in (DIRECTORY, ABSENT):
         raise UserError(f"--out {path} is {kind}; give a new directory.")

@@ -1,19 +1,28 @@
 """Looking at paths that a user names, before they are opened.
 
-A path may be anything: absent, a directory where a file is wanted, a named pipe that would block
-for ever, a name too long for the file system. `kind_of` says which in words, without raising.
-JSON that decides what a run is (`config.json`, a weight index) is read by `read_json`.
+A path may be anything: an address, absent, a directory where a file is wanted, a named pipe that
+would block for ever, a name too long for the file system. `local_path` refuses addresses, whatever
+option has them; `kind_of` says in words what is at a path, without raising. JSON that decides what
+a run is (`config.json`, a weight index) is read by `read_json`.
 """
 
 import json
 import os
 import pathlib
+import re
 import stat
+import urllib.parse
 
 from drlora_jax.errors import UserError
 
 FILE, DIRECTORY, ABSENT = "a file", "a directory", "absent"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors takes about 100 MiB
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+_FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
+_POINTERS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+)
 _OTHER = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -47,11 +56,61 @@ def expand_user(path: str) -> pathlib.Path:
         return pathlib.Path(path)
 
 
+def local_path(text: str, option: str = "") -> pathlib.Path:
+    """The path that an option means: ~ replaced, `file://` decoded, other addresses refused.
+
+    Args:
+      option: names the option in the message, as in `--out` or `run.dir`.
+    """
+    check_local(text, option)
+    found = _FILE_ADDRESS.match(text)
+    return expand_user(urllib.parse.unquote(text[found.end() :]) if found else text)
+
+
+def check_local(text: str, option: str = "") -> None:
+    """Refuses an address (`gs://`, `https://`, ...): only paths of this machine are opened."""
+    found = _ADDRESS.match(text)
+    if not found or _FILE_ADDRESS.match(text):
+        return
+    scheme, rest = found[1].lower(), text[found.end() :]
+    what, way = "an address, and only local paths are opened", "download it and give its local path"
+    if scheme == "file":
+        what, way = "no address of a file here", f"it has three slashes: file:///{rest.lstrip('/')}"
+    elif scheme == "hf" or "huggingface.co/" in rest:
+        way = f"{way}, or for a model or data set of the hub give its name, OWNER/NAME"
+    elif scheme not in ("http", "https", "ftp"):
+        what = "an address, and buckets are neither read nor written"
+        way = "mount it (launch/README.md, Buckets) and give the path where it is mounted"
+    raise UserError(f"{given(option, text)} is {what}; {way}.")
+
+
+def given(option: str, text: str) -> str:
+    """What a user gave, as it was written: `run.dir=X`, `--out X`, or X alone."""
+    return f"{option}{'=' if '.' in option else ' '}{text}" if option else text
+
+
+def check_not_pointer(file: pathlib.Path) -> None:
+    """Refuses the few lines that git leaves in the place of a file kept in git-lfs."""
+    if kind_of(file) != FILE:
+        return  # a named pipe would block
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(max(map(len, _POINTERS)))
+    except OSError:
+        return  # whoever reads it says why
+    if head.startswith(_POINTERS):
+        raise UserError(
+            f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in "
+            f"{file.parent}, or download the file again."
+        )
+
+
 def read_json(file: pathlib.Path) -> dict:
     """The JSON object in a file; refuses everything else, and names given twice."""
     kind = kind_of(file)
     if kind != FILE:
         raise UserError(f"{file} must be a file with a JSON object, but it is {kind}.")
+    check_not_pointer(file)
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{file} has more than {MAX_JSON_BYTES >> 20} MiB: not such a file.")

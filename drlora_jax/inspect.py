@@ -15,8 +15,11 @@ from drlora_jax import cli
 from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.interop.hf_files import find_model, read_headers, read_model_config
+from drlora_jax.files import ABSENT, kind_of, local_path
+from drlora_jax.interop.hf_files import find_model, has_weights, read_headers, read_model_config
+from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
 from drlora_jax.resolve import make_adapter, with_adapter_experts
@@ -31,7 +34,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("dir", metavar="DIR", help="a run.dir, a model directory, or bundled:NAME")
     path = parser.parse_args(argv).dir
-    lines = run_lines(pathlib.Path(path).expanduser()) if is_run(path) else model_lines(path)
+    lines = run_lines(local_path(path, "DIR")) if is_run(path) else model_lines(path)
     print("\n".join(lines))
     return EXIT_DONE
 
@@ -39,7 +42,7 @@ def main(argv=None) -> int:
 def is_run(path: str) -> bool:
     """Whether config.json there is of a run, and not of a model."""
     try:
-        found = json.loads((pathlib.Path(path).expanduser() / "config.json").read_text("utf-8"))
+        found = json.loads((local_path(path, "DIR") / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and isinstance(found.get("config"), dict)
@@ -60,18 +63,18 @@ class Kind(NamedTuple):
 def model_lines(path: str) -> list[str]:
     directory = find_local(path)
     config = read_model_config(directory)
-    return [*architecture_lines(path, config), *_weight_lines(directory), "", *kind_lines(config)]
+    weights = _weight_lines(directory, config)
+    return [*architecture_lines(path, config), *weights, "", *kind_lines(config)]
 
 
 def find_local(path: str) -> pathlib.Path:
     """The directory of a model that is on this machine; a hub name is not looked up."""
-    is_here = path.startswith("bundled:") or pathlib.Path(path).expanduser().exists()
-    if not is_here:
+    if not path.startswith("bundled:") and kind_of(local_path(path, "DIR")) == ABSENT:
         raise UserError(
             f"{path}: no such directory; give a model directory, a run.dir or bundled:NAME "
             "(inspect does not use the network)."
         )
-    return find_model(path)
+    return find_model(path, option="DIR")
 
 
 def architecture_lines(path: str, config: ModelConfig) -> list[str]:
@@ -99,10 +102,12 @@ def architecture_lines(path: str, config: ModelConfig) -> list[str]:
     return lines
 
 
-def _weight_lines(directory: pathlib.Path) -> list[str]:
-    if not any(directory.glob("*.safetensors")):
+def _weight_lines(directory: pathlib.Path, config: ModelConfig) -> list[str]:
+    """What the weights are, after the checks that loading them begins with."""
+    if not has_weights(directory):
         return ["weights     none here"]
     headers = read_headers(directory)
+    match_keys(config, headers, abstract_params(Decoder(config, DecoderOptions())))
     dtypes = sorted({info.dtype for info in headers.values()})
     files = {info.file for info in headers.values()}
     files_text = "1 file" if len(files) == 1 else f"{len(files)} files"

@@ -23,7 +23,6 @@ from drlora_jax.data.tokenize import check_vocabulary
 from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
-from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.ops.backends import compiler_options
 from drlora_jax.parallel import hosts
@@ -89,7 +88,7 @@ def load_base(
     Args:
       words: of that path, if they are there already.
     """
-    words = words or of_base(find_model(path))
+    words = words or of_base(find_model(path, option="--model"))
     return _load(words, dtype or "auto", NO_ADAPTER, mesh or MeshSection())
 
 

@@ -107,8 +107,8 @@ def load_domains(config: TrainConfig, tokenizer) -> list[Domain]:
     paths, heldout_paths = config.data.path, config.data.eval_path
     if not paths or len(paths) != len(heldout_paths):
         raise UserError(
-            f"data.path and data.eval_path need a file each for every domain, got {paths}, "
-            f"{heldout_paths}."
+            f"data.path and data.eval_path need a file each for every domain, got "
+            f"{len(paths)} and {len(heldout_paths)}."
         )
     if config.train.batch_size % len(paths):
         raise UserError(
@@ -147,9 +147,8 @@ def init_params(model: Decoder, seed: int) -> dict:
 
 def restore_or_start(config: TrainConfig, tx, params):
     """((params, opt_state), steps done) of the newest checkpoint, or of a fresh start."""
-    checkpoints = Checkpoints(
-        pathlib.Path(config.run.dir) / "checkpoints", keep_last=config.run.keep_last
-    )
+    folder = RunDirectory(config.run.dir).checkpoints
+    checkpoints = Checkpoints(folder, keep_last=config.run.keep_last)
     step = checkpoints.latest_step()
     state = (params, jax.jit(tx.init)(params))
     if step is not None:

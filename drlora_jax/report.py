@@ -11,6 +11,7 @@ import pathlib
 
 from drlora_jax import cli
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
+from drlora_jax.files import local_path
 from drlora_jax.reporting.page import write_report
 
 
@@ -27,11 +28,11 @@ def main(argv=None) -> int:
         "--out", metavar="FILE", help="default: report.html in the run; comparison.html in here"
     )
     args = parser.parse_args(argv)
-    directories = [pathlib.Path(run).expanduser() for run in args.run]
-    if len(directories) == 1:
-        out = pathlib.Path(args.out or directories[0] / "report.html").expanduser()
-    else:
-        out = pathlib.Path(args.out or "comparison.html").expanduser()
+    directories = [local_path(run, "--run") for run in args.run]
+    default = directories[0] / "report.html"
+    if len(directories) > 1:
+        default = pathlib.Path("comparison.html")
+    out = local_path(args.out, "--out") if args.out else default
     if args.out and (out.is_dir() or not out.absolute().parent.is_dir()):
         raise UserError(f"--out {args.out}: give a file in a directory that exists.")
     try:

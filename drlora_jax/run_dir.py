@@ -18,7 +18,7 @@ import numpy as np
 import drlora_jax
 from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of, read_json
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
 from drlora_jax.run_lock import LOCK_NAME, hold_lock
 from drlora_jax.sinks import Sink
 from drlora_jax.units import format_bytes
@@ -47,7 +47,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str, *, writes: bool = True):
-        self.path = expand_user(path)
+        self.path = local_path(path, "run.dir")
         self._writes = writes
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"

@@ -60,7 +60,7 @@ def open_words(args: argparse.Namespace) -> Words:
     """
     if args.run is None:
         check_only_run(args)
-        return of_base(find_model(args.model))
+        return of_base(find_model(args.model, option="--model"))
     step = "latest" if args.base else args.step
     return of_run(find_run(args.run, step=step, model_path=args.model_path))
 

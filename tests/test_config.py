@@ -179,7 +179,7 @@ REFUSED = {
     "run.seed must be int, got True": (RunSection, {"seed": True}),
     "train.learning_rate must be float, got True": (TrainSection, {"learning_rate": True}),
     "data.path must be a,b,..., got 'a'": (DataSection, {"path": "a"}),
-    "data.path must be a,b,..., got (1,)": (DataSection, {"path": (1,)}),
+    "data.path must be a,b,..., got 1": (DataSection, {"path": (1,)}),
     "data.pack must be bool, got 1": (DataSection, {"pack": 1}),
     "model.remat must be none | selective | full, got None": (ModelSection, {"remat": None}),
     "adapter.rank must be int | none, got 2.0": (AdapterSection, {"rank": 2.0}),
@@ -285,7 +285,7 @@ REFUSED = {
         {"kind": "pattern"},
     ),
     "mesh sizes must be positive, at most one -1": (MeshSection, {"data": 0}),
-    "at most one -1 (the rest of the devices), got (-1, -1, 1, 1)": (MeshSection, {"fsdp": -1}),
+    "at most one -1 (the rest of the devices), got -1, -1, 1, 1": (MeshSection, {"fsdp": -1}),
     "adapter.kind=lora has no experts to share ranks among": (
         TrainConfig,
         {"adapter": AdapterSection(kind="lora")},

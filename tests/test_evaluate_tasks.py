@@ -6,7 +6,7 @@ import types
 import pytest
 from tiny import BUNDLED
 
-from drlora_jax.data.sources import SUFFIXES, Row
+from drlora_jax.data.file_readers import KNOWN, Row
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation import code_tasks, files, generated, jobs, multiple_choice
@@ -233,6 +233,8 @@ def test_files_of_a_folder_are_found_by_name(tmp_path):
     assert found.name == str(tmp_path / "commonsense" / "boolq_test.jsonl")
     (tmp_path / "boolq_val.json").write_text(row)
     nearer = files.read_source("boolq", source, None, str(tmp_path))
+    (tmp_path / "boolq_val.json").rename(tmp_path / "boolq_val.JSONL")
+    assert files.read_source("boolq", source, None, str(tmp_path)).name.endswith(".JSONL")
     assert nearer.name.endswith("boolq_val.json") and nearer.fingerprint == found.fingerprint
 
 
@@ -240,7 +242,7 @@ def test_without_data_the_places_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as caught:
         files.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path))
-    for part in (str(tmp_path), "piqa_val.jsonl", SUFFIXES[-1], "baber/piqa", "--tasks piqa=FILE"):
+    for part in (str(tmp_path), "piqa_val.jsonl", KNOWN, "baber/piqa", "--tasks piqa=FILE"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="is no directory"):
         files.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path / "absent"))

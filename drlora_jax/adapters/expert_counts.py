@@ -12,7 +12,7 @@ import re
 
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, expand_user, kind_of
+from drlora_jax.files import FILE, kind_of, local_path
 
 QUARTERS = 4
 MOST_EXPERTS = 1024  # of a layer; more can only be a slip
@@ -61,7 +61,7 @@ def _of_quarters(digits: str, num_layers: int) -> list[int]:
 
 def _read_file(path: str) -> list[int]:
     """The experts of the layers in a file of drlora_jax.alpha."""
-    file = expand_user(path)
+    file = local_path(path, "adapter.experts_per_layer")
     if kind_of(file) != FILE:
         raise UserError(
             f"adapter.experts_per_layer={path}: give four digits such as 2468, one number a layer "

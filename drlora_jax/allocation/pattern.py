@@ -10,7 +10,7 @@ import numpy as np
 
 from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, expand_user, kind_of
+from drlora_jax.files import FILE, kind_of, local_path
 
 
 def pattern(
@@ -50,7 +50,7 @@ def pattern(
 
 def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
     """i32 [L, E] from a JSON file that holds [L][E], or from a run's ranks.jsonl: its last row."""
-    file = expand_user(path)
+    file = local_path(path, "allocation.pattern")
     if kind_of(file) != FILE:
         raise UserError(
             f"allocation.pattern={path} is {kind_of(file)}; give a JSON file of ranks [layers]"
@@ -65,8 +65,8 @@ def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
     wanted = (shapes.layers, shapes.experts)
     if table.shape != wanted or table.dtype.kind != "i":
         raise UserError(
-            f"allocation.pattern={path} must hold integers [layers][experts] of shape {wanted}, "
-            f"got {table.dtype} of shape {table.shape}."
+            f"allocation.pattern={path} must hold integers [layers][experts] of shape "
+            f"{list(wanted)}, got {table.dtype} of shape {list(table.shape)}."
         )
     if table.min() < 0 or table.max() > shapes.max_rank:
         raise UserError(

@@ -51,7 +51,7 @@ class AdapterSection(Section):
         require(
             not fused,
             f"adapter.targets has gate_up next to gate or up: one or the other, got "
-            f"{self.targets}.",
+            f"{', '.join(self.targets)}.",
         )
         require(self.scale > 0, f"adapter.scale must be greater than 0, got {self.scale}.")
         fraction("adapter", {"dropout": self.dropout, "factor_dropout": self.factor_dropout})

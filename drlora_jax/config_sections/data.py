@@ -11,10 +11,10 @@ from drlora_jax.config_sections.section import Section, positive, require
 class DataSection(Section):
     path: tuple[
         str, ...
-    ] = ()  # .jsonl, .json, .parquet (also .gz), bundled:FILE, or a `datasets` NAME[:CONFIG]
-    # (with format=choice: TASK=PATH, see drlora_jax/data/choices.py)
+    ] = ()  # files of data/file_readers.py, folders of them, globs, bundled:FILE, or a `datasets`
+    # NAME[:CONFIG] (with format=choice: TASK=PATH, see drlora_jax/data/choices.py)
     eval_path: tuple[str, ...] = ()
-    split: str = "train"  # of a `datasets` name
+    split: str = "train"  # of a `datasets` name, or of a folder whose files say it
     eval_split: str = "validation"
     format: Literal["auto", "prompt_response", "alpaca", "chat", "text", "choice"] = "auto"
     prompt_field: str = "prompt"
@@ -22,9 +22,9 @@ class DataSection(Section):
     messages_field: str = "messages"
     text_field: str = "text"
     template: str = "auto"  # a name of drlora_jax/data/templates.py, or `tokenizer` for its own
-    # Control tokens (<|endoftext|>, ...) in the rows' own text: `split` reads them as ordinary text,
-    # so that only the template writes control tokens; `keep` takes them for what they are. `auto`
-    # is `keep` for format=text and `split` for every other.
+    # Control tokens (<|endoftext|>, ...) in the rows' own text: `split` reads them as ordinary
+    # text, so that only the template writes control tokens; `keep` takes them for what they are.
+    # `auto` is `keep` for format=text and `split` for every other.
     special_tokens: Literal["auto", "split", "keep"] = "auto"
     date: str = "auto"  # YYYY-MM-DD for a chat template that reads the clock; auto: of the start
     unread: Literal["say", "stop"] = "say"  # what to do about fields that nothing reads

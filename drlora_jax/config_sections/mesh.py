@@ -20,5 +20,6 @@ class MeshSection(Section):
         sizes = (self.data, self.fsdp, self.expert, self.tensor)
         require(
             all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-            f"mesh sizes must be positive, at most one -1 (the rest of the devices), got {sizes}.",
+            f"mesh sizes must be positive, at most one -1 (the rest of the devices), got "
+            f"{', '.join(map(str, sizes))}.",
         )

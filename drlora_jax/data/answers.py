@@ -14,8 +14,8 @@ from drlora_jax.data.chat_template import (
     SENTINEL,
     Chat,
     closing_of,
-    opens_block,
     first_words,
+    opens_block,
     render_chat,
     turn_end,
 )

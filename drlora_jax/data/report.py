@@ -135,7 +135,10 @@ class Report:
         if unread:
             names = ", ".join(f"{name} ({count} rows)" for name, count in unread.most_common())
             lines.append(f"fields that are not read: {names}")
-        system, texts = self.total("system_rows"), set().union(*(p.system_texts for p in self.parts))
+        system, texts = (
+            self.total("system_rows"),
+            set().union(*(p.system_texts for p in self.parts)),
+        )
         if system:
             what = f"the same: {shortened(next(iter(texts)))}" if len(texts) == 1 else "they differ"
             lines.append(f"system message in {system} of {self.rows_read} rows ({what})")

@@ -1,88 +1,190 @@
-"""Rows of data files: JSON lines, JSON lists, Parquet, files of the package, `datasets` names.
+"""Rows of what `data.path` names: files, folders of shards, globs, saved data sets, files of the
+package, `datasets` names.
 
 Every row carries the place it came from, so that a message about it can be acted on. A file that
 is not what its name says (not UTF-8, not JSON, cut off) stops the run whatever `data.bad_rows` is:
 that is a broken file, not a bad row.
 """
 
-import contextlib
 import difflib
-import gzip
-import json
+import functools
+import glob
+import itertools
 import pathlib
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from drlora_jax.data.file_readers import KNOWN, Row, ending_of, read_arrow, read_file, rows_of
+from drlora_jax.data.folders import SAVED_SET, SAVED_SETS, choose_shards, data_files, is_data
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of
+from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
 
 BUNDLED = pathlib.Path(__file__).parent.parent / "bundled"
-MAX_LINE_BYTES = 64 << 20  # of a row; a long book is 3 MiB
-MAX_LIST_BYTES = 1 << 30  # of a .json list, which is read as a whole
-SUFFIXES = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
+_PATTERN = frozenset("*?[")
 
 
-class Row(NamedTuple):
-    where: str  # "file:line", or "file row 12" where lines mean nothing
-    fields: dict
+class Source(NamedTuple):
+    """One file, saved data set or `datasets` name."""
+
+    name: str  # as it is shown
+    read: Callable[[], Iterator[Row]]
 
 
 def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Row]:
     """Yields the rows of a path, or of several paths one after the other.
 
     Args:
-      path: a .jsonl, .json or .parquet file (text also .gz), `bundled:FILE`, or a `datasets` name.
-      split: of a `datasets` name; files have none.
+      path: a file of a KNOWN kind, a folder of such files or one that `save_to_disk` wrote, a
+        glob, `bundled:FILE`, or a `datasets` name.
+      split: of a `datasets` name, and of a folder whose files are named by splits.
     """
-    for name in [path] if isinstance(path, str) else path:
+    for _, rows in read_paths(path, split=split):
+        yield from rows
+
+
+def read_paths(
+    paths: str | Sequence[str], *, split: str = "train"
+) -> Iterator[tuple[str, Iterator[Row]]]:
+    """(name, rows) of each file that the paths mean, all found before the first is read.
+
+    A file without rows is passed over where it is one of several that a path means.
+    """
+    names = [paths] if isinstance(paths, str) else paths
+    for name, sources in [(name, find_sources(name, split=split)) for name in names]:
         is_empty = True
-        for row in _read_one(name, split):
-            is_empty = False
-            yield row
+        for source in sources:
+            rows = source.read()
+            first = next(rows, None)
+            if first is not None:
+                is_empty = False
+                yield source.name, itertools.chain([first], rows)
         if is_empty:
             raise UserError(f"{name} has no rows: it is empty. Give a file with at least one row.")
 
 
-def _read_one(name: str, split: str) -> Iterator[Row]:
+def find_sources(name: str, *, split: str = "train") -> list[Source]:
+    """What a path means, without reading it: at least one source."""
     if name.startswith("bundled:"):
-        return _read_file(name, _bundled_file(name))
-    file = expand_user(name)
-    kind = kind_of(file)
+        return [_file_source(name, _bundled_file(name))]
+    path = local_path(name)
+    kind = kind_of(path)
+    if kind == ABSENT and _PATTERN & set(name):
+        return _in_glob(name, path, split)
+    if kind == ABSENT and not _is_missing_file(name):
+        return [Source(name, functools.partial(_read_dataset, name, split))]
+    return _at_path(name, path, split)
+
+
+def _at_path(name: str, path: pathlib.Path, split: str) -> list[Source]:
+    kind = kind_of(path)
     if kind == DIRECTORY:
-        raise UserError(f"{name} is a directory; give one of its files: {_listing(file)}")
-    if kind == FILE:
-        return _read_file(name, file)
-    if kind != ABSENT:
+        return _in_folder(name, path, split)
+    if kind == ABSENT:
+        raise UserError(_missing_message(path))
+    if kind != FILE:
         raise UserError(f"{name} must be a file, but it is {kind}.")
-    # A `datasets` name is NAME or OWNER/NAME; what cannot be one is a file that is not there.
-    if name.endswith(SUFFIXES) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(_missing_message(file))
-    return _read_dataset(name, split)
+    return [_file_source(name, path)]
 
 
-def _read_file(name: str, file: pathlib.Path) -> Iterator[Row]:
-    if not file.name.endswith(SUFFIXES):
-        raise UserError(f"{name}: unknown kind of file; known are {', '.join(SUFFIXES)}.")
-    if file.name.endswith(".parquet"):
-        return _read_parquet(name, file)
-    if file.name.removesuffix(".gz").endswith(".json"):
-        return _read_json(name, file)
-    return _read_lines(name, file)
+def _file_source(name: str, file: pathlib.Path) -> Source:
+    if not ending_of(file.name):
+        raise UserError(f"{name}: {_unknown_kind(file)}")
+    return Source(name, functools.partial(read_file, name, file))
+
+
+def _unknown_kind(file: pathlib.Path) -> str:
+    if file.suffix.lower() in (".txt", ".md"):
+        return (
+            "a text file does not say what a row is; write a .jsonl with one "
+            '{"text": ...} a document (data.format=text).'
+        )
+    return f"unknown kind of file; known are {KNOWN}."
+
+
+def _in_folder(name: str, folder: pathlib.Path, split: str) -> list[Source]:
+    """The shards of a folder, or the one data set that `save_to_disk` wrote there."""
+    if kind_of(folder / SAVED_SETS) == FILE:
+        splits = read_json(folder / SAVED_SETS).get("splits") or []
+        if split not in splits:
+            raise UserError(
+                f"{name} has no split {split}; it has {', '.join(map(str, splits))}. Set the split "
+                f"(data.split, data.eval_split), or give {name.rstrip('/')}/SPLIT."
+            )
+        name, folder = f"{name.rstrip('/')}/{split}", folder / split
+    if kind_of(folder / SAVED_SET) == FILE:
+        return [Source(name, functools.partial(_read_saved, name, folder))]
+    shards = choose_shards(name, folder, split)
+    base = name.rstrip("/") or "/"
+    return [_file_source(f"{base}/{shard.relative_to(folder)}", shard) for shard in shards]
+
+
+def _read_saved(name: str, folder: pathlib.Path) -> Iterator[Row]:
+    """A data set that `datasets` saved: its Arrow files in order, as one."""
+    state = read_json(folder / SAVED_SET)
+    listed = state.get("_data_files") or []
+    files = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
+    is_plain = all(isinstance(each, str) and each == pathlib.Path(each).name for each in files)
+    if not files or not is_plain or state.get("_indices_files"):
+        raise UserError(
+            f"{folder / SAVED_SET} does not list the .arrow files of a saved data set; save it "
+            "again with save_to_disk."
+        )
+    number = 0
+    for file in files:
+        if kind_of(folder / file) != FILE:
+            raise UserError(
+                f"{name}: {file}, which {SAVED_SET} lists, is {kind_of(folder / file)}."
+            )
+        for row in read_arrow(name, folder / file, first=number):
+            number += 1
+            yield row
+
+
+def _in_glob(name: str, pattern: pathlib.Path, split: str) -> list[Source]:
+    found = [pathlib.Path(each) for each in sorted(glob.glob(str(pattern), recursive=True))]
+    is_deep = "**" in name  # which matches the folders as well as what is in them
+    kept = [each for each in found if kind_of(each) == FILE and is_data(each)]
+    folders = [] if is_deep else [each for each in found if kind_of(each) == DIRECTORY]
+    others = [each for each in found if kind_of(each) == FILE and not _is_known(each)]
+    if others:
+        raise UserError(
+            f"{name} also matches {others[0]}, which is no data file; narrow it, for example to "
+            f"*{ending_of(kept[0].name) if kept else '.jsonl'}."
+        )
+    if not kept and not folders:
+        raise UserError(f"{name} matches no data file; known are {KNOWN}.")
+    return [
+        source for each in sorted(kept + folders) for source in _at_path(str(each), each, split)
+    ]
+
+
+def _is_known(file: pathlib.Path) -> bool:
+    """Data, or what stands beside data and holds none."""
+    return bool(ending_of(file.name)) or file.suffix.lower() in (".md", "")
 
 
 def _bundled_file(name: str) -> pathlib.Path:
-    known = {
-        file.relative_to(BUNDLED).as_posix(): file
-        for file in sorted(BUNDLED.rglob("*"))
-        if file.is_file() and file.name.endswith(SUFFIXES)
-    }
+    known = {file.relative_to(BUNDLED).as_posix(): file for file in data_files(BUNDLED)}
     wanted = name.removeprefix("bundled:")
     if wanted not in known:  # looked up, not joined: `..` cannot leave the folder
         names = ", ".join(f"bundled:{each}" for each in known) or "none"
         raise UserError(f"{name}: the package has no such file; it has {names}.")
     return known[wanted]
+
+
+# ---------------------------------------------------------------------------------------------
+# what is not there
+
+
+def _is_missing_file(name: str) -> bool:
+    """A `datasets` name is NAME or OWNER/NAME; what cannot be one is a file that is not there."""
+    return (
+        bool(ending_of(name))
+        or name.startswith((".", "/", "~"))
+        or name.lower().startswith("file:/")
+        or name.count("/") > 1
+    )
 
 
 def _missing_message(file: pathlib.Path) -> str:
@@ -92,79 +194,20 @@ def _missing_message(file: pathlib.Path) -> str:
     near = difflib.get_close_matches(file.name, names, n=1)
     if near:
         return f"{file}: no such file; did you mean {file.parent / near[0]}?"
-    return f"{file}: no such file; the folder {file.parent} has {_listing(file.parent)}"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    listing = (", ".join(names[:5]) or "no data files") + more
+    return f"{file}: no such file; the folder {file.parent} has {listing}."
 
 
 def _names_in(folder: pathlib.Path) -> list[str]:
     try:
-        return sorted(each.name for each in folder.iterdir() if each.name.endswith(SUFFIXES))
+        return sorted(each.name for each in folder.iterdir() if is_data(each))
     except OSError:
         return []
 
 
-def _listing(folder: pathlib.Path) -> str:
-    names = _names_in(folder)
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(names[:5]) or "no data files") + more + "."
-
-
-@contextlib.contextmanager
-def _reading(name: str, file: pathlib.Path):
-    """Opens a file, plain or gzip, and turns what goes wrong on disk into one message."""
-    try:
-        with gzip.open(file, "rb") if file.name.endswith(".gz") else open(file, "rb") as stream:
-            yield stream
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name} cannot be read: {error}. Is the file whole?") from error
-
-
-def _read_lines(name: str, file: pathlib.Path) -> Iterator[Row]:
-    with _reading(name, file) as stream:
-        # Bytes are split at \n only: str.splitlines would also cut at U+2028 inside a string.
-        # Not enumerate(stream): a line without an end would be read into memory as a whole.
-        lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            where = f"{name}:{number}"
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(
-                    f"{where}: a row of more than {MAX_LINE_BYTES >> 20} MiB; split the document "
-                    "into several rows."
-                )
-            text = _decode(line, name, first_line=number)
-            if text.strip():
-                yield _row(where, _parse(text, name, first_line=number))
-
-
-def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:
-    """A list of objects; a .json file that holds JSON lines is read as such."""
-    with _reading(name, file) as stream:
-        content = stream.read(MAX_LIST_BYTES + 1)
-    if len(content) > MAX_LIST_BYTES:
-        raise UserError(
-            f"{name} has more than {MAX_LIST_BYTES >> 20} MiB in one list; write it as .jsonl, one "
-            "object a line."
-        )
-    if not content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from _read_lines(name, file)
-        return
-    rows = _parse(_decode(content, name, first_line=1), name, first_line=1)
-    for number, fields in enumerate(rows, start=1):
-        yield _row(f"{name} row {number}", fields)
-
-
-def _read_parquet(name: str, file: pathlib.Path) -> Iterator[Row]:
-    parquet = load_package("pyarrow.parquet", f"Reading {name}")
-    arrow = load_package("pyarrow", f"Reading {name}")
-    number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            for part in table.iter_batches():
-                for fields in part.to_pylist():
-                    number += 1
-                    yield Row(f"{name} row {number}", fields)
-    # ValueError: a text column that is not UTF-8.
-    except (OSError, ValueError, arrow.ArrowException) as error:
-        raise UserError(f"{name} cannot be read as Parquet: {error}") from error
+# ---------------------------------------------------------------------------------------------
+# the hub
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Row]:
@@ -174,11 +217,8 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
     if not repository or bool(separator) != bool(configuration):
         raise UserError(f"{name!r} is no `datasets` name; write NAME, or NAME:CONFIG.")
     chosen = (repository, configuration) if configuration else (repository,)
-    where = f"{name}[{split}]"
     try:
-        rows = datasets.load_dataset(*chosen, split=split)
-        for number, fields in enumerate(rows, start=1):
-            yield _row(f"{where} row {number}", fields)
+        yield from rows_of(f"{name}[{split}]", datasets.load_dataset(*chosen, split=split))
     except UserError:
         raise
     except Exception as error:  # network, name, split: the library raises dozens of unrelated types
@@ -188,34 +228,3 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
             f"{type(error).__name__}: {reason}. Give a local file, or check name (NAME or "
             "NAME:CONFIG), split and network."
         ) from error
-
-
-def _decode(content: bytes, name: str, *, first_line: int) -> str:
-    try:
-        # Editors on Windows put a byte order mark in front; json would choke on it.
-        return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + content.count(b"\n", 0, error.start)
-        raise UserError(
-            f"{name}:{line}: not UTF-8, got byte 0x{content[error.start]:02x}; "
-            "save the file as UTF-8."
-        ) from error
-
-
-def _parse(text: str, name: str, *, first_line: int):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(
-            f"{name}:{line}: not JSON at column {error.colno} ({error.msg}); "
-            "one object a line, or in a .json file one list of objects."
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested too deep, an integer of 5000 digits
-        raise UserError(f"{name}:{first_line}: not JSON that can be read: {error}") from error
-
-
-def _row(where: str, fields) -> Row:
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: a row must be an object, got {type(fields).__name__}.")
-    return Row(where, fields)

@@ -6,11 +6,11 @@ The items are paired, and a difference is only called one if it is more than noi
 
 import argparse
 import json
-import pathlib
 
 from drlora_jax import cli
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import statistics
+from drlora_jax.files import local_path
 
 
 def main(argv=None) -> int:
@@ -29,7 +29,7 @@ def main(argv=None) -> int:
 def read_samples(file: str) -> dict[str, dict]:
     """The lines of a file of samples, by id."""
     try:
-        content = pathlib.Path(file).read_text(encoding="utf-8")
+        content = local_path(file).read_text(encoding="utf-8")
         lines = [json.loads(line) for line in content.splitlines()]
         return {line["id"]: line for line in lines if line["values"] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,7 +1,7 @@
 """Where the rows of a task come from: a named file, a folder of data, or the hub.
 
 A folder is searched for a task's file by the names that `Source.stems` lists, relative to it, with
-any ending that rows are read from (.jsonl, .jsonl.gz, .json, .json.gz, .parquet).
+any ending that rows are read from (`file_readers.KNOWN`).
 """
 
 import json
@@ -10,9 +10,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from drlora_jax.data.sources import SUFFIXES, Row, read_rows
+from drlora_jax.data.file_readers import KNOWN, SUFFIXES
+from drlora_jax.data.sources import Row, read_rows
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.records import text_hash
+from drlora_jax.files import local_path
 
 BUNDLED = "bundled:"  # a file of the package
 
@@ -60,21 +62,27 @@ def fingerprint(rows: Sequence[Row]) -> str:
 def _in_folder(source: Source, data_dir: str | None) -> str | None:
     if data_dir is None:
         return None
-    folder = pathlib.Path(data_dir).expanduser()
+    folder = local_path(data_dir, "--data-dir")
     if not folder.is_dir():
         raise UserError(f"--data-dir {data_dir} is no directory; give the folder of the data.")
-    for stem in source.stems:
-        for suffix in SUFFIXES:
-            if (file := folder / f"{stem}{suffix}").is_file():
-                return str(file)
-    return None
+    files = (_with_ending(folder / stem) for stem in source.stems)
+    return next((str(file) for file in files if file is not None), None)
+
+
+def _with_ending(place: pathlib.Path) -> pathlib.Path | None:
+    """The file of that name with an ending that is read, in any case."""
+    if not place.parent.is_dir():
+        return None
+    beside = (each for each in place.parent.iterdir() if each.name.startswith(place.name))
+    found = {each.name.removeprefix(place.name).lower(): each for each in beside if each.is_file()}
+    return next((found[suffix] for suffix in SUFFIXES if suffix in found), None)
 
 
 def _nowhere(task: str, source: Source, data_dir: str | None, elsewhere: str) -> str:
     places = ", ".join(f"{stem}{SUFFIXES[0]}" for stem in source.stems)
     looked = f"--data-dir {data_dir} has none of {places}" if data_dir else "there is no --data-dir"
     return (
-        f"No data for {task}: {looked} (or the same with {', '.join(SUFFIXES[1:])}), and "
+        f"No data for {task}: {looked} (or with another ending of {KNOWN}), and "
         f"{elsewhere} Give a file with --tasks {task}=FILE, or a folder with --data-dir."
     )
 

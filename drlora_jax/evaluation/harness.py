@@ -17,7 +17,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.evaluation import harness_scores, results
 from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
 from drlora_jax.evaluation.tasks import Texts, chosen
+from drlora_jax.files import local_path
 from drlora_jax.loaded import Loaded
 
 INSTALL = "'drlora-jax[eval]'"
@@ -118,7 +118,7 @@ def _manager(names: Sequence[str], task_path: str | None):
     from lm_eval.tasks import TaskManager
 
     if task_path is not None:
-        folder = pathlib.Path(task_path).expanduser()
+        folder = local_path(task_path, "--task-path")
         if not folder.is_dir():
             raise UserError(f"--task-path {task_path} is no directory; give a folder of tasks.")
         manager = TaskManager(include_path=folder, include_defaults=False)

@@ -14,13 +14,14 @@ import numpy as np
 from drlora_jax.config import TrainConfig
 from drlora_jax.data.sources import BUNDLED, Row
 from drlora_jax.data.tokenize import encode_prompt
+from drlora_jax.data.wording import CHOICE, Writer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import files, results
 from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
 from drlora_jax.evaluation.scoring import score_continuations
 from drlora_jax.evaluation.tasks import TASKS, Task, Texts, Tools, Work, suggest
-from drlora_jax.data.wording import CHOICE, Writer
+from drlora_jax.files import local_path
 from drlora_jax.generation import Generator
 from drlora_jax.identity import asked_wording
 from drlora_jax.loaded import Loaded
@@ -161,7 +162,7 @@ def _shots(task: Task, data: files.Data, settings: Settings) -> list[Row]:
 def _file_digest(path: str) -> str:
     file = BUNDLED / path.removeprefix("bundled:") if path.startswith("bundled:") else path
     try:
-        return hashlib.sha256(pathlib.Path(file).expanduser().read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(local_path(str(file)).read_bytes()).hexdigest()[:16]
     except OSError:
         return text_hash([path])  # a `datasets` name, or what reading it will explain
 

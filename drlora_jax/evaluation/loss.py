@@ -8,7 +8,6 @@ every token but the first once. Letters: N predicted positions.
 
 import dataclasses
 import gzip
-import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -26,6 +25,7 @@ from drlora_jax.data.tokenize import Document, encode_document, pad_token
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.records import Sample
 from drlora_jax.evaluation.scoring import CHUNK, jit_score
+from drlora_jax.files import local_path
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
@@ -114,7 +114,7 @@ def _sample(item: Item, nll: float) -> Sample:
 
 
 def _read_text(path: str) -> str:
-    file = pathlib.Path(path).expanduser()
+    file = local_path(path, "--loss")
     try:
         content = gzip.decompress(file.read_bytes()) if path.endswith(".gz") else file.read_bytes()
         text = content.decode("utf-8-sig")

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, expand_user, kind_of
-from drlora_jax.interop.hf_files import fingerprint
+from drlora_jax.files import FILE, kind_of, local_path
+from drlora_jax.interop.hf_files import fingerprint, same_base
 from drlora_jax.interop.spectra_read import fit_layers, open_cache, with_progress
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.spectra import Estimator, Exponents
@@ -40,7 +40,7 @@ def read_exponents(
             for layer in with_progress(fits, config.num_layers)
         ]
     else:
-        by_layer = _from_file(file, fingerprint(directory), config.num_layers, estimator)
+        by_layer = _from_file(file, directory, config.num_layers, estimator)
     chosen = [by_layer[layer] for layer in config.moe_layers]
     layer_L = np.array([np.mean([alpha for _, alpha in found]) for found in chosen])
     experts = config.moe.routing.num_experts if config.moe else 0
@@ -58,8 +58,8 @@ def _by_expert(chosen: Sequence[Found], experts: int) -> np.ndarray | None:
     return np.array([[np.mean(each) for each in found] for found in alphas])
 
 
-def _from_file(path: str, identity: str, layers: int, estimator: str) -> list[Found]:
-    file = expand_user(path)
+def _from_file(path: str, directory: pathlib.Path, layers: int, estimator: str) -> list[Found]:
+    file = local_path(path, "allocation.alpha_file")
     kind = kind_of(file)
     if kind != FILE:
         raise _refused(path, f"it is {kind}")
@@ -72,8 +72,9 @@ def _from_file(path: str, identity: str, layers: int, estimator: str) -> list[Fo
         of, by = stored["fingerprint"], stored["estimator"]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise _refused(path, f"it can not be read as exponents ({error})") from error
-    if of != identity:
-        raise _refused(path, f"it is of a model with fingerprint {of[:12]}, not {identity[:12]}")
+    if not same_base({"base_fingerprint": of}, directory):
+        here = fingerprint(directory)[:12]
+        raise _refused(path, f"it is of a model with fingerprint {of[:12]}, not {here}")
     if by != estimator:
         raise _refused(path, f"its estimator is {by}, and allocation.alpha_estimator {estimator}")
     is_whole = len(found) == layers and all(found)

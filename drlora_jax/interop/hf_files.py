@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,17 @@ from safetensors import SafetensorError, safe_open
 
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, expand_user, kind_of, read_json
+from drlora_jax.files import (
+    ABSENT,
+    DIRECTORY,
+    FILE,
+    check_not_pointer,
+    given,
+    kind_of,
+    local_path,
+    read_json,
+)
+from drlora_jax.interop.directories import describe
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import parse_config
 
@@ -24,6 +35,13 @@ HEAD = "lm_head.weight"
 # Of config.json: who wrote it and how it is to be run, not what the model is.
 UNRELATED_VALUES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 STRETCHING = ("linear", "dynamic", "yarn")  # rope scalings by a factor of the original length
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Weights that lie beside those of a model, or in another directory than a model's.
+OTHER_WEIGHTS = {
+    "adapter_model": "an adapter of PEFT",
+    "optimizer": "the state of an optimizer",
+    "consolidated": "the same weights in the format of their makers",
+}
 WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
 SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
 
@@ -34,30 +52,43 @@ class TensorInfo(NamedTuple):
     dtype: str  # as safetensors names it
 
 
-def find_model(path: str) -> pathlib.Path:
+def find_model(
+    path: str, *, option: str = "model.path", revision: str | None = None
+) -> pathlib.Path:
     """The directory that `model.path` means: a directory, `bundled:NAME`, or a hub name
     (downloaded).
+
+    Args:
+      option: that the path was given with, for messages.
+      revision: of a hub name, the commit (see `revision_of`); None: the newest.
     """
+    shown = given(option, path)
     if path.startswith("bundled:"):
         folder = pathlib.Path(__file__).parents[1] / "bundled"
         known = {f"bundled:{file.parent.name}": file for file in folder.glob("*/config.json")}
         if path not in known:  # looked up, not joined: `..` cannot leave the folder
             raise UserError(
-                f"model.path={path}: the package has no such model; it has "
-                f"{', '.join(sorted(known))}."
+                f"{shown}: the package has no such model; it has {', '.join(sorted(known))}."
             )
         return known[path].parent
-    directory = expand_user(path)
+    directory = local_path(path, option)
     kind = kind_of(directory)
     if kind == DIRECTORY:
         return directory
     if kind != ABSENT:
-        raise UserError(f"model.path={path} is {kind}; give the directory that has config.json.")
+        raise UserError(f"{shown} is {kind}; give the directory that has config.json.")
     near = difflib.get_close_matches(directory.name, _names_in(directory.parent), n=1)
     hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
     if path.count("/") != 1 or path.startswith((".", "/")):
-        raise UserError(f"model.path={path}: no such directory.{hint}")
-    return _download(path, hint)
+        raise UserError(f"{shown}: no such directory.{hint}")
+    return _download(path, shown, hint, revision)
+
+
+def revision_of(directory: pathlib.Path) -> str | None:
+    """The commit of a hub model that lies in the hub's cache; None for other directories."""
+    commit, place = directory.name, directory.absolute().parent
+    is_cached = place.name == "snapshots" and place.parent.name.startswith("models--")
+    return commit if is_cached and re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
 def _names_in(folder: pathlib.Path) -> list[str]:
@@ -67,24 +98,43 @@ def _names_in(folder: pathlib.Path) -> list[str]:
         return []
 
 
-def _download(name: str, hint: str) -> pathlib.Path:
-    huggingface_hub = load_package("huggingface_hub", f"model.path={name} is no directory; the hub")
+def _download(name: str, shown: str, hint: str, revision: str | None) -> pathlib.Path:
+    huggingface_hub = load_package("huggingface_hub", f"{shown} is no directory; the hub")
     # Weights, configs and tokenizer files only: nothing that could be executed.
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
+        )
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise UserError(
-            f"model.path={name} is no directory here, and the hub did not give it "
+            f"{shown} is no directory here, and the hub did not give it "
             f"({type(error).__name__}). Give a local directory.{hint}"
         ) from error
 
 
 def read_config_json(directory: pathlib.Path) -> dict:
+    """Refuses what is no model directory, and says what it is."""
     file = directory / "config.json"
-    if kind_of(file) == ABSENT:
+    is_there = kind_of(file) != ABSENT
+    values = read_json(file) if is_there else {}
+    if values.get("model_type") is not None:
+        return values
+    described = describe(directory)
+    if described is not None:
+        raise UserError(
+            f"{directory} is {described.what}, not a model directory; {described.as_model}."
+        )
+    if not is_there:
         raise UserError(f"{directory} has no config.json; is it a Hugging Face model directory?")
-    return read_json(file)
+    raise UserError(
+        f"{file} does not name a model_type, so it is not the config of a transformers model"
+        f"{_keys_of(values)}; give the directory of one."
+    )
+
+
+def _keys_of(values: dict) -> str:
+    return f" (it has {', '.join(list(values)[:3])})" if values else " (it is empty)"
 
 
 def read_model_config(directory: pathlib.Path) -> ModelConfig:
@@ -93,7 +143,7 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
     A config may say tied although the file has a head of its own; then the file is right.
     """
     config = parse_config(read_config_json(directory))
-    if config.tie_embeddings and any(directory.glob("*.safetensors")):
+    if config.tie_embeddings and any(visible_weights(directory)):
         return dataclasses.replace(config, tie_embeddings=HEAD not in read_headers(directory))
     return config
 
@@ -143,7 +193,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
     """Tensor name -> file name, as the index says; None where there is no index."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if kind_of(index) == ABSENT:
         return None
     weight_map = read_json(index).get("weight_map")
@@ -182,7 +232,14 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
     if weight_map is not None:
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
-        files = sorted(directory.glob("*.safetensors"))
+        files = visible_weights(directory)
+        alone = [file for file in files if file.name == SINGLE]
+        files = alone or [file for file in files if _other_kind(file) is None]
+    if not files and weight_map is None and (odd := visible_weights(directory)):
+        raise UserError(
+            f"{directory} has no weights of a model: {odd[0].name} is {_other_kind(odd[0])}. "
+            f"Expected is {SINGLE}, or shards with their index."
+        )
     if not files:
         others = sorted(
             file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix)
@@ -200,8 +257,24 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
     return files
 
 
+def visible_weights(directory: pathlib.Path) -> list[pathlib.Path]:
+    """All .safetensors files; macOS and others leave hidden ones (._model.safetensors) beside."""
+    return sorted(file for file in directory.glob("*.safetensors") if file.name[0] != ".")
+
+
+def has_weights(directory: pathlib.Path) -> bool:
+    """Whether there are weight files, or an index that names them."""
+    is_indexed = kind_of(directory / INDEX) != ABSENT
+    return is_indexed or any(_other_kind(file) is None for file in visible_weights(directory))
+
+
+def _other_kind(file: pathlib.Path) -> str | None:
+    return next((what for stem, what in OTHER_WEIGHTS.items() if file.name.startswith(stem)), None)
+
+
 @contextlib.contextmanager
 def open_weights(file: pathlib.Path) -> Iterator:
+    check_not_pointer(file)
     try:
         with safe_open(file, framework="numpy") as handle:
             yield handle
@@ -213,18 +286,58 @@ def open_weights(file: pathlib.Path) -> Iterator:
         raise UserError(f"{file} can not be read: {error}.") from error
 
 
+# ---------------------------------------------------------------------------------------------
+# identity
+
+
 def fingerprint(directory: pathlib.Path) -> str:
-    """sha256 over the values of config.json and the sizes and bytes of the weight files.
+    """sha256 over what config.json means and the sizes and bytes of the weight files.
 
     Of a file above 64 MiB only the header (names, shapes, dtypes), the end and evenly spaced
     samples enter, so that hundreds of gigabytes take seconds: enough to tell models apart, not to
     find a flipped bit.
     """
+    return _digest(directory, _meaning(read_model_config(directory)))
+
+
+def legacy_fingerprint(directory: pathlib.Path) -> str:
+    """What `fingerprint` was before: of the values of config.json, however they are laid out."""
     values = {
         key: value
         for key, value in read_config_json(directory).items()
         if key not in UNRELATED_VALUES
     }
+    return _digest(directory, values)
+
+
+def same_base(stored: dict, directory: pathlib.Path) -> bool:
+    """Whether a directory has the base of a run; `stored` is the run's config.json.
+
+    Runs without `resolved` may have the fingerprint of either kind.
+    """
+    wanted = stored["base_fingerprint"]
+    if wanted == fingerprint(directory):
+        return True
+    return "resolved" not in stored and wanted == legacy_fingerprint(directory)
+
+
+def _meaning(value):
+    """A config as JSON that stays the same when fields are added to its classes: fields that equal
+    their defaults are left out, and equal numbers look alike.
+    """
+    if dataclasses.is_dataclass(value):
+        fields = {
+            field.name: _meaning(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if getattr(value, field.name) != field.default
+        }
+        return {type(value).__name__: fields}
+    if isinstance(value, tuple):
+        return [_meaning(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _digest(directory: pathlib.Path, values: dict) -> str:
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in _weight_files(directory, _read_index(directory)):
         size = file.stat().st_size

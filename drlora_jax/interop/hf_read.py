@@ -24,7 +24,9 @@ from drlora_jax.interop.hf_files import (
     open_weights,
     read_headers,
     read_model_config,
+    visible_weights,
 )
+from drlora_jax.interop.name_hints import explain_names
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
@@ -49,22 +51,44 @@ def match_keys(
     on_disk = {key for key in tensors if not key.endswith(IGNORED_SUFFIXES)}
     missing, unmapped = sorted(table.keys() - on_disk), sorted(on_disk - table.keys())
     if missing:
-        raise UserError(f"The weights lack {_some(missing)} ({config.family}, layout {layout}).")
-    if unmapped:
         raise UserError(
-            f"The weights have tensors that {config.family} does not: {_some(unmapped)}."
+            f"The weights lack {_some(missing)} ({config.family}, layout {layout})."
+            f"{explain_names(table, on_disk)}{_passed_over(tensors)}"
+        )
+    if unmapped:
+        places = sorted({tensors[key].file.name for key in unmapped})
+        raise UserError(
+            f"The weights have tensors that {config.family} does not: {_some(unmapped)} (in "
+            f"{_some(places)})."
         )
     for key, slot in table.items():
-        expected = _disk_shape(slot, abstract)
-        if tensors[key].shape != expected:
-            raise UserError(
-                f"{key} has shape {list(tensors[key].shape)}, config.json makes it "
-                f"{list(expected)}."
-            )
-        if tensors[key].dtype not in READABLE_DTYPES:
-            readable = ", ".join(READABLE_DTYPES)
-            raise UserError(f"{key} has dtype {tensors[key].dtype}; readable are {readable}.")
+        _check_tensor(key, tensors[key], _disk_shape(slot, abstract))
     return table
+
+
+def _check_tensor(key: str, info: TensorInfo, expected: tuple[int, ...]) -> None:
+    if info.shape != expected:
+        raise UserError(
+            f"{key} has shape {list(info.shape)} in {info.file.name}, config.json makes it "
+            f"{list(expected)}."
+        )
+    if info.dtype not in READABLE_DTYPES:
+        readable = ", ".join(READABLE_DTYPES)
+        raise UserError(
+            f"{key} has dtype {info.dtype}; readable are {readable} (in {info.file.name})."
+        )
+
+
+def _passed_over(tensors: dict[str, TensorInfo]) -> str:
+    """Names the weight files beside those that were read."""
+    files = {info.file for info in tensors.values()}
+    folders = {file.parent for file in files}
+    others = [each.name for folder in folders for each in visible_weights(folder)]
+    others = sorted(set(others) - {file.name for file in files})
+    if not others:
+        return ""
+    read = _some(sorted(file.name for file in files))
+    return f" Read was {read}; {_some(others)} beside it was not, without an index that names it."
 
 
 def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: str) -> None:

@@ -25,9 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.files import expand_user
+from drlora_jax.files import expand_user, local_path
 from drlora_jax.interop.factors import places
-from drlora_jax.interop.hf_files import TensorInfo, fingerprint, open_weights, read_headers
+from drlora_jax.interop.hf_files import (
+    TensorInfo,
+    fingerprint,
+    legacy_fingerprint,
+    open_weights,
+    read_headers,
+)
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot
@@ -95,7 +101,7 @@ def fit_layers(
       RunError: the cache can not be written.
     """
     by_layer = find_matrices(config, directory)
-    identity = fingerprint(directory)
+    identity = _identity(directory, cache)
     for layer, matrices in enumerate(by_layer):
         file = cache / identity[:32] / f"layer_{layer:04}.safetensors" if cache else None
         spectra = _load(file, matrices, identity) if file else None
@@ -197,6 +203,15 @@ def _naming(matrix: WeightMatrix) -> Iterator[None]:
 # cache
 
 
+def _identity(directory: pathlib.Path, cache: pathlib.Path | None) -> str:
+    """The model's fingerprint: the older one where spectra are kept under it."""
+    if cache:
+        older = legacy_fingerprint(directory)
+        if (cache / older[:32]).is_dir():
+            return older
+    return fingerprint(directory)
+
+
 def default_cache() -> pathlib.Path:
     """Below the user's folder of caches."""
     home = os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")
@@ -207,7 +222,7 @@ def open_cache(path: str | None) -> pathlib.Path | None:
     """The folder, made. Without the default one the analysis goes on; one that was named must be
     there.
     """
-    folder = default_cache() if path is None else expand_user(path)
+    folder = default_cache() if path is None else local_path(path, "--cache")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         reason = None if os.access(folder, os.W_OK) else "no permission"

@@ -8,6 +8,7 @@ Collections: `params` (the base), `lora` (trained factors), `rank_mask` (gates o
 and in generation `cache` (keys and values).
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import flax.linen as nn
@@ -30,7 +31,7 @@ from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.moe import ExpertStack, Moe
 from drlora_jax.models.remat import Remat, keep, rematerialised
 from drlora_jax.models.routing import RoutingStats, mean_stats
-from drlora_jax.ops import Ops
+from drlora_jax.ops import Ops, attend, expert_mlp
 from drlora_jax.ops.grouped_parts import ACTIVATIONS
 
 
@@ -205,10 +206,16 @@ class Decoder(nn.Module):
         }
 
 
+_PLAIN_OPS = Ops(
+    expert_mlp=functools.partial(expert_mlp, backend="dense", platform="cpu"),
+    attend=functools.partial(attend, backend="xla", platform="cpu"),
+)
+
+
 def init_variables(model: Decoder, key: jax.Array) -> dict:
     """Fresh collections of a model; what of them is not used is never computed under jit."""
-    # Neither the tokens nor the mesh matter for them: one short row, operations on one device.
-    model = model.clone(options=replace(model.options, ops=Ops()))
+    # Neither tokens, mesh nor device matter for them: one short row, operations that ask for none.
+    model = model.clone(options=replace(model.options, ops=_PLAIN_OPS))
     tokens_BT = jnp.zeros((1, 8), jnp.int32)
     return model.init(key, tokens_BT, tokens_BT, tokens_BT)
 

@@ -227,9 +227,7 @@ KINDS = {
     "llama3.2": Kind(LLAMA3_2, "<|eot_id|>", _HEADERS),
     "mistral": Kind(MISTRAL, "<|endoftext|>", ("[INST]", "[/INST]"), is_stable=False),
     "gemma": Kind(GEMMA, "<end_of_turn>", ("<start_of_turn>", "<end_of_turn>"), has_system=False),
-    "qwen3": Kind(
-        QWEN3, "<|im_end|>", _IM, has_tools=True, has_reasoning=True, is_stable=False
-    ),
+    "qwen3": Kind(QWEN3, "<|im_end|>", _IM, has_tools=True, has_reasoning=True, is_stable=False),
     "qwen3 thinking": Kind(
         QWEN3_THINKING, "<|im_end|>", _IM, has_tools=True, has_reasoning=True, is_stable=False
     ),

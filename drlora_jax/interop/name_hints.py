@@ -1,0 +1,70 @@
+"""Why tensor names are not those of a model, where a wrapper changed all of them alike."""
+
+from collections.abc import Collection
+
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+# Parts that wrappers put into names -> what wrapped the model, and how to save it without.
+_WRAPPERS = {
+    "base_model.model.": ("PEFT", "save model.merge_and_unload()"),
+    "base_layer.": ("PEFT", "save model.merge_and_unload()"),
+    "_orig_mod.": ("torch.compile", "save model._orig_mod"),
+    "module.": ("DataParallel or DDP of torch", "save model.module"),
+    "_fsdp_wrapped_module.": ("FSDP of torch", "save its full state dict"),
+    "_checkpoint_wrapped_module.": ("activation checkpointing", "save the model under it"),
+    "language_model.": ("a model of text and images", "save its language_model alone"),
+}
+
+
+def explain_names(expected: Collection[str], found: Collection[str]) -> str:
+    """A sentence about what all names have in common, or "" where that explains little."""
+    expected, found = set(expected), set(found)
+    parts = [part for part in _WRAPPERS if any(f".{part}" in f".{name}" for name in found)]
+    bare = {_without(name, parts): name for name in found}
+    prefix = _prefix(bare)
+    if prefix not in ("model.", None):
+        bare = {_renamed(name, prefix): whole for name, whole in bare.items()}
+    gained = len(expected & bare.keys()) - len(expected & found)
+    if gained <= len(expected) // 2:
+        return _about_head(expected - found)
+    sentences = [_about_wrapper(part, found) for part in parts]
+    if prefix not in ("model.", None):
+        start = f"begin with {prefix!r}" if prefix else "do not begin with 'model.'"
+        sentences.append(
+            f" Names {start}, as where the model was saved without the class of its head; save it "
+            "as AutoModelForCausalLM, or rename its tensors."
+        )
+    return "".join(sentences) + _about_head(expected - bare.keys())
+
+
+def _without(name: str, parts: Collection[str]) -> str:
+    dotted = f".{name}"
+    for part in parts:
+        dotted = dotted.replace(f".{part}", ".")
+    return dotted[1:]
+
+
+def _prefix(names: Collection[str]) -> str | None:
+    """What stands before the embedding's name, which every family has."""
+    place = next((name for name in names if f".{name}".endswith(f".{_EMBEDDING}")), None)
+    return None if place is None else place.removesuffix(_EMBEDDING)
+
+
+def _renamed(name: str, prefix: str) -> str:
+    if name.endswith(_HEAD):
+        return _HEAD
+    return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+
+def _about_wrapper(part: str, found: Collection[str]) -> str:
+    what, way = _WRAPPERS[part]
+    place = "begin with" if all(name.startswith(part) for name in found) else "contain"
+    return f" Names {place} {part!r}: {what} wrapped the model that was saved; {way}, or rename."
+
+
+def _about_head(missing: Collection[str]) -> str:
+    if set(missing) != {_HEAD}:
+        return ""
+    return (
+        f" Only {_HEAD} is missing: set tie_word_embeddings to true in config.json if the model's "
+        "head is its embedding, else save the model with its head (AutoModelForCausalLM)."
+    )
