@@ -17,13 +17,20 @@ from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
-from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
+from drlora_jax.interop.hf_files import (
+    find_model,
+    fingerprint,
+    longest_positions,
+    read_headers,
+    read_model_config,
+)
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.fit import check_exchange, check_mesh
-from drlora_jax.parallel.mesh import count_devices, describe_sizes, resolve_sizes
+from drlora_jax.parallel.mesh import AXES, count_devices, describe_sizes, resolve_sizes
+from drlora_jax.passes import length_lines, passes_lines
 from drlora_jax.resolve import (
     capacity_shapes,
     make_adapter,
@@ -56,13 +63,21 @@ class Job(NamedTuple):
 
 
 def prepare(config: TrainConfig) -> Job:
-    """Reads and checks everything a run needs; raises UserError for what the user can mend."""
+    """Reads and checks everything a run needs; raises UserError for what the user can mend.
+
+    What costs little comes first: a mistake in a setting is found before rows are read.
+    """
+    run_dir = RunDirectory(config.run.dir, writes=hosts.is_main())
+    run_dir.check_place()
+    stored = run_dir.stored()
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
     devices = count_devices()
     config = with_resolved_experts(with_resolved_dtype(config), model_config.num_layers)
     model_config = with_adapter_experts(model_config, config.adapter)
     config = with_resolved_rank(config, model_config)
+    if stored is not None:
+        run_dir.check_settings(stored, config)
     abstract = abstract_params(
         Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
     )
@@ -73,28 +88,35 @@ def prepare(config: TrainConfig) -> Job:
     sizes = resolve_sizes(config.mesh, devices, jax.process_count())
     check_mesh(config, model_config, sizes)
     check_exchange(config.mesh.exchange, jax.devices()[0].platform)
+    shapes = capacity_shapes(config, model_config, adapter)
+    _check_schedule(config, shapes, stored)
 
     loader, heldout, data_lines = _read_data(config, tokenizer)
     total_steps = config.train.steps or math.ceil(
         loader.total_rows(config.train.epochs) / config.train.batch_size
     )
-    run_dir = RunDirectory(config.run.dir, writes=hosts.is_main())
-    origin = {"base_fingerprint": fingerprint(directory), "data_fingerprint": _digest(loader)}
-    stored = run_dir.stored()
+    origin = {
+        "base_fingerprint": fingerprint(directory),
+        "data_fingerprint": _digest(loader),
+        "heldout_fingerprint": _heldout_digest(heldout),
+    }
+    resume_lines = []
     if stored is not None:
-        run_dir.check_same(stored, config, origin)
+        kind = jax.devices()[0].device_kind
+        now = {"kind": kind, "mesh": dict(zip(AXES, sizes, strict=True))}
+        resume_lines = run_dir.check_same(stored, config, origin, now)
     schedule_steps = stored["schedule_steps"] if stored else total_steps
-    shapes = capacity_shapes(config, model_config, adapter)
     policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
     _check_balance(config, policy)
-    if total_steps < policy.last_event:
-        raise UserError(
-            f"train.steps={total_steps} ends before the last event of this run (step "
-            f"{policy.last_event}), so its budget would not be met; take at least as many steps."
-        )
+    _check_events_fit(total_steps, policy)
+    if stored is not None:
+        run_dir.check_first_ranks(stored, config, policy.init().ranks_LE)
     rows = coverage(model_config, adapter, config.adapter.targets)
-    lines = [*data_lines, "", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
+    lines = [*data_lines, *passes_lines(loader, config.train, total_steps)]
+    lines += length_lines(loader, longest_positions(directory))
+    lines += ["", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
     lines.append(f"mesh        {describe_sizes(sizes)} on {_devices_line()}, {config.model.dtype}")
+    lines += resume_lines
     return Job(
         config=config,
         run_dir=run_dir,
@@ -113,6 +135,24 @@ def prepare(config: TrainConfig) -> Job:
     )
 
 
+def _check_schedule(config: TrainConfig, shapes: CapacityShapes, stored: dict | None) -> None:
+    """Refuses an allocation that can not be, if the steps are known without the rows."""
+    steps = stored["schedule_steps"] if stored else config.train.steps
+    if steps is None:
+        return
+    policy = _without_exponents(config, shapes, steps)
+    _check_balance(config, policy)
+    _check_events_fit(config.train.steps or steps, policy)
+
+
+def _check_events_fit(total_steps: int, policy: Policy) -> None:
+    if total_steps < policy.last_event:
+        raise UserError(
+            f"train.steps={total_steps} ends before the last event of this run (step "
+            f"{policy.last_event}), so its budget would not be met; take at least as many steps."
+        )
+
+
 def _devices_line() -> str:
     processes = jax.process_count()
     many = f", {processes} processes of {jax.local_device_count()}" if processes > 1 else ""
@@ -124,14 +164,21 @@ def _make_policy(
 ) -> Policy:
     """The policy, with the exponents of the base's weights where it asks for them."""
     section = config.allocation
+    policy = _without_exponents(config, shapes, steps)
     if not section.asks_for_exponents:
-        return make_policy(config, shapes, steps)
-    alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
-    make_policy(config, shapes, steps, alike)  # what can not be is refused before the analysis
+        return policy  # else: what can not be is refused before the analysis
     exponents = read_exponents(
         model_config, directory, file=section.alpha_file, estimator=section.alpha_estimator
     )
     return make_policy(config, shapes, steps, exponents)
+
+
+def _without_exponents(config: TrainConfig, shapes: CapacityShapes, steps: int) -> Policy:
+    """The policy, with exponents that are all alike where it asks for them."""
+    if not config.allocation.asks_for_exponents:
+        return make_policy(config, shapes, steps)
+    alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
+    return make_policy(config, shapes, steps, alike)
 
 
 def _check_balance(config: TrainConfig, policy: Policy) -> None:
@@ -155,6 +202,16 @@ def _digest(loader: Loader) -> str:
         digest.update(document.tokens.tobytes())
         digest.update(document.is_target.tobytes())
     return digest.hexdigest()
+
+
+def _heldout_digest(batches: list[Batch]) -> str:
+    """sha256 of the held-out rows, whatever batches they are in; empty where there are none."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        is_row = batch.segment_ids_BT.any(axis=1)
+        for array in (batch.tokens_BT, batch.segment_ids_BT, batch.target_mask_BT):
+            digest.update(np.ascontiguousarray(array[is_row]).tobytes())
+    return digest.hexdigest() if batches else ""
 
 
 def _read_data(config: TrainConfig, tokenizer) -> tuple[Loader, list[Batch], list[str]]:

@@ -6,6 +6,7 @@ already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a s
 saved.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from drlora_jax.events import grow, start_profiled
 from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.metrics import Progress, Throughput, describe_ranks
+from drlora_jax.optimizer import rate_at
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.watchdog import Watchdog
@@ -42,10 +44,13 @@ from drlora_jax.position import (
 from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with
 from drlora_jax.reporting.writer import ReportWriter
+from drlora_jax.resume import rate_line
 from drlora_jax.rows import RowWriter, require_finite, require_finite_base
 from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import TrainState
 from drlora_jax.stop_signals import StopSignals
+
+COMPILING = "compiling the train step; this takes seconds to minutes ..."
 
 
 def main(argv=None) -> int:
@@ -53,25 +58,53 @@ def main(argv=None) -> int:
     config = load_config(args.config, args.overrides)
     run_on_calling_thread()
     hosts.join(config.run.heartbeat_timeout)
+    check_sinks(config.run)
     job = prepare(config)
-    check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
     cache = keep_compiled_programs(jax.default_backend())
     if cache is not None:
         print(f"programs    compiled ones are kept in {cache}")
     run = build(job)
     print(f"{run.backends}\n{run.forecast}\n", flush=True)
+    if (line := _rate_line(run)) is not None:
+        print(f"{line}\n", flush=True)
     if run.mesh.size > 1:
         trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
         trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
         print("\n".join(mesh_lib.partition_lines(run.mesh, trees)), "\n", flush=True)
-    job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
+    job.run_dir.check_room(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
+        print(COMPILING, flush=True)
         compiled, _ = compile_step(run)
         print("\n".join(_compiled_lines(run, compiled)))
         print("dry run: everything checks out, nothing was written")
         return EXIT_DONE
     return train(run)
+
+
+def _rate_line(run: Run) -> str | None:
+    """What to tell of the learning rate of a run that is resumed with another number of steps."""
+    job = run.job
+    if job.is_new:
+        return None
+    done = job.run_dir.newest_step()
+    return rate_line(
+        job.run_dir.last_rate(done),
+        functools.partial(rate_at, run.schedule),
+        done=done,
+        first_total=job.schedule_steps,
+        total=job.total_steps,
+    )
+
+
+def _complete_line(job: Job, done: int) -> str:
+    line = f"already complete: {job.run_dir.path} is at step {done}"
+    if done == job.total_steps:
+        return f"{line} of {done}"
+    asked = f"train.steps={job.total_steps}"
+    if job.config.train.steps is None:
+        asked = f"train.epochs={job.config.train.epochs} ({job.total_steps} steps)"
+    return f"{line}, {asked} asks for fewer"
 
 
 def _compiled_lines(run: Run, compiled) -> list[str]:
@@ -99,11 +132,12 @@ def _train(run: Run, watchdog: Watchdog) -> int:
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
     check_run_dir_is_shared(run)
     if done >= job.total_steps:
-        print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
+        print(_complete_line(job, done))
         return EXIT_DONE
     job.run_dir.cut_back(done)
     with StopSignals() as stop:
         watchdog.beat("compiling")
+        print(COMPILING, flush=True)
         compiled, seconds = compile_step(run)
         keep_freed_memory(jax.default_backend())  # what compiling took is given back
         print("\n".join(_compiled_lines(run, compiled)))
@@ -273,4 +307,4 @@ def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lam
 
 
 if __name__ == "__main__":
-    cli.run_and_exit(main)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)

@@ -24,6 +24,7 @@ HEAD = "lm_head.weight"
 # Of config.json: who wrote it and how it is to be run, not what the model is.
 UNRELATED_VALUES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
+LARGEST_FACTOR = 1e6  # of rope scaling; more, or NaN, says nothing
 SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
 
 
@@ -95,6 +96,33 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
     if config.tie_embeddings and any(directory.glob("*.safetensors")):
         return dataclasses.replace(config, tie_embeddings=HEAD not in read_headers(directory))
     return config
+
+
+def longest_positions(directory: pathlib.Path) -> int | None:
+    """The positions that the model was made for, rope scaling counted; None where its config.json
+    does not say.
+
+    `factor` counts from the original context, which most scalings name; where it is not named,
+    `max_position_embeddings` is the original.
+    """
+    values = read_config_json(directory)
+    positions = _positive(values.get("max_position_embeddings"))
+    scaling = values.get("rope_scaling") or values.get("rope_parameters")
+    if positions is None or not isinstance(scaling, dict):
+        return positions
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        return positions
+    original = _positive(scaling.get("original_max_position_embeddings"))
+    factor = scaling.get("factor")
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not is_number or not 1 <= factor < LARGEST_FACTOR:
+        return positions
+    return max(positions, int((original or positions) * factor))
+
+
+def _positive(value) -> int | None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
+    return value if is_count else None
 
 
 # ---------------------------------------------------------------------------------------------
