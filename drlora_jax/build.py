@@ -85,7 +85,12 @@ def build(job: Job, devices=None) -> Run:
     model = Decoder(job.model_config, options)
     has_router = job.adapter.train_router or config.adapter.makes_experts
     router_rate = config.adapter.router_learning_rate if has_router else None
-    tx, schedule = make_optimizer(config.train, job.total_steps, router_learning_rate=router_rate)
+    tx, schedule = make_optimizer(
+        config.train,
+        job.total_steps,
+        first_total=job.schedule_steps,
+        router_learning_rate=router_rate,
+    )
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda: initial_state(job, model, tx))

@@ -18,20 +18,50 @@ from drlora_jax.parallel.mesh import count_devices
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
 FAILURE_OFFSET = "DRLORA_FAILURE_OFFSET"
-_MEMORY_HINT = (
-    "out of memory; use a smaller train.batch_size or train.sequence_length, more "
-    "train.micro_batches, model.remat=full, a smaller allocation.r_max, or more devices"
+ADVICE = "use a smaller --batch-size or --max-length where there is one, or more devices"
+# The first half can be followed on resume, the second can not.
+TRAINING_ADVICE = (
+    "with more train.micro_batches, model.remat=full or more devices the same run.dir goes on; a "
+    "smaller train.batch_size, train.sequence_length or allocation.r_max needs a new run.dir"
 )
 
 
 class Parser(argparse.ArgumentParser):
     """Arguments that can not be parsed are a mistake like any other."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for index, text in enumerate(args):
+            check_text(_option_of(args, index), text)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         hint = ""
         if "unrecognized" in message and "=" in message:
             hint = " Fields are written without dashes: section.field=value."
         raise UserError(f"{message[:1].upper()}{message[1:]}.{hint} See {self.prog} --help.")
+
+
+def check_text(option: str, value: str) -> None:
+    """Refuses text that is not UTF-8; Python keeps such bytes of an argument as lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{option} is not UTF-8 (character {error.start + 1}: {value[error.start]!r}). If it is "
+            "where it was written, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
+        ) from None
+
+
+def _option_of(args: Sequence[str], index: int) -> str:
+    """What the argument at an index belongs to, for a message."""
+    name, is_assigned, _ = args[index].partition("=")
+    if is_assigned and name.isascii():  # --prompt=TEXT, section.field=value
+        return "The prompt" if name == "--prompt" else name
+    before = args[index - 1] if index else ""
+    if before.startswith("--") and "=" not in before:
+        return "The prompt" if before == "--prompt" else before
+    return f"Argument {index + 1}"
 
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,10 +137,14 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{option} must be 1 or more, got {getattr(args, name)}.")
 
 
-def run_and_exit(main: Callable[[], int]) -> None:
+def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> None:
     """Runs `main` and exits with its code; user mistakes and failed runs end with one message, no
     traceback.
+
+    Args:
+      memory_advice: what to do when the memory is not enough.
     """
+    _print_anything()
     # XLA and Orbax report on standard error below our own messages unless told otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # transformers is used for tokenizers; it need not say that torch is absent.
@@ -128,7 +162,8 @@ def run_and_exit(main: Callable[[], int]) -> None:
         code = _end("failed", "interrupted before a step was taken or saved", EXIT_FAILED)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
-            code = _end("failed", f"{_MEMORY_HINT} ({_first_line(error)})", EXIT_FAILED)
+            message = f"out of memory; {memory_advice} ({_first_line(error)})"
+            code = _end("failed", message, EXIT_FAILED)
         else:
             # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
             traceback.print_exc()
@@ -138,6 +173,13 @@ def run_and_exit(main: Callable[[], int]) -> None:
         if jax.distributed.is_initialized():
             hosts.leave(code)
     sys.exit(code)
+
+
+def _print_anything() -> None:
+    """A terminal or a file that lacks a character gets its escape, not the end of the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def failure_offset() -> int:

@@ -70,30 +70,42 @@ def _host_peak() -> int | None:
 
 
 class Throughput:
-    """Tokens a second of training, without the time of evaluation and checkpoints."""
+    """Tokens a second of training: tokens and seconds of the same steps, without what comes between
+    steps (growth events, evaluations, checkpoints).
 
-    def __init__(self, flops_per_token: float, devices: int):
+    Time runs from `resume` to `pause`. Call `take` when the last step that was added is over and
+    before the next one's time counts.
+
+    Args:
+      clock: says the time in seconds.
+    """
+
+    def __init__(self, flops_per_token: float, devices: int, clock=time.perf_counter):
         self._flops_per_token = flops_per_token
         self._devices = devices
-        self._tokens, self._seconds, self._since = 0, 0.0, time.perf_counter()
+        self._clock = clock
+        self._tokens, self._seconds = 0, 0.0
+        self._since: float | None = None  # None: time does not count
 
     def pause(self) -> None:
         if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
+            self._seconds += self._clock() - self._since
         self._since = None
 
     def resume(self) -> None:
-        self._since = time.perf_counter()
+        if self._since is None:
+            self._since = self._clock()
 
     def add(self, tokens: int) -> None:
         self._tokens += tokens
 
     def take(self) -> dict:
-        """The rates since the last call."""
-        self.pause()
+        """The rates of the steps since the last call."""
+        if self._since is not None:
+            now = self._clock()
+            self._seconds, self._since = self._seconds + now - self._since, now
         rate = self._tokens / self._seconds if self._seconds else 0.0
         self._tokens, self._seconds = 0, 0.0
-        self.resume()
         peak = peak_flops(self._devices)
         mfu = None if peak is None else rate * self._flops_per_token / peak
         return {"tokens_per_second": round(rate, 1), "mfu": mfu}

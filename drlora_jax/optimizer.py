@@ -1,5 +1,6 @@
 """AdamW with gradient clipping and a schedule, out of optax; and Adam that counts by rank."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,11 +10,17 @@ import optax
 from drlora_jax.config import TrainSection
 
 
-def make_schedule(section: TrainSection, total_steps: int, peak: float) -> optax.Schedule:
+def make_schedule(
+    section: TrainSection, total_steps: int, peak: float, *, first_total: int | None = None
+) -> optax.Schedule:
     """Linear warm-up over `warmup_ratio` of the steps, then linear, cosine or constant; 0 at the
     end of a decay.
+
+    Args:
+      first_total: the steps that the run was created with, if they are others now. Its warm-up
+        stays as long as it was, so that a run that is prolonged does not go through one again.
     """
-    warmup = int(section.warmup_ratio * total_steps)
+    warmup = int(section.warmup_ratio * (first_total or total_steps))
     decay = max(1, total_steps - warmup)
     after = {
         "linear": optax.linear_schedule(peak, 0.0, decay),
@@ -27,15 +34,33 @@ def make_schedule(section: TrainSection, total_steps: int, peak: float) -> optax
     return optax.join_schedules([rise, after], [warmup])
 
 
+def rate_at(schedule: optax.Schedule, step: int) -> float:
+    """The rate after `step` steps, for people. Not computed on an accelerator if it can be helped:
+    there it would wait for all steps that are queued.
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        host = None
+    with jax.default_device(host):
+        return float(schedule(step))
+
+
 def make_optimizer(
-    section: TrainSection, total_steps: int, *, router_learning_rate: float | None = None
+    section: TrainSection,
+    total_steps: int,
+    *,
+    first_total: int | None = None,
+    router_learning_rate: float | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer of a run and its learning-rate schedule (optimizer steps done -> rate).
 
     Args:
+      first_total: as in `make_schedule`.
       router_learning_rate: peak rate of routers; None: like everything else.
     """
-    schedule = make_schedule(section, total_steps, section.learning_rate)
+    make = functools.partial(make_schedule, section, total_steps, first_total=first_total)
+    schedule = make(section.learning_rate)
     rate = optax.scale_by_learning_rate(schedule)
     ratio = section.b_learning_rate_ratio
     if router_learning_rate is not None or ratio != 1:
@@ -43,7 +68,7 @@ def make_optimizer(
         peaks = {label: share * section.learning_rate for label, share in peaks.items()}
         if router_learning_rate is not None:
             peaks["router"] = router_learning_rate
-        rates = {label: make_schedule(section, total_steps, peak) for label, peak in peaks.items()}
+        rates = {label: make(peak) for label, peak in peaks.items()}
         rate = optax.partition(
             {label: optax.scale_by_learning_rate(each) for label, each in rates.items()},
             label_leaves,

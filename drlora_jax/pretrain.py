@@ -62,7 +62,8 @@ def main(argv=None) -> int:
     origin = {"base_fingerprint": digest.hexdigest(), "data_fingerprint": ""}
     stored = run_dir.stored()
     if stored is not None:
-        run_dir.check_same(stored, config, origin)
+        for line in run_dir.check_same(stored, config, origin):
+            print(line)
     if args.dry_run:
         return EXIT_DONE
     with run_dir.locked(), StopSignals() as stop:
@@ -247,4 +248,4 @@ def _log(run_dir: RunDirectory, **values) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_and_exit(main)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)

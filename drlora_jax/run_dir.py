@@ -16,26 +16,16 @@ from collections.abc import Sequence
 import numpy as np
 
 import drlora_jax
+from drlora_jax import resume
 from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
-from drlora_jax.run_lock import LOCK_NAME, hold_lock
+from drlora_jax.run_lock import hold_lock
 from drlora_jax.sinks import Sink
 from drlora_jax.units import format_bytes
 
-# What may change between the runs of one directory: where things are and how fast, not what is
-# learned.
-MAY_CHANGE = {
-    "train.steps",
-    "train.epochs",
-    "model.path",
-    "run.dir",
-    "run.log_every",
-    "run.checkpoint_every",
-    "run.tensorboard",
-}
-MAY_CHANGE |= {"run.keep_last", "mesh.data", "mesh.fsdp", "mesh.expert", "mesh.tensor"}
-MAY_CHANGE |= {"mesh.exchange", "run.heartbeat_timeout", "run.stall_timeout"}
+# What a run writes besides config.json, and would write over or mix with.
+WRITTEN = ("metrics.jsonl", "ranks.jsonl", "checkpoints", "report.html", "eval.json", "tensorboard")
 
 
 class RunDirectory:
@@ -61,35 +51,49 @@ class RunDirectory:
         if kind not in (ABSENT, DIRECTORY):
             raise UserError(f"run.dir={self.path} is {kind}; give a directory, or a new name.")
         if kind_of(self.config_file) == ABSENT:
-            if kind == DIRECTORY and any(not _is_leftover(file) for file in self.path.iterdir()):
-                raise UserError(
-                    f"run.dir={self.path} holds other files and no config.json; give a new "
-                    f"directory."
-                )
+            self._check_unused()
             return None
         try:
             stored = read_json(self.config_file)
         except UserError as error:
             raise UserError(f"{error} Mend it, or give a new run.dir.") from error
         if not _is_run(stored):
-            raise UserError(f"run.dir={self.path} is not a run directory; give a new one.")
+            raise UserError(
+                f"run.dir={self.path} is not a run directory: its config.json is of something else "
+                "or damaged; give a new one."
+            )
         if kind_of(self.checkpoints) not in (ABSENT, DIRECTORY):
             raise UserError(f"{self.checkpoints} must be a directory; give a new run.dir.")
         # A run that was ended before its first checkpoint has nothing to be continued with.
         return stored if self.has_checkpoint() else None
 
-    def check_writable(self, checkpoint_bytes: int, keep_last: int) -> None:
-        """Refuses a place that can not be written, or has no room for the checkpoints: those kept,
-        the best one, and the one being written.
+    def _check_unused(self) -> None:
+        """Refuses files that a new run would write over. Whatever else is there may stay: logs of
+        the launcher, what a file system or a desktop leaves behind.
         """
-        place = next(each for each in (self.path, *self.path.parents) if kind_of(each) != ABSENT)
+        found = [name for name in WRITTEN if not _is_empty(self.path / name)]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UserError(
+                f"run.dir={self.path} holds {', '.join(found[:3])}{more} of something else and no "
+                "config.json; give a new directory, or move them away."
+            )
+
+    def check_place(self) -> None:
+        """Refuses a place that can not be written."""
+        place = self._place()
         kind, is_open = kind_of(place), os.access(place, os.W_OK | os.X_OK)
         if kind != DIRECTORY or not is_open:
             reason = "no permission" if kind == DIRECTORY else f"{place} is {kind}"
             raise UserError(f"run.dir={self.path} can not be written: {reason}; give another.")
+
+    def check_room(self, checkpoint_bytes: int, keep_last: int) -> None:
+        """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
+        being written.
+        """
         present = sum(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
         count = max(keep_last + 2 - present, 1)
-        free, needed = shutil.disk_usage(place).free, count * checkpoint_bytes
+        free, needed = shutil.disk_usage(self._place()).free, count * checkpoint_bytes
         if free < needed:
             raise UserError(
                 f"run.dir={self.path} has {format_bytes(free)} of free space, but the run needs "
@@ -98,38 +102,53 @@ class RunDirectory:
                 "another run.dir."
             )
 
+    def _place(self) -> pathlib.Path:
+        """The directory, or the nearest one above it that is there."""
+        return next(each for each in (self.path, *self.path.parents) if kind_of(each) != ABSENT)
+
     def locked(self) -> contextlib.AbstractContextManager:
         """For whoever writes here: refuses while another live process does."""
         return hold_lock(self.path) if self._writes else contextlib.nullcontext()
 
     def has_checkpoint(self) -> bool:
-        names = [entry.name for entry in self.checkpoints.glob("*")]
-        return any(name.isdigit() for name in names)
+        return self.newest_step() > 0
 
-    def check_same(self, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
-        """Refuses to resume a run of another config, base or data."""
-        # A field that is newer than the run had its default.
-        before = _flat(to_dict(TrainConfig())) | _flat(stored["config"])
-        now = _flat(to_dict(config))
-        changed = sorted(name for name in now if before[name] != now[name])
-        changed = [name for name in changed if name not in MAY_CHANGE]
-        if changed:
-            name = changed[0]
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise UserError(
-                f"run.dir={self.path} was made with {name}={before[name]}, got "
-                f"{now[name]}{more}; "
-                "on resume only train.steps, the mesh and places may change: undo it or give a new "
-                "run.dir."
-            )
-        for name, what in (("base_fingerprint", "model.path"), ("data_fingerprint", "data.path")):
-            if stored[name] != origin[name]:
-                value = getattr(config, what.split(".")[0]).path
-                raise UserError(
-                    f"run.dir={self.path} was made with other content than {what}={value} has now "
-                    f"({name} {stored[name][:12]}, got {origin[name][:12]}): another base or other "
-                    "rows; give the same or a new run.dir."
-                )
+    def newest_step(self) -> int:
+        """Of the checkpoints; 0 if there is none."""
+        names = [entry.name for entry in self.checkpoints.glob("*")]
+        return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def check_settings(self, stored: dict, config: TrainConfig) -> None:
+        """Refuses to resume with settings that would make it another run; reads no data."""
+        resume.check_settings(self.path, stored, config)
+
+    def check_first_ranks(self, stored: dict, config: TrainConfig, ranks_LE: np.ndarray) -> None:
+        """Refuses to resume with a file of ranks or exponents that gives other first ranks."""
+        resume.check_first_ranks(self.path, stored, config, ranks_LE.tolist())
+
+    def check_same(
+        self,
+        stored: dict,
+        config: TrainConfig,
+        origin: dict[str, str],
+        devices: dict | None = None,
+    ) -> list[str]:
+        """Refuses to resume a run of another config, base or data; what to tell of changes that are
+        allowed.
+        """
+        resume.check_settings(self.path, stored, config)
+        resume.check_content(self.path, stored, config, origin)
+        return resume.changed_lines(stored, config, origin, devices)
+
+    def last_rate(self, step: int) -> tuple[int, float] | None:
+        """The newest step up to `step` whose learning rate is logged, and the rate."""
+        with contextlib.suppress(OSError):
+            if kind_of(self.metrics_file) == FILE:
+                text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+                for line in reversed(text.splitlines()):
+                    if _is_kept(line, step) and "learning_rate" in (row := json.loads(line)):
+                        return row["step"], float(row["learning_rate"])
+        return None
 
     def create(
         self,
@@ -215,9 +234,15 @@ class RunDirectory:
             sink.ranks(values)
 
 
-def _is_leftover(file: pathlib.Path) -> bool:
-    """Of a run that was killed before it wrote its config."""
-    return file.suffix == ".tmp" or file.name == LOCK_NAME
+def _is_empty(path: pathlib.Path) -> bool:
+    """Whether nothing is there, or what a run leaves that is killed before it writes its config."""
+    kind = kind_of(path)
+    if kind != DIRECTORY:
+        return kind == ABSENT
+    try:
+        return not any(path.iterdir())
+    except OSError:  # no permission to look
+        return False
 
 
 def _is_run(stored: dict) -> bool:
@@ -230,11 +255,6 @@ def _is_run(stored: dict) -> bool:
         and isinstance(steps, int)
         and steps > 0
     )
-
-
-def _flat(config: dict) -> dict:
-    flat = {f"{s}.{name}": value for s, fields in config.items() for name, value in fields.items()}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in flat.items()}
 
 
 def _is_kept(line: str, step: int) -> bool:

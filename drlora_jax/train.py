@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import cli
@@ -25,7 +24,8 @@ from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.events import grow, start_profiled
 from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_read import load_params
-from drlora_jax.metrics import Progress, Throughput, describe_ranks, peak_memory
+from drlora_jax.metrics import Progress, Throughput, describe_ranks
+from drlora_jax.optimizer import rate_at
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.watchdog import Watchdog
@@ -44,9 +44,13 @@ from drlora_jax.position import (
 from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with
 from drlora_jax.reporting.writer import ReportWriter
+from drlora_jax.resume import rate_line
+from drlora_jax.rows import RowWriter, require_finite, require_finite_base
 from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import TrainState
 from drlora_jax.stop_signals import StopSignals
+
+COMPILING = "compiling the train step; this takes seconds to minutes ..."
 
 
 def main(argv=None) -> int:
@@ -54,25 +58,53 @@ def main(argv=None) -> int:
     config = load_config(args.config, args.overrides)
     run_on_calling_thread()
     hosts.join(config.run.heartbeat_timeout)
+    check_sinks(config.run)
     job = prepare(config)
-    check_sinks(job.config.run)
     print("\n".join(job.lines), flush=True)
     cache = keep_compiled_programs(jax.default_backend())
     if cache is not None:
         print(f"programs    compiled ones are kept in {cache}")
     run = build(job)
     print(f"{run.backends}\n{run.forecast}\n", flush=True)
+    if (line := _rate_line(run)) is not None:
+        print(f"{line}\n", flush=True)
     if run.mesh.size > 1:
         trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
         trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
         print("\n".join(mesh_lib.partition_lines(run.mesh, trees)), "\n", flush=True)
-    job.run_dir.check_writable(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
+    job.run_dir.check_room(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
+        print(COMPILING, flush=True)
         compiled, _ = compile_step(run)
         print("\n".join(_compiled_lines(run, compiled)))
         print("dry run: everything checks out, nothing was written")
         return EXIT_DONE
     return train(run)
+
+
+def _rate_line(run: Run) -> str | None:
+    """What to tell of the learning rate of a run that is resumed with another number of steps."""
+    job = run.job
+    if job.is_new:
+        return None
+    done = job.run_dir.newest_step()
+    return rate_line(
+        job.run_dir.last_rate(done),
+        functools.partial(rate_at, run.schedule),
+        done=done,
+        first_total=job.schedule_steps,
+        total=job.total_steps,
+    )
+
+
+def _complete_line(job: Job, done: int) -> str:
+    line = f"already complete: {job.run_dir.path} is at step {done}"
+    if done == job.total_steps:
+        return f"{line} of {done}"
+    asked = f"train.steps={job.total_steps}"
+    if job.config.train.steps is None:
+        asked = f"train.epochs={job.config.train.epochs} ({job.total_steps} steps)"
+    return f"{line}, {asked} asks for fewer"
 
 
 def _compiled_lines(run: Run, compiled) -> list[str]:
@@ -97,14 +129,16 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     check_processes_agree(run, "at the start", done)
     if job.is_new:
         facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
+        facts["resolved"] = job.resolved.to_json()
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
     check_run_dir_is_shared(run)
     if done >= job.total_steps:
-        print(f"already complete: {job.run_dir.path} is at step {done} of {job.total_steps}")
+        print(_complete_line(job, done))
         return EXIT_DONE
     job.run_dir.cut_back(done)
     with StopSignals() as stop:
         watchdog.beat("compiling")
+        print(COMPILING, flush=True)
         compiled, seconds = compile_step(run)
         keep_freed_memory(jax.default_backend())  # what compiling took is given back
         print("\n".join(_compiled_lines(run, compiled)))
@@ -153,42 +187,44 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
     if job.policy.last_event or np.unique(position.capacity.ranks_LE).size > 1:
         _show_ranks(run, position, progress)
     meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
-    rows = mesh_lib.rows(run.mesh, leading=1)
+    rows = RowWriter(run, params, meter, progress)
+    sharding = mesh_lib.rows(run.mesh, leading=1)
     if step == 0 and job.eval_batches and not is_stopping:
         watchdog.beat("evaluating before step 1")
         row = {"step": 0, "eval_loss": evaluate(run, params, position.state, watchdog.again)}
         job.run_dir.log_metrics(row)
         progress.show(row)
-    meter.resume()
+    made = set()  # steps whose batch waits for its use
 
     def make(step):
         first_row = step * section.batch_size
-        batch = sharded_batch(job.loader, first_row, section.micro_batches, rows)
-        return batch, job.loader.token_count(first_row)
+        batch = sharded_batch(job.loader, first_row, section.micro_batches, sharding)
+        tokens = job.loader.token_count(first_row)
+        made.add(step)
+        return batch, tokens
 
-    def log_row(step, tokens, metrics, more=None):
-        _require_finite(run, step, metrics, params)
-        row = _metrics_row(run, step, tokens, metrics) | meter.take() | peak_memory() | (more or {})
-        job.run_dir.log_metrics(row)
-        progress.show(row)
-
-    late = None  # a row that is logged while the next step runs: reading it would wait for its own
     batches = made_ahead(make, range(step, job.total_steps))
+    jax.block_until_ready(position.state)  # restoring is not the first step's time
+    meter.resume()
     while step < job.total_steps and not is_stopping:
         watchdog.beat(f"step {step + 1}")
+        if step not in made:  # the device waits for the batch anyway
+            rows.finish()
         device_batch, tokens = next(batches)
         state, metrics = compiled(params, position.state, device_batch)
-        if late is not None:
-            late()
-            late = None
+        rows.finish()
+        made.discard(step)
         step += 1
         position = Position(state, position.capacity, position.tokens + tokens)
         meter.add(tokens)
         progress.advance()
         is_stopping = stop.reached(step)
         due = _due(job, step)
-        if due.event or due.evaluation or due.checkpoint or is_stopping:
-            _require_finite(run, step, metrics, params)
+        has_more = due.event or due.evaluation or due.checkpoint or is_stopping
+        if has_more:
+            jax.block_until_ready(position.state.step)
+            meter.pause()
+            require_finite(run.job.config, step, metrics, params)
         if due.event:
             watchdog.beat(f"the event after step {step}")
             before, position = position, grow(run, position, step, _routing(metrics))
@@ -196,28 +232,21 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
                 describe_ranks(step, before.capacity.ranks_LE, position.capacity.ranks_LE)
             )
             _show_ranks(run, position, progress)
-        eval_loss = None
+        eval_loss, more = None, {}
         if due.evaluation:
-            jax.block_until_ready(position.state.step)
             watchdog.beat(f"evaluating after step {step}")
-            meter.pause()
             eval_loss = evaluate(run, params, position.state, watchdog.again)
-            log_row(step, position.tokens, metrics, {"eval_loss": eval_loss} | _routing(metrics))
-            meter.resume()
-        elif due.row and (due.checkpoint or is_stopping):
-            log_row(step, position.tokens, metrics)
-        elif due.row:
-            late = functools.partial(log_row, step, position.tokens, metrics)
+            more = {"eval_loss": eval_loss} | _routing(metrics)
+        if due.row:
+            rows.add(step, position.tokens, metrics, more)
         if due.checkpoint or is_stopping:
             watchdog.beat(f"saving step {step}")
-            jax.block_until_ready(position.state.step)  # so that the wait is not counted as saving
-            meter.pause()
             save(run, checkpoints, position, step, eval_loss)
             report.request()
+        if has_more:
+            jax.block_until_ready(position.state)  # what an event did to it
             meter.resume()
     batches.close()
-    if late is not None:  # stopped between a row's step and the next
-        late()
     progress.close()
     if step == job.total_steps:
         progress.note(f"done: {job.run_dir.path}")
@@ -249,30 +278,6 @@ def _due(job: Job, step: int) -> Due:
     )
 
 
-def _require_finite(run: Run, step: int, metrics: dict, params: dict) -> None:
-    """Before anything is decided or saved: a checkpoint never holds a diverged state."""
-    rate = run.job.config.train.learning_rate
-    for name in ("loss", "grad_norm"):
-        value = float(metrics[name])
-        if not np.isfinite(value):
-            _require_finite_base(params)
-            raise RunError(
-                f"{name} is {value} at step {step}; lower train.learning_rate ({rate}) in a new "
-                "run.dir, or look at the data of that step. Earlier checkpoints are good."
-            )
-
-
-def _require_finite_base(params: dict) -> None:
-    """Looked at only when something is wrong: a good base is not read twice."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not bool(jnp.isfinite(leaf).all()):
-            name = "/".join(str(part.key) for part in path)
-            raise RunError(
-                f"The base model's weights {name} hold NaN or infinity; its files are damaged, or "
-                "were written so: get them again."
-            )
-
-
 def _routing(metrics: dict) -> dict:
     """By layer and expert, of this step's tokens: share of the choices (a layer sums to 1) and mean
     combine weight. Nothing for a dense model.
@@ -297,23 +302,10 @@ def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lam
         nll, targets = nll + float(measured[0]), targets + float(measured[1])
         done()
     if not np.isfinite(nll):
-        _require_finite_base(params)
+        require_finite_base(params)
         raise RunError(f"the held-out loss is {nll}; the model has diverged.")
     return nll / max(targets, 1.0)
 
 
-def _metrics_row(run: Run, step: int, tokens: int, metrics: dict) -> dict:
-    row = {
-        "step": step,
-        "loss": float(metrics["loss"]),
-        "tokens": tokens,
-        "learning_rate": float(run.schedule(step - 1)),
-        "grad_norm": float(metrics["grad_norm"]),
-    }
-    if run.job.config.train.balance_loss or run.job.config.train.z_loss:
-        row["auxiliary_loss"] = float(metrics["auxiliary_loss"])
-    return row
-
-
 if __name__ == "__main__":
-    cli.run_and_exit(main)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)

@@ -40,7 +40,7 @@ from drlora_jax.allocation.base import (
     StepStats,
     rank_importance,
 )
-from drlora_jax.allocation.schedule import event_window
+from drlora_jax.allocation.schedule import event_window, last_event_words
 from drlora_jax.errors import UserError
 
 
@@ -96,8 +96,9 @@ def adalora(
     if r_init > r_target and not count:
         raise UserError(
             f"allocation: no pruning event fits: warm-up ends at step {first}, an event comes "
-            f"{interval} steps later at the earliest, and the last may be at step {last} of "
-            f"{total_steps}. Lower allocation.interval ({interval}) or raise train.steps."
+            f"{interval} steps later at the earliest, and "
+            f"{last_event_words(last, total_steps, interval)}. Lower allocation.interval "
+            f"({interval}) or raise train.steps."
         )
     schedule = Schedule(first, interval, count, shapes.experts * r_init, shapes.experts * r_target)
 

@@ -39,7 +39,7 @@ from drlora_jax.allocation.base import (
     StepStats,
     rank_importance,
 )
-from drlora_jax.allocation.schedule import event_window
+from drlora_jax.allocation.schedule import event_window, last_event_words
 from drlora_jax.errors import UserError
 
 RELEASED_FLOOR = 1e-6
@@ -90,9 +90,9 @@ def make_schedule(
     needed = slots * (r_target - r_init)
     if needed and not count:
         raise UserError(
-            f"allocation: no growth event fits: warm-up ends at step {first}, the last event may "
-            f"be at step {last} "
-            f"of {total_steps}. Lower allocation.interval ({interval}) or raise train.steps."
+            f"allocation: no growth event fits: warm-up ends at step {first}, "
+            f"{last_event_words(last, total_steps, interval)}. Lower allocation.interval "
+            f"({interval}) or raise train.steps."
         )
     quota = math.ceil(needed / count) if count else 0
     return Schedule(first, interval, count, quota, max(1, math.ceil(p_grow * (r_max - r_init))))

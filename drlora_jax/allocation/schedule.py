@@ -17,3 +17,10 @@ def event_window(
             f"({total_steps})."
         )
     return first, last
+
+
+def last_event_words(last: int, total_steps: int, interval: int) -> str:
+    """Where the last event may be, for the message that none fits."""
+    if last > 0:
+        return f"the last event may be at step {last} of {total_steps}"
+    return f"the last event must be {interval} steps before the end, and there are {total_steps}"

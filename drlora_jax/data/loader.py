@@ -50,9 +50,9 @@ class Loader:
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.pad_id = pad_id
+        self.is_packed = pack
         self._seed = seed
         self._shuffle = shuffle
-        self._pack = pack
         self._lengths = np.array([len(document.tokens) for document in documents])
         self._plans: dict[int, list[np.ndarray]] = {}
         self._starts = [0]  # global row index at which each epoch starts, as far as known
@@ -64,7 +64,7 @@ class Loader:
                 self._lengths,
                 self.sequence_length,
                 _order(len(self._lengths), self._seed, epoch, shuffle=self._shuffle),
-                pack_rows=self._pack,
+                pack_rows=self.is_packed,
             )
             while len(self._plans) >= KEPT_EPOCHS:
                 self._plans.pop(next(iter(self._plans)))
@@ -75,7 +75,7 @@ class Loader:
         """Rows in that many epochs; packed epochs differ a little in length."""
         while len(self._starts) <= epochs:
             last = len(self._starts) - 1
-            rows = len(self.epoch_rows(last)) if self._pack else len(self._lengths)
+            rows = len(self.epoch_rows(last)) if self.is_packed else len(self._lengths)
             self._starts.append(self._starts[last] + rows)
         return self._starts[epochs]
 

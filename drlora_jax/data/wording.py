@@ -255,4 +255,5 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 def with_date(section: DataSection, date: str | None) -> DataSection:
     """The section with a date that a run has settled."""
-    return section if date is None else dataclasses.replace(section, date=date)
+    is_open = date is not None and section.date == "auto"
+    return dataclasses.replace(section, date=date) if is_open else section

@@ -35,10 +35,13 @@ def table(scores: Sequence[Score]) -> str:
     """Aligned columns."""
     rows = [("task", "metric", "value", "stderr", "95 % interval", "n", "step")]
     for score in scores:
-        stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
-        ends = "" if score.ci95 is None else f"{score.ci95[0]:.4f} to {score.ci95[1]:.4f}"
+        decimals = _decimals(score)
+        stderr = "" if score.stderr is None else f"{score.stderr:,.{decimals}f}"
+        ends = ""
+        if score.ci95 is not None:
+            ends = " to ".join(f"{end:,.{decimals}f}" for end in score.ci95)
         step = "base" if score.step is None else str(score.step)
-        value = f"{score.value:.4f}"
+        value = f"{score.value:,.{decimals}f}"
         rows.append((score.task, score.metric, value, stderr, ends, str(score.n), step))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     left = {0, 1}
@@ -59,6 +62,13 @@ def chance_lines(scores: Sequence[Score]) -> list[str]:
         for score in scores
         if score.chance is not None and score.ci95 and score.ci95[0] <= score.chance
     ]
+
+
+def _decimals(score: Score) -> int:
+    """Four; of a perplexity as many as make four figures, as it may be 3.207 or 2,267."""
+    if not score.metric.endswith("perplexity") or not 1 <= score.value < 1e9:
+        return 4
+    return max(0, 4 - len(str(int(score.value))))
 
 
 def samples_name(task: str, step: int | None, settings: Mapping) -> str:

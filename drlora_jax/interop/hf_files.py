@@ -43,6 +43,7 @@ OTHER_WEIGHTS = {
     "consolidated": "the same weights in the format of their makers",
 }
 WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
+LARGEST_FACTOR = 1e6  # of rope scaling; more, or NaN, says nothing
 SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
 
 
@@ -149,24 +150,32 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
 
 
 def longest_positions(directory: pathlib.Path) -> int | None:
-    """Tokens of one text that the model was made for, rope scaling counted; None: it names none.
+    """The positions that the model was made for, rope scaling counted; None where its config.json
+    does not say.
 
-    With linear, dynamic and yarn scaling, `max_position_embeddings` may be the length before or
+    With linear, dynamic and yarn scaling `max_position_embeddings` may be the length before or
     behind the scaling; with the other kinds it is the one behind it.
     """
     values = read_config_json(directory)
     values = values.get("text_config") or values
-    longest = values.get("max_position_embeddings")
-    if type(longest) is not int or longest < 1:
-        return None
-    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    positions = _positive(values.get("max_position_embeddings"))
+    scaling = values.get("rope_scaling") or values.get("rope_parameters")
+    if positions is None or not isinstance(scaling, dict):
+        return positions
     scaling = scaling.get("full_attention") or scaling  # one entry for each kind of layer
     factor = scaling.get("factor")
-    if scaling.get("rope_type", scaling.get("type")) not in STRETCHING or not factor:
-        return longest
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    is_stretched = scaling.get("rope_type", scaling.get("type")) in STRETCHING
+    if not (is_stretched and is_number and 1 <= factor < LARGEST_FACTOR):
+        return positions
     name = "original_max_position_embeddings"
-    original = values.get(name) or scaling.get(name) or longest
-    return max(longest, int(original * factor))
+    original = _positive(values.get(name)) or _positive(scaling.get(name)) or positions
+    return max(positions, int(original * factor))
+
+
+def _positive(value) -> int | None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
+    return value if is_count else None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def run_command(folder: pathlib.Path, argv: list[str], around=None) -> Outcome:
             stack.enter_context(around())
         events = stack.enter_context(watching())
         try:
-            cli.run_and_exit(lambda: train.main(argv))
+            cli.run_and_exit(lambda: train.main(argv), memory_advice=cli.TRAINING_ADVICE)
         except SystemExit as end:
             code = end.code
     changed = {name for name, state in _state_of(folder).items() if before.get(name) != state}

@@ -1,0 +1,54 @@
+"""How often a run goes over its training data, and whether its rows are longer than its model.
+
+Packing puts several documents into a row, so the same steps are more passes than without it; a
+number of steps that was made for one document a row then trains on everything several times.
+"""
+
+from drlora_jax.config import TrainSection
+from drlora_jax.data.loader import Loader
+
+MANY_PASSES = 10
+MANY_PER_ROW = 2  # documents
+
+
+def passes_lines(loader: Loader, section: TrainSection, total_steps: int) -> list[str]:
+    """Rows of an epoch and passes over them; a warning where they are likely not what was meant."""
+    documents, epoch = len(loader.documents), len(loader.epoch_rows(0))
+    rows = total_steps * section.batch_size
+    passes, unpacked = rows / epoch, rows / documents
+    kind = "packed rows" if loader.is_packed else "rows of one document"
+    beside = f" ({_number(unpacked)} without packing)" if loader.is_packed else ""
+    lines = [
+        f"{epoch} {kind} per epoch; {total_steps} steps of {section.batch_size} rows are "
+        f"{_number(passes)} passes{beside}"
+    ]
+    if passes >= MANY_PASSES:
+        lines.append(
+            f"warning: {_number(passes)} passes over the training data; is that meant? One pass is "
+            f"train.epochs=1"
+        )
+    # Who counts in epochs is told nothing new; less than one pass repeats nothing.
+    elif section.steps and passes > 1 and documents > MANY_PER_ROW * epoch:
+        lines.append(
+            f"warning: packing puts {documents / epoch:.1f} documents into a row, so the steps are "
+            f"{_number(passes)} passes and not {_number(unpacked)}; set data.pack=false, or count "
+            "in train.epochs"
+        )
+    return lines
+
+
+def length_lines(loader: Loader, positions: int | None) -> list[str]:
+    """A warning where rows are longer than the model's positions (None: not known)."""
+    if positions is None or loader.sequence_length <= positions:
+        return []
+    longest = max(len(document.tokens) for document in loader.documents)
+    return [
+        f"warning: train.sequence_length={loader.sequence_length} is longer than the {positions} "
+        f"positions of the model (with rope scaling); the longest document has {longest} tokens, "
+        f"and what stands behind {positions} is read badly"
+    ]
+
+
+def _number(value: float) -> str:
+    """With at most two decimals: 12.63, 3, 0.04."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") if value >= 0.01 else f"{value:.2g}"

@@ -1,0 +1,205 @@
+"""What may change when a run is resumed: all that does not change what is learned. Pure functions.
+
+Places, what is kept and reported, evaluation, batch splits, memory policy, kernels and the mesh may
+change; of those that round otherwise a line says so. Settings of `data` are not compared, what they
+give is: the same training tokens are the same data, wherever and however they are read.
+"""
+
+import math
+import os.path
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax.errors import UserError
+
+# Where things are, what is reported, and how long the run is.
+FREE = ("train.steps", "train.epochs", "model.path", "train.eval_every")
+HELDOUT = ("data.eval_path", "data.eval_split", "train.eval_batches")
+# How the same numbers are computed: the result differs by rounding.
+ROUNDING = ("train.micro_batches", "model.remat", "model.experts", "model.attention")
+PLACES = ("allocation.pattern", "allocation.alpha_file")  # what they give is compared
+# Of data: the order of documents and their rows, which the training tokens do not show.
+ORDER = ("data.shuffle", "data.pack")
+NAMED = 3  # of the changes that are refused, in a message
+
+
+class Change(NamedTuple):
+    name: str
+    before: object
+    now: object
+
+
+def check_settings(where, stored: dict, config: TrainConfig) -> None:
+    """Refuses what would be another run, as far as settings show it; reads no data.
+
+    Args:
+      where: the run directory, for messages.
+      stored: the content of its config.json.
+    """
+    has_tokens = bool(stored["data_fingerprint"])  # a pretraining has no digest of them
+    refused = [
+        change
+        for change in _changes(stored, config)
+        if not _may_change(change, stored, config)
+        and not (has_tokens and _is_shown_by_tokens(change.name))
+    ]
+    if refused:
+        raise UserError(
+            f"run.dir={where} was made with {_listed(refused)}; undo it or give a new run.dir. On "
+            "resume train.steps, places, evaluation, train.micro_batches, model.remat, kernels and "
+            "the mesh may change."
+        )
+
+
+def check_content(where, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
+    """Refuses another base model and other training tokens."""
+    before, now = stored["base_fingerprint"], origin["base_fingerprint"]
+    if before != now:
+        raise UserError(
+            f"run.dir={where} was made with another base model than model.path="
+            f"{config.model.path} (base_fingerprint {before[:12]}, got {now[:12]}): its weights or "
+            "the values of its config.json differ; give the same base model or a new run.dir."
+        )
+    before, now = stored["data_fingerprint"], origin["data_fingerprint"]
+    if before != now:
+        changed = [each for each in _changes(stored, config) if _is_shown_by_tokens(each.name)]
+        path = _shown(config.data.path)
+        what = _listed(changed) if changed else f"other data than data.path={path} gives now"
+        raise UserError(
+            f"run.dir={where} was made with {what}: the training tokens are not the same "
+            f"(data_fingerprint {before[:12]}, got {now[:12]}), so the rows, the tokenizer or how "
+            "rows are read differ; give the same or a new run.dir."
+        )
+
+
+def check_first_ranks(where, stored: dict, config: TrainConfig, ranks: list) -> None:
+    """Refuses a file of ranks or exponents that is another one and gives other first ranks."""
+    changed = [each for each in _changes(stored, config) if each.name in PLACES]
+    if changed and stored.get("initial_ranks", ranks) != ranks:
+        raise UserError(
+            f"run.dir={where} was made with {_listed(changed)}, which gives other ranks; give the "
+            "same file or a new run.dir."
+        )
+
+
+def changed_lines(
+    stored: dict, config: TrainConfig, origin: dict[str, str], devices: dict | None = None
+) -> list[str]:
+    """What to tell of changes that are allowed.
+
+    Args:
+      devices: `kind` and `mesh` (axis: size) of this start; None: not to be compared.
+    """
+    changes = _changes(stored, config)
+    rounding = [each for each in changes if each.name in ROUNDING or each.name == "mesh.exchange"]
+    if devices is not None and "devices" in stored:
+        rounding += _device_changes(stored["devices"], devices)
+    lines = []
+    if rounding:
+        listed = ", ".join(f"{c.name}={_shown(c.now)} (was {_shown(c.before)})" for c in rounding)
+        lines.append(f"resume      {listed}: the same run up to rounding, not bit for bit")
+    line = _heldout_line(stored, origin, changes)
+    return [*lines, line] if line else lines
+
+
+def rate_line(
+    logged: tuple[int, float] | None,
+    schedule: Callable[[int], float],
+    *,
+    done: int,
+    first_total: int,
+    total: int,
+) -> str | None:
+    """What to tell of a learning rate that does not go on as it went.
+
+    Args:
+      logged: the newest logged step and its rate.
+      schedule: steps done -> rate, as it is now.
+      done: steps that are done; first_total: of the run when it was created; total: now.
+    """
+    if logged is None or done >= total:
+        return None
+    step, before = logged
+    if math.isclose(schedule(step - 1), before, rel_tol=1e-4, abs_tol=1e-12):
+        return None
+    now = schedule(done)
+    direction = "back to" if now > before else "to"
+    return (
+        f"resume      the learning rate goes from {before:.3g} at step {step} {direction} "
+        f"{now:.3g} at step {done + 1} (train.steps {first_total} -> {total}); warm-up is not "
+        "repeated"
+    )
+
+
+def _heldout_line(stored: dict, origin: dict[str, str], changes: Sequence[Change]) -> str | None:
+    before, now = stored.get("heldout_fingerprint"), origin.get("heldout_fingerprint", "")
+    if before is None:  # an older run: the settings say what may be
+        is_another = any(change.name in HELDOUT for change in changes)
+    else:
+        is_another = before != now
+    if not is_another:
+        return None
+    if not now:
+        return "resume      no held-out loss is measured from here on"
+    return (
+        "resume      the held-out set is not the one that the run began with: eval_loss is another "
+        "figure from here on, and the best checkpoint is chosen among both"
+    )
+
+
+def _device_changes(before: dict, now: dict) -> list[Change]:
+    found = []
+    if before.get("kind") != now["kind"]:
+        found.append(Change("devices", before.get("kind"), now["kind"]))
+    sizes = before.get("mesh") or {}
+    return found + [
+        Change(f"mesh.{axis}", sizes[axis], size)
+        for axis, size in now["mesh"].items()
+        if axis in sizes and sizes[axis] != size
+    ]
+
+
+def _changes(stored: dict, config: TrainConfig) -> list[Change]:
+    # A field that is newer than the run had its default.
+    before = _flat(to_dict(TrainConfig())) | _flat(stored["config"])
+    now = _flat(to_dict(config))
+    return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
+
+
+def _may_change(change: Change, stored: dict, config: TrainConfig) -> bool:
+    section = change.name.partition(".")[0]
+    if section == "mesh" or (section == "run" and change.name != "run.seed"):
+        return True
+    if change.name in PLACES:
+        is_shown_by_ranks = "initial_ranks" in stored and not config.allocation.spectral_prior
+        return is_shown_by_ranks or _is_same_file(change)
+    return change.name in (*FREE, *HELDOUT, *ROUNDING)
+
+
+def _is_same_file(change: Change) -> bool:
+    paths = (change.before, change.now)
+    return None not in paths and len({os.path.realpath(path) for path in paths}) == 1
+
+
+def _is_shown_by_tokens(name: str) -> bool:
+    return name.startswith("data.") and name not in (*HELDOUT, *ORDER)
+
+
+def _flat(config: dict) -> dict:
+    flat = {f"{s}.{name}": value for s, fields in config.items() for name, value in fields.items()}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in flat.items()}
+
+
+def _listed(changes: Sequence[Change]) -> str:
+    """`name=before, got now` of each."""
+    named = [f"{c.name}={_shown(c.before)}, got {_shown(c.now)}" for c in changes[:NAMED]]
+    more = len(changes) - len(named)
+    return ", and with ".join(named) + (f" (and {more} more)" if more else "")
+
+
+def _shown(value) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
