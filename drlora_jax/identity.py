@@ -93,8 +93,8 @@ class Resolved(NamedTuple):
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"config.json: the block `resolved` is not one that this version writes ({error!r});"
-                " it was edited, or a newer version made the run."
+                "config.json: the block `resolved` is not one that this version writes "
+                f"({error!r}); it was edited, or a newer version made the run."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""A run on disk: its config, its base, what it resolved, and a checkpoint; nothing is in memory yet."""
+"""A run on disk: config, base, what it resolved, and a checkpoint; nothing is in memory yet."""
 
 import pathlib
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The tokenizer and the wording of what `--run` or `--model` names: found before weights are read."""
+"""Tokenizer and wording of what `--run` or `--model` names, found before weights are read."""
 
 import argparse
 import dataclasses
