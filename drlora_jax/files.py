@@ -14,6 +14,10 @@ from drlora_jax.errors import UserError
 
 FILE, DIRECTORY, ABSENT = "a file", "a directory", "absent"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors takes about 100 MiB
+_POINTERS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+)
 _OTHER = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -47,11 +51,28 @@ def expand_user(path: str) -> pathlib.Path:
         return pathlib.Path(path)
 
 
+def check_not_pointer(file: pathlib.Path) -> None:
+    """Refuses the few lines that git leaves in the place of a file kept in git-lfs."""
+    if kind_of(file) != FILE:
+        return  # a named pipe would block
+    try:
+        with open(file, "rb") as stream:
+            head = stream.read(max(map(len, _POINTERS)))
+    except OSError:
+        return  # whoever reads it says why
+    if head.startswith(_POINTERS):
+        raise UserError(
+            f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in "
+            f"{file.parent}, or download the file again."
+        )
+
+
 def read_json(file: pathlib.Path) -> dict:
     """The JSON object in a file; refuses everything else, and names given twice."""
     kind = kind_of(file)
     if kind != FILE:
         raise UserError(f"{file} must be a file with a JSON object, but it is {kind}.")
+    check_not_pointer(file)
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{file} has more than {MAX_JSON_BYTES >> 20} MiB: not such a file.")
