@@ -4,6 +4,7 @@ Decoders treat the start of a text in their own ways (a first blank is stripped,
 character may end in a later token, so new tokens are decoded behind the last ones of the prompt.
 """
 
+import os
 from collections.abc import Sequence
 
 from drlora_jax.data.tokenizer_probe import decoded
@@ -16,14 +17,14 @@ def decode_after(tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -
     """The text of `new_ids` behind a prompt, special tokens left out; U+FFFD for half characters.
 
     Args:
-      prompt_ids: of the whole prompt, or its tail (`prompt_tail`) where the same prompt comes often.
+      prompt_ids: of the whole prompt, or its `prompt_tail`, which spares the search for it.
     """
     tail = prompt_tail(tokenizer, prompt_ids)
     before = decoded(tokenizer, tail, skip=True)
     both = decoded(tokenizer, [*tail, *map(int, new_ids)], skip=True)
     if both.startswith(before):
         return both[len(before) :]
-    common = next(i for i, (a, b) in enumerate(zip(before + "\0", both + "\1")) if a != b)
+    common = len(os.path.commonprefix([before, both]))
     # A byte-fallback decoder gives up a whole run of bytes for one half character at its end: the
     # run's characters of the prompt are half ones now, one for each byte.
     given_up = _HALF * len(before[common:].encode())

@@ -37,7 +37,7 @@ class Document(NamedTuple):
 
 
 def pad_token(tokenizer, vocab_size: int | None = None) -> int:
-    """What fills rows up: the padding token, or eos where the model has none (padding is masked)."""
+    """What fills rows up, masked: the padding token, or eos where the model has none."""
     pad_id = tokenizer.pad_token_id
     if pad_id is None or (vocab_size is not None and pad_id >= vocab_size):
         return tokenizer.eos_token_id

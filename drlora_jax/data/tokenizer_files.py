@@ -2,11 +2,12 @@
 
 `tokenizer.json` describes a tokenizer completely. transformers may build another one beside it: the
 class that tokenizer_config.json (or the model type) names can bring a normalizer, a splitter or a
-decoder of its own, in some versions and not in others. So what `AutoTokenizer` gives is compared with
-the file, and where they differ the file is loaded without a class. The file also decides whether
-texts begin with BOS (its post-processor), as in transformers 5, which passes over `add_bos_token`
-and `add_eos_token` of tokenizer_config.json where there is a tokenizer.json. Special tokens, chat
-templates and limits come from tokenizer_config.json and the files beside it, in either case.
+decoder of its own, in some versions and not in others. So what `AutoTokenizer` gives is compared
+with the file, and where they differ the file is loaded without a class. The file also decides
+whether texts begin with BOS (its post-processor), as in transformers 5, which passes over
+`add_bos_token` and `add_eos_token` of tokenizer_config.json where there is a tokenizer.json.
+Special tokens, chat templates and limits come from tokenizer_config.json and the files beside it,
+in either case.
 """
 
 import importlib.util
@@ -118,10 +119,13 @@ def _check_sentencepiece(folder: pathlib.Path) -> None:
         package = "tiktoken" if is_ranked else "sentencepiece"
         if importlib.util.find_spec(package) is None:
             kind = "a list of ranked tokens" if is_ranked else "a SentencePiece model"
+            convert = (
+                f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
+                f".save_pretrained('{folder}')"
+            )
             raise UserError(
-                f"{file} is {kind}, and there is no tokenizer.json: pip install {package} protobuf; "
-                'or convert it once, where that is installed: python -c "from transformers import '
-                f"AutoTokenizer as A; A.from_pretrained('{folder}').save_pretrained('{folder}')\""
+                f"{file} is {kind}, and there is no tokenizer.json: pip install {package} protobuf, "
+                f'or convert it once where these are installed: python -c "{convert}"'
             )
 
 

@@ -1,9 +1,9 @@
 """What a tokenizer means, as digests that a run stores and a later use compares.
 
 `vocabulary` and `normalizer` come from tokenizer.json as the installed `tokenizers` writes it, so
-layout and order do not count; a new version of that package may still write more options. `probe` is
-what the tokenizer does: where only `normalizer` differs and `probe` is the same, nothing changed that
-shows. `template` and `ends` can change while ids stay.
+layout and order do not count; another version of that package may still write more options. `probe`
+is what the tokenizer does: where only `normalizer` differs and `probe` is the same, nothing changed
+that shows. `template` and `ends` can change while ids stay.
 """
 
 import hashlib
@@ -69,9 +69,8 @@ def _behaviour(tokenizer) -> list:
     plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     around = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
     ids = [list(map(int, each)) for each in (*plain, *around)]
-    return [
-        [each, *(decoded(tokenizer, each, skip=skip) for skip in (False, True))] for each in ids
-    ]
+    texts = [[decoded(tokenizer, each, skip=skip) for skip in (False, True)] for each in ids]
+    return [ids, texts]
 
 
 def _digest(value: object) -> str:
