@@ -1,6 +1,7 @@
 """From a config to a job: everything that is checked before a device is touched."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from typing import Any, NamedTuple
@@ -93,7 +94,9 @@ def prepare(config: TrainConfig) -> Job:
     )
     match_keys(model_config, read_headers(directory), abstract)
     tokenizer, notes = _open_tokenizer(directory, before, config.run.dir)
-    check_vocabulary(tokenizer, model_config.vocab_size)
+    vocab_size = model_config.vocab_size
+    without_row = check_vocabulary(tokenizer, vocab_size)
+    notes += [f"note: {without_row}"] if without_row else []
     adapter = make_adapter(config, model_config)
     sizes = resolve_sizes(config.mesh, devices, jax.process_count())
     check_mesh(config, model_config, sizes)
@@ -101,7 +104,8 @@ def prepare(config: TrainConfig) -> Job:
     shapes = capacity_shapes(config, model_config, adapter)
     _check_schedule(config, shapes, stored)
 
-    loader, heldout, reports = _read_data(config, _reading(config.data, stored, before), tokenizer)
+    reading = _reading(config.data, stored, before)
+    loader, heldout, reports = _read_data(config, reading, tokenizer, vocab_size)
     total_steps = config.train.steps or math.ceil(
         loader.total_rows(config.train.epochs) / config.train.batch_size
     )
@@ -128,7 +132,7 @@ def prepare(config: TrainConfig) -> Job:
         reports[0],
         tokenizer,
         directory,
-        vocab_size=model_config.vocab_size,
+        vocab_size=vocab_size,
         revision=revision_of(directory),
         base=base,
     )
@@ -248,7 +252,7 @@ def _reading(section: DataSection, stored: dict | None, before: Resolved | None)
 
 
 def _read_data(
-    config: TrainConfig, reading: DataSection, tokenizer
+    config: TrainConfig, reading: DataSection, tokenizer, vocab_size: int
 ) -> tuple[Loader, list[Batch], list[Report]]:
     """Training rows, held-out rows and a report on each."""
     if not reading.path:
@@ -256,8 +260,9 @@ def _read_data(
             "data.path names no training data; set data.path=FILE.jsonl or a datasets name."
         )
     section, length = config.train, config.train.sequence_length
-    training = load_documents(reading, tokenizer, length, say=_say)
-    pad_id = pad_token(tokenizer)
+    read = functools.partial(load_documents, reading, tokenizer, length, vocab_size=vocab_size)
+    training = read(say=_say)
+    pad_id = pad_token(tokenizer, vocab_size)
     loader = Loader(
         training.documents,
         sequence_length=length,
@@ -269,7 +274,7 @@ def _read_data(
     )
     if not reading.eval_path:
         return loader, [], [training.report]
-    heldout = load_documents(reading, tokenizer, length, evaluation=True, say=_say)
+    heldout = read(evaluation=True, say=_say)
     batches = eval_batches(
         heldout.documents,
         sequence_length=length,

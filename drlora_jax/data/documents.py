@@ -16,7 +16,7 @@ from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, read_paths
 from drlora_jax.data.templates import opens_thinking
-from drlora_jax.data.tokenize import Document, check_tokenizer, encode_documents
+from drlora_jax.data.tokenize import Document, check_row_tokens, check_tokenizer, encode_documents
 from drlora_jax.data.wording import Writer, resolve_wording
 from drlora_jax.errors import UserError
 
@@ -36,6 +36,7 @@ def load_documents(
     *,
     evaluation: bool = False,
     date: str | None = None,
+    vocab_size: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Documents:
     """Reads, renders and tokenises a data set.
@@ -46,6 +47,7 @@ def load_documents(
       sequence_length: the longest document that fits into a row.
       evaluation: read `eval_path` instead of `path`.
       date: of templates that read the clock; None: what `data.date` says.
+      vocab_size: embedding rows of the model; a row with another token is a bad one.
       say: is told how far reading has come, every few seconds.
     """
     paths = config.eval_path if evaluation else config.path
@@ -58,7 +60,7 @@ def load_documents(
         )
     check_tokenizer(tokenizer)
     split = config.eval_split if evaluation else config.split
-    reader = _Reader(config, tokenizer, sequence_length, date, say)
+    reader = _Reader(config, tokenizer, sequence_length, date, vocab_size, say)
     limit = None if evaluation else config.max_rows
     return reader.read(_files(config, paths, split), limit)
 
@@ -84,7 +86,8 @@ def _files(config: DataSection, paths, split: str) -> Iterator[tuple[str, str, I
 class _Reader:
     """Documents as they come, and the report on them."""
 
-    def __init__(self, config, tokenizer, sequence_length: int, date, say):
+    def __init__(self, config, tokenizer, sequence_length: int, date, vocab_size, say):
+        self._vocab_size = vocab_size
         self._config, self._tokenizer, self._length = config, tokenizer, sequence_length
         self._date, self._say, self._said = date, say, time.monotonic()
         self._report, self._documents = Report(max_rows=config.max_rows), []
@@ -182,6 +185,9 @@ class _Reader:
 
     def _keep(self, row: Row, part: PathReport, whole: list[Document]) -> None:
         try:
+            if self._vocab_size is not None:
+                for each in whole:
+                    check_row_tokens(each.tokens, self._tokenizer, self._vocab_size)
             fitted = [piece for each in whole for piece in _fit(each, self._config, self._length)]
             _check_targets(whole, fitted, self._length)
         except BadRow as error:
@@ -190,6 +196,7 @@ class _Reader:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         part.rows_kept += 1
+        self._report.straddled += sum(each.cut_starts for each in whole)
         is_split = len(fitted) > len(whole)
         self._report.split += is_split
         self._report.truncated += not is_split and _size(fitted) < _size(whole)

@@ -1,0 +1,50 @@
+"""The text that new tokens add behind a prompt.
+
+Decoders treat the start of a text in their own ways (a first blank is stripped, `##` stays), and a
+character may end in a later token, so new tokens are decoded behind the last ones of the prompt.
+"""
+
+import os
+from collections.abc import Sequence
+
+from drlora_jax.data.tokenizer_probe import decoded
+
+_SHORTEST_TAIL = 8  # tokens
+_HALF = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+
+
+def decode_after(tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
+    """The text of `new_ids` behind a prompt, special tokens left out; U+FFFD for half characters.
+
+    Args:
+      prompt_ids: of the whole prompt, or its `prompt_tail`, which spares the search for it.
+    """
+    tail = prompt_tail(tokenizer, prompt_ids)
+    before = decoded(tokenizer, tail, skip=True)
+    both = decoded(tokenizer, [*tail, *map(int, new_ids)], skip=True)
+    if both.startswith(before):
+        return both[len(before) :]
+    common = len(os.path.commonprefix([before, both]))
+    # A byte-fallback decoder gives up a whole run of bytes for one half character at its end: the
+    # run's characters of the prompt are half ones now, one for each byte.
+    given_up = _HALF * len(before[common:].encode())
+    return both[common:].removeprefix(given_up)
+
+
+def prompt_tail(tokenizer, prompt_ids: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, enough for `decode_after`.
+
+    They begin with a token that stays in the text, and neither inside a character nor in a run of
+    byte tokens, which decoders read as one.
+    """
+    ids, size = [int(index) for index in prompt_ids], _SHORTEST_TAIL
+    special = set(tokenizer.all_special_ids)
+    while size < len(ids):
+        tail = ids[-size:]
+        first = tokenizer.convert_ids_to_tokens(tail[0])
+        is_byte = isinstance(first, str) and first.startswith("<0x") and len(first) == 6
+        text = decoded(tokenizer, tail, skip=True)
+        if text and not (is_byte or tail[0] in special or text.startswith(_HALF)):
+            return tail
+        size = size + 1 if size < 4 * _SHORTEST_TAIL else 2 * size
+    return ids

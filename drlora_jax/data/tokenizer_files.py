@@ -1,0 +1,203 @@
+"""The tokenizer of a model directory, read as its files mean it; nothing of it is executed.
+
+`tokenizer.json` describes a tokenizer completely. transformers may build another one beside it: the
+class that tokenizer_config.json (or the model type) names can bring a normalizer, a splitter or a
+decoder of its own, in some versions and not in others. So what `AutoTokenizer` gives is compared
+with the file, and where they differ the file is loaded without a class. The file also decides
+whether texts begin with BOS (its post-processor), as in transformers 5, which passes over
+`add_bos_token` and `add_eos_token` of tokenizer_config.json where there is a tokenizer.json.
+Special tokens, chat templates and limits come from tokenizer_config.json and the files beside it,
+in either case.
+"""
+
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable
+
+from drlora_jax.data.packages import load_package
+from drlora_jax.data.tokenizer_probe import first_difference
+from drlora_jax.errors import UserError
+from drlora_jax.files import ABSENT, check_not_pointer, kind_of, read_json
+
+TOKENIZER_FILE = "tokenizer.json"
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# Any one of these is enough for transformers; tokenizer_config.json alone is not.
+_VOCABULARY_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
+)
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEXT_FILES = ("merges.txt", "chat_template.jinja", "chat_template.json")
+# Of the settings that transformers read: what says how the vocabulary is built.
+_OF_THE_BACKEND = ("added_tokens_decoder", "tokenizer_object", "tokenizer_file", "vocab_file")
+_OF_THE_BACKEND += ("vocab", "merges", "merges_file", "post_processor", "backend")
+_RANKED_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the format of tiktoken
+
+
+def load_tokenizer(model_dir: str | pathlib.Path):
+    """Loads the tokenizer of a model directory; its ids and texts are those of tokenizer.json."""
+    transformers = load_package("transformers", "Loading a tokenizer")
+    folder = pathlib.Path(model_dir)
+    _check_files(folder)
+
+    def by_class():
+        return transformers.AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+
+    file = folder / TOKENIZER_FILE
+    if not file.is_file():
+        _check_sentencepiece(folder)
+        loaded, reason = _attempt(by_class)
+        if loaded is not None:
+            _, reason = _attempt(lambda: loaded("Tom has 3 apples."))
+        if reason:
+            raise UserError(f"The tokenizer of {folder} does not load: {reason}")
+        return loaded
+    own = _read_own(file)
+    loaded, reason = _attempt(by_class)
+    if loaded is not None:
+        difference, reason = _attempt(lambda: first_difference(loaded, own))
+        if not (difference or reason):
+            return loaded
+    return _without_class(transformers, folder, own, loaded)
+
+
+def end_token_ids(
+    tokenizer, directory: pathlib.Path, vocab_size: int | None = None
+) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's eos, then what the model's files name.
+
+    generation_config.json and config.json hold a number or a list; ids that the model cannot write
+    (`vocab_size` or more) are left out.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for name in ("generation_config.json", "config.json"):
+        file = pathlib.Path(directory) / name
+        if kind_of(file) == ABSENT:
+            continue
+        values = read_json(file)
+        text_values = values.get("text_config")  # the language model's part of a larger one
+        for part in (values, text_values if isinstance(text_values, dict) else {}):
+            ends += _end_ids(part.get("eos_token_id"), file)
+    limit = float("inf") if vocab_size is None else vocab_size
+    return tuple(dict.fromkeys(each for each in ends if each < limit))
+
+
+def _end_ids(given, file: pathlib.Path) -> list[int]:
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if any(type(each) is not int for each in ids):
+        raise UserError(
+            f"{file}: eos_token_id must be a token id or a list of token ids, got {given!r}; "
+            "correct or remove it."
+        )
+    return [each for each in ids if each >= 0]
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    """Refuses a directory without a tokenizer, and files that are not what their names say."""
+    # Some versions of transformers build an empty tokenizer out of a config alone.
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise UserError(
+            f"{folder} has no tokenizer: none of {', '.join(_VOCABULARY_FILES)}. "
+            "Copy the tokenizer files of the model there."
+        )
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    for file in [folder / name for name in (*_VOCABULARY_FILES, *_TEXT_FILES)] + templates:
+        check_not_pointer(file)
+    for name in _SETTINGS_FILES:
+        if kind_of(folder / name) != ABSENT:
+            read_json(folder / name)
+
+
+def _check_sentencepiece(folder: pathlib.Path) -> None:
+    """Says what a SentencePiece or tiktoken file needs; transformers takes one for the other."""
+    for name in SENTENCEPIECE_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        with open(file, "rb") as stream:
+            is_ranked = _RANKED_LINE.match(stream.readline(512)) is not None
+        package = "tiktoken" if is_ranked else "sentencepiece"
+        if importlib.util.find_spec(package) is None:
+            kind = "a list of ranked tokens" if is_ranked else "a SentencePiece model"
+            convert = (
+                f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
+                f".save_pretrained('{folder}')"
+            )
+            raise UserError(
+                f"{file} is {kind}, and there is no tokenizer.json: pip install {package} protobuf, "
+                f'or convert it once where these are installed: python -c "{convert}"'
+            )
+
+
+def _read_own(file: pathlib.Path):
+    """The `tokenizers.Tokenizer` that the file describes, without truncation and padding."""
+    tokenizers = load_package("tokenizers", "Loading a tokenizer")
+    own, reason = _attempt(lambda: tokenizers.Tokenizer.from_file(str(file)))
+    if reason:
+        raise UserError(f"{file} does not load: {reason}; copy it again.")
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
+def _without_class(transformers, folder: pathlib.Path, own, by_class):
+    """The file's own tokenizer, with the settings that stand beside it.
+
+    Args:
+      by_class: what `AutoTokenizer` made, or None. Special tokens that only its class names are
+        kept where the file has them: GPT-2's tokenizer_config.json names no end of text.
+    """
+    made, reason = _attempt(lambda: _dressed(transformers, folder, own, by_class))
+    difference = None
+    if made is not None:
+        difference, reason = _attempt(lambda: first_difference(made, own))
+    if reason:
+        raise UserError(f"The tokenizer of {folder} does not load: {reason}")
+    if difference:
+        name = type(made if by_class is None else by_class).__name__
+        raise UserError(
+            f"{folder}: the class {name} and tokenizer.json disagree: {difference}. Tokens that "
+            "only tokenizer_config.json or added_tokens.json name? Remove them there, or write "
+            "both files anew with save_pretrained."
+        )
+    return made
+
+
+def _dressed(transformers, folder: pathlib.Path, own, by_class):
+    read = transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    settings = {k: v for k, v in read.init_kwargs.items() if k not in _OF_THE_BACKEND}
+    for name in read.SPECIAL_TOKENS_ATTRIBUTES:
+        token = getattr(read, name, None)
+        if token is None and by_class is not None:
+            token = getattr(by_class, name, None)
+            if token is not None and own.token_to_id(str(token)) is None:
+                token = None  # the class's default, which this vocabulary does not have
+        settings[name] = token
+    settings["chat_template"] = read.chat_template
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=own, **settings)
+    have = made.get_vocab()
+    more = [t for _, t in sorted(read.added_tokens_decoder.items()) if t.content not in have]
+    made.add_tokens(more)
+    return made
+
+
+def _attempt(make: Callable):
+    """(value, "") or (None, reason): tokenizers end in exceptions of all kinds, at the first text
+    too, and a panic of the Rust code is no Exception.
+    """
+    try:
+        return make(), ""
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        first = str(error).strip().partition("\n")[0]
+        return None, f"{type(error).__name__}: {first}"
