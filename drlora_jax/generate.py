@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from drlora_jax import cli
 from drlora_jax.config import DataSection
+from drlora_jax.data.file_readers import read_stream
 from drlora_jax.data.segments import BadRow
-from drlora_jax.data.sources import read_rows, read_stream
+from drlora_jax.data.sources import read_rows
 from drlora_jax.data.templates import AS_IS
 from drlora_jax.data.wording import Prompt, Wording, Writer, named_wording, resolve_wording
 from drlora_jax.errors import EXIT_DONE, UserError
@@ -122,7 +123,11 @@ class Asker:
 
 
 def _rows(path: str) -> list:
-    rows = read_stream(sys.stdin.buffer) if path == STANDARD_INPUT else read_rows(path)
+    rows = (
+        read_stream("standard input", sys.stdin.buffer)
+        if path == STANDARD_INPUT
+        else read_rows(path)
+    )
     return list(rows)
 
 

@@ -84,7 +84,7 @@ class Generator:
         self._row_keys = jax.jit(_row_keys, out_shardings=mesh_lib.rows(self.mesh))
         self._ends = loaded.end_token_ids
         self._directory, self._has_warned = loaded.directory, False
-        self._pad = pad_token(self.tokenizer) or 0
+        self._pad = pad_token(self.tokenizer, loaded.model.config.vocab_size) or 0
 
     def generate(
         self,

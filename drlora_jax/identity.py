@@ -61,7 +61,7 @@ class Resolved(NamedTuple):
     def to_json(self) -> dict:
         """The first path's wording at the top; `paths` only where they differ."""
         values = self.wording.to_json() | {
-            "system": self.system._asdict() if self.system.rows else None,
+            "system": self.system._asdict(),
             "end_token_ids": list(self.end_token_ids),
             "date": self.date,
             "model_revision": self.model_revision,
@@ -84,7 +84,7 @@ class Resolved(NamedTuple):
             paths = values.get("paths") or [{"path": "", **values}]
             return cls(
                 wordings=tuple((each["path"], Wording.from_json(each)) for each in paths),
-                system=SystemMessages(**(values["system"] or {"rows": 0, "of": 0})),
+                system=SystemMessages(**values["system"]),
                 end_token_ids=tuple(values["end_token_ids"]),
                 chat_template=values["chat_template"],
                 model_revision=values["model_revision"],

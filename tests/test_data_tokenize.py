@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from drlora_jax.config import DataSection
 from drlora_jax.data.documents import load_documents
-from drlora_jax.data.templates import Segment
+from drlora_jax.data.segments import Segment
 from drlora_jax.data.tokenize import (
     check_vocabulary,
     encode_document,

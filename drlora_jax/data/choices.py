@@ -8,8 +8,8 @@ choices. PATH is whatever rows are read from. Several tasks may be mixed.
 import difflib
 from collections.abc import Iterator, Sequence
 
+from drlora_jax.data.segments import BadRow, Segment
 from drlora_jax.data.sources import Row, read_rows
-from drlora_jax.data.templates import BadRow, Segment
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.prompts import label_prompt, likelihood_choices
 from drlora_jax.evaluation.questions import DATASETS, read_question

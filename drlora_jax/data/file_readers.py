@@ -85,30 +85,35 @@ def _open(name: str, file: pathlib.Path):
 
 def _read_lines(name: str, file: pathlib.Path) -> Iterator[Row]:
     with _reading(name, file) as stream:
-        # Bytes are split at \n only: str.splitlines would also cut at U+2028 inside a string.
-        # Not enumerate(stream): a line without an end would be read into memory as a whole.
-        lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
-        for number, line in enumerate(lines, start=1):
-            where = f"{name}:{number}"
-            if len(line) > MAX_LINE_BYTES:
+        yield from read_stream(name, stream)
+
+
+def read_stream(name: str, stream: io.BufferedIOBase) -> Iterator[Row]:
+    """The rows of JSON lines that come from anywhere, such as standard input."""
+    # Bytes are split at \n only: str.splitlines would also cut at U+2028 inside a string.
+    # Not enumerate(stream): a line without an end would be read into memory as a whole.
+    lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
+    for number, line in enumerate(lines, start=1):
+        where = f"{name}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(
+                f"{where}: a row of more than {MAX_LINE_BYTES >> 20} MiB; split the document "
+                "into several rows."
+            )
+        text = _decode(line, name, first_line=number)
+        if text.strip() in ("{", "["):
+            raise UserError(
+                f"{where}: only {text.strip()!r}, so the file is one JSON value over several "
+                "lines; write one object a line, or a list of objects [ ] in a .json file."
+            )
+        if text.strip():
+            fields = _parse(text, name, first_line=number)
+            if number == 1 and isinstance(fields, list):
                 raise UserError(
-                    f"{where}: a row of more than {MAX_LINE_BYTES >> 20} MiB; split the document "
-                    "into several rows."
+                    f"{where}: a list, where each line must be an object; call the file .json "
+                    "if it is one list of objects."
                 )
-            text = _decode(line, name, first_line=number)
-            if text.strip() in ("{", "["):
-                raise UserError(
-                    f"{where}: only {text.strip()!r}, so the file is one JSON value over several "
-                    "lines; write one object a line, or a list of objects [ ] in a .json file."
-                )
-            if text.strip():
-                fields = _parse(text, name, first_line=number)
-                if number == 1 and isinstance(fields, list):
-                    raise UserError(
-                        f"{where}: a list, where each line must be an object; call the file .json "
-                        "if it is one list of objects."
-                    )
-                yield _row(where, fields)
+            yield _row(where, fields)
 
 
 def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:

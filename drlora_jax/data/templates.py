@@ -13,9 +13,9 @@ any number of turns.
 import difflib
 from typing import NamedTuple
 
-from drlora_jax.data import answers, chat_template, layouts
+from drlora_jax.data import answers, chat_template
 from drlora_jax.data.chat_template import reads_clock
-from drlora_jax.data.layouts import DEFAULT_NAMES, Conversation, FieldNames
+from drlora_jax.data.layouts import Conversation, FieldNames
 from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, guard
 from drlora_jax.errors import UserError
 
@@ -235,32 +235,3 @@ def _turn(template: str, role: str, tokenizer) -> tuple[str, str]:
         return f"<|im_start|>{role}\n", "<|im_end|>"
     # Every answer ends with the end-of-text token, or the model would not learn to stop early.
     return f"<|{role}|>\n", (tokenizer.eos_token or "") if role == "assistant" else ""
-
-
-# ------------------------------------------- the former functions, for callers that still use them
-
-
-def detect_format(fields: dict, names: FieldNames) -> str:
-    """See `layouts.detect_format`."""
-    return layouts.detect_format(fields, names)[0]
-
-
-def render(
-    fields: dict, *, row_format: str, template: str, tokenizer, names: FieldNames = DEFAULT_NAMES
-) -> list[Segment]:
-    """See `write`; for rows that become one document."""
-    if row_format == "text":
-        return [Segment(layouts.read_text(fields, names).text, True)]
-    conversation = layouts.read_row(fields, row_format, names)
-    documents = write(conversation, Style(template, "keep"), tokenizer)
-    if len(documents) > 1:
-        raise UserError("the tokenizer's chat template rewrites earlier turns; use chatml or tulu.")
-    return documents[0].segments
-
-
-def render_prompt(prompt: str, *, template: str, tokenizer, extra: str = "") -> str:
-    """See `write_prompt`; for one question."""
-    message = {"role": "user", "content": prompt}
-    conversation = Conversation((message,), (False,), extra=extra)
-    segments = write_prompt(conversation, Style(template, "keep"), tokenizer)
-    return "".join(segment.text for segment in segments)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from drlora_jax.data.backends import Encoded, encode_texts
+from drlora_jax.data.borders import cut_at_borders
 from drlora_jax.data.decoding import decode_after, prompt_tail
 from drlora_jax.data.segments import BadRow, Segment, Written
 from drlora_jax.data.tokenizer_files import end_token_ids, load_tokenizer
@@ -127,7 +128,10 @@ def encode_documents(
     documents = []
     for at in range(0, len(written), _AT_ONCE):
         batch = [_as_written(each) for each in written[at : at + _AT_ONCE]]
-        found = encode_texts([each.segments for each in batch], tokenizer)
+        texts = [each.segments for each in batch]
+        found = encode_texts(texts, tokenizer)
+        if loss_on == "response":
+            found = cut_at_borders(found, texts, tokenizer)
         documents += [
             _document(*pair, tokenizer, start, loss_on) for pair in zip(batch, found, strict=True)
         ]

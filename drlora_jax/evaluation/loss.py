@@ -20,7 +20,7 @@ from drlora_jax.context import warn_beyond
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import stack_rows
 from drlora_jax.data.packing import pack
-from drlora_jax.data.templates import Segment
+from drlora_jax.data.segments import Segment
 from drlora_jax.data.tokenize import Document, encode_document, pad_token
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.records import Sample
@@ -83,10 +83,11 @@ def answer_items(
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     targets = [_targets(documents, part) for part in parts]
     size = -(-max(targets) // CHUNK) * CHUNK  # one for all batches: one program
+    pad_id = pad_token(loaded.tokenizer, loaded.model.config.vocab_size) or 0
     score, totals = jit_score(loaded), np.zeros(len(documents))
     for part, count in zip(parts, targets, strict=True):
         filled = part + [np.array([], np.int64)] * (batch_size - len(part))
-        batch = stack_rows(documents, filled, length, pad_token(loaded.tokenizer) or 0)
+        batch = stack_rows(documents, filled, length, pad_id)
         at_N = np.zeros(size, np.int32)
         at_N[:count] = np.flatnonzero(batch.target_mask_BT)
         placed = hosts.place(batch, mesh_lib.rows(loaded.mesh))

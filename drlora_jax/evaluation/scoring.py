@@ -58,7 +58,7 @@ class Scorer:
         documents = [_document(index, pair, self.max_length) for index, pair in enumerate(pairs)]
         self._warn(documents)
         results: list[LogLikelihood | None] = [None] * len(pairs)
-        pad_id = pad_token(self._loaded.tokenizer) or 0
+        pad_id = pad_token(self._loaded.tokenizer, self._loaded.model.config.vocab_size) or 0
         for batch, rows in _batches(documents, self._batch_size, pad_id):
             log_p_N, is_top_N = self._run(batch)
             start = 0

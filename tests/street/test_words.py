@@ -1,0 +1,445 @@
+"""What a model is asked with later is what training put before the answer, to the token.
+
+Training rows of every layout, on tokenizers and chat templates that we did not make, are read,
+their resolution is stored as JSON and read again in another folder, after the rows are gone; then
+`generate` and the protocols of `evaluate` ask. What a chat template writes is compared with
+transformers' own `apply_chat_template`.
+"""
+
+import argparse
+import ast
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from drlora_jax import generate
+from drlora_jax.config import DataSection
+from drlora_jax.data.documents import load_documents
+from drlora_jax.data.sources import Row
+from drlora_jax.data.tokenize import load_tokenizer
+from drlora_jax.data.wording import Writer
+from drlora_jax.errors import UserError
+from drlora_jax.evaluation import jobs
+from drlora_jax.evaluation.records import Settings
+from drlora_jax.evaluation.tasks import TASKS, Work
+from drlora_jax.identity import Resolved, as_trained, resolve
+from drlora_jax.words import Words
+from street import made
+from street.chat_templates import KINDS
+
+PACKAGE = pathlib.Path(generate.__file__).parent
+QUESTION, ANSWER = "Tom has 3 apples and buys  4.\nHow many?", "He has 7.\n#### 7"
+DATE = "2025-03-09"
+LENGTH = 2048
+
+
+def chat_row(system=None):
+    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
+
+
+LAYOUTS = {
+    "chat": chat_row(),
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+    },
+    "trl": {
+        "prompt": [{"role": "user", "content": QUESTION}],
+        "completion": [{"role": "assistant", "content": ANSWER}],
+    },
+    "pair": {"prompt": QUESTION, "response": ANSWER},
+    "completion": {"prompt": QUESTION, "completion": ANSWER},
+    "alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
+    "alpaca with input": {"instruction": QUESTION, "input": "Tom is 5.", "output": ANSWER},
+}
+TEMPLATES = {
+    "chat": ("tokenizer", "chatml", "tulu"),
+    "sharegpt": ("tokenizer",),
+    "trl": ("tokenizer",),
+    "pair": ("plain", "question_answer", "alpaca", "tokenizer", "tulu"),
+    "completion": ("auto",),
+    "alpaca": ("auto", "tokenizer"),
+    "alpaca with input": ("auto", "chatml"),
+}
+PAIRS = [(layout, template) for layout, names in TEMPLATES.items() for template in names]
+
+
+class Run:
+    """A run's rows as training read them, and what it stored; the base lies in `base`."""
+
+    def __init__(self, folder, kind, chat_template, rows, **settings):
+        self.base = made.directory(folder, kind, chat_template)
+        self.rows = rows
+        file = folder / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        section = DataSection(path=(str(file),), date=DATE, **settings)
+        tokenizer = load_tokenizer(self.base)
+        self.documents, self.report = load_documents(section, tokenizer, LENGTH)
+        size = len(tokenizer)
+        found = resolve(self.report, tokenizer, self.base, vocab_size=size, revision=None, base="f")
+        self.stored = json.dumps(found.to_json())
+        file.unlink()
+
+    def words(self, base=None) -> Words:
+        """As `generate` finds them, in another process as far as values go."""
+        base = base or self.base
+        resolved = Resolved.from_json(json.loads(self.stored))
+        tokenizer, notes = as_trained(load_tokenizer(base), resolved, base, "runs/it")
+        ends = resolved.end_token_ids
+        # The source of a run is only asked where nothing is stored.
+        return Words(tokenizer, base, ends, object(), resolved, tuple(notes))
+
+    def prefix(self, number=0) -> list[int]:
+        """What stands before the first learned token of a document."""
+        tokens, is_target, *_ = self.documents[number]
+        return tokens[: int(np.argmax(is_target))].tolist()
+
+    def was_asked(self, ids) -> bool:
+        """Whether a prompt has the ids of training. Where the answer's first letters share a token
+        with the prompt's last ones, which the report counts, that token is left out on both sides.
+        """
+        prefix = self.prefix()
+        if not self.report.straddled:
+            return ids == prefix
+        return ids[: len(prefix) - 1] == prefix[:-1] and len(ids) >= len(prefix)
+
+
+def arguments(**given):
+    names = ("prompt", "input", "system", "messages", "row_format", "stop")
+    values = dict.fromkeys(names) | {"template": "auto", "run": "runs/it"} | given
+    return argparse.Namespace(**values)
+
+
+def asked(words, rows, tmp_path, **given):
+    """What `generate --messages` asks with."""
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asker = generate.Asker(words, arguments(messages=str(file), **given))
+    return [prompt for prompt, _ in asker.asked()]
+
+
+def without_answer(row):
+    row = {name: value for name, value in row.items() if name not in ("response", "output")}
+    row.pop("completion", None)
+    for name in ("messages", "conversations"):
+        if name in row:
+            row[name] = row[name][:-1]
+    return row
+
+
+def own_prompt(tokenizer, messages, **options):
+    """transformers' own rendering, as token ids."""
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **options
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def ask_tasks(words):
+    """Prompt ids of the written protocols and of multiple choice in chat form."""
+    rows = {
+        "gsm8k": {"question": QUESTION, "answer": ANSWER},
+        "arc_easy:instruct": {"instruction": QUESTION, "input": "", "answer": "answer1"},
+    }
+    texts = jobs.make_texts(Settings(), None, words)
+    found = {}
+    for name in rows:
+        row = rows[name]
+        if name == "arc_easy:instruct":
+            row = row | {"instruction": f"{QUESTION}\n\nAnswer format: answer1/answer2"}
+        [item] = TASKS[name].items(Work("f", [Row("f:1", row)], [], Settings(), texts))
+        found[name] = (row.get("instruction", QUESTION), item.ids)
+    choice = {"question": "Which?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+    row = Row("f:1", choice | {"answerKey": "A"})
+    [item] = TASKS["arc_easy"].items(Work("f", [row], [], Settings(chat=True), texts))
+    found["arc_easy --chat"] = ("Question: Which?\nAnswer:", item.pairs[0][0])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama2", "metaspace_first", "wordpiece"])
+@pytest.mark.parametrize(("layout", "template"), PAIRS)
+def test_every_layout_is_asked_as_it_was_trained(kind, layout, template, tmp_path):
+    row = LAYOUTS[layout]
+    run = Run(tmp_path, kind, KINDS["zephyr"].template, [row], template=template)
+    words = run.words()
+    for given in (row, without_answer(row)):  # an answer that is there already is left out
+        [prompt] = asked(words, [given], tmp_path)
+        assert run.was_asked(prompt.ids)
+    if not row.get("input"):
+        asker = generate.Asker(words, arguments())
+        assert run.was_asked(asker.question(QUESTION).ids)
+    elif "instruction" in row:
+        asker = generate.Asker(words, arguments(input=row["input"]))
+        assert run.was_asked(asker.question(QUESTION).ids)
+
+
+@pytest.mark.parametrize("template", sorted(KINDS))
+def test_every_chat_template_is_asked_as_transformers_asks(template, tmp_path):
+    """Training, generate and transformers' generation prompt agree, thinking templates too."""
+    chat = KINDS[template]
+    run = Run(tmp_path, "gpt_neox", chat.template, [chat_row()], template="tokenizer")
+    words = run.words()
+    tokenizer = words.tokenizer
+    clock = {"chat_template": dated(chat.template)} if "strftime_now" in str(chat.template) else {}
+    own = own_prompt(tokenizer, [{"role": "user", "content": QUESTION}], **clock)
+    start = [tokenizer.bos_token_id] if run.prefix()[0] == tokenizer.bos_token_id else []
+    assert run.prefix() in (own, start + own)
+    [prompt] = asked(words, [chat_row()], tmp_path)
+    assert prompt.ids == run.prefix()
+    for question, ids in ask_tasks(words).values():
+        assert ids == generate.Asker(words, arguments()).question(question).ids
+
+
+def dated(template):
+    """The template with the run's date written into it."""
+    return template.replace('strftime_now("%d %b %Y")', '"09 Mar 2025"')
+
+
+@pytest.mark.parametrize("layout", ["pair", "alpaca", "chat"])
+def test_protocols_ask_as_a_run_was_trained(layout, tmp_path):
+    """For each protocol, a training row with the same question has that prefix."""
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS[layout]])
+    words = run.words()
+    for question, ids in ask_tasks(words).values():
+        text = json.dumps(LAYOUTS[layout]).replace(json.dumps(QUESTION)[1:-1], "@")
+        row = json.loads(text.replace("@", json.dumps(question)[1:-1]))
+        again = Run(tmp_path / str(len(ids)), "smollm2", KINDS["qwen2"].template, [row])
+        assert ids == again.prefix()
+
+
+def test_the_harness_asks_as_a_run_was_trained(tmp_path):
+    harness_model = pytest.importorskip("drlora_jax.evaluation.harness_model")
+    run = Run(tmp_path, "qwen3", KINDS["qwen3 thinking"].template, [chat_row("Be short.")])
+    words = run.words()
+    writer = Writer(words.wording(), words.tokenizer)
+    model = harness_model.JaxLM(words, max_length=64, writer=writer)
+    turns = chat_row("Be short.")["messages"][:-1]
+    assert model.tok_encode(model.apply_chat_template(turns)) == run.prefix()
+
+
+def test_earlier_turns_and_tools_are_part_of_the_prompt(tmp_path):
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
+        "type": "object", "properties": {"a": {"type": "number"}}}}}  # fmt: skip
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}
+    messages = [
+        {"role": "system", "content": "Use tools."},
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    row = {"messages": messages, "tools": [tool]}
+    run = Run(tmp_path, "qwen3", KINDS["qwen3"].template, [row], template="tokenizer")
+    words = run.words()
+    [prompt] = asked(words, [row], tmp_path)
+    tokenizer = words.tokenizer
+    assert prompt.ids == own_prompt(tokenizer, messages[:-1], tools=[tool])
+    tokens, is_target, *_ = run.documents[-1]
+    starts = np.flatnonzero(is_target & ~np.roll(is_target, 1))
+    assert prompt.ids == tokens[: starts[-1]].tolist()
+
+
+def test_text_rows_are_asked_as_they_are(tmp_path):
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [{"text": f"{QUESTION} {ANSWER}"}])
+    words = run.words()
+    found = generate.Asker(words, arguments()).question(QUESTION)
+    assert found.ids == words.tokenizer(QUESTION, add_special_tokens=False).input_ids
+    assert words.tokenizer.decode(run.documents[0].tokens).startswith(QUESTION)
+    with pytest.raises(UserError, match="taken as it is"):
+        generate.Asker(words, arguments(system="Be short.")).question(QUESTION)
+
+
+# ------------------------------------------------------------------------------ files of two kinds
+
+
+def test_every_file_has_its_own_format(tmp_path):
+    """A chat file behind an Alpaca file is read as chat; rows are asked as their file was."""
+    base = made.directory(tmp_path, "smollm2", KINDS["qwen2"].template)
+    rows = {"a.jsonl": LAYOUTS["alpaca"], "b.jsonl": chat_row(), "c.jsonl": LAYOUTS["pair"]}
+    for name, row in rows.items():
+        (tmp_path / name).write_text((json.dumps(row) + "\n") * 3)
+    tokenizer = load_tokenizer(base)
+    paths = tuple(str(tmp_path / name) for name in rows)
+    documents, report = load_documents(DataSection(path=paths), tokenizer, LENGTH)
+    assert len(documents) == 9
+    assert [w.format for w in report.wordings.values()] == ["alpaca", "chat", "prompt_response"]
+    lines = "\n".join(report.lines())
+    for path in paths:
+        assert f"{path}: format" in lines and "3 rows read, 3 kept" in lines
+    found = resolve(report, tokenizer, base, vocab_size=9999, revision=None, base="f")
+    again = Resolved.from_json(json.loads(json.dumps(found.to_json())))
+    assert again == found
+    for number, row in enumerate(rows.values()):
+        writer = Writer(again.wording_of(without_answer(row)), tokenizer)
+        tokens, is_target, *_ = documents[3 * number]
+        expected = tokens[: int(np.argmax(is_target))].tolist()
+        assert writer.row_prompt(without_answer(row)).ids == expected
+
+
+def test_a_file_of_which_nothing_is_left_stops_the_run(tmp_path):
+    base = made.directory(tmp_path, "smollm2")
+    (tmp_path / "a.jsonl").write_text(json.dumps(LAYOUTS["pair"]) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x", "response": ""}) + "\n")
+    paths = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    tokenizer = load_tokenizer(base)
+    with pytest.raises(UserError, match=r"b\.jsonl: no row is left of 1"):
+        load_documents(DataSection(path=paths, bad_rows="skip"), tokenizer, LENGTH)
+    _, report = load_documents(DataSection(path=paths, max_rows=1), tokenizer, LENGTH)
+    assert f"not read: {paths[1]} (data.max_rows=1 was reached)" in report.lines()
+
+
+# ------------------------------------------------------------------------------------ what is said
+
+
+def test_what_is_not_read_is_named(tmp_path):
+    row = LAYOUTS["pair"] | {"history": [["a", "b"]], "id": 7, "empty": "", "none": None}
+    base = made.directory(tmp_path, "smollm2")
+    file = tmp_path / "rows.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 2)
+    section = DataSection(path=(str(file),))
+    _, report = load_documents(section, load_tokenizer(base), LENGTH)
+    assert "fields that are not read: history (2 rows), id (2 rows)" in report.lines()
+    section = DataSection(path=(str(file),), unread="stop")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*history, id .*unread=stop"):
+        load_documents(section, load_tokenizer(base), LENGTH)
+
+
+def test_system_messages_are_counted_and_missed(tmp_path):
+    rows = [chat_row("You are a pirate."), chat_row("You are a pirate.")]
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, rows)
+    assert any("system message in 2 of 2 rows" in line for line in run.report.lines())
+    words = run.words()
+    [note] = generate.Asker(words, arguments()).notes()
+    assert "2 of 2 training rows" in note and "You are a pirate." in note and "--system" in note
+    asker = generate.Asker(words, arguments(system="You are a pirate."))
+    assert asker.notes() == []
+    assert asker.question(QUESTION).ids == run.prefix()
+
+
+def test_another_template_is_said(tmp_path):
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS["pair"]])
+    asker = generate.Asker(run.words(), arguments(template="tokenizer"))
+    [note] = asker.notes()
+    assert "tokenizer" in note and "trained with plain" in note
+    tokenizer = run.words().tokenizer
+    own = own_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
+    assert asker.question(QUESTION).ids == own
+    plain = generate.Asker(run.words(), arguments(template="none"))
+    assert plain.question(QUESTION).text == QUESTION
+
+
+# -------------------------------------------------------------------------------- control tokens
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "qwen3", "llama2", "metaspace_first"])
+def test_control_tokens_come_from_the_template_only(kind, tmp_path):
+    """A literal in the user's text has the ids of ordinary text; `keep` takes it as it is."""
+    end = json.loads((made.directory(tmp_path, kind) / "tokenizer_config.json").read_text())
+    end = end["eos_token"]
+    row = {"prompt": f"What is {end}?", "response": f"It ends a text: {end}"}
+    run = Run(tmp_path, kind, None, [row])
+    tokenizer = run.words().tokenizer
+    tokens, is_target, *_ = run.documents[0]
+    assert np.flatnonzero(tokens == tokenizer.eos_token_id).tolist() == [len(tokens) - 1]
+    assert is_target[-1]
+    assert any("1 rows have control tokens" in line for line in run.report.lines())
+    assert generate.Asker(run.words(), arguments()).question(row["prompt"]).ids == run.prefix()
+    kept = Run(tmp_path / "kept", kind, None, [row], special_tokens="keep")
+    count = int((kept.documents[0].tokens == tokenizer.eos_token_id).sum())
+    assert count == 2  # the response's own is the end
+
+
+# ------------------------------------------------------------------------------ changed tokenizers
+
+
+def edited(base, tmp_path, name, change):
+    folder = shutil.copytree(base, tmp_path / "edited", dirs_exist_ok=True)
+    values = json.loads((folder / name).read_text())
+    change(values)
+    (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+def test_changed_ids_are_refused(tmp_path):
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
+
+    def swap(values):
+        vocabulary = values["model"]["vocab"]
+        a, b = list(vocabulary)[300:302]
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+
+    with pytest.raises(UserError, match="its vocabulary has changed"):
+        run.words(edited(run.base, tmp_path, "tokenizer.json", swap))
+    shutil.rmtree(tmp_path / "edited")
+    lower = {"type": "Lowercase"}
+    change = edited(run.base, tmp_path, "tokenizer.json", lambda v: v.update(normalizer=lower))
+    with pytest.raises(UserError, match="way to cut texts has changed"):
+        run.words(change)
+
+
+def test_a_changed_template_is_said_and_the_stored_one_used(tmp_path):
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
+    other = edited(
+        run.base,
+        tmp_path,
+        "tokenizer_config.json",
+        lambda values: values.update(chat_template=KINDS["zephyr"].template),
+    )
+    words = run.words(other)
+    assert any("chat template" in note and "own is used" in note for note in words.notes)
+    [prompt] = asked(words, [chat_row()], tmp_path)
+    assert prompt.ids == run.prefix()
+
+
+def test_changed_ends_are_said_and_the_stored_ones_used(tmp_path):
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
+    other = edited(
+        run.base,
+        tmp_path,
+        "tokenizer_config.json",
+        lambda values: values.update(eos_token="<|im_end|>"),
+    )
+    words = run.words(other)
+    assert any("end tokens" in note for note in words.notes)
+    assert words.end_token_ids == run.words().end_token_ids
+    assert words.tokenizer.eos_token_id == run.words().tokenizer.eos_token_id
+
+
+def test_files_that_are_laid_out_otherwise_are_the_same_tokenizer(tmp_path):
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
+    other = edited(
+        run.base,
+        tmp_path,
+        "tokenizer.json",
+        lambda values: values.update(dict(reversed(list(values.items())))),
+    )
+    assert run.words(other).notes == ()
+
+
+# ----------------------------------------------------------------------------------- one function
+
+
+def test_prompts_are_written_in_one_place():
+    """Who calls what: chat templates are rendered in one function, prompts written by one class."""
+    callers: dict[str, set[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "id", getattr(node.func, "attr", None))
+                callers.setdefault(name, set()).add(file.relative_to(PACKAGE).as_posix())
+    assert callers["write_prompt"] == {"data/wording.py"}
+    assert callers["write"] & {"data/wording.py", "generate.py", "evaluate.py"} == {
+        "data/wording.py"
+    }
+    # Of a tokenizer; the harness calls the method of its model by the same name.
+    assert callers["apply_chat_template"] == {"data/chat_template.py"}
+    # Chats of the harness come from the writer; plain prompts of protocols are texts.
+    assert callers["encode_prompt"] == {
+        "data/wording.py",
+        "evaluation/harness_model.py",
+        "evaluation/jobs.py",
+        "evaluation/multiple_choice.py",
+    }
