@@ -10,7 +10,6 @@ import random
 
 import numpy as np
 import pytest
-from street.made import CODE, CONTROLS, KINDS, directory
 from tokenizers import Tokenizer
 
 from drlora_jax.data.segments import GUARD, Segment, Written, guard
@@ -23,6 +22,7 @@ from drlora_jax.data.tokenize import (
     load_tokenizer,
     prompt_tail,
 )
+from street.made import CODE, CONTROLS, KINDS, directory
 
 CLASSES = (
     "GPT2Tokenizer",
@@ -33,7 +33,22 @@ CLASSES = (
     None,
 )
 MODEL_TYPES = ("olmoe", "llama", "mixtral")
-WORDS = ("Tom", " has", "  ", "\n", "\n    ", " 31", "é", "日本", " ﬁ", ".", " don", "'t", "😀", CODE)
+WORDS = (
+    "Tom",
+    " has",
+    "  ",
+    "\n",
+    "\n    ",
+    " 31",
+    "é",
+    "日本",
+    " ﬁ",
+    ".",
+    " don",
+    "'t",
+    "😀",
+    CODE,
+)
 TEXTS = (
     "Tom has 3 apples and 1234 pears",
     "  two  blanks\n\n\tand CAPITALS",
