@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from drlora_jax.config import DataSection
 from drlora_jax.data.documents import load_documents
-from drlora_jax.data.segments import Segment
+from drlora_jax.data.segments import GUARD, BadRow, Segment, Written, guard
 from drlora_jax.data.tokenize import (
+    check_row_tokens,
     check_vocabulary,
     encode_document,
+    encode_documents,
     encode_prompt,
-    load_tokenizer,
+    pad_token,
 )
 from drlora_jax.errors import UserError
 
@@ -76,7 +78,9 @@ def test_responses_byte_by_byte(segments):
         if len(set(own)) == 2:
             assert not document.is_target[i]
     assert start == len(owners)
-    assert document.is_target[-1] == (len(document.tokens) > 1)
+    # The end is learned where an answer ends, not behind a turn that is not.
+    answered = not segments or segments[-1].is_response
+    assert document.is_target[-1] == (len(document.tokens) > 1 and answered)
 
 
 def _is_cut(segments, start: int, end: int) -> bool:
@@ -142,23 +146,121 @@ def test_without_offsets_segments_are_tokenised_apart(monkeypatch):
     np.testing.assert_array_equal(apart.is_target, whole.is_target)
 
 
-def test_load_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="has no tokenizer: none of tokenizer.json"):
-        load_tokenizer(tmp_path)
-    TOKENIZER.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded("the answer é").input_ids == TOKENIZER("the answer é").input_ids
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="The tokenizer of .* does not load"):
-        load_tokenizer(tmp_path)
+def test_what_a_template_has_ended_gets_no_second_end():
+    segments = [Segment("the", False), Segment(" answer</s>", True), Segment("\n", False)]
+    ended = encode_document(Written(segments, True), TOKENIZER, "response")
+    assert ended.tokens.tolist() == TOKENIZER("the answer</s>\n").input_ids
+    assert ended.is_target.tolist()[-2:] == [True, False]
+    open_one = encode_document(Written(segments, False), TOKENIZER, "response")
+    assert open_one.tokens.tolist() == [*ended.tokens, EOS] and not open_one.is_target[-1]
 
 
-def test_vocabulary_counts_added_tokens():
+def test_a_users_end_of_text_is_neither_the_end_nor_a_start():
+    for text in ("With </s>", "<s></s>"):
+        segments = [Segment(guard(text, TOKENIZER), True)]
+        ids = encode_document(segments, TOKENIZER, "response").tokens.tolist()
+        assert ids.count(EOS) == 1 and ids[-1] == EOS and BOS not in ids
+        assert TOKENIZER.decode(ids[:-1]) == text
+    with_bos = make_tokenizer(adds_bos=True)
+    assert encode_prompt([Segment(guard("<s>a", with_bos), False)], with_bos).count(BOS) == 1
+
+
+def test_spans_are_not_trimmed():
+    """A byte-level post-processor takes the blank off a token's span; the token holds it."""
+    trimming = make_tokenizer()
+    trimming.backend_tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    segments = [Segment("Answer: ", False), Segment("the number is four.", True)]
+    for loss_on in ("response", "all"):
+        trimmed = encode_document(segments, trimming, loss_on)
+        plain = encode_document(segments, TOKENIZER, loss_on)
+        np.testing.assert_array_equal(trimmed.tokens, plain.tokens)
+        np.testing.assert_array_equal(trimmed.is_target, plain.is_target)
+        assert trimmed.cut_starts == plain.cut_starts == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=st.lists(SEGMENTS, max_size=4))
+def test_learned_starts_that_lie_in_a_token(documents):
+    for segments, document in zip(
+        documents, encode_documents(documents, TOKENIZER, "response"), strict=True
+    ):
+        text = "".join(segment.text for segment in segments)
+        tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text).input_ids)
+        ends = set(np.cumsum([len(token) for token in tokens]).tolist())
+        cut, start, answered = 0, 0, True
+        for segment in segments:
+            cut += segment.is_response and not answered and 0 < start and start not in ends
+            start, answered = start + len(segment.text.encode()), segment.is_response
+        # A start behind the last token, or inside a character's bytes, cannot be.
+        assert document.cut_starts == cut
+
+
+def test_many_documents_are_in_order(monkeypatch):
+    monkeypatch.setattr("drlora_jax.data.tokenize._AT_ONCE", 3)
+    texts = [f"the number {i}" for i in range(10)]
+    written = [Written([Segment(text, True)], False) for text in texts]
+    written[4] = Written([Segment(f"the num{GUARD}ber 4", True)], False)
+    found = encode_documents(written, TOKENIZER, "all")
+    for document, text in zip(found, texts, strict=True):
+        assert document.tokens.tolist() == [*TOKENIZER(text).input_ids, EOS]
+    assert encode_documents([], TOKENIZER, "all") == []
+
+
+def test_without_spans_guarded_tokens_are_split_too(monkeypatch):
+    tokenizer = make_tokenizer()
+    segments = [Segment("<s>the", False), Segment(guard(" is </s> four", tokenizer), True)]
+    whole = encode_document([*segments, Segment("</s>", True)], tokenizer, "response")
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    apart = encode_document([*segments, Segment("</s>", True)], tokenizer, "response")
+    assert whole.tokens.tolist().count(EOS) == apart.tokens.tolist().count(EOS) == 1
+    assert tokenizer.decode(apart.tokens) == tokenizer.decode(whole.tokens)
+
+
+def test_tokens_added_after_the_first_text_count():
+    tokenizer = make_tokenizer()
+    before = encode_prompt("the<new>", tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    after = encode_prompt("the<new>", tokenizer)
+    assert after == tokenizer("the<new>").input_ids != before
+
+
+def test_a_word_without_an_embedding_is_refused():
     tokenizer = make_tokenizer()
     size = len(tokenizer)
-    check_vocabulary(tokenizer, size)
+    assert check_vocabulary(tokenizer, size) is None
     tokenizer.add_tokens(["<extra>"])
-    with pytest.raises(UserError, match=f"largest token id is {size}, but the model has {size} "):
+    with pytest.raises(
+        UserError, match=rf"{size} embedding rows, none for the token <extra> \({size}"
+    ):
+        check_vocabulary(tokenizer, size)
+
+
+def test_control_tokens_without_an_embedding():
+    """Padding that no row holds is no reason to stop; a row that holds one is."""
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<a>"], special_tokens=True)
+    said = check_vocabulary(tokenizer, size)
+    assert said == (
+        f"no embedding row for the tokens [PAD] ({size}), <a> ({size + 1}) of the tokenizer; "
+        "rows are padded with </s>"
+    )
+    assert pad_token(tokenizer) == size and pad_token(tokenizer, size) == EOS
+    assert pad_token(tokenizer, size + 1) == size
+    good = encode_document([Segment("the answer", True)], tokenizer, "all")
+    check_row_tokens(good.tokens, tokenizer, size)
+    bad = encode_document([Segment("the <a> answer", True)], tokenizer, "all")
+    with pytest.raises(BadRow, match=rf"the text has the token <a> \({size + 1}\)") as caught:
+        check_row_tokens(bad.tokens, tokenizer, size)
+    assert caught.value.reason == "token without an embedding"
+
+
+def test_an_end_without_an_embedding_is_refused():
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    with pytest.raises(UserError, match=rf"none for the token <\|end\|> \({size}\)"):
         check_vocabulary(tokenizer, size)
 
 

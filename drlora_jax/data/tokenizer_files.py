@@ -133,7 +133,7 @@ def _check_sentencepiece(folder: pathlib.Path) -> None:
                 f".save_pretrained('{folder}')"
             )
             raise UserError(
-                f"{file} is {kind}, and there is no tokenizer.json: pip install {package} protobuf, "
+                f"{file} is {kind} without a tokenizer.json: pip install {package} protobuf, "
                 f'or convert it once where these are installed: python -c "{convert}"'
             )
 

@@ -6,6 +6,8 @@ of it. Ids of these texts are part of what runs store (`tokenizer_identity`): a 
 every stored run look as if it had another tokenizer.
 """
 
+import os
+
 TEXTS = (
     "",
     "a",
@@ -63,7 +65,7 @@ def first_difference(tokenizer, own) -> str | None:
         got = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         for text, ids, wanted in zip(texts, got, expected, strict=True):
             if list(ids) != wanted:
-                return f"{shown(text)} becomes {shown(list(ids))}, by the file {shown(wanted)}"
+                return f"{shown(text)} {_where(list(ids), wanted)}"
     for ids in [*expected, *spans]:
         for skip in (False, True):
             text = decoded(tokenizer, ids, skip=skip)
@@ -81,5 +83,11 @@ def shown(value) -> str:
     """A text or ids, cut for a message of one line."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}..."
-    more = ", ..." if len(value) > 12 else ""
-    return f"[{', '.join(map(str, value[:12]))}{more}]"
+    more = ", ..." if len(value) > 6 else ""
+    return f"[{', '.join(map(str, value[:6]))}{more}]"
+
+
+def _where(ids: list[int], wanted: list[int]) -> str:
+    at = len(os.path.commonprefix([ids, wanted]))
+    start = f" from its token {at + 1} on" if at else ""
+    return f"becomes {shown(ids[at:])}{start}, by the file {shown(wanted[at:])}"

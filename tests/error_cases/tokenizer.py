@@ -3,14 +3,17 @@
 import json
 import os
 import pathlib
+import sys
+from unittest import mock
 
 from error_cases.case import HACKED, Case
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
-def _case(what: str, message: str, make) -> Case:
-    return Case("tokenizer", what, message, make=make, varies="(?<=does not load: ).*")
+def _case(what: str, message: str, make, **more) -> Case:
+    varies = r"(?<=does not load: ).*(?=; copy)|(?<=is not JSON: ).*(?=; is it)"
+    return Case("tokenizer", what, message, make=make, varies=varies, **more)
 
 
 def _file(name: str, content: str | bytes):
@@ -43,15 +46,30 @@ def _pipe(folder: pathlib.Path) -> None:
     os.mkfifo(folder / "model" / "tokenizer.json")
 
 
+def _sentencepiece(folder: pathlib.Path) -> None:
+    """The start of a SentencePiece model in the place of tokenizer.json."""
+    (folder / "model" / "tokenizer.json").unlink()
+    (folder / "model" / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+
+
+def _ranked(folder: pathlib.Path) -> None:
+    (folder / "model" / "tokenizer.json").unlink()
+    (folder / "model" / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+
+
+def _without(package: str):
+    return lambda: mock.patch.dict(sys.modules, {package: None})
+
+
 def _added_token(folder: pathlib.Path) -> None:
-    """A token behind the end of the embedding, as after an extension that the model did not get."""
+    """A word behind the end of the embedding, as after an extension that the model did not get."""
     file = folder / "model" / "tokenizer.json"
     values = json.loads(file.read_text())
     values["added_tokens"].append(
         {
             "id": 4096,
             "content": "<new>",
-            "special": True,
+            "special": False,
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
@@ -72,17 +90,62 @@ def _chat(what: str, message: str, template: str) -> Case:
 
 
 ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch HACKED') }}".replace("HACKED", HACKED)
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 CASES = (
     _case("no tokenizer", "has no tokenizer: none of tokenizer.json", _absent),
-    _case("a tokenizer.json that is cut off", "does not load", _file("tokenizer.json", "{")),
-    _case("a tokenizer.json that is a list", "does not load", _file("tokenizer.json", "[]")),
-    _case("a tokenizer.json that is not UTF-8", "does not load", _file("tokenizer.json", b"\xff")),
+    _case(
+        "a tokenizer.json that is cut off",
+        "tokenizer.json does not load: .*; copy it again",
+        _file("tokenizer.json", "{"),
+    ),
+    _case(
+        "a tokenizer.json that is a list",
+        "tokenizer.json does not load",
+        _file("tokenizer.json", "[]"),
+    ),
+    _case(
+        "a tokenizer.json that is not UTF-8",
+        "tokenizer.json does not load",
+        _file("tokenizer.json", b"\xff"),
+    ),
+    _case(
+        "a tokenizer.json that git-lfs has not fetched",
+        "tokenizer.json is a git-lfs pointer, not the file itself: run `git lfs pull`",
+        _file("tokenizer.json", POINTER),
+    ),
+    _case(
+        "a chat template that git-lfs has not fetched",
+        "chat_template.jinja is a git-lfs pointer",
+        _file("chat_template.jinja", POINTER),
+    ),
+    _case(
+        "a SentencePiece model without sentencepiece",
+        r"tokenizer.model is a SentencePiece model without .* pip install sentencepiece .*"
+        r"or convert it once .*from_pretrained\('model'\)",
+        _sentencepiece,
+        around=_without("sentencepiece"),
+    ),
+    _case(
+        "a list of ranked tokens without tiktoken",
+        "tokenizer.model is a list of ranked tokens without .* pip install tiktoken",
+        _ranked,
+        around=_without("tiktoken"),
+    ),
     _case("a named pipe as tokenizer.json", "has no tokenizer", _pipe),
-    _case("settings that are no JSON", "does not load", _file("tokenizer_config.json", "{oops")),
+    _case(
+        "settings that are no JSON",
+        "tokenizer_config.json is not JSON",
+        _file("tokenizer_config.json", "{oops"),
+    ),
+    _case(
+        "a token that only added_tokens.json has",
+        "tokenizer.json disagree: .*'Tom.* Remove them there",
+        _file("added_tokens.json", '{"Tom": 4095, "pears": 4096}'),
+    ),
     _case("no end-of-text token", "has no eos token", _settings(eos_token=...)),
     _case(
-        "a token behind the embedding",
-        "largest token id is 4096, but the model has 4096",
+        "a word behind the embedding",
+        r"4096 embedding rows, none for the token <new> \(4096\)",
         _added_token,
     ),
     _chat("a syntax error", "chat template refuses", "{% if %}"),
