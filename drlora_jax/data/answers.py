@@ -13,9 +13,7 @@ from typing import NamedTuple
 from drlora_jax.data.chat_template import (
     SENTINEL,
     Chat,
-    closing_of,
-    opens_block,
-    first_words,
+    opening,
     render_chat,
     turn_end,
 )
@@ -219,20 +217,29 @@ def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str,
         raise BadRow("unwritten", message)
     head, _, tail = shown.rpartition(SENTINEL)
     content = message.get("content", "")
-    gap = first_words(chat.tokenizer, chat.date)
-    if head.endswith(gap) and not opens_block(chat.tokenizer, chat.date):
-        head = head[: len(head) - len(gap)]
-        text = full[len(head) :] if full.startswith(head) else gap + content + tail
-        return text, content
-    closing = closing_of(chat, before, prompt, shown)
-    reasoning = message.get("reasoning_content", "").strip("\n")
-    if closing.strip() and closing.strip() in content and not reasoning:
-        content = _without_opening(content, closing.strip())
-        return content + tail, content
+    mark, words = opening(chat.tokenizer, chat.date)
+    if not mark or not prompt.endswith(mark):
+        head = head.removesuffix(words)
+        return _behind(full, head, words + content + tail, place, message), content
     bare = {key: held for key, held in message.items() if key not in _REASONING}
+    has_block = bool(words.strip()) and words.strip() in content and len(bare) == len(message)
+    if has_block:  # templates may drop it, or write it in their own way: it is kept as it is
+        bare["content"] = SENTINEL
     text = render_chat(chat, [*before, bare], answering=False)
-    text = text[len(head) :] if text.startswith(head) else content + tail
-    return reasoning + closing + text, content
+    text = _behind(text, head, bare.get("content", "") + tail, place, message)
+    if has_block:
+        content = _without_opening(content, words.strip())
+        return text.replace(SENTINEL, content, 1), content
+    return message.get("reasoning_content", "").strip("\n") + words + text, content
+
+
+def _behind(text: str, head: str, otherwise: str, place: int, message: dict) -> str:
+    """A rendering behind its head; the content with the usual end if it has another head."""
+    if text.startswith(head):
+        return text[len(head) :]
+    if "tool_calls" in message:
+        raise _unwritten("tool_calls that can be found", place)
+    return otherwise
 
 
 def _without_opening(content: str, closing: str) -> str:
@@ -246,11 +253,10 @@ def _end(chat: Chat, body: str, content: str) -> tuple[int, bool]:
     """Where an answer ends, and whether a control token ends it: blanks behind are not learned."""
     at = body.find(content)
     token = turn_end(chat.tokenizer, chat.date).token
-    stop = (
-        _token_end(chat, body, token, at + len(content), len(body)) if token and at >= 0 else None
-    )
-    if stop is not None:
-        return stop, True
+    if token and at >= 0:
+        stop = _token_end(chat, body, token, at + len(content), len(body))
+        if stop is not None:
+            return stop, True
     controls = list(control_pattern(chat.tokenizer).finditer(body))
     if controls and not body[controls[-1].end() :].strip():
         return controls[-1].end(), True
@@ -294,9 +300,9 @@ def check_context(chat: Chat, learned: list[int], text: str) -> None:
             continue
         at = max(text.find(content, cursor), text.find(content) if content else 0)
         cursor = max(at, cursor)
-        is_sure = at >= 0 and (role == "user" or role in seen or len(content) >= _TELLING)
+        is_telling = role == "user" or role in seen or len(content) >= _TELLING
         seen.add(role)
-        if is_sure or _escaped(content) in text:
+        if is_telling and (at >= 0 or _escaped(content) in text):
             continue
         following = [each for each in learned if each > place] or [len(chat.messages)]
         if not _is_asked(chat, place, following[0]):
@@ -327,7 +333,7 @@ def _check_history(chat: Chat, place: int, seen: set) -> None:
         seen.add(part)
         is_thought = part == "reasoning_content"
         # Earlier reasoning is left out on purpose where the prompt opens the next one.
-        if is_thought and first_words(chat.tokenizer, chat.date).strip():
+        if is_thought and opening(chat.tokenizer, chat.date).words.strip():
             continue
         if not _is_written(chat, place, *(_REASONING if is_thought else (part,))):
             raise _unwritten(part, place)
