@@ -17,7 +17,7 @@ from drlora_jax.data.chat_template import (
     render_chat,
     turn_end,
 )
-from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern
+from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, unguard
 
 _FEW = 4  # answers that are each rendered exactly, without a search
 _TELLING = 12  # characters: shorter texts may be found in a rendering by chance
@@ -215,31 +215,33 @@ def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str,
     if SENTINEL not in shown:
         message = f"the tokenizer's chat template writes nothing of message {place + 1}"
         raise BadRow("unwritten", message)
-    head, _, tail = shown.rpartition(SENTINEL)
+    head = shown.rpartition(SENTINEL)[0]
     content = message.get("content", "")
     mark, words = opening(chat.tokenizer, chat.date)
-    if not mark or not prompt.endswith(mark):
-        head = head.removesuffix(words)
-        return _behind(full, head, words + content + tail, place, message), content
+    if not words.strip() or not mark or not prompt.endswith(mark):
+        head = head.removesuffix(words) if not mark else head
+        return _behind(full, head, prompt, place), content
     bare = {key: held for key, held in message.items() if key not in _REASONING}
-    has_block = bool(words.strip()) and words.strip() in content and len(bare) == len(message)
+    has_block = words.strip() in content and len(bare) == len(message)
     if has_block:  # templates may drop it, or write it in their own way: it is kept as it is
         bare["content"] = SENTINEL
-    text = render_chat(chat, [*before, bare], answering=False)
-    text = _behind(text, head, bare.get("content", "") + tail, place, message)
+    text = _behind(render_chat(chat, [*before, bare], answering=False), head, prompt, place)
     if has_block:
         content = _without_opening(content, words.strip())
         return text.replace(SENTINEL, content, 1), content
     return message.get("reasoning_content", "").strip("\n") + words + text, content
 
 
-def _behind(text: str, head: str, otherwise: str, place: int, message: dict) -> str:
-    """A rendering behind its head; the content with the usual end if it has another head."""
-    if text.startswith(head):
-        return text[len(head) :]
-    if "tool_calls" in message:
-        raise _unwritten("tool_calls that can be found", place)
-    return otherwise
+def _behind(text: str, head: str, prompt: str, place: int) -> str:
+    """A rendering behind the head that it has for other answers."""
+    if not text.startswith(head):
+        raise BadRow(
+            "not behind the generation prompt",
+            f"the tokenizer's chat template does not write message {place + 1} behind its own "
+            f"generation prompt, which ends in {unguard(prompt)[-24:]!r}; remove the message's "
+            "reasoning, or set data.template=chatml or tulu",
+        )
+    return text[len(head) :]
 
 
 def _without_opening(content: str, closing: str) -> str:

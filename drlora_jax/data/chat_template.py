@@ -120,23 +120,28 @@ def reads_clock(tokenizer) -> bool:
 
 
 def render_chat(chat: Chat, messages: list[dict], *, answering: bool) -> str:
-    """Renders messages of a chat; `answering`: with the generation prompt behind them."""
+    """Renders messages of a chat; `answering`: with the generation prompt behind them.
+
+    Arguments of tool calls are given as objects, as transformers asks for, or as JSON text where
+    the template concatenates them; a call without content gets an empty one where that is needed.
+    """
     objects = [_with_arguments(message, as_text=False) for message in messages]
     arguments = [found for message in objects for found in _arguments_of(message)]
-    try:
-        text = _apply(chat, objects, answering)
-        # Python's way to write an object: the template writes arguments as they come.
-        if not any(each and str(each) in text for each in arguments):
-            return text
-    except BadRow:
-        if not arguments:
-            raise
+    if not arguments:
+        return _apply(chat, objects, answering)
+    texts = [_with_arguments(message, as_text=True) for message in messages]
+    ways = [objects, texts, *([{"content": ""} | m for m in way] for way in (objects, texts))]
+    refusal = None
+    for way in ways:
         try:
-            return _apply(chat, [_with_arguments(m, as_text=True) for m in messages], answering)
-        except BadRow:
-            pass
-        raise
-    return _apply(chat, [_with_arguments(m, as_text=True) for m in messages], answering)
+            text = _apply(chat, way, answering)
+        except BadRow as error:
+            refusal = refusal or error
+            continue
+        # Python's way to write an object: the template writes arguments as they come.
+        if way is texts or not any(each and str(each) in text for each in arguments):
+            return text
+    raise refusal or BadRow("tool call", "the chat template writes no JSON for tool calls")
 
 
 def _arguments_of(message: dict) -> list:
