@@ -278,8 +278,8 @@ def _check_answer(chat: Chat, place: int, text: str) -> None:
     if not all(name in text for name in names) and not _is_written(chat, place, "tool_calls"):
         raise _unwritten("tool_calls", place)
     content = message.get("content", "")
-    if names and content.strip() not in text and not _is_written(chat, place, "content"):
-        raise _unwritten("content beside tool_calls", place)
+    if content.strip() not in text and not _is_written(chat, place, "content"):
+        raise _unwritten("content beside tool_calls" if names else "content", place)
     block = re.match(r"\s*<(\w*think\w*)>(.*?)</\1>", content, re.S)
     if block and block[2].strip() not in text:
         raise _unwritten(f"<{block[1]}> block of the content", place)
@@ -312,10 +312,10 @@ def check_context(chat: Chat, learned: list[int], text: str) -> None:
 
 
 def _is_asked(chat: Chat, place: int, count: int) -> bool:
-    """Whether the prompt of the first messages is another one without one's content."""
+    """Whether the prompt of the first messages depends on the content of one."""
     messages = chat.messages[:count]
     text = render_chat(chat, messages, answering=True)
-    messages[place] = messages[place] | {"content": ""}
+    messages[place] = messages[place] | {"content": SENTINEL}
     try:
         return text != render_chat(chat, messages, answering=True)
     except BadRow:
@@ -356,9 +356,10 @@ def _check_tools(chat: Chat, learned: list[int]) -> None:
 
 
 def _is_written(chat: Chat, place: int, *keys: str) -> bool:
-    """Whether a rendering up to a turn is another one without some of the turn's keys."""
+    """Whether a rendering up to a turn depends on some of the turn's keys."""
     before, message = chat.messages[:place], chat.messages[place]
-    bare = {"content": ""} | {key: held for key, held in message.items() if key not in keys}
+    spoken = SENTINEL if "content" in keys else ""
+    bare = {"content": spoken} | {key: held for key, held in message.items() if key not in keys}
     answering = message["role"] != "assistant"
     text = render_chat(chat, [*before, message], answering=answering)
     try:

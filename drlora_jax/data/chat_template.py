@@ -55,7 +55,7 @@ class Opening(NamedTuple):
 def open_chat(conversation, tokenizer, *, special_tokens: str, date: str | None) -> Chat:
     """Prepares a conversation: guards the user's text and gives reasoning all of its names."""
     is_guarded = special_tokens == "split"
-    marks = _reasoning_marks(tokenizer) if is_guarded else ()
+    marks = _reasoning_marks(tokenizer, date) if is_guarded else ()
     messages = []
     for message in conversation.messages:
         if is_guarded:
@@ -87,20 +87,6 @@ def _guarded_content(message: dict, tokenizer, marks: tuple[str, ...]) -> dict:
     pieces = re.split(f"({'|'.join(map(re.escape, marks))})", message["content"])
     kept = (piece if piece in marks else guard(piece, tokenizer) for piece in pieces)
     return {"content": "".join(kept)}
-
-
-def _reasoning_marks(tokenizer) -> tuple[str, ...]:
-    """Control tokens such as <think> and </think>, if the template's text has one of the two."""
-    text = "".join(template_texts(tokenizer))
-    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(
-        token
-        for token in tokens
-        if _REASONING_MARK.fullmatch(token)
-        and any(
-            each in text for each in (token, token.replace("/", "", 1), f"{token[0]}/{token[1:]}")
-        )
-    )
 
 
 def template_texts(tokenizer) -> list[str]:
@@ -236,6 +222,18 @@ def _once(function):
         return found[key]
 
     return remembered
+
+
+@_once
+def _reasoning_marks(tokenizer, date) -> tuple[str, ...]:
+    """Control tokens such as <think> and </think>, if the template's text has one of the two."""
+    text = "".join(template_texts(tokenizer))
+    tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(
+        token
+        for token in filter(_REASONING_MARK.fullmatch, tokens)
+        if any(each in text for each in (token, token.replace("/", ""), f"{token[0]}/{token[1:]}"))
+    )
 
 
 class _Probe(NamedTuple):

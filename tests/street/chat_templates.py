@@ -180,6 +180,10 @@ QWEN3 = """{%- if tools %}
 {%- endif %}
 """
 QWEN3_THINKING = QWEN3.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+# The generation prompt has closed the block already, as where thinking is switched off.
+QWEN3_CLOSED = QWEN3.replace(
+    "assistant\\n' }}\n{%- endif", "assistant\\n<think>\\n\\n</think>\\n\\n' }}\n{%- endif"
+)
 DEEPSEEK_R1 = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
     "{% endif %}{% set ns = namespace(system_prompt='') %}{%- for message in messages %}"
@@ -214,6 +218,29 @@ SYSTEM_LAST = (
     "{% for m in messages if m.role == 'system' %}<|system|>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# gpt-oss: reasoning has a channel and a turn of its own, and the last answer another end.
+CHANNELS = (
+    "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
+    "{% if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and (loop.last or m.tool_calls) %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}"
+    "<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>"
+    "{{ call.arguments | tojson }}<|call|>{% else %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}"
+    "{% elif m.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>"
+    "{{ m.content | tojson }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# Content must be a list of parts, as for models that also see.
+PARTS_ONLY = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 # No control token ends an answer, and the marker is ordinary text.
 PLAIN_TEXT = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n[end]\n\n{% endfor %}"
@@ -232,6 +259,7 @@ NAMED = {
 REFUSING = "{{ raise_exception('no chat with this model') }}"
 
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_CHANNELS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>")
 _R1 = ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
 KINDS = {
     "qwen2": Kind(QWEN2, "<|im_end|>", _IM),
@@ -243,6 +271,8 @@ KINDS = {
     "qwen3 thinking": Kind(
         QWEN3_THINKING, "<|im_end|>", _IM, has_tools=True, has_reasoning=True, is_stable=False
     ),
+    "qwen3 closed": Kind(QWEN3_CLOSED, "<|im_end|>", _IM, has_tools=True, is_stable=False),
+    "channels": Kind(CHANNELS, "<|return|>", _CHANNELS, has_tools=True, is_stable=False),
     "deepseek r1": Kind(
         DEEPSEEK_R1, "<｜end▁of▁sentence｜>", _R1, has_reasoning=True, is_stable=False
     ),

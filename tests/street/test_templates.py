@@ -23,7 +23,7 @@ from drlora_jax.data.templates import (
     write_prompt,
 )
 from drlora_jax.errors import UserError
-from street.chat_templates import KINDS, LLAMA3_2, QWEN2, QWEN3, REFUSING
+from street.chat_templates import KINDS, LLAMA3_2, PARTS_ONLY, QWEN2, QWEN3, REFUSING
 
 MODEL = "drlora_jax/bundled/tiny_moe"
 DATE = "2025-03-04"
@@ -249,6 +249,44 @@ def test_reasoning(name, tokenizers):
     (bare,) = write(read_row({"messages": plain}, "chat"), STYLE, tokenizer)
     assert opens_thinking(STYLE, tokenizer).endswith("\n</think>\n\n")
     assert bare.segments[-1].text == opens_thinking(STYLE, tokenizer) + f"It is 2.{kind.end}"
+
+
+def test_reasoning_in_a_channel_of_its_own(tokenizers):
+    tokenizer = tokenizers["channels"]
+    result = {"role": "tool", "content": '"21" degrees\n'}
+    calling = {"role": "assistant", "reasoning": "Look it up.", "tool_calls": [CALL]}
+    messages = [user("Weather?"), calling, result, answer("21.", reasoning="I know.")]
+    row = {"messages": messages, "tools": TOOLS}
+    found = before_answers(write(read_row(row, "chat"), STYLE, tokenizer))
+    texts = list(found.values())
+    for place, text in zip((1, 3), texts, strict=True):
+        prompt = rendered(tokenizer, messages[:place], answering=True, tools=TOOLS)
+        assert found[prompt] == text
+    head = "<|channel|>analysis<|message|>"
+    assert texts[0].startswith(f"{head}Look it up.<|end|>") and texts[0].endswith("<|call|>")
+    assert (
+        texts[1]
+        == f"{head}I know.<|end|><|start|>assistant<|channel|>final<|message|>21.<|return|>"
+    )
+
+
+def test_a_generation_prompt_that_has_closed_the_block(tokenizers):
+    tokenizer = tokenizers["qwen3 closed"]
+    assert opens_thinking(STYLE, tokenizer) == ""
+    for more in ({"reasoning": THOUGHT}, {"content": f"<think>\n{THOUGHT}\n</think>\n\nIt is 2."}):
+        row = {"messages": [user("1 + 1?"), answer("It is 2.") | more]}
+        with pytest.raises(BadRow, match="not write message 2 behind its own generation prompt"):
+            write(read_row(row, "chat"), STYLE, tokenizer)
+
+
+def test_content_that_is_not_written_is_refused(load):
+    tokenizer = load(PARTS_ONLY)
+    row = {"messages": turns(1)}
+    with pytest.raises(BadRow, match=r"writes no content \(message 2\)"):
+        write(read_row(row, "chat"), STYLE, tokenizer)
+    asked = Conversation((user("What is it?"),), (False,))
+    with pytest.raises(BadRow, match=r"writes no user message \(message 1\)"):
+        write_prompt(asked, STYLE, tokenizer)
 
 
 def test_a_block_without_line_breaks_and_one_without_its_beginning(tokenizers):
