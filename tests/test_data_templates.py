@@ -1,27 +1,29 @@
-"""Rendering of rows: exact texts, borders of responses, and what is refused."""
+"""Our templates, and the choice of one: exact texts, borders of responses, and what is refused."""
+
+import random
 
 import pytest
 import tokenizers
 import transformers
 
+from drlora_jax.data.layouts import Conversation, read_row
+from drlora_jax.data.segments import GUARD, BadRow, plain_text
 from drlora_jax.data.templates import (
-    BadRow,
-    FieldNames,
+    CHAT_TEMPLATES,
+    PROMPT_TEMPLATES,
+    Style,
     choose_template,
-    detect_format,
-    render,
-    render_prompt,
+    opens_thinking,
+    turn_end,
+    unwritten,
+    write,
+    write_prompt,
 )
 from drlora_jax.errors import UserError
 
 OWN = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-FORGETFUL = (  # drops earlier answers, as templates for reasoning models do with earlier thoughts
-    "{% for m in messages %}[{{ m.role }}]"
-    "{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 CHAT = [
@@ -54,30 +56,8 @@ def _marked(segments) -> str:
 
 def _render(fields, row_format, template, **options) -> str:
     tokenizer = make_tokenizer(**options)
-    segments = render(fields, row_format=row_format, template=template, tokenizer=tokenizer)
-    return _marked(segments)
-
-
-@pytest.mark.parametrize(
-    ("fields", "row_format"),
-    [
-        (PAIR, "prompt_response"),
-        ({"instruction": "a", "output": "b"}, "alpaca"),
-        ({"messages": CHAT}, "chat"),
-        ({"text": "a"}, "text"),
-    ],
-)
-def test_format_is_found(fields, row_format):
-    assert detect_format(fields, FieldNames()) == row_format
-
-
-def test_format_is_found_by_own_names():
-    names = FieldNames(prompt="question", response="answer")
-    assert detect_format({"question": "a", "answer": "b"}, names) == "prompt_response"
-    with pytest.raises(
-        UserError, match="cannot tell the format .* fields question, answer; it looks"
-    ):
-        detect_format({"question": "a", "answer": "b"}, FieldNames())
+    (document,) = write(read_row(fields, row_format), Style(template), tokenizer)
+    return _marked(document.segments)
 
 
 def test_prompt_templates():
@@ -92,7 +72,6 @@ def test_prompt_templates():
         text = _render({"instruction": "I", "output": "R"} | missing, "alpaca", "alpaca")
         assert text.startswith(ALPACA_PREAMBLE + ". Write")
         assert text.endswith("\n\n### Instruction:\nI\n\n### Response:\n{R}")
-    assert _render({"text": "abc"}, "text", "as is") == "{abc}"
 
 
 def test_chat_templates():
@@ -112,23 +91,94 @@ def test_chat_templates():
     assert _render(row, "alpaca", "tulu") == "<|user|>\nI\nX\n<|assistant|>\n{R</s>}"
 
 
-def test_own_template_as_the_tokenizer_renders_it():
-    tokenizer = make_tokenizer(chat_template=OWN)
-    segments = render(
-        {"messages": CHAT}, row_format="chat", template="tokenizer", tokenizer=tokenizer
-    )
-    whole = tokenizer.apply_chat_template(CHAT, tokenize=False)
-    assert "".join(segment.text for segment in segments) + "\n" == whole
+def test_system_texts_of_pairs():
+    """Before the whole prompt, with an empty line between; a turn of its own in chat templates."""
+    row = PAIR | {"system": "S"}
+    assert _render(row, "prompt_response", "plain") == "S\n\nP\n{R}"
+    qa = "S\n\nQuestion: P\nAnswer:{ R}"
+    assert _render(row, "prompt_response", "question_answer") == qa
+    alpaca = {"instruction": "I", "output": "R", "system": "S"}
+    assert _render(alpaca, "alpaca", "alpaca").startswith(f"S\n\n{ALPACA_PREAMBLE}")
+    tulu = "<|system|>\nS\n<|user|>\nI\n<|assistant|>\n{R</s>}"
+    assert _render(alpaca, "alpaca", "tulu") == tulu
 
 
-def test_prompt_is_what_stands_before_the_response():
-    tokenizer = make_tokenizer(chat_template=OWN)
-    for template in ("plain", "question_answer", "alpaca", "chatml", "tulu", "tokenizer"):
-        segments = render(
-            PAIR, row_format="prompt_response", template=template, tokenizer=tokenizer
-        )
-        prompt = render_prompt("P", template=template, tokenizer=tokenizer)
-        assert prompt == segments[0].text and not segments[0].is_response
+def test_earlier_turns_of_alpaca_rows():
+    row = {"instruction": "I", "input": "X", "output": "R", "history": [["a", "b"]]}
+    tulu = "<|user|>\na\n<|assistant|>\n{b</s>}\n<|user|>\nI\nX\n<|assistant|>\n{R</s>}"
+    assert _render(row, "alpaca", "tulu") == tulu
+    for template in PROMPT_TEMPLATES:
+        with pytest.raises(BadRow, match="one prompt and one response, got the turns user, assist"):
+            _render(row, "alpaca", template)
+
+
+def test_turns_in_any_order():
+    turns = ["developer", "user", "user", "assistant", "tool", "assistant", "system", "assistant"]
+    messages = [{"role": role, "content": f"{n}"} for n, role in enumerate(turns)]
+    messages[5]["weight"] = 0
+    text = "<|im_start|>developer\n0<|im_end|>\n<|im_start|>user\n1<|im_end|>\n"
+    text += "<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n{3<|im_end|>}\n"
+    text += "<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n5<|im_end|>\n"
+    text += "<|im_start|>system\n6<|im_end|>\n<|im_start|>assistant\n{7<|im_end|>}"
+    assert _render({"messages": messages}, "chat", "chatml") == text
+
+
+@pytest.mark.parametrize("template", [*PROMPT_TEMPLATES, *CHAT_TEMPLATES])
+@pytest.mark.parametrize("special_tokens", ["split", "keep"])
+def test_prompt_is_what_stands_before_each_answer(template, special_tokens):
+    tokenizer, style = make_tokenizer(chat_template=OWN), Style(template, special_tokens)
+    draw = random.Random(template)
+    texts = ["a", "é ", "\n", "</s>", "<|im_end|>", "Answer:", " x"]
+    for _ in range(40):
+        turns = 1 if template in PROMPT_TEMPLATES else draw.randint(1, 4)
+        roles = ["system"] * draw.randint(0, 1) + ["user", "assistant"] * turns
+        messages = tuple({"role": r, "content": "".join(draw.choices(texts, k=3))} for r in roles)
+        is_learned = tuple(role == "assistant" for role in roles)
+        extra = draw.choice(("", "input </s>")) if turns == 1 else ""
+        (document,) = write(Conversation(messages, is_learned, None, extra), style, tokenizer)
+        answers = [n for n, is_one in enumerate(is_learned) if is_one]
+        borders = [n for n, segment in enumerate(document.segments) if segment.is_response]
+        assert len(answers) == len(borders)
+        for place, border in zip(answers, borders, strict=True):
+            asked = Conversation(messages[:place], is_learned[:place], None, extra)
+            prompt = write_prompt(asked, style, tokenizer)
+            before = "".join(segment.text for segment in document.segments[:border])
+            assert "".join(segment.text for segment in prompt) == before
+            assert not any(segment.is_response for segment in prompt)
+
+
+def test_control_tokens_in_the_text_of_users_are_guarded():
+    row = {"prompt": "P</s>", "response": "R</s>", "system": "<s>S"}
+    tokenizer, conversation = make_tokenizer(), read_row(row, "prompt_response")
+    for template in (*PROMPT_TEMPLATES, "chatml", "tulu"):
+        (split,) = write(conversation, Style(template, "split"), tokenizer)
+        (keep,) = write(conversation, Style(template, "keep"), tokenizer)
+        text = "".join(segment.text for segment in split.segments)
+        assert text.count("</s>") == (template == "tulu") and text.count(GUARD) == 3
+        assert plain_text(split.segments) == "".join(segment.text for segment in keep.segments)
+
+
+def test_ends_of_turns():
+    bare, im = make_tokenizer(), make_tokenizer(additional_special_tokens=["<|im_end|>"])
+    conversation = read_row(PAIR, "prompt_response")
+    for template, tokenizer, end in (
+        ("plain", bare, None),
+        ("alpaca", im, None),
+        ("tulu", bare, "</s>"),
+        ("chatml", bare, None),  # ordinary text there, so that the end of text follows
+        ("chatml", im, "<|im_end|>"),
+    ):
+        assert turn_end(Style(template), tokenizer) == end
+        assert opens_thinking(Style(template), tokenizer) == ""
+        (document,) = write(conversation, Style(template), tokenizer)
+        assert document.is_ended == (end is not None)
+        assert document.segments[-1].text.endswith(end or "")
+
+
+def test_keys_that_our_templates_pass_over_are_named():
+    row = {"messages": [USER | {"name": "Ann"}, {"role": "assistant", "content": "b"}]}
+    conversation = read_row(row, "chat")
+    assert unwritten(conversation, Style("tulu"), make_tokenizer()) == ("messages[].name",)
 
 
 def test_automatic_template():
@@ -155,71 +205,33 @@ def test_templates_refused(template, row_format, message):
         choose_template(template, row_format, make_tokenizer())
 
 
-def test_template_that_rewrites_earlier_turns_is_refused():
-    assert _render(PAIR, "prompt_response", "tokenizer", chat_template=FORGETFUL)
-    with pytest.raises(UserError, match=r"rewrites earlier turns \(message 5\)"):
-        _render({"messages": CHAT}, "chat", "tokenizer", chat_template=FORGETFUL)
+CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
+USER = {"role": "user", "content": "a"}
 
 
-def _roles(*roles) -> dict:
-    return {"messages": [{"role": role, "content": "x"} for role in roles]}
-
-
+@pytest.mark.parametrize("template", ["chatml", "tulu", "plain", "alpaca"])
 @pytest.mark.parametrize(
-    ("row_format", "fields", "reason", "message"),
+    ("more", "tools", "message"),
     [
-        (
-            "prompt_response",
-            {"prompt": "a"},
-            "missing field",
-            "'response' is missing, got .* prompt",
-        ),
-        ("prompt_response", {}, "missing field", "got the fields none"),
-        ("prompt_response", {"prompt": None, "response": "b"}, "null", "'prompt' is null"),
-        ("prompt_response", {"prompt": 3, "response": "b"}, "wrong type", "a string, got int"),
-        (
-            "prompt_response",
-            {"prompt": "a", "response": " \n"},
-            "empty response",
-            "'response' is empty",
-        ),
-        ("prompt_response", {"prompt": "\ud800", "response": "b"}, "invalid text", "surrogate"),
-        ("alpaca", {"instruction": "a", "output": ""}, "empty response", "'output' is empty"),
-        ("alpaca", {"instruction": "a", "input": 1, "output": "b"}, "wrong type", "'input' must"),
-        ("text", {"text": ""}, "empty text", "'text' is empty"),
-        ("chat", {}, "missing field", "'messages' is missing"),
-        ("chat", {"messages": None}, "null", "'messages' is null"),
-        ("chat", {"messages": []}, "empty messages", "empty list"),
-        ("chat", {"messages": "hello"}, "wrong type", "must be a list of messages, got str"),
-        ("chat", {"messages": ["hello"]}, "wrong type", "message 1 must be an object, got str"),
-        ("chat", {"messages": [{"from": "a"}]}, "missing field", "needs a 'role', got .* from"),
-        ("chat", {"messages": [{"role": "user", "content": None}]}, "null", "needs a 'content'"),
-        (
-            "chat",
-            {"messages": [{"role": "user", "content": []}]},
-            "wrong type",
-            "content of message 1",
-        ),
-        ("chat", _roles("user"), "role order", "ending with assistant, got user"),
-        ("chat", _roles("assistant", "user"), "role order", "got assistant, user"),
-        ("chat", _roles("system"), "role order", "got system"),
-        ("chat", _roles("user", "system", "assistant"), "role order", "got user, system"),
-        ("chat", _roles("user", "assistant", "tool"), "role order", "assistant, tool"),
+        ({"tool_calls": [CALL]}, None, "writes no tool_calls; set data.template=tokenizer"),
+        ({"thinking": "hm"}, None, "writes no reasoning_content; set"),
+        ({}, [{"name": "f"}], "writes no tools; set"),
+        ({"tool_calls": [CALL]}, [{"name": "f"}], "writes no tools and no tool_calls; set"),
     ],
 )
-def test_bad_rows(row_format, fields, reason, message):
-    with pytest.raises(BadRow, match=message) as caught:
-        _render(fields, row_format, "tulu")
-    assert caught.value.reason == reason
+def test_what_our_templates_do_not_write_is_refused(template, more, tools, message):
+    answer = {"role": "assistant", "content": "b"} | more
+    conversation = read_row({"messages": [USER, answer], "tools": tools}, "chat")
+    with pytest.raises(BadRow, match=message):
+        write(conversation, Style(template), make_tokenizer())
 
 
-def test_empty_answer_in_a_chat():
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]
-    with pytest.raises(BadRow, match=r"message 2 \(assistant\) is empty"):
+def test_unknown_roles_are_refused():
+    messages = [{"role": "narrator", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(BadRow, match="message 1 has the role 'narrator'; data.template=tulu"):
         _render({"messages": messages}, "chat", "tulu")
 
 
-def test_template_that_refuses_a_row():
-    refusing = "{{ raise_exception('no system role') }}"
-    with pytest.raises(BadRow, match="refuses the messages: no system role"):
-        _render({"messages": CHAT}, "chat", "tokenizer", chat_template=refusing)
+def test_prompts_without_messages_are_refused():
+    with pytest.raises(BadRow, match="no messages"):
+        write_prompt(Conversation((), ()), Style("tulu"), make_tokenizer())

@@ -5,11 +5,15 @@ import random
 import struct
 
 import pytest
+import tokenizers
+import transformers
 from tiny import MIXTRAL, OLMOE, write_tiny_model
 
 from drlora_jax.config import TrainConfig, all_fields, apply_overrides, from_dict, to_dict
+from drlora_jax.data.layouts import read_row, read_text
+from drlora_jax.data.segments import BadRow
 from drlora_jax.data.sources import read_rows
-from drlora_jax.data.templates import BadRow, render
+from drlora_jax.data.templates import Style, write, write_prompt
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import read_config_json, read_headers
 from drlora_jax.interop.hf_read import match_keys
@@ -177,15 +181,47 @@ def test_bytes_of_json_files(tmp_path, seed):
         _is_taken(lambda: list(read_rows(str(tmp_path / "x.json"))))
 
 
+ROW_FIELDS = (
+    *("prompt", "response", "completion", "instruction", "input", "output", "text", "messages"),
+    *("conversations", "system", "history", "tools"),
+)
+TURN_KEYS = (
+    *("role", "content", "from", "value", "weight", "train", "tool_calls", "function_call", "name"),
+    *("reasoning_content", "tool_call_id"),
+)
+DEEP = json.loads("[" * 400 + "]" * 400)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0}, unk_token="</s>"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        eos_token="</s>",
+        chat_template="{{ tools }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{{ m.tool_calls }}{{ m.reasoning_content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
+    )
+
+
+@pytest.mark.parametrize("template", ["chatml", "tokenizer", "alpaca"])
 @pytest.mark.parametrize("row_format", ["prompt_response", "alpaca", "chat", "text"])
-def test_rows_of_odd_values(row_format):
-    names = ("prompt", "response", "instruction", "input", "output", "text", "messages")
-    message = {"role": "user", "content": "a"}
-    answers = [[message, {"role": odd, "content": "b"}] for odd in ODD_VALUES]
-    answers += [[message, {"role": "assistant", "content": odd}] for odd in ODD_VALUES]
-    good = {name: "a" for name in names} | {"messages": [message]}
-    for name in names:
-        for odd in (*ODD_VALUES, *answers, "\ud800", "<|im_end|>", "a" * 10_000):
-            row = good | {name: odd}
-            options = dict(row_format=row_format, template="chatml", tokenizer=None)
-            _is_taken(lambda: render(row, **options))  # noqa: B023
+def test_rows_of_odd_values(row_format, template, tokenizer):
+    def use(row):
+        if row_format == "text":
+            return read_text(row)
+        asked = read_row(row, row_format, needs_answer=False)
+        write_prompt(asked, Style(template), tokenizer)
+        return write(read_row(row, row_format), Style(template), tokenizer)
+
+    user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    good = {name: "a" for name in ROW_FIELDS[:7]} | {"messages": [user, answer]}
+    odd_values = (*ODD_VALUES, DEEP, "\ud800", "\ufdd0", "<|im_end|>", "</s>", "a" * 10_000)
+    odd_values += ('[{"role": 1}]', {"role": ["user"], "content": 3}, [[1, 2]], [{"name": "f"}])
+    rows = [good | {name: odd} for name in ROW_FIELDS for odd in odd_values]
+    if row_format == "chat":
+        odds = [{key: odd} for key in TURN_KEYS for odd in odd_values]
+        rows += [{"messages": [user, answer | odd]} for odd in odds]
+        rows += [{"messages": [user | odd, answer]} for odd in odds]
+    taken = [_is_taken(lambda: use(row)) for row in rows]  # noqa: B023
+    assert any(taken) or (row_format, template) == ("chat", "alpaca")

@@ -13,13 +13,11 @@ from typing import NamedTuple
 from drlora_jax.data.chat_template import (
     SENTINEL,
     Chat,
-    closing_of,
-    first_words,
-    opens_block,
+    opening,
     render_chat,
     turn_end,
 )
-from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern
+from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, unguard
 
 _FEW = 4  # answers that are each rendered exactly, without a search
 _TELLING = 12  # characters: shorter texts may be found in a rendering by chance
@@ -217,22 +215,33 @@ def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str,
     if SENTINEL not in shown:
         message = f"the tokenizer's chat template writes nothing of message {place + 1}"
         raise BadRow("unwritten", message)
-    head, _, tail = shown.rpartition(SENTINEL)
+    head = shown.rpartition(SENTINEL)[0]
     content = message.get("content", "")
-    gap = first_words(chat.tokenizer, chat.date)
-    if head.endswith(gap) and not opens_block(chat.tokenizer, chat.date):
-        head = head[: len(head) - len(gap)]
-        text = full[len(head) :] if full.startswith(head) else gap + content + tail
-        return text, content
-    closing = closing_of(chat, before, prompt, shown)
-    reasoning = message.get("reasoning_content", "").strip("\n")
-    if closing.strip() and closing.strip() in content and not reasoning:
-        content = _without_opening(content, closing.strip())
-        return content + tail, content
+    mark, words = opening(chat.tokenizer, chat.date)
+    if not words.strip() or not mark or not prompt.endswith(mark):
+        head = head.removesuffix(words) if not mark else head
+        return _behind(full, head, prompt, place), content
     bare = {key: held for key, held in message.items() if key not in _REASONING}
-    text = render_chat(chat, [*before, bare], answering=False)
-    text = text[len(head) :] if text.startswith(head) else content + tail
-    return reasoning + closing + text, content
+    has_block = words.strip() in content and len(bare) == len(message)
+    if has_block:  # templates may drop it, or write it in their own way: it is kept as it is
+        bare["content"] = SENTINEL
+    text = _behind(render_chat(chat, [*before, bare], answering=False), head, prompt, place)
+    if has_block:
+        content = _without_opening(content, words.strip())
+        return text.replace(SENTINEL, content, 1), content
+    return message.get("reasoning_content", "").strip("\n") + words + text, content
+
+
+def _behind(text: str, head: str, prompt: str, place: int) -> str:
+    """A rendering behind the head that it has for other answers."""
+    if not text.startswith(head):
+        raise BadRow(
+            "not behind the generation prompt",
+            f"the tokenizer's chat template does not write message {place + 1} behind its own "
+            f"generation prompt, which ends in {unguard(prompt)[-24:]!r}; remove the message's "
+            "reasoning, or set data.template=chatml or tulu",
+        )
+    return text[len(head) :]
 
 
 def _without_opening(content: str, closing: str) -> str:
@@ -246,11 +255,10 @@ def _end(chat: Chat, body: str, content: str) -> tuple[int, bool]:
     """Where an answer ends, and whether a control token ends it: blanks behind are not learned."""
     at = body.find(content)
     token = turn_end(chat.tokenizer, chat.date).token
-    stop = (
-        _token_end(chat, body, token, at + len(content), len(body)) if token and at >= 0 else None
-    )
-    if stop is not None:
-        return stop, True
+    if token and at >= 0:
+        stop = _token_end(chat, body, token, at + len(content), len(body))
+        if stop is not None:
+            return stop, True
     controls = list(control_pattern(chat.tokenizer).finditer(body))
     if controls and not body[controls[-1].end() :].strip():
         return controls[-1].end(), True
@@ -270,8 +278,8 @@ def _check_answer(chat: Chat, place: int, text: str) -> None:
     if not all(name in text for name in names) and not _is_written(chat, place, "tool_calls"):
         raise _unwritten("tool_calls", place)
     content = message.get("content", "")
-    if names and content.strip() not in text and not _is_written(chat, place, "content"):
-        raise _unwritten("content beside tool_calls", place)
+    if content.strip() not in text and not _is_written(chat, place, "content"):
+        raise _unwritten("content beside tool_calls" if names else "content", place)
     block = re.match(r"\s*<(\w*think\w*)>(.*?)</\1>", content, re.S)
     if block and block[2].strip() not in text:
         raise _unwritten(f"<{block[1]}> block of the content", place)
@@ -294,9 +302,9 @@ def check_context(chat: Chat, learned: list[int], text: str) -> None:
             continue
         at = max(text.find(content, cursor), text.find(content) if content else 0)
         cursor = max(at, cursor)
-        is_sure = at >= 0 and (role == "user" or role in seen or len(content) >= _TELLING)
+        is_telling = role == "user" or role in seen or len(content) >= _TELLING
         seen.add(role)
-        if is_sure or _escaped(content) in text:
+        if is_telling and (at >= 0 or _escaped(content) in text):
             continue
         following = [each for each in learned if each > place] or [len(chat.messages)]
         if not _is_asked(chat, place, following[0]):
@@ -304,10 +312,10 @@ def check_context(chat: Chat, learned: list[int], text: str) -> None:
 
 
 def _is_asked(chat: Chat, place: int, count: int) -> bool:
-    """Whether the prompt of the first messages is another one without one's content."""
+    """Whether the prompt of the first messages depends on the content of one."""
     messages = chat.messages[:count]
     text = render_chat(chat, messages, answering=True)
-    messages[place] = messages[place] | {"content": ""}
+    messages[place] = messages[place] | {"content": SENTINEL}
     try:
         return text != render_chat(chat, messages, answering=True)
     except BadRow:
@@ -327,7 +335,7 @@ def _check_history(chat: Chat, place: int, seen: set) -> None:
         seen.add(part)
         is_thought = part == "reasoning_content"
         # Earlier reasoning is left out on purpose where the prompt opens the next one.
-        if is_thought and first_words(chat.tokenizer, chat.date).strip():
+        if is_thought and opening(chat.tokenizer, chat.date).words.strip():
             continue
         if not _is_written(chat, place, *(_REASONING if is_thought else (part,))):
             raise _unwritten(part, place)
@@ -348,9 +356,10 @@ def _check_tools(chat: Chat, learned: list[int]) -> None:
 
 
 def _is_written(chat: Chat, place: int, *keys: str) -> bool:
-    """Whether a rendering up to a turn is another one without some of the turn's keys."""
+    """Whether a rendering up to a turn depends on some of the turn's keys."""
     before, message = chat.messages[:place], chat.messages[place]
-    bare = {"content": ""} | {key: held for key, held in message.items() if key not in keys}
+    spoken = SENTINEL if "content" in keys else ""
+    bare = {"content": spoken} | {key: held for key, held in message.items() if key not in keys}
     answering = message["role"] != "assistant"
     text = render_chat(chat, [*before, message], answering=answering)
     try:

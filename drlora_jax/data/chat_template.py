@@ -45,10 +45,17 @@ class TurnEnd(NamedTuple):
     text: str
 
 
+class Opening(NamedTuple):
+    """Where the generation prompt and an answer meet."""
+
+    mark: str  # what the prompt has opened and no plain answer begins with, such as <think>
+    words: str  # what an answer without reasoning begins with, such as the end of that block
+
+
 def open_chat(conversation, tokenizer, *, special_tokens: str, date: str | None) -> Chat:
     """Prepares a conversation: guards the user's text and gives reasoning all of its names."""
     is_guarded = special_tokens == "split"
-    marks = _reasoning_marks(tokenizer) if is_guarded else ()
+    marks = _reasoning_marks(tokenizer, date) if is_guarded else ()
     messages = []
     for message in conversation.messages:
         if is_guarded:
@@ -82,17 +89,6 @@ def _guarded_content(message: dict, tokenizer, marks: tuple[str, ...]) -> dict:
     return {"content": "".join(kept)}
 
 
-def _reasoning_marks(tokenizer) -> tuple[str, ...]:
-    """Control tokens such as <think> that the template's text has."""
-    text = "".join(template_texts(tokenizer))
-    tokens = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return tuple(
-        token.content
-        for token in tokens
-        if _REASONING_MARK.fullmatch(token.content) and token.content in text
-    )
-
-
 def template_texts(tokenizer) -> list[str]:
     """The chat templates, several where they have names."""
     template = getattr(tokenizer, "chat_template", None)
@@ -110,23 +106,28 @@ def reads_clock(tokenizer) -> bool:
 
 
 def render_chat(chat: Chat, messages: list[dict], *, answering: bool) -> str:
-    """Renders messages of a chat; `answering`: with the generation prompt behind them."""
+    """Renders messages of a chat; `answering`: with the generation prompt behind them.
+
+    Arguments of tool calls are given as objects, as transformers asks for, or as JSON text where
+    the template concatenates them; a call without content gets an empty one where that is needed.
+    """
     objects = [_with_arguments(message, as_text=False) for message in messages]
     arguments = [found for message in objects for found in _arguments_of(message)]
-    try:
-        text = _apply(chat, objects, answering)
-        # Python's way to write an object: the template writes arguments as they come.
-        if not any(each and str(each) in text for each in arguments):
-            return text
-    except BadRow:
-        if not arguments:
-            raise
+    if not arguments:
+        return _apply(chat, objects, answering)
+    texts = [_with_arguments(message, as_text=True) for message in messages]
+    ways = [objects, texts, *([{"content": ""} | m for m in way] for way in (objects, texts))]
+    refusal = None
+    for way in ways:
         try:
-            return _apply(chat, [_with_arguments(m, as_text=True) for m in messages], answering)
-        except BadRow:
-            pass
-        raise
-    return _apply(chat, [_with_arguments(m, as_text=True) for m in messages], answering)
+            text = _apply(chat, way, answering)
+        except BadRow as error:
+            refusal = refusal or error
+            continue
+        # Python's way to write an object: the template writes arguments as they come.
+        if way is texts or not any(each and str(each) in text for each in arguments):
+            return text
+    raise refusal or BadRow("tool call", "the chat template writes no JSON for tool calls")
 
 
 def _arguments_of(message: dict) -> list:
@@ -151,6 +152,7 @@ def _with_arguments(message: dict, *, as_text: bool) -> dict:
 
 def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
     jinja2 = load_package("jinja2", "The tokenizer's chat template")
+    _check_names(chat)
     options = {"chat_template": _dated_template(chat)} if chat.date else {}
     try:
         text = chat.tokenizer.apply_chat_template(
@@ -174,6 +176,16 @@ def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
         ) from error
     # `tojson(ensure_ascii=true)` writes the guard as an escape.
     return text.replace(json.dumps(GUARD)[1:-1], GUARD) if chat.is_guarded else text
+
+
+def _check_names(chat: Chat) -> None:
+    named = chat.tokenizer.chat_template
+    if not isinstance(named, dict) or "default" in named or (chat.tools and "tool_use" in named):
+        return
+    raise UserError(
+        f"the tokenizer's chat templates are {', '.join(named)}, and none of them is named "
+        "default; name one so, or set data.template=chatml or tulu."
+    )
 
 
 def _dated_template(chat: Chat) -> str:
@@ -212,6 +224,18 @@ def _once(function):
     return remembered
 
 
+@_once
+def _reasoning_marks(tokenizer, date) -> tuple[str, ...]:
+    """Control tokens such as <think> and </think>, if the template's text has one of the two."""
+    text = "".join(template_texts(tokenizer))
+    tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(
+        token
+        for token in filter(_REASONING_MARK.fullmatch, tokens)
+        if any(each in text for each in (token, token.replace("/", ""), f"{token[0]}/{token[1:]}"))
+    )
+
+
 class _Probe(NamedTuple):
     """A small conversation as the template writes it, with and without an answer SENTINEL."""
 
@@ -245,33 +269,21 @@ def turn_end(tokenizer, date) -> TurnEnd:
 
 
 @_once
-def first_words(tokenizer, date) -> str:
-    """What an answer without reasoning begins with before its own words, such as </think>."""
+def opening(tokenizer, date) -> Opening:
+    """How the template's generation prompt and its answers fit together."""
     probe = _probe(tokenizer, date)
     if probe is None:
-        return ""
-    if probe.answered.startswith(probe.prompt):
-        return probe.answered[len(probe.prompt) : probe.answered.index(SENTINEL)]
-    return closing_of(probe.chat, probe.chat.messages, probe.prompt, probe.answered)
+        return Opening("", "")
+    prompt, answered = probe.prompt, probe.answered
+    if answered.startswith(prompt):
+        return Opening("", answered[len(prompt) : answered.index(SENTINEL)])
+    same = next(n for n, (a, b) in enumerate(zip(prompt, answered, strict=False)) if a != b)
+    return Opening(prompt[same:], _closing(probe, prompt[same:]))
 
 
-@_once
-def opens_block(tokenizer, date) -> bool:
-    """Whether generation prompts end in what no rendering of a plain answer has."""
-    probe = _probe(tokenizer, date)
-    return probe is not None and not probe.answered.startswith(probe.prompt)
-
-
-def closing_of(chat: Chat, before: list[dict], prompt: str, shown: str) -> str:
-    """Returns what closes the block of reasoning that a generation prompt has opened.
-
-    Args:
-      before: the messages before the answer.
-      prompt: their generation prompt.
-      shown: their rendering with an answer `SENTINEL`, which does not start with the prompt.
-    """
-    same = next((n for n, (a, b) in enumerate(zip(prompt, shown, strict=False)) if a != b), 0)
-    mark = _OPENING_MARK.fullmatch(prompt[min(same, shown.index(SENTINEL)) :])
+def _closing(probe: _Probe, opened: str) -> str:
+    """What closes the block of reasoning that a generation prompt has opened; "" for no such."""
+    mark = _OPENING_MARK.fullmatch(opened)
     reasoning = SENTINEL[::-1]
     answers = [{"content": SENTINEL, "reasoning_content": reasoning, "thinking": reasoning}]
     closing = ""
@@ -279,11 +291,12 @@ def closing_of(chat: Chat, before: list[dict], prompt: str, shown: str) -> str:
         closed = f"</{mark[1]}>" if mark[1] else f"[/{mark[2]}]"
         closing = f"\n{closed}\n\n"
         answers.append({"content": f"{mark[0].strip()}\n{reasoning}{closing}{SENTINEL}"})
-    for answer in answers:
+    for answer in answers:  # the template's own way, if it has one
+        messages = [*probe.chat.messages, {"role": "assistant"} | answer]
         try:
-            text = render_chat(chat, [*before, {"role": "assistant"} | answer], answering=False)
+            text = render_chat(probe.chat, messages, answering=False)
         except BadRow:
             continue
-        if text.startswith(prompt + reasoning) and SENTINEL in text:
-            return text[len(prompt) + len(reasoning) : text.index(SENTINEL)]
+        if text.startswith(probe.prompt + reasoning) and SENTINEL in text:
+            return text[len(probe.prompt) + len(reasoning) : text.index(SENTINEL)]
     return closing

@@ -129,7 +129,7 @@ def opens_thinking(style: Style, tokenizer) -> str:
     """
     if style.template != "tokenizer":
         return ""
-    words = chat_template.first_words(tokenizer, style.date)
+    words = chat_template.opening(tokenizer, style.date).words
     return words if words.strip() else ""
 
 

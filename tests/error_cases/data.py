@@ -9,7 +9,12 @@ import pathlib
 from error_cases.case import HACKED, Case
 
 GOOD = {"prompt": "a", "response": "b"}
+TULU = "data.template=tulu"
+ALPACA = {"instruction": "a", "output": "b"}
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+IMAGE = USER | {"content": [{"type": "image", "image": "a.png"}]}
+THOUGHT = ANSWER | {"reasoning_content": "because"}
+CALL = ANSWER | {"tool_calls": [{"name": "f", "arguments": {}}]}
 
 
 def _path(path: str, message: str, what: str, make=None) -> Case:
@@ -33,9 +38,9 @@ def _row(what: str, message: str, row: dict, *overrides: str, first=GOOD) -> Cas
     return Case("data row", what, message, overrides, make)
 
 
-def _chat(what: str, message: str, messages) -> Case:
+def _chat(what: str, message: str, messages, *overrides: str) -> Case:
     good = {"messages": [USER, ANSWER]}
-    return _row(what, f"rows.jsonl:2: .*{message}", {"messages": messages}, first=good)
+    return _row(what, f"rows.jsonl:2: .*{message}", {"messages": messages}, *overrides, first=good)
 
 
 def _roles(*roles: str) -> list[dict]:
@@ -307,15 +312,47 @@ ROWS = (
         r"message 2 \(assistant\) is empty",
         [USER, ANSWER | {"content": " "}],
     ),
-    _chat("an answer first", "roles must be.* got assistant, user", _roles("assistant", "user")),
-    _chat("no answer", "roles must be.* got user$|got user ", _roles("user")),
-    _chat("two questions", "got user, user, assistant", _roles("user", "user", "assistant")),
     _chat(
-        "a system message in the middle",
-        "got user, system",
-        _roles("user", "system", "user", "assistant"),
+        "a message of other keys",
+        "message 1 needs a 'role', got the fields speaker",
+        [{"speaker": "a"}],
     ),
-    _chat("only a system message", "got system", _roles("system")),
-    _chat("an unknown role", "got human, gpt", _roles("human", "gpt")),
+    _chat("an image", "content of message 1 has a part of type 'image'", [IMAGE, ANSWER]),
+    _chat("an answer first", "message 1 is an answer and nothing", [ANSWER, USER]),
+    _chat("no answer", "no assistant turn is to be learned, got the roles user", _roles("user")),
+    _chat(
+        "no answer that is learned",
+        "no assistant turn is to be learned",
+        [USER, ANSWER | {"weight": 0}],
+    ),
+    _chat("half a weight", "the weight of message 2 is 0.5", [USER, ANSWER | {"weight": 0.5}]),
+    _chat(
+        "an unknown role", "has the role 'narrator'", [USER | {"role": "narrator"}, ANSWER], TULU
+    ),
+    _chat("reasoning", "data.template=tulu writes no reasoning_content", [USER, THOUGHT], TULU),
+    _chat("tool calls", "data.template=tulu writes no tool_calls", [USER, CALL], TULU),
+    _chat(
+        "tool calls whose arguments are no JSON",
+        "the arguments of tool call 1 of message 2 must be a JSON object",
+        [USER, ANSWER | {"tool_calls": [{"name": "f", "arguments": "x=1"}]}],
+    ),
+    _row(
+        "tools",
+        "data.template=plain writes no tools",
+        GOOD | {"tools": [{"name": "f"}]},
+    ),
+    _row("tools that are names", "field 'tools' must be a list of tools", GOOD | {"tools": ["f"]}),
+    _row(
+        "earlier turns of an Alpaca row",
+        "data.template=alpaca writes one prompt and one response",
+        ALPACA | {"history": [["a", "b"]]},
+        first=ALPACA,
+    ),
+    _row(
+        "earlier turns that are no pairs",
+        r"field 'history' must be a list of \[user, assistant\]",
+        ALPACA | {"history": [["a"]]},
+        first=ALPACA,
+    ),
 )
 CASES = (*PATHS, *FILES, *ROWS)

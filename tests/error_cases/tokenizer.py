@@ -79,16 +79,23 @@ def _added_token(folder: pathlib.Path) -> None:
     file.write_text(json.dumps(values))
 
 
-def _chat(what: str, message: str, template: str) -> Case:
+def _chat(what: str, message: str, template, **row) -> Case:
     def make(folder: pathlib.Path) -> None:
         _settings(chat_template=template)(folder)
-        (folder / "rows.jsonl").write_text(CHAT)
+        (folder / "rows.jsonl").write_text(json.dumps(json.loads(CHAT) | row) + "\n")
 
-    varies = "(?<=refuses the messages: ).*?(?=; mend)"
+    varies = "(?<=refuses the messages: ).*?(?=; fix)"
     options = ("data.template=tokenizer",)
     return Case("chat template", what, message, options, make, varies=varies)
 
 
+USER, ANSWER = json.loads(CHAT)["messages"]
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+TURNS += "{% if add_generation_prompt %}assistant: {% endif %}"
+# Its generation prompt has closed the block that an answer with reasoning would fill.
+THOUGHTLESS = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}"
+THOUGHTLESS += "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}\n{% endfor %}"
+THOUGHTLESS += "{% if add_generation_prompt %}assistant: <think></think>{% endif %}"
 ESCAPE = "{{ cycler.__init__.__globals__.os.system('touch HACKED') }}".replace("HACKED", HACKED)
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
 CASES = (
@@ -148,7 +155,7 @@ CASES = (
         r"4096 embedding rows, none for the token <new> \(4096\)",
         _added_token,
     ),
-    _chat("a syntax error", "chat template refuses", "{% if %}"),
+    _chat("a syntax error", "chat template is no valid Jinja", "{% if %}"),
     _chat("an exception", "refuses the messages: no", "{{ raise_exception('no') }}"),
     _chat("a division by zero", "refuses the messages: ZeroDivisionError", "{{ 1 / 0 }}"),
     _chat("a sum of text and number", "refuses the messages: TypeError", "{{ 'a' + 1 }}"),
@@ -159,9 +166,33 @@ CASES = (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     ),
     _chat(
-        "turns that are written anew",
-        "rewrites earlier turns",
-        "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}>{% endif %}",
+        "names, and none of them is default",
+        "chat templates are tool_use, and none of them is named default",
+        [{"name": "tool_use", "template": TURNS}],
+    ),
+    _chat("no tools", "chat template writes no tools", TURNS, tools=[{"name": "search"}]),
+    _chat(
+        "no tool calls",
+        r"chat template writes no tool_calls \(message 2\)",
+        TURNS,
+        messages=[USER, ANSWER | {"tool_calls": [{"name": "search", "arguments": {}}]}],
+    ),
+    _chat(
+        "no reasoning",
+        r"chat template writes no reasoning_content \(message 2\)",
+        TURNS,
+        messages=[USER, ANSWER | {"reasoning": "because"}],
+    ),
+    _chat(
+        "no turns of tools",
+        r"chat template writes no tool message \(message 2\)",
+        "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}",
+        messages=[USER, {"role": "tool", "content": "x"}, ANSWER],
+    ),
+    _chat(
+        "an answer that is not written behind the generation prompt",
+        "does not write message 2 behind its own generation prompt",
+        THOUGHTLESS,
+        messages=[USER, ANSWER | {"reasoning": "because"}],
     ),
 )

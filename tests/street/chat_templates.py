@@ -128,13 +128,15 @@ QWEN3 = """{%- if tools %}
             {%- set reasoning_content = message.reasoning_content %}
         {%- else %}
             {%- if '</think>' in content %}
-                {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+                {%- set before = content.split('</think>')[0].rstrip('\\n') %}
+                {%- set reasoning_content = before.split('<think>')[-1].lstrip('\\n') %}
                 {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
             {%- endif %}
         {%- endif %}
         {%- if loop.index0 > ns.last_query_index %}
             {%- if loop.last or (not loop.last and reasoning_content) %}
-                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+                {{- '<|im_start|>' + message.role + '\\n<think>\\n' }}
+                {{- reasoning_content.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
             {%- else %}
                 {{- '<|im_start|>' + message.role + '\\n' + content }}
             {%- endif %}
@@ -177,10 +179,24 @@ QWEN3 = """{%- if tools %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-QWEN3_THINKING = QWEN3.replace("{{- '<|im_start|>assistant\\n' }}\n", (
-    "{{- '<|im_start|>assistant\\n<think>\\n' }}\n"
-))  # fmt: skip
-DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{% set ns = namespace(system_prompt='') %}{%- for message in messages %}{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}{%- for message in messages %}{%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{%- endif %}{%- if message['role'] == 'assistant' and message['content'] is not none %}{% set content = message['content'] %}{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor -%}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"""
+QWEN3_THINKING = QWEN3.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+# The generation prompt has closed the block already, as where thinking is switched off.
+QWEN3_CLOSED = QWEN3.replace(
+    "assistant\\n' }}\n{%- endif", "assistant\\n<think>\\n\\n</think>\\n\\n' }}\n{%- endif"
+)
+DEEPSEEK_R1 = (
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
+    "{% endif %}{% set ns = namespace(system_prompt='') %}{%- for message in messages %}"
+    "{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}"
+    "{%- endif %}{%- endfor %}{{ bos_token }}{{ ns.system_prompt }}"
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+    "{{ '<｜User｜>' + message['content'] }}{%- endif %}"
+    "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
+    "{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor -%}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)
 ZEPHYR = """{% for message in messages %}
 {% if message['role'] == 'user' %}
 {{ '<|user|>
@@ -202,6 +218,29 @@ SYSTEM_LAST = (
     "{% for m in messages if m.role == 'system' %}<|system|>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# gpt-oss: reasoning has a channel and a turn of its own, and the last answer another end.
+CHANNELS = (
+    "<|start|>system<|message|>Current date: {{ strftime_now('%Y-%m-%d') }}<|end|>"
+    "{% if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and (loop.last or m.tool_calls) %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% if m.tool_calls %}{% set call = m.tool_calls[0].function %}"
+    "<|start|>assistant to=functions.{{ call.name }}<|channel|>commentary json<|message|>"
+    "{{ call.arguments | tojson }}<|call|>{% else %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endif %}"
+    "{% elif m.role == 'tool' %}<|start|>functions to=assistant<|channel|>commentary<|message|>"
+    "{{ m.content | tojson }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+# Content must be a list of parts, as for models that also see.
+PARTS_ONLY = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 # No control token ends an answer, and the marker is ordinary text.
 PLAIN_TEXT = (
     "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n[end]\n\n{% endfor %}"
@@ -220,6 +259,7 @@ NAMED = {
 REFUSING = "{{ raise_exception('no chat with this model') }}"
 
 _HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_CHANNELS = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|return|>")
 _R1 = ("<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>")
 KINDS = {
     "qwen2": Kind(QWEN2, "<|im_end|>", _IM),
@@ -231,6 +271,8 @@ KINDS = {
     "qwen3 thinking": Kind(
         QWEN3_THINKING, "<|im_end|>", _IM, has_tools=True, has_reasoning=True, is_stable=False
     ),
+    "qwen3 closed": Kind(QWEN3_CLOSED, "<|im_end|>", _IM, has_tools=True, is_stable=False),
+    "channels": Kind(CHANNELS, "<|return|>", _CHANNELS, has_tools=True, is_stable=False),
     "deepseek r1": Kind(
         DEEPSEEK_R1, "<｜end▁of▁sentence｜>", _R1, has_reasoning=True, is_stable=False
     ),
