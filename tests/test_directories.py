@@ -62,7 +62,7 @@ AS_MODEL = {
     "gguf": r"a directory of GGUF weights \(model.Q4.gguf\), .* GGUF is not read",
     "pickles": r"pickle files \(pytorch_model.bin\), .* convert them to safetensors",
     "meta": r"weights in Meta's own format \(consolidated.00.pth\)",
-    "empty": "is an empty directory, .* give a model directory",
+    "empty": "is an empty directory, .* give one that has a config.json",
     "owner/name": "is an empty directory, .* remove it to have the hub's model of this name",
     "models": r"a folder of models \(x\), .* such as models/x",
     "hub/models--owner--base": "the hub cache's folder of owner/base, .* give the name owner/base",

@@ -130,8 +130,9 @@ def _folder(directory: pathlib.Path) -> Described | None:
 def _empty(directory: pathlib.Path) -> Described | None:
     if kind_of(directory) != DIRECTORY or any(directory.iterdir()):
         return None
-    hides = not directory.is_absolute() and len(directory.parts) == 2
-    way = "remove it to have the hub's model of this name" if hides else "give a model directory"
+    way = "give one that has a config.json"
+    if not directory.is_absolute() and len(directory.parts) == 2:
+        way = "remove it to have the hub's model of this name"
     return Described("an empty directory", way, "give the run.dir of a training that saved")
 
 
