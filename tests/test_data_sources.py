@@ -196,9 +196,7 @@ def test_a_folder_of_several_data_sets(tmp_path):
     _shards(tmp_path, "main/train.jsonl", "socratic/train.jsonl")
     card = "---\nconfigs:\n- config_name: main\n  data_files: x\n- config_name: 'socratic'\n---\n"
     (tmp_path / "README.md").write_text(card)
-    with pytest.raises(
-        UserError, match=r"data sets \(main, socratic\).*one of them: .*/main"
-    ):
+    with pytest.raises(UserError, match=r"data sets \(main, socratic\).*one of them: .*/main"):
         _files(tmp_path)
     assert _files(tmp_path / "main") == ["main/train.jsonl"]
 

@@ -9,6 +9,7 @@ from tiny import OLMOE
 from drlora_jax.errors import UserError
 from drlora_jax.interop.directories import describe, is_run, read_run
 from drlora_jax.interop.hf_files import find_model, read_model_config
+from drlora_jax.reporting.read import read_run as read_log
 
 RUN = {
     "config": {"model": {"path": "owner/base"}, "run": {"dir": "r"}},
@@ -78,7 +79,7 @@ AS_RUN = {
     "runs": "is a folder of runs .*give one of them, such as runs/a",
     "runs/a/peft": "a PEFT adapter .* give the run.dir that it was exported from",
     "empty": "an empty directory, not a run; give the run.dir of a training that saved",
-    "other": "is no run: it has no config.json; give the run.dir",
+    "other": "is no run: it has no config.json of one; give the run.dir",
     "absent": "--run absent is absent; give the run.dir of a training",
 }
 
@@ -94,6 +95,12 @@ def test_what_is_no_run(place, path):
     with pytest.raises(UserError, match=AS_RUN[path]) as caught:
         read_run(pathlib.Path(path), f"--run {path}")
     assert "new" not in str(caught.value)  # nothing is to be written there
+
+
+@pytest.mark.parametrize("path", ["model", "runs", "runs/a/peft", "empty", "other"])
+def test_a_report_says_the_same(place, path):
+    with pytest.raises(UserError, match=AS_RUN[path].removeprefix("--run ")):
+        read_log(pathlib.Path(path))
 
 
 def test_models_and_runs_are_what_they_are(place):
