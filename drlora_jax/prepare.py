@@ -17,7 +17,13 @@ from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
-from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
+from drlora_jax.interop.hf_files import (
+    find_model,
+    fingerprint,
+    read_headers,
+    read_model_config,
+    same_base,
+)
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
@@ -82,6 +88,8 @@ def prepare(config: TrainConfig) -> Job:
     origin = {"base_fingerprint": fingerprint(directory), "data_fingerprint": _digest(loader)}
     stored = run_dir.stored()
     if stored is not None:
+        if same_base(stored, directory):  # by a fingerprint of whichever kind the run has
+            origin["base_fingerprint"] = stored["base_fingerprint"]
         run_dir.check_same(stored, config, origin)
     schedule_steps = stored["schedule_steps"] if stored else total_steps
     shapes = capacity_shapes(config, model_config, adapter)

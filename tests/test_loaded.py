@@ -10,6 +10,7 @@ from tiny import tiny_config
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import fingerprint, legacy_fingerprint
 from drlora_jax.loaded import find_run, read_stored
+from drlora_jax.prepare import prepare
 from drlora_jax.run_dir import RunDirectory
 
 
@@ -45,6 +46,21 @@ def test_an_older_run_finds_its_base(place):
     change(place, resolved={})
     with pytest.raises(UserError, match="model is not the base of run.*with --model-path"):
         find_run("run")
+
+
+def test_an_older_run_goes_on(place):
+    """Its base is known by the fingerprint that it has, and keeps it."""
+    job = prepare(tiny_config(pathlib.Path("."), "older"))
+    origin = job.origin | {"base_fingerprint": legacy_fingerprint(job.directory)}
+    job.run_dir.create(job.config, origin, job.schedule_steps)
+    (job.run_dir.checkpoints / "5").mkdir(parents=True)
+    again = prepare(job.config)
+    assert not again.is_new and again.origin == origin != job.origin
+    flip = bytearray((place / "model" / "model.safetensors").read_bytes())
+    flip[-3] ^= 1
+    (place / "model" / "model.safetensors").write_bytes(flip)
+    with pytest.raises(UserError, match="base_fingerprint"):
+        prepare(job.config)
 
 
 def test_a_base_that_is_written_otherwise_is_the_same(place):
