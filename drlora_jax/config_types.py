@@ -6,7 +6,7 @@ import typing
 from typing import Literal
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, expand_user, kind_of
+from drlora_jax.files import DIRECTORY, FILE, expand_user, kind_of
 
 LARGEST_INT = 2**32 - 1  # of any field
 LARGEST_NUMBER = 1e38  # what a 32-bit float holds
@@ -83,7 +83,8 @@ def _parts(name: str, text: str) -> tuple[str, ...]:
     """The parts of a list; a data path with a comma in it is one part where there is such a file,
     or in quotes.
     """
-    if name.startswith("data.") and "," in text and kind_of(expand_user(text)) != ABSENT:
+    is_path = name.startswith("data.") and "," in text
+    if is_path and kind_of(expand_user(text)) in (FILE, DIRECTORY):
         return (text,)
     if text[:1] + text[-1:] in ("()", "[]"):  # as Python prints a tuple or a list
         text = text[1:-1]

@@ -382,6 +382,19 @@ def test_other_weights_are_not_taken_for_the_same(model, tmp_path, counted):
     assert alphas_of(model, cache) == second and len(counted) == 96
 
 
+def test_spectra_of_an_older_fingerprint_are_used(model, tmp_path, counted):
+    cache = tmp_path / "cache"
+    expected = alphas_of(model, cache)
+    (folder,) = cache.iterdir()
+    assert folder.name == spectra_read.fingerprint(model)[:32]
+    shutil.rmtree(folder)
+    older = spectra_read.legacy_fingerprint(model)
+    (cache / older[:32]).mkdir()
+    assert alphas_of(model, cache) == expected and len(counted) == 64
+    assert alphas_of(model, cache) == expected and len(counted) == 64
+    assert [each.name for each in cache.iterdir()] == [older[:32]]
+
+
 def test_a_stopped_analysis_goes_on(model, tmp_path, counted):
     cache = tmp_path / "cache"
     config = read_model_config(model)
@@ -488,14 +501,14 @@ def test_layers_left_without_an_expert_are_said(model, capsys, monkeypatch):
         (["model", "--experts", "many"], "--experts: invalid int value: 'many'"),
         (["model", "--experts", "9", "--beta", "nan"], "beta must be a number, got nan"),
         (["model", "--experts", "9", "--estimator", "hill"], "invalid choice: 'hill'"),
-        (["modle", "--experts", "9"], "model.path=modle: no such directory. Did you mean model"),
+        (["modle", "--experts", "9"], "MODEL modle: no such directory. Did you mean model"),
         (["bundled:huge", "--experts", "9"], "it has bundled:tiny_moe"),
         (["model", "--experts", "9", "--out", "none/a.json"], "--out none/a.json: give a file in"),
         (["model", "--experts", "9", "--svg", "model"], "--svg model: give a file in a directory"),
         (["model", "--experts", "9", "--cache", "file"], "--cache file can not be written: "),
         (["model", "--experts", "9", "--threads", "0"], "--threads must be 1 or more, got 0"),
         (["model", "--experts", "9", "--cache", "a", "--no-cache"], "not allowed with argument"),
-        (["empty", "--experts", "9"], "empty has no config.json"),
+        (["empty", "--experts", "9"], "empty is an empty directory, not a model directory"),
         (["pickled", "--experts", "9"], "pickle files are not read"),
     ],
 )

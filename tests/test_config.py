@@ -349,3 +349,26 @@ def test_all_fields_are_what_overrides_accept():
         for name, _, default in rows
     ]
     assert apply_overrides(TrainConfig(), texts) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "paths"),
+    [
+        ("a,b", ("a", "b")),
+        ("a, b.jsonl", ("a", "b.jsonl")),
+        ("'a, b.jsonl',c", ("a, b.jsonl", "c")),
+        ('"a, b.jsonl"', ("a, b.jsonl",)),
+        ("('a, b.jsonl', 'it.jsonl')", ("a, b.jsonl", "it.jsonl")),
+        ("it's.jsonl,x", ("it's.jsonl", "x")),
+        ("d/[ab].jsonl", ("d/[ab].jsonl",)),
+        ("here, too.jsonl", ("here, too.jsonl",)),
+        ("here, too.jsonl,x", ("here", "too.jsonl", "x")),
+        (f"{'x' * 200},{'y' * 200}", ("x" * 200, "y" * 200)),
+        ("", ()),
+    ],
+)
+def test_paths_with_commas(tmp_path, monkeypatch, text, paths):
+    """In quotes, or where a file of the whole name is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here, too.jsonl").write_text("")
+    assert apply_overrides(TrainConfig(), [f"data.path={text}"]).data.path == paths

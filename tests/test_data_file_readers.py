@@ -116,9 +116,7 @@ def test_broken_files(tmp_path, name, content, message):
         list(read_rows(_write(tmp_path, name, content)))
 
 
-@pytest.mark.parametrize(
-    "name", ["x.jsonl", "x.json", "x.jsonl.gz", "x.csv", "x.parquet", "x.arrow"]
-)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "jsonl.gz", "csv", "parquet", "arrow"])
 def test_pointers_of_git_lfs(tmp_path, ending):
     name = f"x.{ending}"
     (tmp_path / name).write_bytes(POINTER)

@@ -20,8 +20,7 @@ from test_parity_transformers import (
 )
 
 from drlora_jax.errors import UserError
-from drlora_jax.interop import hf_files
-from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
+from drlora_jax.interop.hf_files import fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.families import parse_config
@@ -86,7 +85,8 @@ def test_missing_tensor(model):
 
 def test_unmapped_tensor(model):
     change_weights(model, {"model.layers.0.extra.weight": np.zeros(3, np.float32)})
-    with pytest.raises(UserError, match=r"does not: model\.layers\.0\.extra\.weight"):
+    message = r"does not: model\.layers\.0\.extra\.weight \(in model.safetensors\)"
+    with pytest.raises(UserError, match=message):
         check(model)
 
 
@@ -98,7 +98,8 @@ def test_layer_that_the_config_does_not_have(model):
 
 def test_wrong_shape(model):
     change_weights(model, {DOWN: np.zeros((28, 36), np.float32)})
-    with pytest.raises(UserError, match=f"{DOWN} has shape .28, 36., config.json makes it .36, 28"):
+    message = f"{DOWN} has shape .28, 36. in model.safetensors, config.json makes it .36, 28"
+    with pytest.raises(UserError, match=message):
         check(model)
 
 
@@ -110,8 +111,9 @@ def test_wrong_dtype(model, dtype):
 
 
 def test_tensor_in_two_shards(model):
+    (model / WEIGHTS).rename(model / "a.safetensors")
     save_file({DOWN: np.zeros((36, 28), np.float32)}, model / "more.safetensors")
-    with pytest.raises(UserError, match=f"{DOWN} is in both model.safetensors and more"):
+    with pytest.raises(UserError, match=f"{DOWN} is in both a.safetensors and more"):
         check(model)
 
 
@@ -198,43 +200,6 @@ def test_old_rotary_buffers_are_ignored(model):
     assert_bit_equal(params, load(model)[1])
 
 
-# -------------------------------------------------------------------------------------- directory
-
-
-def test_a_typo_gets_a_hint(model):
-    with pytest.raises(UserError, match=f"no such directory. Did you mean {model}"):
-        find_model(str(model.parent / "modle"))
-
-
-def test_no_directory():
-    with pytest.raises(UserError, match=r"model\.path=/nowhere/at/all: no such directory\.$"):
-        find_model("/nowhere/at/all")
-
-
-def test_a_file_is_no_directory(model):
-    with pytest.raises(UserError, match="config.json is a file; give the directory"):
-        find_model(str(model / "config.json"))
-
-
-def test_unknown_bundled_model():
-    with pytest.raises(UserError, match="the package has no such model; it has bundled:tiny_moe"):
-        find_model("bundled:huge")
-    assert (find_model("bundled:tiny_moe") / "config.json").is_file()
-
-
-def test_hub_name_that_can_not_be_had(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    def refuse(*args, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models" / "mixtral").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"hub did not give it \(OSError\).*mean models/mixtral"):
-        find_model("models/mixtrall")
-
-
 # ----------------------------------------------------------------------------------------- config
 
 
@@ -273,7 +238,7 @@ def test_missing_field(model, field, value):
 
 REFUSED = [
     ({"model_type": "mamba"}, "'mamba' is not supported; supported: llama, mixtral, olmoe"),
-    ({"model_type": ...}, "model_type None is not supported"),
+    ({"model_type": ...}, r"config.json does not name a model_type.*\(it has architectures"),
     ({"model_type": ["mixtral"]}, "is not supported"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised \(gptq\)"),
     ({"quantization_config": "gptq"}, "quantization_config must be an object"),
@@ -400,39 +365,6 @@ def test_parameters_land_on_the_mesh(model):
     )
     assert all(jax.tree.leaves(same))
     assert not placed["segment_0"]["layer_0"]["moe"]["gate_up"].sharding.is_fully_replicated
-
-
-# ------------------------------------------------------------------------------------ fingerprint
-
-
-def test_every_byte_of_a_small_file_counts(model):
-    file, prints = model / WEIGHTS, set()
-    content = bytearray(file.read_bytes())
-    prints.add(fingerprint(model))
-    places = (8, 20_000, 70_001, 131_072, len(content) - 1)
-    for place in places:
-        changed = content.copy()
-        changed[place] ^= 1
-        file.write_bytes(changed)
-        prints.add(fingerprint(model))
-    assert len(prints) == 1 + len(places)
-    file.write_bytes(content)
-    assert fingerprint(model) in prints
-
-
-def test_header_and_ends_of_a_large_file_count(model, monkeypatch):
-    monkeypatch.setattr(hf_files, "WHOLE_BYTES", 1000)
-    monkeypatch.setattr(hf_files, "SAMPLE_BYTES", 16)
-    file, prints = model / WEIGHTS, {fingerprint(model)}
-    content = bytearray(file.read_bytes())
-    header = int.from_bytes(content[:8], "little")
-    places = (8, header // 2, header + 7, len(content) // 64 * 10, len(content) - 1)
-    for place in places:
-        changed = content.copy()
-        changed[place] ^= 1
-        file.write_bytes(changed)
-        prints.add(fingerprint(model))
-    assert len(prints) == 1 + len(places)
 
 
 # ------------------------------------------------------------------------------------------ write

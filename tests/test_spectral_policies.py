@@ -25,7 +25,7 @@ from drlora_jax.allocation.alphalora import (
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
-from drlora_jax.interop.hf_files import read_model_config
+from drlora_jax.interop.hf_files import legacy_fingerprint, read_model_config
 from drlora_jax.spectra import fit_tail
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
@@ -83,6 +83,15 @@ def test_the_file_of_the_command_says_the_same(folder):
     one, two = (exponents_of(folder / "model", file) for file in (None, str(folder / "model.json")))
     np.testing.assert_array_equal(one.layer_L, two.layer_L)
     np.testing.assert_array_equal(one.expert_LE, two.expert_LE)
+
+
+def test_a_file_with_an_older_fingerprint_is_taken(folder, tmp_path):
+    stored = json.loads((folder / "model.json").read_text())
+    older = {"fingerprint": legacy_fingerprint(folder / "model")}
+    assert older["fingerprint"] != stored["fingerprint"]
+    (tmp_path / "alpha.json").write_text(json.dumps(stored | older))
+    found = exponents_of(folder / "model", str(tmp_path / "alpha.json"))
+    np.testing.assert_array_equal(found.layer_L, exponents_of(folder / "model").layer_L)
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ from drlora_jax.config import (
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.export import check_out, new_directory
-from drlora_jax.files import read_json
+from drlora_jax.files import local_path, read_json
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
 from drlora_jax.loaded import find_run, read_factors
@@ -71,7 +71,7 @@ def _parse(argv) -> argparse.Namespace:
     )
     directions = parser.add_subparsers(dest="direction", required=True)
     into = directions.add_parser("import", help="their files to a run directory")
-    into.add_argument("--adapter", required=True, metavar="DIR", type=pathlib.Path)
+    into.add_argument("--adapter", required=True, metavar="DIR")
     into.add_argument("--model", required=True, metavar="BASE", help="directory or hub name")
     out_of = directions.add_parser("export", help="a run's checkpoint to their files")
     out_of.add_argument("--run", required=True, metavar="DIR")
@@ -88,15 +88,16 @@ def _parse(argv) -> argparse.Namespace:
 
 
 def _import(args: argparse.Namespace) -> int:
-    values = read_json(args.adapter / mixlora.CONFIG)
+    folder = local_path(args.adapter, "--adapter")
+    values = read_json(folder / mixlora.CONFIG)
     described = mixlora.read_description(values, accept_top_p=args.accept_top_p)
     section, out = described.section, check_out(args.out)
-    directory = find_model(args.model)
+    directory = find_model(args.model, option="--model")
     base = read_model_config(directory)
     config = with_adapter_experts(base, section)
     paths = resolve_targets(base, section.kind, section.targets)
     stored = AdapterSpec(paths=paths, experts_module=config.experts_module)
-    tensors = mixlora.check_tensors(_read_tensors(args.adapter), config, stored)
+    tensors = mixlora.check_tensors(_read_tensors(folder), config, stored)
     plain, ranks_LE = mixlora.used_ranks(tensors, config, stored)
     run = _run_config(args, dataclasses.replace(section, rank=plain or None), ranks_LE)
     adapter = make_adapter(run, config)

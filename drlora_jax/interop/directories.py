@@ -8,6 +8,7 @@ from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 MOST_LOOKED_AT = 1000  # entries of a folder
+_WANTED = "give the run.dir of a training"
 _LEVELS = 3  # from a checkpoint's parts up to its run
 
 
@@ -130,8 +131,9 @@ def _folder(directory: pathlib.Path) -> Described | None:
 def _empty(directory: pathlib.Path) -> Described | None:
     if kind_of(directory) != DIRECTORY or any(directory.iterdir()):
         return None
-    hides = not directory.is_absolute() and len(directory.parts) == 2
-    way = "remove it to have the hub's model of this name" if hides else "give a model directory"
+    way = "give one that has a config.json"
+    if not directory.is_absolute() and len(directory.parts) == 2:
+        way = "remove it to have the hub's model of this name"
     return Described("an empty directory", way, "give the run.dir of a training that saved")
 
 
@@ -180,12 +182,14 @@ def read_run(directory: pathlib.Path, shown: str) -> dict:
         raise UserError(
             f"{shown}: its config.json lacks what a run stores; is it damaged? {_WANTED}."
         )
+    raise UserError(f"{shown} {why_no_run(directory)}.")
+
+
+def why_no_run(directory: pathlib.Path) -> str:
+    """What a directory is that is no run, and what to give."""
     if is_model(directory):
-        raise UserError(f"{shown} is a model directory, not a run; use it with --model.")
+        return "is a model directory, not a run; use it with --model"
     described = describe(directory)
     if described is None:
-        raise UserError(f"{shown} is no run: it has no config.json; {_WANTED}.")
-    raise UserError(f"{shown} is {described.what}, not a run; {described.as_run}.")
-
-
-_WANTED = "give the run.dir of a training"
+        return f"is no run: it has no config.json of one; {_WANTED}"
+    return f"is {described.what}, not a run; {described.as_run}"

@@ -332,18 +332,20 @@ def same_base(stored: dict, directory: pathlib.Path) -> bool:
 
 def _meaning(value):
     """A config as JSON that stays the same when fields are added to its classes: fields that equal
-    their defaults are left out, and equal numbers look alike.
+    their defaults are left out, and equal numbers look alike, also where libraries
+    round the last digit otherwise.
     """
     if dataclasses.is_dataclass(value):
-        fields = {
+        return {
             field.name: _meaning(getattr(value, field.name))
             for field in dataclasses.fields(value)
             if getattr(value, field.name) != field.default
         }
-        return {type(value).__name__: fields}
     if isinstance(value, tuple):
         return [_meaning(each) for each in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else float(f"{value:.9g}")
+    return value
 
 
 def _digest(directory: pathlib.Path, values: dict) -> str:

@@ -23,9 +23,9 @@ def explain_names(expected: Collection[str], found: Collection[str]) -> str:
     prefix = _prefix(bare)
     if prefix not in ("model.", None):
         bare = {_renamed(name, prefix): whole for name, whole in bare.items()}
-    gained = len(expected & bare.keys()) - len(expected & found)
-    if gained <= len(expected) // 2:
-        return _about_head(expected - found)
+    missing = expected - found
+    if len(expected - bare.keys()) > len(missing) // 2:
+        return _about_head(missing)
     sentences = [_about_wrapper(part, found) for part in parts]
     if prefix not in ("model.", None):
         start = f"begin with {prefix!r}" if prefix else "do not begin with 'model.'"

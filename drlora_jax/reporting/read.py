@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from drlora_jax.errors import UserError
 from drlora_jax.files import ABSENT, FILE, kind_of
+from drlora_jax.interop.directories import why_no_run
 
 Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
 
@@ -67,17 +68,12 @@ def _read_config(directory: pathlib.Path) -> dict:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{directory} has no config.json; give the run.dir of a training run."
-        ) from None
+        raise UserError(f"{directory} {why_no_run(directory)}.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can not be read: {error}.") from error
     sections = stored.get("config") if isinstance(stored, dict) else None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
-        raise UserError(
-            f"{directory}: its config.json is not of a run (no object `config` of sections); "
-            "give the run.dir of a training run."
-        )
+        raise UserError(f"{directory} {why_no_run(directory)}.")
     return stored
 
 

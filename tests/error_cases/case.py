@@ -34,6 +34,7 @@ def get_config():
         mesh=MeshSection(data=1),
     )
 """
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f1e2d\nsize 1234\n"
 HACKED = "hacked"  # the file that hostile content tries to make
 # Python's own names of what code from a model or a data set could do.
 HOSTILE_EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 
-from error_cases.case import HACKED, Case
+from error_cases.case import HACKED, POINTER, Case
 
 GOOD = {"prompt": "a", "response": "b"}
 TULU = "data.template=tulu"
@@ -82,6 +82,16 @@ def _python_set(folder: pathlib.Path) -> None:
     (folder / "evil" / "evil.py").write_text(f"open({HACKED!r}, 'w')\n")
 
 
+def _shards(*names: str):
+    def make(folder: pathlib.Path) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(_LINE)
+
+    return make
+
+
+_MIXED = ("d/train.jsonl", "d/stray.jsonl")
 _LINE = json.dumps(GOOD).encode() + b"\n"
 _WHOLE = gzip.compress(_LINE * 500, mtime=0)
 PATHS = (
@@ -92,14 +102,18 @@ PATHS = (
         "not there, and nothing like it",
     ),
     _path("gone/rows.jsonl", "its folder gone does not exist", "no such folder"),
-    _path("model", "is a directory; give one of its files", "a directory"),
-    _path("evil", "is a directory", "a directory with a loading script", _python_set),
-    _path(
-        "notes.txt",
-        "unknown kind of file",
-        "a file of another kind",
-        lambda d: (d / "notes.txt").write_text("a"),
-    ),
+    _path("model", "without data files. It looks like a model directory", "a model directory"),
+    _path("evil", "a directory without", "a directory with a loading script", _python_set),
+    _path("owner/set", "hides the", "an empty folder of a hub name", _shards("owner/set/.x")),
+    _path("d", "of the split train, and of none", "a folder with a stray file", _shards(*_MIXED)),
+    _path("d", "no file of the split train, only", "no such split", _shards("d/test.jsonl")),
+    _path("d", "several kinds", "a folder of two kinds", _shards("d/a.jsonl", "d/a.csv")),
+    _path("d/*", "also matches d/b.log", "a glob too wide", _shards("d/a.jsonl", "d/b.log")),
+    _path("d*.jsonl", "matches no data file", "a glob that matches nothing"),
+    _path("https://h/x.jsonl", "https://h/x.jsonl is an address, and only", "a web address"),
+    _path("gs://b/x.jsonl", "data.path=gs://b/x.jsonl is an address, and buckets", "a bucket"),
+    _path("notes.txt", "does not say what a row is", "plain text", _shards("notes.txt")),
+    _path("rows.zip", "unknown kind of file", "a file of another kind", _shards("rows.zip")),
     _path(
         "pipe.jsonl", "it is a named pipe", "a named pipe", lambda d: os.mkfifo(d / "pipe.jsonl")
     ),
@@ -132,6 +146,25 @@ FILES = (
     _file("an empty file", "rows.jsonl has no rows", b""),
     _file("blank lines only", "rows.jsonl has no rows", b"\n \n\n"),
     _file("an empty list", "x.json has no rows", b"[]", "x.json"),
+    _file("a pointer of git-lfs", "rows.jsonl is a git-lfs pointer", POINTER),
+    _file(
+        "one object over several lines",
+        "x.json: one JSON object over several lines; wrap it in",
+        json.dumps(GOOD, indent=1).encode(),
+        "x.json",
+    ),
+    _file(
+        "a list by the name of JSON lines",
+        "rows.jsonl:1: a list, where each line must be an object",
+        json.dumps([GOOD]).encode(),
+    ),
+    _file(
+        "a list over several lines by that name",
+        "rows.jsonl:1: only '.', so the file is one JSON value over several",
+        json.dumps([GOOD], indent=1).encode(),
+    ),
+    _file("semicolons in a table", "x.csv:1: .*not separated", b"prompt;response\na;b\n", "x.csv"),
+    _file("a short line of a table", "x.csv:2: 1 values", b"prompt,response\na\n", "x.csv"),
     _file(
         "a byte that is not UTF-8",
         "rows.jsonl:2: not UTF-8, got byte 0xff",

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from error_cases.case import HACKED, Case
+from error_cases.case import HACKED, POINTER, Case
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PAYLOAD = b"cos\nsystem\n(S'touch %s'\ntR." % HACKED.encode()  # a pickle that runs a command
@@ -134,8 +134,35 @@ def _cut_shard(directory: pathlib.Path, index: dict) -> None:
 
 
 def _in_both(folder: pathlib.Path) -> None:
-    norm = np.ones(24, np.float32)
-    save_file({"model.norm.weight": norm}, folder / "model" / "a.safetensors")
+    model = folder / "model"
+    (model / WEIGHTS).rename(model / "b.safetensors")
+    save_file({"model.norm.weight": np.ones(24, np.float32)}, model / "a.safetensors")
+
+
+def _only(name: str):
+    """Other weights in the place of the model's."""
+
+    def make(folder: pathlib.Path) -> None:
+        (folder / "model" / WEIGHTS).rename(folder / "model" / name)
+
+    return make
+
+
+def _prefixed(prefix: str):
+    def change(tensors: dict) -> None:
+        whole = {f"{prefix}{name}": value for name, value in tensors.items()}
+        tensors.clear()
+        tensors.update(whole)
+
+    return _tensors(change)
+
+
+def _json(path: str, values: dict):
+    def make(folder: pathlib.Path) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(json.dumps(values))
+
+    return make
 
 
 def _wrong_shard(directory: pathlib.Path, index: dict) -> None:
@@ -161,6 +188,29 @@ PATHS = (
     _path("pipe", "is a named pipe", "a named pipe", lambda folder: os.mkfifo(folder / "pipe")),
     _path("x" * 300, "name too long", "a name too long for a directory"),
     _path("~nobody-of-that-name/a/b", "no such directory", "the home of nobody"),
+    _path("https://h/m", "model.path=https://h/m is an address", "a web address"),
+    _path("s3://b/m", "model.path=s3://b/m is an address, and buckets", "a bucket"),
+    _path("empty", "is an empty directory", "nothing in it", lambda d: (d / "empty").mkdir()),
+    _path(
+        "owner/name",
+        "remove it to have the hub's model of this name",
+        "an empty folder of a hub name",
+        lambda folder: (folder / "owner" / "name").mkdir(parents=True),
+    ),
+    _path(
+        "adapter",
+        "is a PEFT adapter of the base owner/base, .* give that base",
+        "an adapter",
+        _json("adapter/adapter_config.json", {"base_model_name_or_path": "owner/base"}),
+    ),
+    _path(
+        "old",
+        "is a run directory, .* use it with --run; its base is owner/base",
+        "a run",
+        _json("old/config.json", {"config": {"model": {"path": "owner/base"}}}),
+    ),
+    _path("gguf", "GGUF is not read", "GGUF weights", _json("gguf/model-Q4.gguf", {})),
+    _path(".", "a folder of models .model., .* such as model", "the folder of a model"),
     _path("bundled:huge", "no such model; it has bundled:tiny_moe", "an unknown bundled model"),
     _path("bundled:../bundled/tiny_moe", "the package has no such model", "a path behind bundled:"),
 )
@@ -190,7 +240,8 @@ CONFIGS = (
     _case("a directory in its place", "it is a dir", _replaced("config.json", pathlib.Path.mkdir)),
     _case("a named pipe in its place", "it is a named pipe", _replaced("config.json", os.mkfifo)),
     _values("an unknown model_type", "model_type 'mamba' is not supported", model_type="mamba"),
-    _values("no model_type", "model_type None is not supported", model_type=...),
+    _values("no model_type", "config.json does not name a model_type", model_type=...),
+    _text("a pointer of git-lfs", "config.json is a git-lfs pointer", POINTER),
     _values("a list as model_type", "is not supported", model_type=["olmoe"]),
     _values("a path as model_type", "is not supported", model_type="../../etc/passwd"),
     _values(
@@ -283,6 +334,22 @@ WEIGHT_FILES = (
         "have tensors that olmoe does not: lora.weight",
         _tensors(lambda t: t.update({"lora.weight": np.zeros(3, np.float32)})),
     ),
+    _case(
+        "a pointer of git-lfs",
+        "model.safetensors is a git-lfs pointer",
+        _bytes(lambda content: POINTER),
+    ),
+    _case(
+        "an adapter's weights alone",
+        "adapter_model.safetensors is an adapter of PEFT",
+        _only("adapter_model.safetensors"),
+    ),
+    _case("DataParallel's names", "begin with 'module.'.*save model.module", _prefixed("module.")),
+    _case(
+        "the names of PEFT",
+        "begin with 'base_model.model.': PEFT .*merge_and_unload",
+        _prefixed("base_model.model."),
+    ),
     _case("a transposed tensor", r"k_proj.weight has shape \[24, 12\]", _tensors(_swap)),
     _case(
         "a tensor name with terminal codes",
@@ -313,7 +380,7 @@ INDEXES = (
     ),
     _case(
         "a tensor in two shards",
-        "model.norm.weight is in both a.safetensors and model.safetensors",
+        "model.norm.weight is in both a.safetensors and b.safetensors",
         _in_both,
     ),
     _text("an index that is no JSON", "is not JSON", b"{", INDEX),

@@ -96,6 +96,8 @@ CASES = (
         None,
         "run.dir=rows.jsonl/run",
     ),
+    _case("a bucket", "run.dir=gs://b/run is an address, and buckets", None, "run.dir=gs://b/run"),
+    _case("a file of elsewhere", "run.dir=file://a/b is no address", None, "run.dir=file://a/b"),
     _case("a link to nothing", "is a link to nothing", lambda d: (d / "run").symlink_to("gone/x")),
     _case("a named pipe", "is a named pipe", lambda d: os.mkfifo(d / "run")),
     _case("a name too long", "name too long", None, f"run.dir={'x' * 300}"),

@@ -1,0 +1,139 @@
+"""Paths that users name: addresses, pointers of git-lfs."""
+
+import pathlib
+
+import pytest
+
+from drlora_jax import alpha, cli, evaluate, export, generate, inspect, report
+from drlora_jax.config import PLACES, TrainConfig, apply_overrides, load_config
+from drlora_jax.errors import UserError
+from drlora_jax.files import check_not_pointer, kind_of, local_path, read_json
+
+POINTERS = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:0f1e\nsize 1234\n",
+    "version https://hawser.github.com/spec/v1\noid sha256:0f1e\nsize 1234\n",
+)
+BUCKETS = ("gs://b/x", "S3://b/x", "hdfs://h:9000/x", "abfss://c@a.core/x", "memory://x")
+
+
+@pytest.mark.parametrize("url", BUCKETS)
+@pytest.mark.parametrize(
+    ("option", "shown"), [("run.dir", "run.dir="), ("--out", "--out "), ("", "")]
+)
+def test_buckets_are_refused_as_they_were_given(url, option, shown):
+    with pytest.raises(UserError) as caught:
+        local_path(url, option)
+    message = str(caught.value)
+    assert message.startswith(f"{shown}{url} is an address, and buckets are neither read nor")
+    assert "launch/README.md, Buckets" in message
+    assert "## Buckets" in (pathlib.Path(__file__).parents[1] / "launch/README.md").read_text()
+
+
+@pytest.mark.parametrize("url", ["https://h/x?a=b#c", "HTTP://h", "ftp://h/x", "hf://datasets/a/b"])
+def test_other_addresses_are_refused(url):
+    with pytest.raises(UserError, match="only local paths are opened; download it") as caught:
+        local_path(url, "data.path")
+    assert f"data.path={url} is" in str(caught.value)
+    assert ("OWNER/NAME" in str(caught.value)) == url.startswith("hf")
+
+
+@pytest.mark.parametrize("name", ["a b", "ä", "a%20b", "plain", "c#d?e"])
+def test_file_addresses_are_paths(tmp_path, name):
+    path = tmp_path / name
+    url = path.as_uri()
+    assert local_path(url, "--out") == path
+    assert local_path(url.replace("file://", "FILE://localhost")) == path
+    assert local_path(url.replace("file://", "file:")) == path
+
+
+def test_file_addresses_of_elsewhere(tmp_path):
+    with pytest.raises(UserError, match=r"--out file://a/b is no .* slashes: file:///a/b"):
+        local_path("file://a/b", "--out")
+
+
+@pytest.mark.parametrize("path", ["a", "/a/b", "C:/x", "owner/name:main", "a:b", "x//y", "./s3:/b"])
+def test_paths_are_paths(path):
+    assert local_path(path) == pathlib.Path(path)
+
+
+def test_the_home_of_nobody_is_a_path_that_is_not_there():
+    assert kind_of(local_path("~nobody-of-that-name/a")) == "absent"
+    assert local_path("~/a") == pathlib.Path.home() / "a"
+
+
+FIELDS = {
+    "run.dir": [],
+    "model.path": [],
+    "data.path": [],
+    "data.eval_path": [],
+    "allocation.pattern": ["allocation.kind=pattern"],
+    "allocation.alpha_file": ["allocation.spectral_prior=1"],
+    "adapter.experts_per_layer": ["adapter.kind=mola"],
+}
+
+
+def test_no_field_is_forgotten():
+    assert set(FIELDS) == set(PLACES)
+
+
+@pytest.mark.parametrize(("name", "more"), FIELDS.items())
+def test_every_field_that_names_a_path(tmp_path, name, more):
+    file = tmp_path / "c.py"
+    file.write_text("from drlora_jax.config import *\ndef get_config(): return TrainConfig()\n")
+    with pytest.raises(UserError, match=f"{name}=gs://b/x is an address"):
+        load_config(str(file), [f"{name}=gs://b/x", *more])
+    assert apply_overrides(TrainConfig(), [f"{name}=gs://b/x", *more])  # a stored run may have it
+
+
+TINY = ("--model", "bundled:tiny_moe")
+COMMANDS = [
+    (generate, ["--run", "gs://b/x", "--prompt", "a"], "--run"),
+    (generate, ["--model", "gs://b/x", "--prompt", "a"], "--model"),
+    (evaluate, ["--run", "gs://b/x", "--tasks", "loss"], "--run"),
+    (evaluate, ["--model", "gs://b/x", "--tasks", "gsm8k=bundled:gsm8k/train.jsonl"], "--model"),
+    (evaluate, [*TINY, "--tasks", "gsm8k", "--out", "gs://b/x"], "--out"),
+    (
+        evaluate,
+        [*TINY, "--tasks", "gsm8k", "--data-dir", "gs://b/x"],
+        "--data",
+    ),
+    (evaluate, [*TINY, "--tasks", "gsm8k=gs://b/x"], "gs://b/x"),
+    (evaluate, [*TINY, "--loss", "gs://b/x"], "gs://b/x"),
+    (export, ["--run", "gs://b/x", "--format", "peft", "--out", "x"], "--run"),
+    (export, ["--run", "x", "--format", "peft", "--out", "gs://b/x"], "--out"),
+    (report, ["--run", "gs://b/x"], "--run"),
+    (report, ["--run", "x", "--out", "gs://b/x"], "--out"),
+    (alpha, ["gs://b/x", "--experts", "8"], "MODEL"),
+    (alpha, ["bundled:tiny_moe", "--experts", "8", "--out", "gs://b/x"], "--out"),
+    (alpha, ["bundled:tiny_moe", "--experts", "8", "--svg", "gs://b/x"], "--svg"),
+    (alpha, ["bundled:tiny_moe", "--experts", "8", "--cache", "gs://b/x"], "--cache"),
+    (inspect, ["gs://b/x"], "DIR"),
+]
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "option"),
+    COMMANDS,
+    ids=[f"{module.__name__.rpartition('.')[2]} {option}" for module, _, option in COMMANDS],
+)
+def test_every_option_that_names_a_path(module, argv, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("drlora_jax.loaded.load_params", lambda *_, **__: pytest.fail("work"))
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: module.main(argv))
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and "gs://b/x is an address" in lines[-1], lines
+    assert option in lines[-1] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pointer", POINTERS)
+def test_pointers_of_git_lfs(tmp_path, pointer):
+    file = tmp_path / "config.json"
+    file.write_text(pointer)
+    for look in (check_not_pointer, read_json):
+        with pytest.raises(UserError, match=f"{file} is a git-lfs pointer.*git lfs pull. in "):
+            look(file)
+    file.write_text('{"version": "https://git-lfs.github.com/spec/v1"}')
+    check_not_pointer(file)
+    check_not_pointer(tmp_path / "absent")
+    check_not_pointer(tmp_path)
