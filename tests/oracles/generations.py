@@ -1,7 +1,7 @@
 """Greedy answers that transformers wrote for model directories that name end tokens in every way.
 
-Read without torch. `make_generations.py` writes `data/generations.json`: the prompts' token ids and,
-for every case, the tokens behind each prompt. The model is the bundled one.
+Read without torch. `make_generations.py` writes `data/generations.json`: the prompts' token ids,
+and for every case the tokens behind each prompt. The model is the bundled one.
 """
 
 import json

@@ -44,11 +44,17 @@ def load_case(folder, name):
     return load_base(str(generations.write_case(folder, CASES[name])), dtype="float32", mesh=ONE)
 
 
-# Cases of equal end tokens follow each other: their programs are compiled once.
+def generator_of(loaded, batch_size, programs={}):  # noqa: B006  (kept between calls)
+    """Cases of equal end tokens share what is compiled."""
+    generator = Generator(loaded, batch_size=batch_size)
+    generator._programs = programs.setdefault((loaded.end_token_ids, batch_size), {})
+    return generator
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name != "tokenizer"])
 def test_a_batch_ends_where_transformers_ends(name, stored, tmp_path):
     loaded = load_case(tmp_path, name)
-    answers = Generator(loaded, batch_size=3).generate(stored["prompts"], max_new_tokens=NEW_TOKENS)
+    answers = generator_of(loaded, 6).generate(stored["prompts"], max_new_tokens=NEW_TOKENS)
     assert [answer.tokens for answer in answers] == stored["answers"][name]
     for prompt, answer in zip(stored["prompts"], answers, strict=True):
         is_ended = answer.tokens[-1] in CASES[name].ends
@@ -59,7 +65,7 @@ def test_a_batch_ends_where_transformers_ends(name, stored, tmp_path):
 
 
 def test_single_prompts_end_where_transformers_ends(stored, tmp_path):
-    generator = Generator(load_case(tmp_path, "everywhere"), batch_size=1)
+    generator = generator_of(load_case(tmp_path, "everywhere"), 1)
     for prompt, tokens in zip(stored["prompts"], stored["answers"]["everywhere"], strict=True):
         [answer] = generator.generate([prompt], max_new_tokens=NEW_TOKENS)
         assert answer.tokens == tokens
@@ -169,16 +175,16 @@ def test_an_answer_behind_special_tokens_alone_is_a_text_of_its_own(kind, tmp_pa
         assert text.text == file.decode(new) == "two apples"
 
 
-# --------------------------------------------------------------------------- the whole way, scripted
+# ------------------------------------------------------------------------- the whole way, scripted
 
 
-@pytest.fixture(params=["metaspace_first", "metaspace_always", "llama2", "unigram", "gpt2"])
-def loaded(request, tmp_path):
+@pytest.fixture(scope="module", params=["metaspace_first", "metaspace_always", "llama2", "gpt2"])
+def loaded(request, tmp_path_factory):
     """A tiny random model with such a tokenizer."""
-    write_tiny_model(tmp_path / "model", OLMOE)
-    for file in made.directory(tmp_path, request.param).iterdir():
-        shutil.copy(file, tmp_path / "model")
-    return load_base(str(tmp_path / "model"), mesh=ONE)
+    folder = write_tiny_model(tmp_path_factory.mktemp("model"), OLMOE)
+    for file in made.directory(tmp_path_factory.mktemp("made"), request.param).iterdir():
+        shutil.copy(file, folder)
+    return load_base(str(folder), mesh=ONE)
 
 
 def script(monkeypatch, loaded, *texts):
@@ -243,7 +249,6 @@ BODY = "    y = x + 1\n    return y if x > 1 else 0\n"
 
 
 @isolated
-@pytest.mark.parametrize("loaded", ["metaspace_first", "llama2", "gpt2"], indirect=True)
 def test_a_program_of_two_lines_passes(loaded, monkeypatch):
     script(monkeypatch, loaded, BODY + "\nprint(add(1))\n", BODY.replace("+ 1", "+ 2"))
     sandbox = Sandbox(Limits(memory_bytes=256 << 20))
