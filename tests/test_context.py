@@ -87,7 +87,7 @@ def test_the_line_has_both_numbers(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert warn_beyond(tmp_path, 2048, "a row")
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: a row: 2,048 tokens, but the model was made for 1,024 (")
+    assert line.startswith("warning: a row: 2,048 tokens, more than the model's 1,024 positions (")
     (tmp_path / "config.json").write_text("{}")
     assert not warn_beyond(tmp_path, 10**9, "a row")
 
@@ -116,7 +116,7 @@ def test_the_loss_names_its_longest_document(loaded, capsys):
     assert warnings_of(capsys) == []
     loss.answer_items(loaded, list(items(9, 41, 12)), length=64, batch_size=1)
     [line] = warnings_of(capsys)
-    assert line.startswith("warning: document 2 of the loss: 41 tokens, but the model was made for")
+    assert line.startswith("warning: document 2 of the loss: 41 tokens, more than the model's 40 ")
 
 
 def test_a_scorer_says_it_once(loaded, capsys):
@@ -126,7 +126,7 @@ def test_a_scorer_says_it_once(loaded, capsys):
     for _ in range(2):
         score([([7] * 39, [8] * 3), ([7], [8])])
     [line] = warnings_of(capsys)
-    assert "41 tokens, but the model was made for 40" in line
+    assert "41 tokens, more than the model's 40" in line
     # What is cut off does not count.
     Scorer(loaded, batch_size=1, max_length=40)([([7] * 90, [8])])
     assert warnings_of(capsys) == []

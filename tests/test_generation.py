@@ -344,5 +344,5 @@ def test_what_runs_beyond_the_positions_is_said_once(tmp_path, capsys):
     for _ in range(2):
         generator.generate([[7] * 5, [7] * 33], max_new_tokens=8)
     [line] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert line.startswith("warning: a prompt of 33 and 8 new tokens: 41 tokens, but")
-    assert "made for 40 (" in line
+    assert line.startswith("warning: a prompt of 33 and 8 new tokens: 41 tokens, more than the")
+    assert "model's 40 positions (" in line

@@ -51,24 +51,29 @@ def generator_of(loaded, batch_size, programs={}):  # noqa: B006  (kept between 
     return generator
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "tokenizer"])
-def test_a_batch_ends_where_transformers_ends(name, stored, tmp_path):
-    loaded = load_case(tmp_path, name)
-    answers = generator_of(loaded, 6).generate(stored["prompts"], max_new_tokens=NEW_TOKENS)
+@pytest.mark.parametrize(
+    ("name", "batch_size"),
+    [
+        ("generation_config_list", 6),
+        ("config_list", 6),
+        ("everywhere", 6),
+        ("generation_config_number", 1),
+        ("config_number", 1),
+    ],
+)
+def test_answers_end_where_those_of_transformers_end(name, batch_size, stored, tmp_path):
+    loaded, prompts = load_case(tmp_path, name), stored["prompts"]
+    generator = generator_of(loaded, batch_size)
+    answers = generator.generate(prompts, max_new_tokens=NEW_TOKENS)
     assert [answer.tokens for answer in answers] == stored["answers"][name]
-    for prompt, answer in zip(stored["prompts"], answers, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         is_ended = answer.tokens[-1] in CASES[name].ends
         assert answer.finish == ("eos" if is_ended else "length")
         visible = answer.tokens[:-1] if is_ended else answer.tokens
         assert answer.text == added_text(loaded.tokenizer.backend_tokenizer, prompt, visible)
     assert min(len(answer.tokens) for answer in answers) <= 5  # some do end early
-
-
-def test_single_prompts_end_where_transformers_ends(stored, tmp_path):
-    generator = generator_of(load_case(tmp_path, "everywhere"), 1)
-    for prompt, tokens in zip(stored["prompts"], stored["answers"]["everywhere"], strict=True):
-        [answer] = generator.generate([prompt], max_new_tokens=NEW_TOKENS)
-        assert answer.tokens == tokens
+    [alone] = generator.generate(prompts[:1], max_new_tokens=NEW_TOKENS)
+    assert alone == answers[0]
 
 
 @pytest.mark.parametrize("name", CASES)
