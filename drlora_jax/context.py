@@ -19,9 +19,9 @@ def warn_beyond(directory: pathlib.Path, tokens: int, what: str) -> bool:
         return False
     if hosts.is_main():
         print(
-            f"warning: {what}: {tokens:,} tokens, but the model was made for {longest:,} "
-            "(max_position_embeddings and rope scaling of its config.json); what stands behind "
-            "them is computed, but seldom makes sense.",
+            f"warning: {what}: {tokens:,} tokens, more than the model's {longest:,} positions "
+            "(max_position_embeddings of its config.json, rope scaling counted); what is computed "
+            "beyond them is unreliable.",
             file=sys.stderr,
         )
     return True

@@ -13,9 +13,9 @@ from tiny import MIXTRAL, OLMOE, tiny_config, write_tiny_model
 from drlora_jax import generate as generate_entry
 from drlora_jax import train
 from drlora_jax.config import MeshSection
+from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import UserError
 from drlora_jax.generation import GREEDY, Generator, RowState, Sampling, make_decode_step, restrict
-from drlora_jax.generation import _Row as Row
 from drlora_jax.loaded import load_base, load_run
 from drlora_jax.models.transformer import DecoderOptions, logits
 from drlora_jax.prepare import prepare
@@ -182,7 +182,7 @@ def test_a_row_that_has_ended_stays_where_it_is(olmoe):
     _, made = model.apply(olmoe.variables, zeros, zeros, zeros, mutable=["cache"])
     keys_B = jax.random.split(jax.random.key(0), 2)
     state = RowState(jnp.array([9, 9]), jnp.array([3, 3]), jnp.array([True, False]), keys_B)
-    after, _ = make_decode_step(model, GREEDY, -1)(olmoe.variables, made["cache"], state)
+    after, _ = make_decode_step(model, GREEDY, ())(olmoe.variables, made["cache"], state)
     assert after.positions_B.tolist() == [4, 3]
     assert after.tokens_B[1] == 9 and not after.is_active_B[1]
 
@@ -236,40 +236,6 @@ def test_draws_have_the_shares_of_the_softmax(olmoe):
     np.testing.assert_allclose(drawn[top], shares, atol=0.08)
 
 
-# -------------------------------------------------------------------------------- text and stopping
-
-
-class Letters:
-    """A tokenizer of one byte a token."""
-
-    def decode(self, tokens, **_):
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-def feed(text: str, stop=(), limit=1000, end=0):
-    told = []
-    row = Row(Letters(), stop, told.append, limit, end)
-    for token in text.encode():
-        if row.finish:
-            break
-        row.take(token)
-    return row.result(), told
-
-
-def test_streamed_pieces_are_the_text():
-    for text, stop in [("a\u00e9\u20ac z", ()), ("one\n\ntwo", ("\n\n",)), ("aXbXY.", ("XY",))]:
-        result, told = feed(text + "\0", stop)
-        assert "".join(told) == result.text
-        assert result.text == (text.split(stop[0])[0] if stop else text)
-        assert result.finish == ("stop" if stop else "eos")
-
-
-def test_the_earliest_stop_string_cuts_and_is_never_shown():
-    result, told = feed("answer 7\nQuestion: again", ("Question:", "\n"))
-    assert result.text == "answer 7" == "".join(told)
-    assert feed("abc", limit=2)[0].finish == "length"
-
-
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -307,6 +273,76 @@ def test_mistakes_are_refused(run, arguments, message):
         generate_entry.main(["--run", run, "--prompt", "x", *arguments])
 
 
-def test_prompts_without_tokens_are_refused(olmoe):
-    with pytest.raises(UserError, match="no token"):
-        Generator(olmoe).generate([[]], max_new_tokens=3)
+def test_prompts_without_tokens_and_empty_stops_are_refused(olmoe):
+    with pytest.raises(UserError, match="Prompt 2 has no token"):
+        Generator(olmoe).generate([[5], []], max_new_tokens=3)
+    with pytest.raises(UserError, match="stop string is empty"):
+        Generator(olmoe).generate([[5]], max_new_tokens=3, stop=("x", ""))
+
+
+# -------------------------------------------------------------------------------------- end tokens
+
+
+def test_rows_end_at_any_end_token_and_at_different_steps(olmoe, generator_of):
+    free = generator_of(()).generate(PROMPTS, max_new_tokens=12)
+    assert [answer.finish for answer in free] == ["length"] * len(PROMPTS)
+    # An end token that is the first of one row, and one that is the fourth of another.
+    ends = (free[0].tokens[0], free[2].tokens[3])
+    found = generator_of(ends).generate(PROMPTS, max_new_tokens=12)
+    decode, sizes = olmoe.tokenizer.decode, set()
+    for prompt, before, after in zip(PROMPTS, free, found, strict=True):
+        size = next((at for at, token in enumerate(before.tokens) if token in ends), 12)
+        assert after.tokens == before.tokens[: size + 1]
+        assert after.text == decode(prompt + before.tokens[:size]).removeprefix(decode(prompt))
+        assert after.finish == ("eos" if size < 12 else "length")
+        sizes.add(size)
+    assert {0, 3, 12} <= sizes
+
+
+def test_one_new_token_may_be_the_end(generator_of):
+    free = generator_of(()).generate(PROMPTS, max_new_tokens=1)
+    assert [(len(answer.tokens), answer.finish) for answer in free] == [(1, "length")] * 4
+    [first, *_] = generator_of((free[0].tokens[0],)).generate(PROMPTS, max_new_tokens=1)
+    assert first == ("", free[0].tokens, "eos")
+
+
+@pytest.fixture(scope="module")
+def generator_of(olmoe):
+    kept = {}
+
+    def make(ends):
+        if ends not in kept:
+            kept[ends] = Generator(olmoe._replace(end_token_ids=ends), batch_size=4)
+        return kept[ends]
+
+    return make
+
+
+def test_a_special_token_as_stop_string_ends_the_answer(olmoe, generator_of):
+    """Decoded text does not show it."""
+    free = generator_of(()).generate(PROMPTS, max_new_tokens=12)
+    special = free[3].tokens[5]
+    text = olmoe.tokenizer.convert_ids_to_tokens(special)
+    assert special not in free[3].tokens[:5]
+    tokenizer = load_tokenizer(olmoe.directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": [text]})
+    generator = Generator(olmoe._replace(tokenizer=tokenizer, end_token_ids=()), batch_size=4)
+    assert text not in tokenizer.decode([special], skip_special_tokens=True)
+    [answer] = generator.generate([PROMPTS[3]], max_new_tokens=12, stop=(text,))
+    assert (answer.finish, answer.tokens) == ("stop", free[3].tokens[:6])
+    assert answer.text == tokenizer.decode(free[3].tokens[:5])
+
+
+# --------------------------------------------------------------------------------------- positions
+
+
+def test_what_runs_beyond_the_positions_is_said_once(tmp_path, capsys):
+    directory = write_tiny_model(tmp_path, OLMOE | {"max_position_embeddings": 40})
+    generator = Generator(load_base(str(directory), mesh=ONE), batch_size=1)
+    generator.generate([[7] * 32], max_new_tokens=8)
+    assert "warning" not in capsys.readouterr().err
+    for _ in range(2):
+        generator.generate([[7] * 5, [7] * 33], max_new_tokens=8)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith("warning: a prompt of 33 and 8 new tokens: 41 tokens, more than the")
+    assert "model's 40 positions (" in line

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import socket
 from types import SimpleNamespace
 
@@ -284,20 +285,24 @@ def test_written_answers(model, loaded):
     assert cut == found[0][: found[0].index(middle)]
 
 
-def test_a_special_token_can_end_an_answer(lm_eval, loaded):
-    from drlora_jax.evaluation.harness_model import stop_tokens, text_before
-    from drlora_jax.generation import Generation
+def test_a_special_token_can_end_an_answer(lm_eval, tmp_path, directory):
+    """As a stop string, and as an end token of generation_config.json."""
+    shutil.copytree(directory, tmp_path / "m")
+    free = make_model(load_base(str(tmp_path / "m"), mesh=MeshSection(data=1)))
+    prompt, options = "two old dogs", {"until": [], "max_gen_toks": 8}
+    ids = ids_of(free._loaded, prompt)
+    [answer] = free._generator.generate([ids], max_new_tokens=8)
+    token = answer.tokens[4]
+    assert token not in answer.tokens[:4]
+    text = free.tokenizer.decode(ids + answer.tokens[:4])[len(free.tokenizer.decode(ids)) :]
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, token]}))
+    ending = make_model(load_base(str(tmp_path / "m"), mesh=MeshSection(data=1)))
+    assert ending.generate_until(requests_of((prompt, options))) == [text]
 
-    special = loaded.tokenizer.pad_token
-    ids = ids_of(loaded, "the cat sat")
-    tokens = [*ids[:2], loaded.tokenizer.pad_token_id, *ids[2:]]
-    stop = [special, "zzz"]
-    text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-    answer = Generation(text, tokens, "length")
-    found = stop_tokens(stop, loaded.tokenizer)
-    assert found == {loaded.tokenizer.pad_token_id}
-    assert text_before(answer, found, stop, loaded.tokenizer) == "the cat"
-    assert text_before(answer, set(), stop, loaded.tokenizer) == text
+    special = free.tokenizer.convert_ids_to_tokens(token)
+    free.tokenizer.add_special_tokens({"additional_special_tokens": [special]})
+    asked = requests_of((prompt, options | {"until": ["zzz", special]}))
+    assert free.generate_until(asked) == [text]
 
 
 def test_room_for_the_answer_is_needed(model):
