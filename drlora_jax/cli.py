@@ -48,8 +48,8 @@ def check_text(option: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{option} is not UTF-8 (character {error.start + 1}: {value[error.start]!r}). If it is "
-            "where it was written, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
+            f"{option} is not UTF-8 at character {error.start + 1} ({value[error.start]!r}). If it "
+            "is where it was written, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
         ) from None
 
 

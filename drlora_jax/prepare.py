@@ -68,8 +68,8 @@ def prepare(config: TrainConfig) -> Job:
     What costs little comes first: a mistake in a setting is found before rows are read.
     """
     run_dir = RunDirectory(config.run.dir, writes=hosts.is_main())
-    run_dir.check_place()
     stored = run_dir.stored()
+    run_dir.check_place()
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
     devices = count_devices()
