@@ -174,6 +174,14 @@ def test_overrides_that_are_not_utf_8_are_refused():
             cli.parse_arguments("train", "", ["--config", "bundled:tiny", override])
 
 
+def test_every_command_refuses_arguments_that_are_not_utf_8(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", "--out", "\udcff"])
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: pytest.fail("it was started"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --out is not UTF-8")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_output_of_any_encoding_shows_everything(encoding, monkeypatch):
     """What the encoding lacks is escaped; UTF-8 lacks half a surrogate pair."""

@@ -180,7 +180,7 @@ def test_a_rate_that_does_not_go_on_is_said(schedule):
     assert same is None
     longer = make_schedule(section, 40, 1e-3, first_total=20)
     line = resume.rate_line(logged, longer, done=20, first_total=20, total=40)
-    assert f"from {logged[1]:.3g} at step 20 back to {float(longer(20)):.3g} at step 21" in line
+    assert f"from {logged[1]:.2e} at step 20 back to {float(longer(20)):.2e} at step 21" in line
     assert "train.steps 20 -> 40" in line and "warm-up is not repeated" in line
     # Already prolonged: it goes on as it did.
     logged = (30, float(longer(29)))
