@@ -2,12 +2,15 @@
 
     python -m drlora_jax.train --config configs/mixtral.py data.eval_path=heldout.jsonl
 
+Rows, passes, prompts and dtype: as in configs/olmoe.py (one document a row, three passes over
+  60,000 rows; the tags of Tulu, for an Instruct model data.template=tokenizer; bfloat16 on every
+  device).
 Hardware: eight devices with 24 GB or more each (base 87 GiB in bfloat16, 12 GiB a device with
   mesh.expert=8; rank state 1 GiB a device), for example 8 x H100 or a TPU v5p-16; mesh.fsdp shards
-  the base further. 3,750 steps of 48 rows of 512 tokens are 92 M tokens. Expected time, an estimate
-  from FLOPs that was not measured: half an hour on 8 x H200 at 40 % of peak with grouped expert
-  kernels. The line `computed` of the output says whether experts run so; `dense` is every local
-  expert on every token, 4 times the expert work: count on 2 hours.
+  the base further. Expected time, an estimate from the FLOPs of 92 M tokens that was not measured:
+  half an hour on 8 x H200 at 40 % of peak with grouped expert kernels. The line `computed` of the
+  output says whether experts run so; `dense` is every local expert on every token, 4 times the
+  expert work: count on 2 hours.
 """
 
 from drlora_jax.config import (
@@ -34,6 +37,7 @@ def get_config() -> TrainConfig:
             template="tulu",
             max_rows=60_000,
             bad_rows="skip",
+            pack=False,
         ),
         train=TrainSection(
             steps=3750,

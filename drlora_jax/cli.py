@@ -31,8 +31,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for index, text in enumerate(args):
-            check_text(_option_of(args, index), text)
+        _check_arguments(args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
@@ -48,9 +47,14 @@ def check_text(option: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{option} is not UTF-8 (character {error.start + 1}: {value[error.start]!r}). If it is "
-            "where it was written, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
+            f"{option} is not UTF-8 at character {error.start + 1} ({value[error.start]!r}). If it "
+            "is where it was written, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
         ) from None
+
+
+def _check_arguments(args: Sequence[str]) -> None:
+    for index, text in enumerate(args):
+        check_text(_option_of(args, index), text)
 
 
 def _option_of(args: Sequence[str], index: int) -> str:
@@ -153,6 +157,7 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        _check_arguments(sys.argv[1:])  # of every command, whatever parses them
         code = main()
     except UserError as error:
         code = _end("error", str(error), EXIT_USER_MISTAKE)

@@ -76,8 +76,8 @@ def prepare(config: TrainConfig) -> Job:
     What costs little comes first: a mistake in a setting is found before rows are read.
     """
     run_dir = RunDirectory(config.run.dir, writes=hosts.is_main())
-    run_dir.check_place()
     stored = run_dir.stored()
+    run_dir.check_place()
     before = Resolved.from_json(stored["resolved"]) if stored and "resolved" in stored else None
     directory = find_model(
         config.model.path, revision=before.model_revision if before is not None else None

@@ -126,8 +126,8 @@ def rate_line(
     now = schedule(done)
     direction = "back to" if now > before else "to"
     return (
-        f"resume      the learning rate goes from {before:.3g} at step {step} {direction} "
-        f"{now:.3g} at step {done + 1} (train.steps {first_total} -> {total}); warm-up is not "
+        f"resume      the learning rate goes from {before:.2e} at step {step} {direction} "
+        f"{now:.2e} at step {done + 1} (train.steps {first_total} -> {total}); warm-up is not "
         "repeated"
     )
 

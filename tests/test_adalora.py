@@ -125,7 +125,7 @@ def test_schedule(last_event):
 
 
 def test_schedules_that_can_not_be():
-    match = "no pruning event fits: warm-up ends at step 10, .* last may be at step 15 of 100"
+    match = "no pruning event fits: warm-up ends at step 10, .* last event may be at step 15 of 100"
     with pytest.raises(UserError, match=match):
         make_policy(last_event=15)
     with pytest.raises(UserError, match="last_event .101. must not lie behind .* .100."):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes and messages."""
 
+import io
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import pytest
 from tiny import MIXTRAL, write_rows, write_tiny_model
 
 from drlora_jax import cli, train
+from drlora_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -90,6 +92,7 @@ def test_the_mixtral_config_runs_on_a_tiny_model(files):
     assert "LoRA, rank up to 32" in result.stdout and "trained after warm-up" in result.stdout
     ranks = [json.loads(line) for line in (run / "ranks.jsonl").read_text().splitlines()]
     assert [sum(layer) for layer in ranks[-1]["ranks"]] == [4 * 16] * 2
+    assert result.stdout.index("compiling the train step") < result.stdout.index("compiled in")
     assert "already complete" in run_cli(*arguments).stdout
 
 
@@ -143,6 +146,82 @@ def test_a_mistake_shows_no_traceback(files):
     result = run_cli("--config", "configs/tiny.py", "train.stepz=3")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: Unknown config field train.stepz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompt", "caf\udcc3\udca9"], "The prompt is not UTF-8 at character 4"),
+        (["--prompt=\udcff"], "The prompt is not UTF-8"),
+        (["--stop", "\udcff"], "--stop is not UTF-8"),
+        (["--run=\udcff"], "--run is not UTF-8"),
+        (["\udcff"], "Argument 1 is not UTF-8"),
+    ],
+)
+def test_text_that_is_not_utf_8_is_refused(arguments, named):
+    """Python gives bytes of an argument that it can not decode as lone surrogates."""
+    parser = cli.model_parser("generate", "")
+    parser.add_argument("--prompt")
+    parser.add_argument("--stop")
+    with pytest.raises(UserError, match=named):
+        parser.parse_args(arguments)
+
+
+def test_overrides_that_are_not_utf_8_are_refused():
+    for override in ("data.path=\udcff.jsonl", "data.prompt_field=a\udce9"):
+        name = override.partition("=")[0]
+        with pytest.raises(UserError, match=f"{name} is not UTF-8 at character .*PYTHONUTF8=1"):
+            cli.parse_arguments("train", "", ["--config", "bundled:tiny", override])
+
+
+def test_every_command_refuses_arguments_that_are_not_utf_8(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["export", "--out", "\udcff"])
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: pytest.fail("it was started"))
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --out is not UTF-8")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_of_any_encoding_shows_everything(encoding, monkeypatch):
+    """What the encoding lacks is escaped; UTF-8 lacks half a surrogate pair."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    texts = "é \U0001f600 \udcff"
+
+    def main():
+        print(texts)
+        raise UserError(texts)
+
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(main)
+    assert end.value.code == 2
+    shown = []
+    for stream in streams.values():
+        stream.flush()
+        shown.append(stream.buffer.getvalue().decode(encoding))
+    plain = texts.encode(encoding, "backslashreplace").decode(encoding)
+    assert shown == [f"{plain}\n", f"error: {cli.printable(plain)}\n"]
+
+
+def test_a_stream_that_is_no_text_file_is_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: 0)
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize("advice", [None, cli.TRAINING_ADVICE])
+def test_what_to_do_about_memory_is_of_the_command(advice, capsys):
+    def main():
+        raise MemoryError
+
+    with pytest.raises(SystemExit):
+        cli.run_and_exit(main, **({"memory_advice": advice} if advice else {}))
+    message = capsys.readouterr().err
+    assert ("run.dir" in message) == (advice is not None)
+    assert ("--batch-size" in message) == (advice is None)
 
 
 def test_help_lists_every_field():

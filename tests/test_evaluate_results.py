@@ -67,6 +67,20 @@ def test_table_is_aligned():
     assert lines[0].index("value") + 5 == lines[1].index("0.5000") + 6
 
 
+@pytest.mark.parametrize(
+    ("value", "cells"),
+    [
+        (2267.2161, "2,267 21 2,227 to 2,308"),
+        (104.52, "104.5 20.7 2,227.1 to 2,308.1"),
+        (3.49034, "3.490 20.670 2,227.064 to 2,308.092"),
+        (float("inf"), "inf 20.6697 2,227.0641 to 2,308.0920"),
+    ],
+)
+def test_a_perplexity_has_four_figures(value, cells):
+    score = Score("loss", "perplexity", value, 8, 20.6697, (2227.0641, 2308.0920), step=12)
+    assert results.table([score]).splitlines()[1].split()[2:-2] == cells.split()
+
+
 def test_names_of_sample_files():
     assert results.samples_name("arc_easy:mixlora", 12, {}) == "eval/arc_easy-mixlora-step12.jsonl"
     settings = {"shots": 8, "limit": 50, "chat": False, "dtype": "float32"}

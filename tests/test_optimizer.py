@@ -42,6 +42,29 @@ def test_schedules(schedule, total, ratio, warmup):
     assert (got[total] == pytest.approx(0, abs=1e-9)) == (schedule != "constant")
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_prolonged_run_does_not_warm_up_again(schedule):
+    """Its warm-up is that of the steps it was created with; a decay follows the new length."""
+    section = TrainSection(steps=20, schedule=schedule, warmup_ratio=0.2)
+    short, long = make_schedule(section, 20, PEAK), make_schedule(section, 40, PEAK, first_total=20)
+    assert [float(long(step)) for step in range(5)] == [float(short(step)) for step in range(5)]
+    rates = [float(long(step)) for step in range(4, 40)]
+    options = {"total": 40, "warmup": 4, "schedule": schedule}
+    expected = [stated_rate(step, **options) for step in range(4, 40)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    assert rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_a_run_that_keeps_its_length_keeps_its_rates_bit_for_bit(schedule):
+    section = TrainSection(steps=33, schedule=schedule, warmup_ratio=0.1)
+    first, again = (
+        make_schedule(section, 33, PEAK),
+        make_schedule(section, 33, PEAK, first_total=33),
+    )
+    assert [float(first(step)) for step in range(35)] == [float(again(step)) for step in range(35)]
+
+
 def stated_adamw(section, params, grads_per_step, rates):
     """Clip by the norm over all leaves, Adam with bias correction, decoupled decay; float64."""
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}

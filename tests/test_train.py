@@ -12,6 +12,7 @@ from tiny import tiny_config, write_rows
 
 from drlora_jax import train as train_lib
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
+from drlora_jax.optimizer import make_schedule
 from drlora_jax.position import start
 from drlora_jax.prepare import prepare
 from drlora_jax.run_dir import RunDirectory
@@ -202,6 +203,31 @@ def test_a_finished_run_says_so(built, start_run, reference, capsys):
     capsys.readouterr()
     assert start_run("finished") == EXIT_DONE
     assert "already complete" in capsys.readouterr().out
+
+
+def test_a_run_that_is_asked_for_fewer_steps_than_it_has_says_so(built):
+    job = built[0].job
+    assert train_lib._complete_line(job, 12).endswith(f"{job.run_dir.path} is at step 12 of 12")
+    assert train_lib._complete_line(job, 51).endswith(
+        "is at step 51, train.steps=12 asks for fewer"
+    )
+    section = dataclasses.replace(job.config.train, steps=None, epochs=2)
+    job = job._replace(config=dataclasses.replace(job.config, train=section))
+    line = train_lib._complete_line(job, 51)
+    assert line.endswith("is at step 51, train.epochs=2 (12 steps) asks for fewer")
+
+
+def test_a_prolonged_run_says_where_its_rate_goes(built, start_run):
+    run, _, folder = built
+    start_run("prolonged", 9)
+    directory = RunDirectory(str(folder / "prolonged"))
+    job = run.job._replace(run_dir=directory, is_new=False)
+    assert train_lib._rate_line(run._replace(job=job)) is None
+    job = job._replace(total_steps=48)
+    schedule = make_schedule(job.config.train, 48, 1e-2, first_total=12)
+    line = train_lib._rate_line(run._replace(job=job, schedule=schedule))
+    # Of 12 steps 3 are warm-up; 5 of the 9 that follow were taken, and 6 of 45 now.
+    assert "from 4.44e-03 at step 9 back to 8.67e-03 at step 10 (train.steps 12 -> 48)" in line
 
 
 def test_lines_after_the_restored_step_are_cut(tmp_path):

@@ -137,7 +137,7 @@ PATHS = (
     ),
     _path("x" * 300 + ".jsonl", "name too long", "a name too long for a file"),
     _path("a\0.jsonl", "no UTF-8 text or path has", "a NUL in the name"),
-    _path("\udcff.jsonl", "no UTF-8 text or path has", "a name that is not UTF-8"),
+    _path("\udcff.jsonl", "data.path is not UTF-8 at character 11", "a name that is not UTF-8"),
     _path("bundled:gsm8k/nope.jsonl", "no such file; it has", "an unknown bundled file"),
     _path("bundled:../config.py", "the package has no such file", "a path behind bundled:"),
     _path("owner/name:", "write NAME, or NAME:CONFIG", "an empty configuration of a data set"),

@@ -257,10 +257,14 @@ CASES = (
     ),
     _failed("NaN in the base", "attention/o/kernel hold NaN or infinity", _diverging, _nan_base),
     _failed("a loss that is NaN", "loss is nan at step 1; lower train.learning_rate", _diverging),
-    _failed("devices without memory", "out of memory; use a smaller", _out_of_memory),
+    _failed(
+        "devices without memory",
+        "out of memory; with more train.micro_batches",
+        _out_of_memory,
+    ),
     _failed(
         "a host without memory",
-        "out of memory; use a smaller",
+        "out of memory; with more train.micro_batches",
         lambda: running(mock.Mock(side_effect=MemoryError())),
     ),
     _failed(

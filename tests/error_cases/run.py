@@ -63,6 +63,22 @@ def _other_rows(folder: pathlib.Path) -> None:
     file.write_text(file.read_text().replace("plus", "minus"))
 
 
+def _others(folder: pathlib.Path) -> None:
+    text = (folder / "rows.jsonl").read_text()
+    (folder / "others.jsonl").write_text(text.replace("plus", "minus"))
+
+
+def _bad_row(folder: pathlib.Path) -> None:
+    (folder / "rows.jsonl").write_text("{")
+
+
+def _remains(folder: pathlib.Path) -> None:
+    """Of a run whose config.json is lost, among files that may stay."""
+    (folder / "run" / "checkpoints" / "5").mkdir(parents=True)
+    for name in ("metrics.jsonl", "report.html", "eval.json", "train.log", ".DS_Store"):
+        (folder / "run" / name).write_text("")
+
+
 def _file_as_checkpoints(folder: pathlib.Path) -> None:
     (folder / "run" / "checkpoints" / "5").rmdir()
     (folder / "run" / "checkpoints").rmdir()
@@ -102,7 +118,14 @@ CASES = (
     _case("a named pipe", "is a named pipe", lambda d: os.mkfifo(d / "run")),
     _case("a name too long", "name too long", None, f"run.dir={'x' * 300}"),
     _case(
-        "a directory of something else", "holds other files and no config", _written("a.txt", "a")
+        "what a run would write over",
+        "run.dir=run holds metrics.jsonl, checkpoints, report.html and 1 more .*no config.json",
+        _remains,
+    ),
+    _case(
+        "what a run would write over, and a bad row",
+        "run.dir=run holds metrics.jsonl, checkpoints",
+        _then(_remains, _bad_row),
     ),
     _case("a model directory", "is not a run directory", None, "run.dir=model"),
     _case(
@@ -137,10 +160,20 @@ CASES = (
     ),
     _case(
         "several other values",
-        r"was made with allocation.gamma=1.2, got 2.0 \(and 1 more\)",
+        r"with train.beta1=0.9, got 0.5, and with adapter.targets=up,down,q, got up,down, and with "
+        r"allocation.gamma=1.2, got 2.0 \(and 1 more\)",
         _begun(),
         "allocation.gamma=2",
         "train.beta1=0.5",
+        "adapter.targets=up,down",
+        "allocation.last_event=7",
+    ),
+    _case("another seed", "was made with run.seed=0, got 1; undo it", _begun(), "run.seed=1"),
+    _case(
+        "another setting, and a bad row",
+        "was made with train.learning_rate=0.01, got 0.5",
+        _then(_begun(), _bad_row),
+        "train.learning_rate=0.5",
     ),
     _case(
         "fewer steps than the growth schedule needs",
@@ -149,9 +182,31 @@ CASES = (
         "train.steps=6",
     ),
     _case(
-        "another base", "another base or other rows", _then(_begun(), _flip_weight), varies=DIGEST
+        "another base",
+        r"another base model than model.path=model \(base_fingerprint",
+        _then(_begun(), _flip_weight),
+        varies=DIGEST,
     ),
-    _case("other rows", "another base or other rows", _then(_begun(), _other_rows), varies=DIGEST),
+    _case(
+        "other rows",
+        "was made with other data than data.path=rows.jsonl gives now: the training tokens are not",
+        _then(_begun(), _other_rows),
+        varies=DIGEST,
+    ),
+    _case(
+        "other rows in another file",
+        "was made with data.path=rows.jsonl, got others.jsonl: the training tokens are not",
+        _then(_begun(), _others),
+        "data.path=others.jsonl",
+        varies=DIGEST,
+    ),
+    _case(
+        "the same rows read otherwise",
+        "was made with data.loss_on=response, got all: the training tokens are not",
+        _begun(),
+        "data.loss_on=all",
+        varies=DIGEST,
+    ),
 )
 IN_USE = _case(
     "in use by another process",
