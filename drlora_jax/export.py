@@ -2,42 +2,45 @@
 programs.
 
   peft     an adapter for `peft`, experts fused as transformers 5 holds them
-  peft-2d  an adapter with one pair an expert, as servers that stack experts read it
-  merged   a full model directory in the layout of the base, with the adapter added to its weights
+  peft-2d  an adapter with one pair per expert, as servers that stack experts read it
+  merged   a full model directory in the layout of the base model, the adapter added to its weights
+
+Versions that were tried: transformers 5.3 with peft 0.19.1 to 0.21.2, transformers 5.24 with peft
+0.20 to 0.21.2. Older ones of peft fail, or load peft-2d without its experts and say nothing.
 
 Before an export is kept its files are read back, and on a few texts they must compute what the run
-computes, in float32. A layer is in memory at a time, so this needs no accelerator. Exit codes: 0
-done, 2 a mistake in the input, 1 the export failed; then --out is left as it was.
+computes, in float32. A layer is in memory at a time, so this needs no accelerator. Where torch is
+installed, transformers (and peft) then open the export too, if the model fits into memory in
+float32. Exit codes: 0 done, 2 a mistake in the input, 1 the export failed; then --out is left as it
+was.
 """
 
 import argparse
-import contextlib
-import os
 import pathlib
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 import drlora_jax
 from drlora_jax import cli
 from drlora_jax.config import MeshSection
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, kind_of
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
+from drlora_jax.interop.exported_files import check_adapter, check_merged, text_ids
 from drlora_jax.interop.factors import layer_factors
 from drlora_jax.interop.hf_read import leaf_at
-from drlora_jax.interop.hf_write import rewrite_model
+from drlora_jax.interop.hf_write import cast, rewrite_model, rewritten_bytes
 from drlora_jax.interop.layer_reader import LayerReader
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
+from drlora_jax.interop.opened import Export, check_opened
 from drlora_jax.interop.verify import make_prompts
 from drlora_jax.loaded import RunSource, find_run, rank_gates, read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.output_dir import check_out, check_space, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
 
 MERGED = "merged"
@@ -50,28 +53,63 @@ def main(argv=None) -> int:
     limit = _shard_bytes(args)
     out = check_out(args.out)
     source = find_run(args.run, step=args.step, model_path=args.model_path)
-    if source.config.adapter.makes_experts:
-        raise UserError(
-            f"{args.run} was trained with adapter.kind={source.config.adapter.kind}: peft and "
-            "transformers have no form for LoRA experts with a router, and a merge would lose the "
-            "routing. Use the run itself, with drlora_jax.evaluate and drlora_jax.generate."
-        )
+    _refuse_added_experts(source)
+    is_merged = args.format == MERGED
+    if is_merged:
+        check_space(out, rewritten_bytes(source.directory, args.dtype))
+    tokenizer = load_tokenizer(source.directory)
+    ends = _ends(tokenizer, source)
     trained = read_trained(source)
     reader = LayerReader(source.model_config, source.directory)
-    prompts = make_prompts(load_tokenizer(source.directory), source.model_config.vocab_size)
-    is_merged = args.format == MERGED
+    adapter = None if is_merged else make_adapter(trained, reader, args.format, args.dtype)
+    if adapter:
+        check_space(out, sum(value.nbytes for value in adapter.tensors.values()))
+    prompts = make_prompts(tokenizer, source.model_config.vocab_size)
     with new_directory(out) as draft:
-        if is_merged:
-            lines = write_merged(draft, source.directory, trained, reader, args.dtype, limit)
-        else:
-            adapter = make_adapter(trained, reader, args.format, args.dtype)
+        if adapter:
             peft_write.write(draft, adapter, _base_name(source), _origin(source))
             lines = _adapter_lines(adapter)
+        else:
+            base = source.directory
+            lines = write_merged(draft, base, trained, reader, args.dtype, limit, ends)
         print("\n".join([_describe(source, trained), *lines]), flush=True)
         measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
         judge(measured)
-    print("\n".join([*_measured_lines(measured), f"done: {args.format} in {out}"]))
+        print("\n".join(_measured_lines(measured)), flush=True)
+        ids = text_ids(tokenizer)
+        if is_merged:
+            check_merged(source.directory, draft, ids, args.dtype)
+        else:
+            check_adapter(draft)
+        logits = list(measured.logits)
+        export = Export(args.format, source.directory, draft, prompts, logits, ids, ends)
+        print("\n".join(check_opened(export)), flush=True)
+    print(f"done: {args.format} in {args.out}")
     return EXIT_DONE
+
+
+def _refuse_added_experts(source: RunSource) -> None:
+    kind = source.config.adapter.kind
+    if not source.config.adapter.makes_experts:
+        return
+    way = "Use the run itself, with drlora_jax.evaluate and drlora_jax.generate"
+    if kind == "mixlora":
+        way = (
+            "tools/mixlora_convert.py of the repository writes it as MoE-PEFT reads it "
+            f"(docs/methods.md has what carries over). Or use{way[3:]}"
+        )
+    else:
+        way += "; tools/mixlora_convert.py of the repository takes mixlora only (docs/methods.md)"
+    raise UserError(
+        f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no form "
+        f"for LoRA experts with a router, and a merge would lose the routing. {way}."
+    )
+
+
+def _ends(tokenizer, source: RunSource) -> tuple[int, ...]:
+    """Token ids that end a text of the run."""
+    eos = tokenizer.eos_token_id
+    return () if eos is None or eos >= source.model_config.vocab_size else (eos,)
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -111,41 +149,6 @@ def _shard_bytes(args: argparse.Namespace) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# the output directory
-
-
-def check_out(path: str) -> pathlib.Path:
-    out = pathlib.Path(path).expanduser()
-    kind = kind_of(out)
-    if kind not in (DIRECTORY, ABSENT):
-        raise UserError(f"--out {path} is {kind}; give a new directory.")
-    if kind == DIRECTORY and any(out.iterdir()):
-        raise UserError(f"--out {path} is not empty; give a new directory.")
-    return out
-
-
-@contextlib.contextmanager
-def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `out` that becomes `out` at the end, and goes if anything fails."""
-    draft = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out} can not be written: {error.strerror}.") from error
-    try:
-        yield draft
-        for file in draft.iterdir():  # safetensors writes files that only the owner may read
-            shutil.copymode(draft, file)
-            file.chmod(file.stat().st_mode & ~0o111)
-        os.replace(draft, out)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"the export to {out} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------
 # what is written
 
 
@@ -178,7 +181,7 @@ def make_adapter(
     }
     adapter = peft_write.pack(trained.config, trained.factors, routers, layout, magnitudes)
     kind = np.dtype(dtype or np.float32)
-    tensors = {key: value.astype(kind) for key, value in adapter.tensors.items()}
+    tensors = {key: cast(key, value, kind) for key, value in adapter.tensors.items()}
     return adapter._replace(tensors=tensors)
 
 
@@ -203,18 +206,25 @@ def write_merged(
     reader: LayerReader,
     dtype: str | None,
     max_shard_bytes: int | None,
+    end_token_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Writes the base's directory with the adapter added; returns what there is to say about it."""
+    """Writes the base's directory with the adapter added; returns what there is to say about it.
+
+    Args:
+      end_token_ids: tokens that end a text of the run, the tokenizer's own first.
+    """
     changed = adapted_tensors(reader.table, trained.factors)
-    rewrite_model(
+    notes = rewrite_model(
         base,
         draft,
         changed,
         lambda key, value: merge_tensor(value, reader.table[key], changed[key]),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        end_token_ids=end_token_ids,
     )
-    return [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
+    lines = [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
+    return lines + [f"note     {note}" for note in notes]
 
 
 # ---------------------------------------------------------------------------------------------
