@@ -27,7 +27,7 @@ import drlora_jax
 from drlora_jax import cli
 from drlora_jax.config import MeshSection
 from drlora_jax.data.tokenize import load_tokenizer
-from drlora_jax.errors import EXIT_DONE, RunError, UserError
+from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
 from drlora_jax.interop.exported_files import check_adapter, check_merged, text_ids
@@ -36,14 +36,13 @@ from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.interop.hf_write import cast, rewrite_model, rewritten_bytes
 from drlora_jax.interop.layer_reader import LayerReader
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
-from drlora_jax.interop.opened import Export, check_opened
+from drlora_jax.interop.opened import MERGED, Export, check_opened
 from drlora_jax.interop.verify import make_prompts
 from drlora_jax.loaded import RunSource, find_run, rank_gates, read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.output_dir import check_out, check_space, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
 
-MERGED = "merged"
 FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -54,55 +53,53 @@ def main(argv=None) -> int:
     out = check_out(args.out)
     source = find_run(args.run, step=args.step, model_path=args.model_path)
     _refuse_added_experts(source)
-    is_merged = args.format == MERGED
+    base, is_merged = source.directory, args.format == MERGED
     if is_merged:
-        check_space(out, rewritten_bytes(source.directory, args.dtype))
-    tokenizer = load_tokenizer(source.directory)
+        check_space(out, rewritten_bytes(base, args.dtype))
+    tokenizer = load_tokenizer(base)
     ends = _ends(tokenizer, source)
     trained = read_trained(source)
-    reader = LayerReader(source.model_config, source.directory)
+    reader = LayerReader(source.model_config, base)
     adapter = None if is_merged else make_adapter(trained, reader, args.format, args.dtype)
     if adapter:
         check_space(out, sum(value.nbytes for value in adapter.tensors.values()))
-    prompts = make_prompts(tokenizer, source.model_config.vocab_size)
     with new_directory(out) as draft:
         if adapter:
             peft_write.write(draft, adapter, _base_name(source), _origin(source))
             lines = _adapter_lines(adapter)
         else:
-            base = source.directory
             lines = write_merged(draft, base, trained, reader, args.dtype, limit, ends)
         print("\n".join([_describe(source, trained), *lines]), flush=True)
-        measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
-        judge(measured)
-        print("\n".join(_measured_lines(measured)), flush=True)
-        ids = text_ids(tokenizer)
-        if is_merged:
-            check_merged(source.directory, draft, ids, args.dtype)
-        else:
-            check_adapter(draft)
-        logits = list(measured.logits)
-        export = Export(args.format, source.directory, draft, prompts, logits, ids, ends)
-        print("\n".join(check_opened(export)), flush=True)
+        _check(draft, args, trained, reader, base, tokenizer, ends)
     print(f"done: {args.format} in {args.out}")
     return EXIT_DONE
+
+
+def _check(draft, args, trained: Trained, reader: LayerReader, base, tokenizer, ends) -> None:
+    """The export as it is computed here, as its files say, and as other libraries read it."""
+    prompts, is_merged = make_prompts(tokenizer, trained.config.vocab_size), args.format == MERGED
+    measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
+    judge(measured)
+    print("\n".join(_measured_lines(measured)), flush=True)
+    ids = text_ids(tokenizer)
+    if is_merged:
+        check_merged(base, draft, ids, args.dtype)
+    else:
+        check_adapter(draft)
+    export = Export(args.format, base, draft, prompts, list(measured.logits), ids, ends)
+    print("\n".join(check_opened(export)), flush=True)
 
 
 def _refuse_added_experts(source: RunSource) -> None:
     kind = source.config.adapter.kind
     if not source.config.adapter.makes_experts:
         return
-    way = "Use the run itself, with drlora_jax.evaluate and drlora_jax.generate"
-    if kind == "mixlora":
-        way = (
-            "tools/mixlora_convert.py of the repository writes it as MoE-PEFT reads it "
-            f"(docs/methods.md has what carries over). Or use{way[3:]}"
-        )
-    else:
-        way += "; tools/mixlora_convert.py of the repository takes mixlora only (docs/methods.md)"
+    tool = "tools/mixlora_convert.py in the repository of this package"
+    way = f"{tool} writes it for MoE-PEFT" if kind == "mixlora" else f"{tool} takes mixlora only"
     raise UserError(
-        f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no form "
-        f"for LoRA experts with a router, and a merge would lose the routing. {way}."
+        f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no "
+        "form for LoRA experts with a router, and a merge would lose the routing. "
+        f"{way} (docs/methods.md); drlora_jax.evaluate and drlora_jax.generate use the run itself."
     )
 
 

@@ -1,9 +1,9 @@
 """The directory that `--out` names: checked before any work, filled only when the work is done.
 
-`--out` may be a new name, an empty directory, a link to one, a mount point or the current directory.
-A directory that exists cannot be replaced by a rename (a mount and the current directory not at
-all, a link becomes something else), so the draft is made inside it and its files move up at the
-end. A new name gets a draft beside it that is renamed. Either way both are on one file system.
+`--out` may be a new name, an empty directory, a link to one, a mount point or the current
+directory. A directory that exists cannot be replaced by a rename (a mount and the current directory
+not at all, a link becomes something else), so the draft is made inside it and its files move up at
+the end. A new name gets a draft beside it that is renamed. Either way both are on one file system.
 """
 
 import contextlib

@@ -24,6 +24,7 @@ from drlora_jax.interop.export_check import MAX_KL
 from drlora_jax.interop.hf_files import HEAD, read_headers
 from drlora_jax.interop.verify import TEXTS, token_kl
 
+MERGED = open_export.MERGED
 PROMPTS, PROMPT_LENGTH = 3, 16
 MIN_PEFT = (0, 20)  # older ones raise TypeError with transformers 5.24
 # Of f32 weights: the parts of experts are joined while they are read.
@@ -55,12 +56,15 @@ def check_opened(export: Export) -> list[str]:
 
 def why_not(export: Export) -> str | None:
     """Why the export cannot be opened here, in words; None where it can."""
-    for name in ("torch", "transformers", *(() if export.layout == "merged" else ("peft",))):
+    peft = [] if export.layout == MERGED else ["peft"]
+    for name in ("torch", "transformers", *peft):
         if importlib.util.find_spec(name) is None:
-            return f"{name} is not installed, so the model itself was not loaded by {_libraries(export)}"
-    version = importlib.metadata.version("peft") if export.layout != "merged" else None
+            readers = " and ".join(["transformers", *peft])
+            return f"{name} is not installed, so the model itself was not loaded by {readers}"
+    version = importlib.metadata.version("peft") if peft else None
     if version and _numbers(version) < MIN_PEFT:
-        return f"peft {version} is too old for transformers 5; use {_dotted(MIN_PEFT)} or newer"
+        wanted = ".".join(map(str, MIN_PEFT))
+        return f"peft {version} is too old for transformers 5; use {wanted} or newer"
     needed, free = _memory_needed(export), available_memory()
     if free is not None and needed > free:
         return (
@@ -75,7 +79,7 @@ def judge_answer(export: Export, answer: dict, logits: list[np.ndarray]) -> list
     with_what = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
     if "failed" in answer:
         raise RunError(f"the export cannot be opened with {with_what}: {answer['failed']}")
-    notes = _judge_merged(export, answer) if export.layout == "merged" else []
+    notes = _judge_merged(export, answer) if export.layout == MERGED else []
     ours = [array[:PROMPT_LENGTH] for array in export.logits[:PROMPTS]]
     kls = [float(token_kl(a, b).max()) for a, b in zip(ours, logits, strict=True)]
     # The middle one: in one prompt a tie in the choice of experts may go the other way.
@@ -128,16 +132,8 @@ def _first_difference(wanted, found) -> str:
     return f"{text[:20]!r} becomes {b[:6]}, not {a[:6]}"
 
 
-def _libraries(export: Export) -> str:
-    return "transformers" if export.layout == "merged" else "transformers and peft"
-
-
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-
-
-def _dotted(numbers: tuple[int, ...]) -> str:
-    return ".".join(map(str, numbers))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,7 +141,7 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 
 def _memory_needed(export: Export) -> int:
-    folders = {export.directory} if export.layout == "merged" else {export.base, export.directory}
+    folders = {export.directory} if export.layout == MERGED else {export.base, export.directory}
     tensors = [info for folder in folders for info in read_headers(folder).values()]
     values = sum(math.prod(info.shape) for info in tensors)
     return int(4 * values * MEMORY_FACTOR) + MEMORY_START
@@ -169,9 +165,9 @@ def available_memory() -> int | None:
     return min(found, default=None)
 
 
-def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
-    """The answer of open_export.py, and its logits by prompt."""
-    request = {
+def make_request(export: Export) -> dict:
+    """What open_export.py is asked."""
+    return {
         "layout": export.layout,
         "base": str(export.base.resolve()),
         "export": str(export.directory.resolve()),
@@ -179,10 +175,14 @@ def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
         "texts": list(TEXTS),
         "ids": export.ids,
     }
+
+
+def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
+    """The answer of open_export.py, and its logits by prompt."""
     with tempfile.TemporaryDirectory(prefix="drlora-export-") as name:
         folder = pathlib.Path(name)
         files = [folder / file for file in ("request.json", "answer.json", "logits.npz")]
-        files[0].write_text(json.dumps(request), encoding="utf-8")
+        files[0].write_text(json.dumps(make_request(export)), encoding="utf-8")
         # -P: the folder of the script has modules with common names.
         command = [sys.executable, "-P", open_export.__file__, *map(str, files)]
         quiet = {
