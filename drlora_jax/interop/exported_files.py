@@ -12,8 +12,14 @@ import pathlib
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import RunError
 from drlora_jax.files import read_json
-from drlora_jax.interop.hf_files import HEAD, read_config_json, read_headers, read_model_config
-from drlora_jax.interop.peft_read import CONFIG, PREFIX, SUFFIXES, WRAPPER
+from drlora_jax.interop.hf_files import (
+    HEAD,
+    open_weights,
+    read_config_json,
+    read_headers,
+    read_model_config,
+)
+from drlora_jax.interop.peft_read import CONFIG, PREFIX, SUFFIXES, WEIGHTS, WRAPPER
 from drlora_jax.interop.verify import TEXTS
 from drlora_jax.models.families import parse_config
 
@@ -42,11 +48,16 @@ def check_merged(
         raise RunError("the tokenizer of the export does not give the token ids of the run.")
 
 
+def adapter_shapes(target: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    with open_weights(target / WEIGHTS) as handle:
+        return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
+
+
 def check_adapter(target: pathlib.Path) -> None:
     values = read_json(target / CONFIG)
-    rank, tensors = values["r"], read_headers(target)
+    rank, tensors = values["r"], adapter_shapes(target)
     modules = set()
-    for key, info in tensors.items():
+    for key, shape in tensors.items():
         name = key.removeprefix(PREFIX)
         side = next((side for side in SUFFIXES if name.endswith(side)), None)
         module = name.removesuffix(side) if side else name.rpartition(".")[0]
@@ -54,7 +65,7 @@ def check_adapter(target: pathlib.Path) -> None:
         if side is None:
             continue
         partner = key.removesuffix(side) + SUFFIXES[1 - SUFFIXES.index(side)]
-        size = info.shape[SUFFIXES.index(side)]
+        size = shape[SUFFIXES.index(side)]
         if partner not in tensors or size % rank:
             raise RunError(f"{key} of the export has {size} rows, not of rank {rank}, or no pair.")
     for kind in ("target_modules", "target_parameters", "modules_to_save"):

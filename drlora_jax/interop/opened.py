@@ -21,6 +21,7 @@ import numpy as np
 from drlora_jax.errors import RunError
 from drlora_jax.interop import open_export
 from drlora_jax.interop.export_check import MAX_KL
+from drlora_jax.interop.exported_files import adapter_shapes
 from drlora_jax.interop.hf_files import HEAD, read_headers
 from drlora_jax.interop.verify import TEXTS, token_kl
 
@@ -61,7 +62,7 @@ def why_not(export: Export) -> str | None:
         if importlib.util.find_spec(name) is None:
             readers = " and ".join(["transformers", *peft])
             return f"{name} is not installed, so the model itself was not loaded by {readers}"
-    version = importlib.metadata.version("peft") if peft else None
+    version = _version("peft") if peft else None
     if version and _numbers(version) < MIN_PEFT:
         wanted = ".".join(map(str, MIN_PEFT))
         return f"peft {version} is too old for transformers 5; use {wanted} or newer"
@@ -132,6 +133,13 @@ def _first_difference(wanted, found) -> str:
     return f"{text[:20]!r} becomes {b[:6]}, not {a[:6]}"
 
 
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path, not installed
+        return None
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
@@ -141,9 +149,11 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _memory_needed(export: Export) -> int:
-    folders = {export.directory} if export.layout == MERGED else {export.base, export.directory}
-    tensors = [info for folder in folders for info in read_headers(folder).values()]
-    values = sum(math.prod(info.shape) for info in tensors)
+    is_merged = export.layout == MERGED
+    base = read_headers(export.directory if is_merged else export.base)
+    shapes = [info.shape for info in base.values()]
+    shapes += [] if is_merged else adapter_shapes(export.directory).values()
+    values = sum(map(math.prod, shapes))
     return int(4 * values * MEMORY_FACTOR) + MEMORY_START
 
 
