@@ -101,13 +101,18 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
     name = f"{DRAFT}{os.getpid()}" if is_inside else f".{out.name[:40]}.{os.getpid()}.partial"
     draft = (out if is_inside else out.parent) / name
     made: list[pathlib.Path] = []
+
+    def remove():
+        shutil.rmtree(draft, ignore_errors=True)
+        _remove_empty(made)
+
     try:
         _make_parents(draft, made)
         # Of a process that was killed and had this number: in a container numbers come again.
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
     except OSError as error:
-        _remove_empty(made)
+        remove()
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
     try:
         yield draft
@@ -119,10 +124,9 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"the export to {out} could not be written: {error}") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove()
         if is_inside:
             _remove_old_drafts(out)
-        _remove_empty(made)
 
 
 def _make_parents(path: pathlib.Path, made: list[pathlib.Path]) -> None:
