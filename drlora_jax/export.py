@@ -2,45 +2,48 @@
 programs.
 
   peft     an adapter for `peft`, experts fused as transformers 5 holds them
-  peft-2d  an adapter with one pair an expert, as servers that stack experts read it
-  merged   a full model directory in the layout of the base, with the adapter added to its weights
+  peft-2d  an adapter with one pair per expert, as servers that stack experts read it
+  merged   a full model directory in the layout of the base model, the adapter added to its weights
+
+Versions that were tried: transformers 5.3 with peft 0.19.1 to 0.21.2, transformers 5.24 with peft
+0.20 to 0.21.2. Older ones of peft fail, or load peft-2d without its experts and say nothing.
 
 Before an export is kept its files are read back, and on a few texts they must compute what the run
-computes, in float32. A layer is in memory at a time, so this needs no accelerator. Exit codes: 0
-done, 2 a mistake in the input, 1 the export failed; then --out is left as it was.
+computes, in float32. A layer is in memory at a time, so this needs no accelerator. Where torch is
+installed, transformers (and peft) then open the export too, if the model fits into memory in
+float32. Exit codes: 0 done, 2 a mistake in the input, 1 the export failed; then --out is left as it
+was.
 """
 
 import argparse
-import contextlib
-import os
 import pathlib
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 
 import drlora_jax
 from drlora_jax import cli
 from drlora_jax.config import MeshSection
-from drlora_jax.data.tokenize import load_tokenizer
-from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, kind_of, local_path
+from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
+from drlora_jax.interop.exported_files import check_adapter, check_merged, text_ids
 from drlora_jax.interop.factors import layer_factors
 from drlora_jax.interop.hf_read import leaf_at
-from drlora_jax.interop.hf_write import rewrite_model
+from drlora_jax.interop.hf_write import cast, rewrite_model, rewritten_bytes
 from drlora_jax.interop.layer_reader import LayerReader
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
+from drlora_jax.interop.opened import MERGED, Export, check_opened
 from drlora_jax.interop.verify import make_prompts
-from drlora_jax.loaded import RunSource, find_run, rank_gates, read_factors
+from drlora_jax.loaded import rank_gates, read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.output_dir import check_out, check_space, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.run_source import RunSource, find_run
+from drlora_jax.words import of_run
 
-MERGED = "merged"
 FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -50,28 +53,57 @@ def main(argv=None) -> int:
     limit = _shard_bytes(args)
     out = check_out(args.out)
     source = find_run(args.run, step=args.step, model_path=args.model_path)
-    if source.config.adapter.makes_experts:
-        raise UserError(
-            f"{args.run} was trained with adapter.kind={source.config.adapter.kind}: peft and "
-            "transformers have no form for LoRA experts with a router, and a merge would lose the "
-            "routing. Use the run itself, with drlora_jax.evaluate and drlora_jax.generate."
-        )
+    _refuse_added_experts(source)
+    base, is_merged = source.directory, args.format == MERGED
+    if is_merged:
+        check_space(out, rewritten_bytes(base, args.dtype))
+    words = of_run(source)
+    tokenizer, ends = words.tokenizer, words.end_token_ids
+    for note in words.notes:
+        print(f"note     {note}", flush=True)
     trained = read_trained(source)
-    reader = LayerReader(source.model_config, source.directory)
-    prompts = make_prompts(load_tokenizer(source.directory), source.model_config.vocab_size)
-    is_merged = args.format == MERGED
+    reader = LayerReader(source.model_config, base)
+    adapter = None if is_merged else make_adapter(trained, reader, args.format, args.dtype)
+    if adapter:
+        check_space(out, sum(value.nbytes for value in adapter.tensors.values()))
     with new_directory(out) as draft:
-        if is_merged:
-            lines = write_merged(draft, source.directory, trained, reader, args.dtype, limit)
-        else:
-            adapter = make_adapter(trained, reader, args.format, args.dtype)
+        if adapter:
             peft_write.write(draft, adapter, _base_name(source), _origin(source))
             lines = _adapter_lines(adapter)
+        else:
+            lines = write_merged(draft, base, trained, reader, args.dtype, limit, ends)
         print("\n".join([_describe(source, trained), *lines]), flush=True)
-        measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
-        judge(measured)
-    print("\n".join([*_measured_lines(measured), f"done: {args.format} in {out}"]))
+        _check(draft, args, trained, reader, base, tokenizer, ends)
+    print(f"done: {args.format} in {args.out}")
     return EXIT_DONE
+
+
+def _check(draft, args, trained: Trained, reader: LayerReader, base, tokenizer, ends) -> None:
+    """The export as it is computed here, as its files say, and as other libraries read it."""
+    prompts, is_merged = make_prompts(tokenizer, trained.config.vocab_size), args.format == MERGED
+    measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
+    judge(measured)
+    print("\n".join(_measured_lines(measured)), flush=True)
+    ids = text_ids(tokenizer)
+    if is_merged:
+        check_merged(base, draft, ids, args.dtype)
+    else:
+        check_adapter(draft)
+    export = Export(args.format, base, draft, prompts, list(measured.logits), ids, ends)
+    print("\n".join(check_opened(export)), flush=True)
+
+
+def _refuse_added_experts(source: RunSource) -> None:
+    kind = source.config.adapter.kind
+    if not source.config.adapter.makes_experts:
+        return
+    tool = "tools/mixlora_convert.py in the repository of this package"
+    way = f"{tool} writes it for MoE-PEFT" if kind == "mixlora" else f"{tool} takes mixlora only"
+    raise UserError(
+        f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no "
+        "form for LoRA experts with a router, and a merge would lose the routing. "
+        f"{way} (docs/methods.md); drlora_jax.evaluate and drlora_jax.generate use the run itself."
+    )
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -111,41 +143,6 @@ def _shard_bytes(args: argparse.Namespace) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# the output directory
-
-
-def check_out(path: str) -> pathlib.Path:
-    out = local_path(path, "--out")
-    kind = kind_of(out)
-    if kind not in (DIRECTORY, ABSENT):
-        raise UserError(f"--out {path} is {kind}; give a new directory.")
-    if kind == DIRECTORY and any(out.iterdir()):
-        raise UserError(f"--out {path} is not empty; give a new directory.")
-    return out
-
-
-@contextlib.contextmanager
-def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A directory beside `out` that becomes `out` at the end, and goes if anything fails."""
-    draft = out.absolute().parent / f".{out.name}.{os.getpid()}.partial"
-    try:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        draft.mkdir()
-    except OSError as error:
-        raise UserError(f"--out {out} can not be written: {error.strerror}.") from error
-    try:
-        yield draft
-        for file in draft.iterdir():  # safetensors writes files that only the owner may read
-            shutil.copymode(draft, file)
-            file.chmod(file.stat().st_mode & ~0o111)
-        os.replace(draft, out)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"the export to {out} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-# ---------------------------------------------------------------------------------------------
 # what is written
 
 
@@ -178,7 +175,7 @@ def make_adapter(
     }
     adapter = peft_write.pack(trained.config, trained.factors, routers, layout, magnitudes)
     kind = np.dtype(dtype or np.float32)
-    tensors = {key: value.astype(kind) for key, value in adapter.tensors.items()}
+    tensors = {key: cast(key, value, kind) for key, value in adapter.tensors.items()}
     return adapter._replace(tensors=tensors)
 
 
@@ -203,18 +200,25 @@ def write_merged(
     reader: LayerReader,
     dtype: str | None,
     max_shard_bytes: int | None,
+    end_token_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Writes the base's directory with the adapter added; returns what there is to say about it."""
+    """Writes the base's directory with the adapter added; returns what there is to say about it.
+
+    Args:
+      end_token_ids: tokens that end a text of the run, the tokenizer's own first.
+    """
     changed = adapted_tensors(reader.table, trained.factors)
-    rewrite_model(
+    notes = rewrite_model(
         base,
         draft,
         changed,
         lambda key, value: merge_tensor(value, reader.table[key], changed[key]),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        end_token_ids=end_token_ids,
     )
-    return [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
+    lines = [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
+    return lines + [f"note     {note}" for note in notes]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -202,8 +202,8 @@ def _given_wording(section, tokenizer) -> Wording:
 
 def _lost(why: str) -> UserError:
     return UserError(
-        "The run was made by an earlier version, which did not keep how its prompts were written, "
-        f"and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, tulu, "
+        "The run does not say how its prompts were written (an earlier version made it, or a "
+        f"converter), and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, tulu, "
         "tokenizer, or none for texts as they are) and, for rows, --format NAME."
     )
 

@@ -19,6 +19,14 @@ from drlora_jax.resolve import make_adapter, with_adapter_experts
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MIXLORA = str(CONFIGS / "mixlora_smollm2.py")
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
 ALPHALORA = str(CONFIGS / "alphalora_smollm2.py")
 SMOLLM2_135M = {
     "model_type": "llama",
@@ -51,8 +59,8 @@ def docstring(config=MIXLORA) -> str:
     return ast.get_docstring(ast.parse(pathlib.Path(config).read_text()))
 
 
-def trained(config) -> int:
-    model_config = with_adapter_experts(parse_config(SMOLLM2_135M), config.adapter)
+def trained(config, values=SMOLLM2_135M) -> int:
+    model_config = with_adapter_experts(parse_config(values), config.adapter)
     adapter = make_adapter(config, model_config)
     return sum(row.trained for row in coverage(model_config, adapter, config.adapter.targets))
 
@@ -64,6 +72,21 @@ def test_mixlora_and_its_baseline_train_as_many_parameters_as_the_docstring_says
     for each, count in ((config, 13_224_960), (baseline, 13_127_040)):
         assert trained(each) == count
         assert f"{count:,}" in text
+
+
+def test_mixlora_on_a_dense_model_trains_as_many_parameters_as_the_docstring_says():
+    config = CONFIGS / "mixlora.py"
+    assert trained(load_config(str(config)), LLAMA_2_7B) == 203_423_744
+    assert "203,423,744" in docstring(config)
+
+
+@pytest.mark.parametrize("config", ["mixlora.py"])
+def test_it_prepares_with_a_model_alone(tmp_path, config):
+    (tmp_path / "model").mkdir()
+    write_tiny_model(tmp_path / "model", OLMOE | {"model_type": "llama"})
+    local = [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "data.max_rows=20"]
+    job = prepare(load_config(str(CONFIGS / config), local))
+    assert job.adapter.experts_module == "mlp" and len(job.loader.documents) == 20
 
 
 @pytest.mark.parametrize("layers", ["5555", ",".join(["4", "6"] * 15)])

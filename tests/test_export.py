@@ -10,20 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import write_tiny_model
-from trained_models import (
-    MAX_RANK,
-    MODELS,
-    PLAIN_RANK,
-    RANKS_LE,
-    SCALE,
-    STEP,
-    make_trained,
-    write_run,
-)
+from trained_models import MAX_RANK, MODELS, PLAIN_RANK, RANKS_LE, SCALE, make_trained
 
 from drlora_jax import export
 from drlora_jax.data.tokenize import load_tokenizer
-from drlora_jax.errors import RunError, UserError
+from drlora_jax.errors import RunError
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import (
     MAX_KL,
@@ -322,7 +313,7 @@ def test_merging_changes_adapted_tensors_only(olmoe, tmp_path):
     key = "model.layers.1.mlp.experts.3.up_proj.weight"
     want = before[key] + expected_delta(trained, 1, "up", 3)
     np.testing.assert_allclose(after[key], want, atol=1e-6)
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         copied = (tmp_path / "merged" / name).read_bytes()
         assert copied == (olmoe.directory / name).read_bytes()
 
@@ -373,76 +364,3 @@ def test_shards_of_the_base_are_kept_and_others_can_be_cut(olmoe, trained, tmp_p
         f for f in files if (sharded / f).read_bytes() == (tmp_path / "merged" / f).read_bytes()
     }
     assert same and same != set(files)  # the embedding's shard has nothing adapted
-
-
-# ---------------------------------------------------------------------------------------------
-# the command
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"))
-
-
-def arguments(run: str, out: pathlib.Path, layout="peft", **more) -> list[str]:
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in more.items()]
-    return [f"--run={run}", f"--format={layout}", f"--out={out}", *options]
-
-
-def test_command(run, tmp_path, capsys):
-    assert export.main(arguments(run, tmp_path / "new" / "adapter")) == 0
-    text = capsys.readouterr().out
-    assert f"step {STEP}" in text and "KL" in text and "note     only" in text
-    assert sorted(file.name for file in (tmp_path / "new").rglob("*")) == [
-        "adapter",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
-    assert pathlib.Path(config["base_model_name_or_path"]).samefile(
-        pathlib.Path(run).parent / "model"
-    )
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RunError, OSError])
-def test_nothing_is_left_of_a_failed_export(run, tmp_path, monkeypatch, error):
-    def fail(measured):
-        raise error("stopped")
-
-    monkeypatch.setattr(export, "judge", fail)
-    with pytest.raises(RunError if error is OSError else error, match="stopped"):
-        export.main(arguments(run, tmp_path / "out", "merged"))
-    assert list(tmp_path.iterdir()) == []
-
-
-MISTAKES = [
-    (dict(out="file"), "is a file"),
-    (dict(out="full"), "is not empty"),
-    (dict(max_shard_size="5GB"), "is for --format merged"),
-    (dict(layout="merged", max_shard_size="five"), "must look like 5GB"),
-    (dict(layout="merged", max_shard_size="0GB"), "must look like 5GB"),
-    (dict(step="3"), f"has {STEP}; or say latest"),
-    (dict(model_path="other"), "is not the base of"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
-def test_mistakes(run, tmp_path, change, message):
-    (tmp_path / "file").write_text("")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("mine")
-    if "model_path" in change:
-        write_tiny_model(tmp_path / "other", MODELS["mixtral"])
-        change = {"model_path": tmp_path / "other"}
-    change = dict(change)
-    out = tmp_path / change.pop("out", "out")
-    with pytest.raises(UserError, match=message):
-        export.main(arguments(run, out, **change))
-    assert not (tmp_path / "out").exists() and (tmp_path / "full" / "notes").read_text() == "mine"
-
-
-def test_files_can_be_read_by_others(run, tmp_path):
-    export.main(arguments(run, tmp_path / "out", "peft-2d"))
-    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
-    (tmp_path / "plain").write_text("")
-    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}

@@ -38,7 +38,7 @@ def export(folder: pathlib.Path, family: str, targets: tuple[str, ...], *, has_r
         target = folder / layout
         target.mkdir()
         if layout == MERGED:
-            write_merged(target, base, trained, reader, None, None)
+            write_merged(target, base, trained, reader, None, None, (0,))
         else:
             peft_write.write(target, make_adapter(trained, reader, layout, None), str(base), {})
     prompts = make_prompts(load_tokenizer(base), trained.config.vocab_size)[1:4]

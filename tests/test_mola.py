@@ -438,7 +438,9 @@ def test_what_is_said_of_it(folder, capsys):
     assert inspect.main([str(folder / "run")]) == 0
     out = capsys.readouterr().out
     assert "LoRA experts, rank up to 4" in out and "/attention/q_router" in out
-    with pytest.raises(UserError, match="a merge would lose the routing"):
+    with pytest.raises(
+        UserError, match="lose the routing. tools/mixlora_conv.* takes mixlora only"
+    ):
         arguments = ["--out", str(folder / "out"), "--format", "merged"]
         export.main(["--run", str(folder / "run"), *arguments])
 

@@ -1,7 +1,9 @@
-"""The Python examples of the README run as they stand."""
+"""The Python examples of the README run as they stand, and its commands name what there is."""
 
+import importlib.util
 import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from drlora_jax import train
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.position import start
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -53,3 +56,75 @@ def test_examples_are_short():
 def test_quick_start_has_two_shell_blocks():
     section = README.split("## Quick start")[1].split("\n## ")[0]
     assert len(re.findall(r"```sh\n", section)) == 2
+
+
+# ---------------------------------------------------------------------------------------------
+# files that are named
+
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+CONFIGS = sorted(ROOT.glob("configs/*.py"))
+# What a reader has, or what a command writes.
+READERS_OWN = re.compile(
+    r"/.*|runs/.*|(train|heldout|rows)\.jsonl|(alpha|comparison)\.\w+|adapter/"
+)
+FILE = re.compile(r"[\w./-]*\w\.[a-z]{2,12}")
+
+
+def commands(document: pathlib.Path) -> list[list[str]]:
+    """Words of every command: of shell blocks, or of a config's docstring."""
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
+    if document.suffix == ".py":
+        blocks = re.findall(r"^    (python .*(?:\\\\\n.*)*)$", text, re.M)
+    lines = "\n".join(blocks).replace("\\\\\n", "\\\n").replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip()]
+
+
+def missing(words: list[str]) -> list[str]:
+    """What a command names and is neither here nor the reader's own."""
+    found = []
+    for option, word in zip(["", *words], words, strict=False):
+        for name in re.split(r"[=,]", re.sub(r"^\w+\.\w+=", "", word)):  # section.field=value
+            is_path = name.split("/")[0] in FOLDERS or FILE.fullmatch(name)
+            if option == "-m":
+                is_there = importlib.util.find_spec(name) is not None
+            elif name.startswith("bundled:"):
+                is_there = is_bundled(name.removeprefix("bundled:"))
+            elif is_path and not READERS_OWN.fullmatch(name):
+                is_there = any(ROOT.glob(name.rstrip("/")))
+            else:
+                is_there = option != "--config"
+            found += [] if is_there else [name]
+    return found
+
+
+def is_bundled(name: str) -> bool:
+    return (ROOT / "drlora_jax/bundled" / name).exists() or (ROOT / f"configs/{name}.py").exists()
+
+
+NAMES_NOTHING = (
+    "python -m drlora_jax.no --config my_config.py tools/no.py bundled:no data.path=a.csv"
+)
+
+
+def test_a_missing_file_would_be_found():
+    wrong = ["drlora_jax.no", "my_config.py", "tools/no.py", "bundled:no", "a.csv"]
+    assert missing(shlex.split(NAMES_NOTHING)) == wrong
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *CONFIGS], ids=lambda path: path.name)
+def test_commands_name_files_that_are_there(document):
+    found = commands(document)
+    assert found
+    assert [name for words in found for name in missing(words)] == []
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, *CONFIGS], ids=lambda path: path.stem)
+def test_texts_name_files_of_the_repository_that_are_there(document):
+    text = document.read_text(encoding="utf-8")
+    names = re.findall(r"`([\w.-]+/[\w./-]*\w)`|\]\(([\w./-]+)[#)]", text)
+    paths = [name or link for name, link in names]
+    here = [path for path in paths if path.split("/")[0] in FOLDERS or path.endswith(".md")]
+    bases = (ROOT, document.parent)
+    assert [path for path in here if not any((base / path).exists() for base in bases)] == []

@@ -48,15 +48,16 @@ from drlora_jax.config import (
 )
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.export import check_out, new_directory
 from drlora_jax.files import local_path, read_json
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
-from drlora_jax.loaded import find_run, read_factors
+from drlora_jax.loaded import read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.output_dir import check_out, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.resolve import make_adapter, with_adapter_experts
 from drlora_jax.run_dir import RunDirectory
+from drlora_jax.run_source import find_run
 from drlora_jax.step import init_lora
 
 

@@ -58,6 +58,7 @@ class Measured(NamedTuple):
     exported_change: float  # of a logit, `exported` from `base`
     prompts: int
     tokens: int
+    logits: tuple[np.ndarray, ...] = ()  # of `exported`, by prompt
 
 
 def measure(
@@ -98,6 +99,7 @@ def _measured(outputs: dict[str, Outputs], prompts: list[np.ndarray]) -> Measure
         exported_change=largest_change(base, exported),
         prompts=len(prompts),
         tokens=sum(map(len, prompts)),
+        logits=tuple(exported.logits),
     )
 
 

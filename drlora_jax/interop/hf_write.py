@@ -7,15 +7,16 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from drlora_jax.errors import UserError
-from drlora_jax.interop.hf_files import TensorInfo, open_weights, read_config_json, read_headers
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.interop.companions import write_companions
+from drlora_jax.interop.hf_files import HEAD, TensorInfo, open_weights, read_headers
 from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
@@ -26,8 +27,6 @@ NUMPY_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
-# What describes a model or its tokenizer. The card is left out: it describes the source.
-COMPANIONS = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt", "LICENSE*")
 
 
 def write_model(
@@ -61,36 +60,48 @@ def rewrite_model(
     *,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
-) -> None:
+    end_token_ids: Sequence[int] = (),
+) -> list[str]:
     """Writes `source` to the directory `target` with `change(key, value)` for the changed tensors.
 
     Names, layout, order, dtypes and shards stay; every other tensor is the same bytes. One shard is
-    in memory at a time, and one without a change is copied.
+    in memory at a time, and one without a change is copied. Returns what there is to say about the
+    files beside the weights.
 
     Args:
       dtype: of every tensor; None: each keeps its own. A changed value is rounded to it once.
       max_shard_bytes: cut into files of at most this size; None: the files that `source` has.
+      end_token_ids: tokens that end a text, for `generation_config.json` and `config.json`.
     """
     tensors = read_headers(source)
+    notes = write_companions(
+        source, target, has_head=HEAD in tensors, dtype=dtype, end_token_ids=end_token_ids
+    )
     shards = _same_shards(tensors)
     if max_shard_bytes is not None:
         shards = _cut_shards(tensors, dtype, max_shard_bytes)
     for name, keys in shards.items():
         is_same_file = max_shard_bytes is None and dtype is None
         if is_same_file and not set(keys) & set(changed):
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(tensors[keys[0]].file, target / name)
         else:
             _write_shard(target / name, keys, tensors, changed, change, dtype)
-    if len(shards) > 1 or (source / INDEX).is_file():
-        size = sum(_bytes(info, dtype) for info in tensors.values())
-        _write_index(target / INDEX, shards, size)
-    _copy_companions(source, target, dtype)
+    if list(shards) != [WEIGHTS] or (source / INDEX).is_file():
+        _write_index(target / INDEX, shards, _size(tensors, dtype))
+    return notes
+
+
+def rewritten_bytes(source: pathlib.Path, dtype: str | None) -> int:
+    """The size of the weights that `rewrite_model` writes."""
+    return _size(read_headers(source), dtype)
 
 
 def _same_shards(tensors: dict[str, TensorInfo]) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for key, info in tensors.items():
         shards.setdefault(info.file.name, []).append(key)
+    if len(shards) > 1 and WEIGHTS in shards:  # transformers would read that file alone
+        return _numbered(list(shards.values()))
     return shards
 
 
@@ -106,8 +117,16 @@ def _cut_shards(tensors, dtype: str | None, limit: int) -> dict[str, list[str]]:
         size += bytes_here
     if len(groups) == 1:
         return {WEIGHTS: groups[0]}
+    return _numbered(groups)
+
+
+def _numbered(groups: list[list[str]]) -> dict[str, list[str]]:
     count = len(groups)
     return {f"model-{i + 1:05}-of-{count:05}.safetensors": keys for i, keys in enumerate(groups)}
+
+
+def _size(tensors: dict[str, TensorInfo], dtype: str | None) -> int:
+    return sum(_bytes(info, dtype) for info in tensors.values())
 
 
 def _bytes(info: TensorInfo, dtype: str | None) -> int:
@@ -130,26 +149,29 @@ def _write_shard(file, keys, tensors, changed, change, dtype: str | None) -> Non
             value = handles[tensors[key].file].get_tensor(key)
             value = change(key, value) if key in changed else value
             if dtype or key in changed:
-                value = value.astype(_disk_dtype(tensors[key], dtype), copy=False)
+                value = cast(key, value, _disk_dtype(tensors[key], dtype))
             values[key] = np.ascontiguousarray(value)
-    save_file(values, file, metadata=metadata or {"format": "pt"})
+    save_file(values, file, metadata={"format": "pt"} | metadata)
+
+
+def cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
+    """The value in `dtype`; refuses one that is too large for it, which would become infinite."""
+    if value.dtype == dtype:
+        return value
+    with np.errstate(over="ignore"):  # said below, with the name
+        rounded = value.astype(dtype, copy=False)
+    is_lost = np.isinf(rounded) & np.isfinite(value)
+    if is_lost.any():
+        kind = np.dtype(dtype)
+        largest = float(np.abs(value[is_lost]).max())
+        raise RunError(
+            f"{name} has a value of {largest:.4g}, but {kind.name} ends at "
+            f"{float(ml_dtypes.finfo(kind).max):.4g}. Give --dtype bfloat16 or float32."
+        )
+    return rounded
 
 
 def _write_index(file: pathlib.Path, shards: dict[str, list[str]], size: int) -> None:
     weight_map = {key: name for name, keys in shards.items() for key in keys}
     values = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_companions(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
-    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
-    for file in sorted(files):
-        if file.name not in (INDEX, "config.json"):
-            shutil.copyfile(file, target / file.name)
-    if dtype is None:
-        shutil.copyfile(source / "config.json", target / "config.json")
-        return
-    values = read_config_json(source)
-    values.pop("torch_dtype", None)
-    text = json.dumps(values | {"dtype": dtype}, indent=2) + "\n"
-    (target / "config.json").write_text(text, encoding="utf-8")

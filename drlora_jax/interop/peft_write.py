@@ -1,4 +1,4 @@
-"""Writes an adapter as `peft` reads it (0.19.1 and newer), in one of two layouts.
+"""Writes an adapter as `peft` reads it (docs/design.md has the versions), in one of two layouts.
 
     peft     experts are one 3-D parameter a layer, as transformers 5 holds them. A of all experts
              is one matrix [E * r, D_in], expert after expert; of B [D_out, r * E] the expert is the
