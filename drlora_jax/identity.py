@@ -203,8 +203,8 @@ def _given_wording(section, tokenizer) -> Wording:
 def _lost(why: str) -> UserError:
     return UserError(
         "The run does not say how its prompts were written (an earlier version made it, or a "
-        f"converter), and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, tulu, "
-        "tokenizer, or none for texts as they are) and, for rows, --format NAME."
+        f"converter), and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, "
+        "tulu, tokenizer, or none for texts as they are) and, for rows, --format NAME."
     )
 
 

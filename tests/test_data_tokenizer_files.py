@@ -1,4 +1,4 @@
-"""Loading tokenizers of model directories, the tokens that end answers, and the identity of both."""
+"""Loading the tokenizers of model directories, the tokens that end answers, their identity."""
 
 import json
 import sys

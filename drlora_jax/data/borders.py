@@ -2,10 +2,10 @@
 
 A document is tokenised as one text. What follows can change the prompt's last tokens: one may hold
 characters of both (a line break that ends the prompt and one that begins the answer), and splitters
-look ahead (two line breaks are one piece at the end of a text and two before a letter). A model that
-is asked would then see other ids than it was trained with. So in front of an answer stand the ids of
-the prompt alone, and what is left of a token across the border is tokenised by the tokenizer's own
-model. All other tokens are those of the whole text.
+look ahead (two line breaks are one piece at the end of a text and two before a letter). A model
+that is asked would then see other ids than it was trained with. So in front of an answer stand the
+ids of the prompt alone, and what is left of a token across the border is tokenised by the
+tokenizer's own model. All other tokens are those of the whole text.
 """
 
 from collections.abc import Sequence

@@ -33,8 +33,6 @@ _NAMED = 5  # tokens in a message
 class Document(NamedTuple):
     tokens: np.ndarray  # int32 [n]
     is_target: np.ndarray  # bool [n]: this token is to be predicted; the first one never is
-    # Responses whose first characters share a token with what stands before, so are not learned.
-    cut_starts: int = 0
 
 
 def pad_token(tokenizer, vocab_size: int | None = None) -> int:
@@ -123,6 +121,15 @@ def encode_documents(
       written: of a template; segments alone are a document that the template has not ended.
       loss_on: "response", or "all" for every token but the first.
     """
+    return [document for document, _ in encode_counting(written, tokenizer, loss_on)]
+
+
+def encode_counting(
+    written: Sequence[Written | Sequence[Segment]], tokenizer, loss_on: str
+) -> list[tuple[Document, int]]:
+    """See `encode_documents`; with each document the number of its responses whose first characters
+    share a token with what stands before, so are not learned.
+    """
     check_tokenizer(tokenizer)
     start = _first_of_a_text(tokenizer)
     documents = []
@@ -142,7 +149,9 @@ def _as_written(written: Written | Sequence[Segment]) -> Written:
     return written if isinstance(written, Written) else Written(list(written), False)
 
 
-def _document(written: Written, encoded: Encoded, tokenizer, start, loss_on: str) -> Document:
+def _document(
+    written: Written, encoded: Encoded, tokenizer, start, loss_on: str
+) -> tuple[Document, int]:
     is_response, cut_starts = _inside_responses(encoded, written.segments)
     bos = _bos(encoded.ids, tokenizer, start)
     ids, is_response = bos + encoded.ids, [False] * len(bos) + is_response
@@ -154,7 +163,7 @@ def _document(written: Written, encoded: Encoded, tokenizer, start, loss_on: str
         is_response[-1] = ends_learned
     is_target = np.array(is_response) if loss_on == "response" else np.ones(len(ids), bool)
     is_target[:1] = False  # nothing stands before it
-    return Document(np.array(ids, np.int32), is_target, cut_starts)
+    return Document(np.array(ids, np.int32), is_target), cut_starts
 
 
 def _first_of_a_text(tokenizer) -> int | None:
