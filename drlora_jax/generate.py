@@ -19,7 +19,7 @@ from drlora_jax.data.templates import AS_IS
 from drlora_jax.data.wording import Prompt, Wording, Writer, named_wording, resolve_wording
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.generation import Generation, Generator, Sampling
-from drlora_jax.identity import asked_wording, system_note
+from drlora_jax.resolved import asked_wording, system_note
 from drlora_jax.words import Words, open_words
 
 STANDARD_INPUT = "-"

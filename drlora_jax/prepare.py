@@ -20,7 +20,6 @@ from drlora_jax.data.report import Report
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
 from drlora_jax.data.wording import with_date
 from drlora_jax.errors import UserError
-from drlora_jax.identity import Resolved, as_trained, resolve
 from drlora_jax.interop.exponents import read_exponents
 from drlora_jax.interop.hf_files import (
     find_model,
@@ -46,6 +45,7 @@ from drlora_jax.resolve import (
     with_resolved_experts,
     with_resolved_rank,
 )
+from drlora_jax.resolved import Resolved, as_trained, resolve
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.spectra import Exponents
 

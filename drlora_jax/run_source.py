@@ -8,11 +8,11 @@ from drlora_jax.checkpoint import choose_step
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import UserError
 from drlora_jax.files import ABSENT, DIRECTORY, kind_of, local_path
-from drlora_jax.identity import Resolved
 from drlora_jax.interop.directories import read_run
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config, same_base
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.resolve import make_adapter, with_adapter_experts
+from drlora_jax.resolved import Resolved
 from drlora_jax.run_dir import RunDirectory
 
 

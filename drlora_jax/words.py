@@ -8,8 +8,8 @@ from typing import Any
 from drlora_jax.data.tokenize import end_token_ids, load_tokenizer
 from drlora_jax.data.wording import Wording
 from drlora_jax.errors import UserError
-from drlora_jax.identity import Resolved, as_trained, found_again
 from drlora_jax.interop.hf_files import find_model, read_model_config
+from drlora_jax.resolved import Resolved, as_trained, found_again
 from drlora_jax.run_source import RunSource, find_run
 
 

@@ -23,9 +23,9 @@ from drlora_jax.evaluation.scoring import score_continuations
 from drlora_jax.evaluation.tasks import TASKS, Task, Texts, Tools, Work, suggest
 from drlora_jax.files import local_path
 from drlora_jax.generation import Generator
-from drlora_jax.identity import asked_wording
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
+from drlora_jax.resolved import asked_wording
 from drlora_jax.words import Words
 
 HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
