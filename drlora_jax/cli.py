@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import jax
 
 from drlora_jax import config as config_lib
+from drlora_jax import early
 from drlora_jax.compilation import keep_compiled_programs
-from drlora_jax.errors import EXIT_FAILED, EXIT_USER_MISTAKE, RunError, UserError
+from drlora_jax.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER_MISTAKE, RunError, UserError
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import count_devices
 
@@ -133,8 +134,8 @@ def run_and_exit(main: Callable[[], int]) -> None:
         code = _end("error", str(error), EXIT_USER_MISTAKE)
     except RunError as error:
         code = _end("failed", str(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        code = _end("failed", "interrupted before a step was taken or saved", EXIT_FAILED)
+    except KeyboardInterrupt:  # where `early` is not installed
+        code = _end("stopped", f"interrupted; {early.advice()}", EXIT_RESUMABLE)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
             code = _end("failed", f"{_MEMORY_HINT} ({_first_line(error)})", EXIT_FAILED)

@@ -159,7 +159,7 @@ def _source(args) -> _Source:
         args.run, step="latest" if args.base else args.step, model_path=args.model_path
     )
     if not args.base:
-        args.step = str(found.step)
+        args.step = found.steps
     config = apply_overrides(found.config, _only(args, "data."))
     digest = hosts.digest(json.dumps(to_dict(found.config)))
     return _Source(config, found.directory, None if args.base else found.step, digest)

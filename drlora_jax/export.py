@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 import drlora_jax
-from drlora_jax import cli
+from drlora_jax import cli, early
 from drlora_jax.config import MeshSection
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
@@ -56,7 +56,7 @@ def main(argv=None) -> int:
             "transformers have no form for LoRA experts with a router, and a merge would lose the "
             "routing. Use the run itself, with drlora_jax.evaluate and drlora_jax.generate."
         )
-    trained = read_trained(source)
+    trained, source = read_trained(source)
     reader = LayerReader(source.model_config, source.directory)
     prompts = make_prompts(load_tokenizer(source.directory), source.model_config.vocab_size)
     is_merged = args.format == MERGED
@@ -133,8 +133,13 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
         draft.mkdir()
     except OSError as error:
         raise UserError(f"--out {out} can not be written: {error.strerror}.") from error
+
+    def remove():
+        shutil.rmtree(draft, ignore_errors=True)
+
     try:
-        yield draft
+        with early.undoing(remove):
+            yield draft
         for file in draft.iterdir():  # safetensors writes files that only the owner may read
             shutil.copymode(draft, file)
             file.chmod(file.stat().st_mode & ~0o111)
@@ -142,21 +147,22 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
     except (OSError, SafetensorError) as error:
         raise RunError(f"the export to {out} could not be written: {error}") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        remove()
 
 
 # ---------------------------------------------------------------------------------------------
 # what is written
 
 
-def read_trained(source: RunSource) -> Trained:
-    """Factors, ranks and gates of the run's checkpoint, on the host."""
+def read_trained(source: RunSource) -> tuple[Trained, RunSource]:
+    """Factors, ranks and gates of the run's checkpoint, on the host, and which one it was."""
     config, adapter = source.model_config, source.adapter
     mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
-    lora, ranks_LE = read_factors(source, mesh)
+    lora, ranks_LE, source = read_factors(source, mesh)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     lora, gates = jax.device_get((lora, rank_gates(model, ranks_LE, mesh)))
-    return Trained(config, adapter, lora, gates, layer_factors(config, adapter, lora, ranks_LE))
+    factors = layer_factors(config, adapter, lora, ranks_LE)
+    return Trained(config, adapter, lora, gates, factors), source
 
 
 def make_adapter(

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from drlora_jax import cli
+from drlora_jax import cli, early
 from drlora_jax.data.templates import PROMPT_TEMPLATES, choose_template, render_prompt
 from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.errors import EXIT_DONE, UserError
@@ -97,7 +97,8 @@ def _interact(answer: Callable[[list[str]], None]) -> None:
         print("One prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            text = input("> " if is_terminal else "")
+            with early.raising():
+                text = input("> " if is_terminal else "")
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:

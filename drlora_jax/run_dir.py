@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from collections.abc import Sequence
 
@@ -103,8 +104,8 @@ class RunDirectory:
         return hold_lock(self.path) if self._writes else contextlib.nullcontext()
 
     def has_checkpoint(self) -> bool:
-        names = [entry.name for entry in self.checkpoints.glob("*")]
-        return any(name.isdigit() for name in names)
+        entries = self.checkpoints.glob("*")
+        return any(entry.name.isdigit() and entry.is_dir() for entry in entries)
 
     def check_same(self, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
         """Refuses to resume a run of another config, base or data."""
@@ -146,6 +147,7 @@ class RunDirectory:
         values = {
             "config": to_dict(config),
             **origin,
+            "run_id": secrets.token_hex(8),  # checkpoints of other runs are told apart by it
             "schedule_steps": schedule_steps,
             "version": drlora_jax.__version__,
             **(made_with or {}),
