@@ -9,8 +9,8 @@ drlora_jax.evaluate). On CPU each process has
 process alone drives all GPUs or TPU chips of a machine.
 
 SIGTERM and SIGINT go to the processes, which save and stop at the same step. When one of them has
-ended the others get `--grace` seconds, also those that hang. The exit code is 0 when all end with 0, else that of
-the first that did not.
+ended the others get `--grace` seconds, also those that hang. The exit code is 0 when all end with
+0, else that of the first that did not.
 """
 
 import argparse
@@ -37,8 +37,10 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     for index in range(args.processes):
-        if not numbers:  # asked to stop while it starts: the rest would wait for each other
-            processes.append(_start(index, address, args))
+        processes.append(_start(index, address, args))
+        if numbers:  # came meanwhile; without the others this process would wait for them
+            forward(numbers[-1], None)
+            break
     return _wait(processes, args.grace)
 
 
