@@ -135,7 +135,7 @@ def run_and_exit(main: Callable[[], int]) -> None:
     except RunError as error:
         code = _end("failed", str(error), EXIT_FAILED)
     except KeyboardInterrupt:  # where `early` is not installed
-        code = _end("stopped", f"interrupted; {early.advice()}", EXIT_RESUMABLE)
+        code = _end("stopped", f"interrupted; {early.ADVICE}", EXIT_RESUMABLE)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
             code = _end("failed", f"{_MEMORY_HINT} ({_first_line(error)})", EXIT_FAILED)

@@ -21,19 +21,12 @@ from collections.abc import Callable, Iterator
 EXIT_RESUMABLE = 75  # as in errors.py: the same command can be started again
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 0.5  # seconds that the main thread has to answer a signal itself
-RUN_ADVICE = "the same command goes on from the last checkpoint, or starts again if there is none"
+ADVICE = "the same command starts again; a training goes on from its last checkpoint"
 
-_advice = "the same command starts again"
 _is_installed = False
 _first: list[int] | None = None  # signals that the thread has left to the holder; None: no holder
 _undo: list[Callable[[], None]] = []
 _ending = threading.Lock()  # held for good by the thread that ends the process
-
-
-def is_command(argv: list[str], original: list[str]) -> bool:
-    """Whether Python is about to run `python -m drlora_jax.NAME`, and has not yet imported it."""
-    names = [argument.removeprefix("-m") for argument in original[1:]]
-    return argv[:1] == ["-m"] and any(name.startswith("drlora_jax.") for name in names)
 
 
 def install() -> None:
@@ -52,17 +45,6 @@ def install() -> None:
 def handler() -> Callable | None:
     """The handler, for whoever has replaced it and puts it back; None if it was not installed."""
     return _hear if _is_installed else None
-
-
-def advise(text: str) -> None:
-    """Sets what the line says of starting the command again."""
-    global _advice
-    _advice = text
-
-
-def advice() -> str:
-    """What the line says of starting the command again."""
-    return _advice
 
 
 @contextlib.contextmanager
@@ -106,9 +88,9 @@ def end(number: int, *, is_second: bool = False) -> None:
         return
     name = signal.Signals(number).name
     if is_second:
-        line = f"stopped at once by a second signal ({name}), without saving: {_advice}\n"
+        line = f"stopped at once by a second signal ({name}), without saving: {ADVICE}\n"
     else:
-        line = f"stopped by {name}: {_advice}\n"
+        line = f"stopped by {name}: {ADVICE}\n"
     with contextlib.suppress(OSError):
         if os.isatty(2):
             line = f"\r\n{line}"  # behind the ^C that the terminal shows

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from drlora_jax import cli, early
+from drlora_jax import cli
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.config import DataSection, MeshSection, TrainConfig, load_config
 from drlora_jax.data.documents import load_documents
@@ -42,7 +42,6 @@ class Domain(NamedTuple):
 
 
 def main(argv=None) -> int:
-    early.advise(early.RUN_ADVICE)
     args = cli.parse_arguments("drlora_jax.pretrain", __doc__, argv)
     config = load_config(args.config, args.overrides)
     run_on_calling_thread()

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax import cli, early
+from drlora_jax import cli
 from drlora_jax.build import Run, build, compile_step, expansion_warning
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.compilation import keep_compiled_programs
@@ -50,7 +50,6 @@ from drlora_jax.stop_signals import StopSignals
 
 
 def main(argv=None) -> int:
-    early.advise(early.RUN_ADVICE)
     args = cli.parse_arguments("python -m drlora_jax.train", __doc__, argv)
     config = load_config(args.config, args.overrides)
     run_on_calling_thread()
