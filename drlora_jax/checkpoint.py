@@ -50,7 +50,8 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, *, keep_last: int):
         self._directory, self._keep_last = directory, keep_last
-        self._saving: tuple[int, Any] | None = None  # step and response of a save in flight
+        self._saving: Any = None  # Orbax's response of the save in flight
+        self._last: int | None = None  # the step that was saved last
         self._losses = {step: eval_loss(directory, step) for step in saved_steps(directory)}
         self._checkpointer = self._open()
 
@@ -86,24 +87,23 @@ class Checkpoints:
         with _reporting(step):
             values = {**host, "step": step, **identity_of(self._directory.parent)}
             values |= {"eval_loss": eval_loss, "arrays": checksums.hash_arrays(state)}
-            self._losses[step] = eval_loss
-            response = self._checkpointer.save_async(
+            self._losses[step], self._last = eval_loss, step
+            self._saving = self._checkpointer.save_async(
                 step, state, custom_metadata=checksums.seal(values), force=True
             )
-            self._saving = (step, response)
 
     def finish(self) -> None:
         """Waits for the save in flight and reports its failure."""
-        if self._saving is None:
-            return
-        (step, response), self._saving = self._saving, None
-        with _reporting(step):
-            response.result()  # also ends Orbax's thread and event loop of this save
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _reporting(self._last):
+                saving.result()  # also ends Orbax's thread and event loop of this save
 
     def restore(self, step: int, abstract: Any, host_names: Sequence[str] = ()) -> tuple[Any, dict]:
         """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
         values, of which `host_names` must be there.
         """
+        self.finish()
         found, _ = self._first_good([step], abstract, host_names, lambda state: step)
         return found.state, found.host
 
@@ -155,7 +155,8 @@ class Checkpoints:
         try:
             self.finish()
         finally:
-            self._checkpointer.close()
+            with _reporting(self._last):  # Orbax reports a failure once more
+                self._checkpointer.close()
 
 
 class _Preservation(NamedTuple):
@@ -172,7 +173,7 @@ class _Preservation(NamedTuple):
 
 
 @contextlib.contextmanager
-def _reporting(step: int) -> Iterator[None]:
+def _reporting(step: int | None) -> Iterator[None]:
     """Inside, a failed write becomes one message that names the step it belongs to."""
     try:
         yield

@@ -101,7 +101,7 @@ def first_good(
         except Damaged as error:
             damaged[step] = str(error)  # not the error: its traceback would hold on to the arrays
     first, *others = steps
-    more = f", and {', '.join(map(str, others))} are no better" if others else ""
+    more = f"; so are the older ones ({', '.join(map(str, others))})" if others else ""
     raise RunError(
         f"Checkpoint {first} of {directory} is damaged or not whole: {damaged[first]}{more}. Put "
         "it back from a copy, or take another step or run."

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -128,6 +129,7 @@ def run_and_exit(main: Callable[[], int]) -> None:
     # What Orbax logs when it fails comes to us as an error with the same reason.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         code = main()
     except UserError as error:
