@@ -5,46 +5,69 @@ A checkpoint is one pytree of arrays (the train state, or parameters and optimiz
 pretraining) and one small JSON of host values: ranks' history is in `ranks.jsonl`, positions and
 counters are here. Saving is asynchronous; Orbax renames a finished checkpoint into place, so a
 killed run leaves the previous one.
+
+The JSON also says which run and step the checkpoint is of, and has the checksums of all arrays
+(`checksums.py`). Every restore compares them. A checkpoint that does not hold what was saved is
+passed over for the next older one; a training also renames it to `damaged-STEP`.
 """
 
-import json
+import contextlib
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from drlora_jax import checksums
+from drlora_jax.checkpoint_read import (
+    Damaged,
+    Restored,
+    best_step,
+    eval_loss,
+    first_good,
+    first_line,
+    read,
+    saved_steps,
+    say,
+    without_empty,
+)
 from drlora_jax.errors import RunError, UserError
+from drlora_jax.files import ABSENT, kind_of, read_json
+from drlora_jax.identity import identity_of
+from drlora_jax.parallel import hosts
 
 # What Orbax and TensorStore raise when a disk is full or a file can not be written.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep_last` and the best by eval loss are kept."""
+    """The checkpoints of one run: the newest `keep_last` and the best by eval loss are kept.
+
+    The run's directory, with its config.json, is the parent of `directory`.
+    """
 
     def __init__(self, directory: pathlib.Path, *, keep_last: int):
-        policies = ocp.training.preservation_policies
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["eval_loss"],
-            reverse=True,  # the smallest loss is the best
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
-        self._directory = directory
+        self._directory, self._keep_last = directory, keep_last
+        self._saving: Any = None  # Orbax's response of the save in flight
+        self._last: int | None = None  # the step that was saved last
+        self._losses = {step: eval_loss(directory, step) for step in saved_steps(directory)}
+        self._checkpointer = self._open()
+
+    def _open(self):
         try:
-            self._checkpointer = ocp.training.Checkpointer(
-                directory.absolute(),
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep_last), best]
-                ),
+            _hide_unreadable_metrics(self._directory)
+            return ocp.training.Checkpointer(
+                self._directory.absolute(),
+                preservation_policy=_Preservation(self._keep_last, self._losses),
                 cleanup_tmp_directories=True,
             )
         except WRITE_ERRORS as error:
-            message = f"The checkpoints in {directory} can not be looked at: {_reason(error)}"
-            raise RunError(message) from error
+            reason = first_line(error)
+            raise RunError(
+                f"The checkpoints in {self._directory} can not be looked at: {reason}"
+            ) from error
 
     def latest_step(self) -> int | None:
         latest = self._checkpointer.latest
@@ -54,145 +77,137 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, host: dict, *, eval_loss: float | None = None) -> None:
-        """Copies the state to the host, then writes in the background; surfaces the failure of an
-        earlier save.
+        """Copies the state to the host, then writes in the background; first waits for the save
+        before, and reports its failure.
         """
         if step in self.steps():
             return
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-        try:
-            self._checkpointer.save_async(
-                step, _without_empty(state), metrics=metrics, custom_metadata=host, force=True
+        self.finish()
+        state = without_empty(state)
+        with _reporting(step):
+            values = {**host, "step": step, **identity_of(self._directory.parent)}
+            values |= {"eval_loss": eval_loss, "arrays": checksums.hash_arrays(state)}
+            self._losses[step], self._last = eval_loss, step
+            self._saving = self._checkpointer.save_async(
+                step, state, custom_metadata=checksums.seal(values), force=True
             )
-        except WRITE_ERRORS as error:
-            raise RunError(
-                f"The checkpoint of step {step} could not be written: {_reason(error)}"
-            ) from error
+
+    def finish(self) -> None:
+        """Waits for the save in flight and reports its failure."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with _reporting(self._last):
+                saving.result()  # also ends Orbax's thread and event loop of this save
 
     def restore(self, step: int, abstract: Any, host_names: Sequence[str] = ()) -> tuple[Any, dict]:
         """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
         values, of which `host_names` must be there.
         """
-        try:
-            metadata = self._checkpointer.metadata(step)
-            if metadata.metadata is None:
-                raise RunError(_damaged(self._directory, step, "its arrays can not be read"))
-            _check_leaves(step, metadata.metadata, _without_empty(abstract))
-            host = metadata.custom_metadata or {}
-            for name in host_names:
-                if name not in host:
-                    raise RunError(_damaged(self._directory, step, f"it has no {name!r}"))
-            loaded = self._checkpointer.load(step, _without_empty(abstract))
-            return _with_empty(loaded, abstract), host
-        except RunError:
-            raise
-        except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
-            raise RunError(_damaged(self._directory, step, _reason(error))) from error
+        self.finish()
+        found, _ = self._first_good([step], abstract, host_names, lambda state: step)
+        return found.state, found.host
+
+    def restore_newest(
+        self,
+        abstract: Any,
+        host_names: Sequence[str] = (),
+        step_of: Callable[[Any], int] | None = None,
+    ) -> Restored | None:
+        """The newest checkpoint that is whole; None if there is none at all. Newer ones that are
+        not are renamed.
+
+        Args:
+          step_of: takes the step out of a state, if it is in there.
+        """
+        steps = self.steps()[::-1]
+        if not steps:
+            return None
+        found, damaged = self._first_good(steps, abstract, host_names, step_of)
+        if damaged:
+            self._set_aside(damaged, found.step)
+        return found
+
+    def _first_good(self, steps, abstract, host_names, step_of) -> tuple[Restored, dict[int, str]]:
+        def read_step(step):
+            found = read(self._directory, step, abstract, host_names)
+            if step_of is not None and step_of(found.state) != step:
+                raise Damaged(f"it holds step {step_of(found.state)}")
+            return found
+
+        return first_good(self._directory, steps, read_step)
+
+    def _set_aside(self, damaged: dict[int, str], used: int) -> None:
+        for step, reason in damaged.items():
+            self._losses.pop(step, None)
+            if hosts.is_main():
+                name = _rename_damaged(self._directory, step)
+                say(
+                    f"checkpoint {step} of {self._directory} is damaged ({reason}) and set aside "
+                    f"as {name}; the run goes on from checkpoint {used}"
+                )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._checkpointer.close()
+        self._checkpointer = self._open()
 
     def close(self) -> None:
-        """Waits for saves in flight and reports their failure."""
+        """Waits for the save in flight and reports its failure."""
         try:
-            self._checkpointer.close()
-        except WRITE_ERRORS as error:
-            message = f"The last checkpoint could not be written: {_reason(error)}"
-            raise RunError(message) from error
+            self.finish()
+        finally:
+            with _reporting(self._last):  # Orbax reports a failure once more
+                self._checkpointer.close()
 
 
-# ---------------------------------------------------------------------------------------------
-# reading only: nothing is created, cleaned up or locked, so a run that is going on is not disturbed
+class _Preservation(NamedTuple):
+    """Orbax's protocol for which checkpoints are kept."""
+
+    keep_last: int
+    losses: dict[int, float | None]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = sorted(checkpoint.step for checkpoint in checkpoints)
+        kept = {*steps[-self.keep_last :], best_step(steps, self.losses)}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a finished checkpoint, in order."""
-    return sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
-
-
-def choose_step(directory: pathlib.Path, which: str) -> int:
-    """The step that `latest`, `best` (smallest held-out loss) or a number means."""
-    steps = saved_steps(directory)
-    if not steps:
-        raise UserError(f"{directory} has no finished checkpoint.")
-    if which == "latest":
-        return steps[-1]
-    if which == "best":
-        losses = {step: _eval_loss(directory, step) for step in steps}
-        measured = [step for step in steps if losses[step] is not None]
-        if not measured:
-            raise UserError(f"{directory}: no checkpoint has a held-out loss; use --step latest.")
-        return min(measured, key=losses.get)
-    if which not in map(str, steps):
-        raise UserError(
-            f"--step {which}: {directory} has {', '.join(map(str, steps))}; or say latest or best."
-        )
-    return int(which)
-
-
-def _eval_loss(directory: pathlib.Path, step: int) -> float | None:
-    file = directory / str(step) / "metrics" / "metrics"
-    if not file.is_file():
-        return None
-    return json.loads(file.read_text(encoding="utf-8")).get("eval_loss")
-
-
-def read_arrays(directory: pathlib.Path, step: int, abstract: dict) -> dict:
-    """Some of a checkpoint's arrays, on the shardings of `abstract` (a part of its tree)."""
-    path, wanted = (directory / str(step)).absolute(), _without_empty(abstract)
+@contextlib.contextmanager
+def _reporting(step: int | None) -> Iterator[None]:
+    """Inside, a failed write becomes one message that names the step it belongs to."""
     try:
-        _check_leaves(step, ocp.metadata(path, checkpointable_name="state").metadata, wanted)
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            loaded = ocp.load(path, wanted, checkpointable_name="state")
-    except RunError:
-        raise
-    except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
-        raise RunError(_damaged(directory, step, _reason(error))) from error
-    return _with_empty(loaded, abstract)
+        yield
+    except WRITE_ERRORS as error:
+        if hosts.is_lost_peer(error):  # no failed write: the caller leaves with the others
+            raise
+        reason = first_line(error)
+        raise RunError(f"The checkpoint of step {step} could not be written: {reason}") from error
 
 
-def _without_empty(tree: Any) -> Any:
-    """The tree without arrays of size 0, which Orbax refuses: a dense model has ranks [0, 0]."""
-    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+def _rename_damaged(directory: pathlib.Path, step: int) -> str:
+    """Renames a checkpoint to a name that is no step; returns it."""
+    place, count = directory / f"damaged-{step}", 1
+    while place.exists():
+        count += 1
+        place = directory / f"damaged-{step}-{count}"
+    try:
+        (directory / str(step)).rename(place)
+    except OSError as error:
+        raise RunError(
+            f"The damaged checkpoint {directory / str(step)} could not be renamed to "
+            f"{place.name}: {error.strerror}."
+        ) from error
+    return place.name
 
 
-def _with_empty(tree: Any, abstract: Any) -> Any:
-    """The inverse of `_without_empty`."""
-
-    def leaf(wanted, found):
-        return found if wanted.size else jnp.zeros(wanted.shape, wanted.dtype)
-
-    return jax.tree.map(leaf, abstract, tree)
-
-
-def _check_leaves(step: int, saved: Any, abstract: Any) -> None:
-    """Orbax casts a leaf of another dtype silently, so dtypes and shapes are compared first."""
-    leaves = jax.tree_util.tree_leaves_with_path(saved)
-    found = {_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        expected = (tuple(leaf.shape), str(leaf.dtype))
-        if found.get(_name(path)) != expected:
-            raise RunError(
-                f"Checkpoint {step}: {_name(path)} is {found.get(_name(path))}, this run needs "
-                f"{expected}."
-            )
-
-
-def _damaged(directory: pathlib.Path, step: int, reason: str) -> str:
-    return (
-        f"Checkpoint {step} of {directory} is damaged or not whole: {reason}. Put it back from a "
-        f"copy, or delete {directory / str(step)} to go on from the checkpoint before it."
-    )
-
-
-def _reason(error: Exception) -> str:
-    """The first line, without the specification that TensorStore puts behind it."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return first.partition(" [tensorstore")[0].rstrip(". ")
-
-
-def _name(path) -> str:
-    """A leaf's path as text, the same for dicts, tuples and named tuples."""
-    return "/".join(
-        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
-        for part in path
-    )
+def _hide_unreadable_metrics(directory: pathlib.Path) -> None:
+    """Renames files of older versions that Orbax would read, and fail: they are not needed."""
+    if not hosts.is_main():
+        return
+    for place in directory.glob("*/metrics"):
+        if kind_of(place / "metrics") == ABSENT:
+            continue
+        try:
+            read_json(place / "metrics")
+        except UserError:
+            place.rename(place.with_name("damaged-metrics"))

@@ -5,13 +5,15 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 import jax
 
 from drlora_jax import config as config_lib
+from drlora_jax import early
 from drlora_jax.compilation import keep_compiled_programs
-from drlora_jax.errors import EXIT_FAILED, EXIT_USER_MISTAKE, RunError, UserError
+from drlora_jax.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER_MISTAKE, RunError, UserError
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel.mesh import count_devices
 
@@ -156,6 +158,7 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
     # What Orbax logs when it fails comes to us as an error with the same reason.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         _check_arguments(sys.argv[1:])  # of every command, whatever parses them
         code = main()
@@ -163,8 +166,8 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
         code = _end("error", str(error), EXIT_USER_MISTAKE)
     except RunError as error:
         code = _end("failed", str(error), EXIT_FAILED)
-    except KeyboardInterrupt:
-        code = _end("failed", "interrupted before a step was taken or saved", EXIT_FAILED)
+    except KeyboardInterrupt:  # where `early` is not installed
+        code = _end("stopped", f"interrupted; {early.ADVICE}", EXIT_RESUMABLE)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
             message = f"out of memory; {memory_advice} ({_first_line(error)})"

@@ -61,7 +61,7 @@ def main(argv=None) -> int:
     tokenizer, ends = words.tokenizer, words.end_token_ids
     for note in words.notes:
         print(f"note     {note}", flush=True)
-    trained = read_trained(source)
+    trained, source = read_trained(source)
     reader = LayerReader(source.model_config, base)
     adapter = None if is_merged else make_adapter(trained, reader, args.format, args.dtype)
     if adapter:
@@ -146,14 +146,15 @@ def _shard_bytes(args: argparse.Namespace) -> int | None:
 # what is written
 
 
-def read_trained(source: RunSource) -> Trained:
-    """Factors, ranks and gates of the run's checkpoint, on the host."""
+def read_trained(source: RunSource) -> tuple[Trained, RunSource]:
+    """Factors, ranks and gates of the run's checkpoint, on the host, and which one it was."""
     config, adapter = source.model_config, source.adapter
     mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
-    lora, ranks_LE = read_factors(source, mesh)
+    lora, ranks_LE, source = read_factors(source, mesh)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     lora, gates = jax.device_get((lora, rank_gates(model, ranks_LE, mesh)))
-    return Trained(config, adapter, lora, gates, layer_factors(config, adapter, lora, ranks_LE))
+    factors = layer_factors(config, adapter, lora, ranks_LE)
+    return Trained(config, adapter, lora, gates, factors), source
 
 
 def make_adapter(

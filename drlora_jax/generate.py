@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from drlora_jax import cli
+from drlora_jax import cli, early
 from drlora_jax.config import DataSection
 from drlora_jax.data.file_readers import read_stream
 from drlora_jax.data.segments import BadRow
@@ -172,7 +172,8 @@ def _interact(answer: Callable[[str], None]) -> None:
         print("One prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
-            text = input("> " if is_terminal else "")
+            with early.raising():
+                text = input("> " if is_terminal else "")
         except (EOFError, KeyboardInterrupt):
             return
         except UnicodeDecodeError as error:

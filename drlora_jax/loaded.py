@@ -7,7 +7,7 @@ in the run directory is executed or changed.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
 from drlora_jax.allocation import masks_from_ranks
-from drlora_jax.checkpoint import read_arrays
+from drlora_jax.checkpoint_read import read_newest
 from drlora_jax.config import MeshSection, TrainConfig
 from drlora_jax.data.tokenize import check_vocabulary
 from drlora_jax.expert_trees import expert_roles, gates_tree
@@ -95,7 +95,7 @@ def load_base(
 def load_run(
     run_dir: str,
     *,
-    step: str = "latest",
+    step: str | Sequence[int] = "latest",
     base_only: bool = False,
     model_path: str | None = None,
     dtype: str | None = None,
@@ -105,7 +105,8 @@ def load_run(
     """A run's model at a checkpoint.
 
     Args:
-      step: `latest`, `best` (smallest held-out loss) or a step number that was kept.
+      step: `latest`, `best` (smallest held-out loss), a step number that was kept, or steps of
+        which the first that is not damaged is taken.
       base_only: the base as the run started from it.
       model_path: where the base is now, if it has moved; the same weights, checked by fingerprint.
       dtype: of base weights and activations; None: the run's.
@@ -130,16 +131,20 @@ def load_run(
     return loaded if base_only else _with_adapter(loaded, source)
 
 
-def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray]:
-    """The `lora` collection on the mesh, and the ranks i32 [L, E], of the source's checkpoint."""
+def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSource]:
+    """The `lora` collection on the mesh, and the ranks i32 [L, E], of the source's checkpoint; and
+    the source with the step that they are of, where the first was damaged.
+    """
     model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
     lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
     lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
     routing = source.model_config.routing
     shape = (len(source.model_config.moe_layers), routing.num_experts if routing else 0)
     ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
-    arrays = read_arrays(source.checkpoints, source.step, {"lora": lora, "ranks_LE": ranks})
-    return arrays["lora"], np.array(arrays["ranks_LE"])
+    wanted = {"lora": lora, "ranks_LE": ranks}
+    found = read_newest(source.checkpoints, source.steps, wanted)
+    used = source._replace(steps=(found.step,))
+    return found.state["lora"], np.array(found.state["ranks_LE"]), used
 
 
 def _load(
@@ -174,7 +179,7 @@ def _load(
 
 
 def _with_adapter(loaded: Loaded, source: RunSource) -> Loaded:
-    lora, ranks_LE = read_factors(source, loaded.mesh)
+    lora, ranks_LE, source = read_factors(source, loaded.mesh)
     gates = rank_gates(loaded.model, ranks_LE, loaded.mesh)
     variables = loaded.variables | {"lora": lora, "rank_mask": gates}
     return loaded._replace(variables=variables, step=source.step, ranks_LE=ranks_LE)

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
+from drlora_jax import early
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.files import ABSENT, DIRECTORY, kind_of, local_path
 
@@ -116,7 +117,8 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
         remove()
         raise UserError(f"--out {out} cannot be written: {error.strerror}.") from error
     try:
-        yield draft
+        with early.undoing(remove):
+            yield draft
         _let_others_read(draft)
         if is_inside:
             _move_up(draft, out)

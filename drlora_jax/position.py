@@ -61,12 +61,26 @@ def start(run: Run) -> Position:
 
 def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
     """The state after `step`, on this run's mesh."""
+    return _placed(run, *checkpoints.restore(step, _wanted(run), host_names=("tokens",)))
+
+
+def restore_newest(run: Run, checkpoints: Checkpoints) -> tuple[Position, int] | None:
+    """The newest state that is whole, on this run's mesh, and its step; None without any."""
+    found = checkpoints.restore_newest(
+        _wanted(run), host_names=("tokens",), step_of=lambda state: int(state.step)
+    )
+    return None if found is None else (_placed(run, found.state, found.host), found.step)
+
+
+def _wanted(run: Run) -> Checkpoint:
     abstract = run.abstract_state
     ranks = jax.ShapeDtypeStruct(
         abstract.mask_LER.shape[:2], jnp.int32, sharding=mesh_lib.replicated(run.mesh)
     )
-    wanted = Checkpoint(abstract.step, abstract.lora, abstract.opt_state, abstract.stats, ranks)
-    saved, host = checkpoints.restore(step, wanted, host_names=("tokens",))
+    return Checkpoint(abstract.step, abstract.lora, abstract.opt_state, abstract.stats, ranks)
+
+
+def _placed(run: Run, saved: Checkpoint, host: dict) -> Position:
     capacity = CapacityState(np.array(hosts.to_host(saved.ranks_LE)))
     mask_LER = place_mask(run, capacity)
     state = TrainState(saved.step, saved.lora, saved.opt_state, mask_LER, saved.stats)

@@ -66,13 +66,15 @@ def main(argv=None) -> int:
             print(line)
     if args.dry_run:
         return EXIT_DONE
-    with run_dir.locked(), StopSignals() as stop:
+    with run_dir.locked():
         if stored is None:
             run_dir.create(config, origin, config.train.steps)
         keep_freed_memory(jax.default_backend())
-        if not train(config, model, tx, schedule, params, domains, stop):
+        if not train(config, model, tx, schedule, params, domains):
             return EXIT_RESUMABLE
-        params, _ = restore_or_start(config, tx, params)[0]
+        (params, _), step = restore_or_start(config, tx, params)
+        if step < config.train.steps:
+            raise RunError(f"The last checkpoint is of step {step}; start the same command again.")
         report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
         out = run_dir.path
         write_model(
@@ -150,16 +152,14 @@ def restore_or_start(config: TrainConfig, tx, params):
     """((params, opt_state), steps done) of the newest checkpoint, or of a fresh start."""
     folder = RunDirectory(config.run.dir).checkpoints
     checkpoints = Checkpoints(folder, keep_last=config.run.keep_last)
-    step = checkpoints.latest_step()
     state = (params, jax.jit(tx.init)(params))
-    if step is not None:
-        sharding = SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
-        )
-        state, _ = checkpoints.restore(step, abstract)
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state
+    )
+    found = checkpoints.restore_newest(abstract)
     checkpoints.close()
-    return state, step or 0
+    return (state, 0) if found is None else (found.state, found.step)
 
 
 def train(
@@ -169,7 +169,6 @@ def train(
     schedule,
     params,
     domains: list[Domain],
-    stop: StopSignals,
 ) -> bool:
     """Runs to the last step; False if a signal stopped it (its state is saved)."""
     section = config.train
@@ -179,41 +178,47 @@ def train(
     run_dir = RunDirectory(config.run.dir)
     run_dir.cut_back(step)
     checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.run.keep_last)
+    if step < section.steps:  # compiled ahead: until it is, a signal ends the process at once
+        batch = split_micro_batches(mixed_batch(domains, step), section.micro_batches)
+        train_step = train_step.lower(params, opt_state, batch).compile()
     tokens, since = 0, time.perf_counter()
-    is_stopping = stop.reached(step)
-    while step < section.steps and not is_stopping:
-        batch = mixed_batch(domains, step)
-        params, opt_state, metrics = train_step(
-            params, opt_state, split_micro_batches(batch, section.micro_batches)
-        )
-        step += 1
-        tokens += count_tokens(batch)
+    with StopSignals() as stop:
         is_stopping = stop.reached(step)
-        is_saved = step % config.run.checkpoint_every == 0 or step == section.steps or is_stopping
-        is_logged = step % config.run.log_every == 0
-        if (is_saved or is_logged) and not np.isfinite(float(metrics["grad_norm"])):
-            raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
-        if is_logged:
-            rate = tokens / (time.perf_counter() - since)
-            _log(
-                run_dir,
-                step=step,
-                loss=float(metrics["loss"]),
-                learning_rate=float(schedule(step - 1)),
-                tokens_per_second=rate,
+        while step < section.steps and not is_stopping:
+            batch = mixed_batch(domains, step)
+            params, opt_state, metrics = train_step(
+                params, opt_state, split_micro_batches(batch, section.micro_batches)
             )
-            tokens, since = 0, time.perf_counter()
-        if step % section.eval_every == 0:
-            heldout = evaluate(config, model, params, domains)
-            _log(
-                run_dir,
-                step=step,
-                heldout={name: values["loss"] for name, values in heldout.items()},
+            step += 1
+            tokens += count_tokens(batch)
+            is_stopping = stop.reached(step)
+            is_saved = (
+                step % config.run.checkpoint_every == 0 or step == section.steps or is_stopping
             )
-            tokens, since = 0, time.perf_counter()
-        if is_saved:
-            checkpoints.save(step, (params, opt_state), {})
-    checkpoints.close()
+            is_logged = step % config.run.log_every == 0
+            if (is_saved or is_logged) and not np.isfinite(float(metrics["grad_norm"])):
+                raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
+            if is_logged:
+                rate = tokens / (time.perf_counter() - since)
+                _log(
+                    run_dir,
+                    step=step,
+                    loss=float(metrics["loss"]),
+                    learning_rate=float(schedule(step - 1)),
+                    tokens_per_second=rate,
+                )
+                tokens, since = 0, time.perf_counter()
+            if step % section.eval_every == 0:
+                heldout = evaluate(config, model, params, domains)
+                _log(
+                    run_dir,
+                    step=step,
+                    heldout={name: values["loss"] for name, values in heldout.items()},
+                )
+                tokens, since = 0, time.perf_counter()
+            if is_saved:
+                checkpoints.save(step, (params, opt_state), {})
+        checkpoints.close()
     return step == section.steps
 
 

@@ -177,6 +177,17 @@ def _may_change(change: Change, stored: dict, config: TrainConfig) -> bool:
     return change.name in (*FREE, *HELDOUT, *ROUNDING)
 
 
+def free_names() -> list[str]:
+    """The fields that may change between the starts of one run, at least in some cases."""
+    return sorted(
+        name
+        for name in _flat(to_dict(TrainConfig()))
+        if (name.startswith(("mesh.", "run.")) and name != "run.seed")
+        or name in (*FREE, *HELDOUT, *ROUNDING, *PLACES)
+        or _is_shown_by_tokens(name)
+    )
+
+
 def _is_same_file(change: Change) -> bool:
     paths = (change.before, change.now)
     return None not in paths and len({os.path.realpath(path) for path in paths}) == 1

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from collections.abc import Sequence
 
@@ -115,8 +116,8 @@ class RunDirectory:
 
     def newest_step(self) -> int:
         """Of the checkpoints; 0 if there is none."""
-        names = [entry.name for entry in self.checkpoints.glob("*")]
-        return max((int(name) for name in names if name.isdecimal()), default=0)
+        entries = [entry for entry in self.checkpoints.glob("*") if entry.is_dir()]
+        return max((int(e.name) for e in entries if e.name.isdecimal()), default=0)
 
     def check_settings(self, stored: dict, config: TrainConfig) -> None:
         """Refuses to resume with settings that would make it another run; reads no data."""
@@ -165,6 +166,7 @@ class RunDirectory:
         values = {
             "config": to_dict(config),
             **origin,
+            "run_id": secrets.token_hex(8),  # checkpoints of other runs are told apart by it
             "schedule_steps": schedule_steps,
             "version": drlora_jax.__version__,
             **(made_with or {}),

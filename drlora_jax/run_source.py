@@ -1,10 +1,11 @@
 """A run on disk: config, base, what it resolved, and a checkpoint; nothing is in memory yet."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.checkpoint import choose_step
+from drlora_jax.checkpoint_read import choose_steps
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import UserError
 from drlora_jax.files import ABSENT, DIRECTORY, kind_of, local_path
@@ -26,12 +27,18 @@ class RunSource(NamedTuple):
     model_config: ModelConfig
     adapter: AdapterSpec
     checkpoints: pathlib.Path
-    step: int
+    steps: tuple[int, ...]  # the first that is not damaged is taken
     data_fingerprint: str
     resolved: Resolved | None  # None: the run was made by a version that did not keep it
 
+    @property
+    def step(self) -> int:
+        return self.steps[0]
 
-def find_run(run_dir: str, *, step: str = "latest", model_path: str | None = None) -> RunSource:
+
+def find_run(
+    run_dir: str, *, step: str | Sequence[int] = "latest", model_path: str | None = None
+) -> RunSource:
     """A run and its base; refuses another base than the one it was trained with."""
     stored = read_stored(run_dir)
     config = from_dict(stored["config"])
@@ -53,7 +60,7 @@ def find_run(run_dir: str, *, step: str = "latest", model_path: str | None = Non
         model_config=model_config,
         adapter=make_adapter(config, model_config),
         checkpoints=checkpoints,
-        step=choose_step(checkpoints, step),
+        steps=choose_steps(checkpoints, step),
         data_fingerprint=stored["data_fingerprint"],
         resolved=resolved,
     )

@@ -38,7 +38,7 @@ from drlora_jax.position import (
     Position,
     check_processes_agree,
     check_run_dir_is_shared,
-    restore,
+    restore_newest,
     save,
 )
 from drlora_jax.prepare import Job, prepare
@@ -125,48 +125,44 @@ def train(run: Run) -> int:
 def _train(run: Run, watchdog: Watchdog) -> int:
     job, config = run.job, run.job.config
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
-    done = checkpoints.latest_step() or 0
-    check_processes_agree(run, "at the start", done)
+    check_processes_agree(run, "at the start", checkpoints.latest_step() or 0)
     if job.is_new:
         facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
         facts["resolved"] = job.resolved.to_json()
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
     check_run_dir_is_shared(run)
+    with hosts.leaving_with_peers(lambda: None):
+        watchdog.beat("restoring")
+        position, done = restore_newest(run, checkpoints) or (None, 0)
     if done >= job.total_steps:
         print(_complete_line(job, done))
         return EXIT_DONE
     job.run_dir.cut_back(done)
-    with StopSignals() as stop:
-        watchdog.beat("compiling")
-        print(COMPILING, flush=True)
-        compiled, seconds = compile_step(run)
-        keep_freed_memory(jax.default_backend())  # what compiling took is given back
-        print("\n".join(_compiled_lines(run, compiled)))
-        how = "resuming" if done else "starting"
-        print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
-        watchdog.beat("loading the base")
-        params = load_params(
-            job.model_config, job.directory, run.abstract_params, done=watchdog.again
-        )
-        if hosts.is_main():
-            job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
-        with (
-            ReportWriter(job.run_dir.path, writes=hosts.is_main()) as report,
-            Progress(job.total_steps, done) as progress,
-        ):
-            try:
-                with hosts.leaving_with_peers(progress.close):
-                    watchdog.beat("restoring")
-                    position = (
-                        restore(run, checkpoints, done)
-                        if done
-                        else start_profiled(run, params, done=watchdog.again)
-                    )
-                    around = Around(checkpoints, stop, report, progress, watchdog)
-                    return _loop(run, compiled, params, position, around)
-            finally:
-                for each in (*job.run_dir.sinks, checkpoints):
-                    each.close()
+    watchdog.beat("compiling")
+    print(COMPILING, flush=True)
+    compiled, seconds = compile_step(run)
+    keep_freed_memory(jax.default_backend())  # what compiling took is given back
+    print("\n".join(_compiled_lines(run, compiled)))
+    how = "resuming" if done else "starting"
+    print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
+    watchdog.beat("loading the base")
+    params = load_params(job.model_config, job.directory, run.abstract_params, done=watchdog.again)
+    with hosts.leaving_with_peers(lambda: None):
+        position = position or start_profiled(run, params, done=watchdog.again)
+    if hosts.is_main():
+        job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
+    with (
+        StopSignals() as stop,  # before this there was nothing to save, and a signal ends at once
+        ReportWriter(job.run_dir.path, writes=hosts.is_main()) as report,
+        Progress(job.total_steps, done) as progress,
+    ):
+        try:
+            with hosts.leaving_with_peers(progress.close):
+                around = Around(checkpoints, stop, report, progress, watchdog)
+                return _loop(run, compiled, params, position, around)
+        finally:
+            for each in (*job.run_dir.sinks, checkpoints):
+                each.close()
 
 
 class Around(NamedTuple):
@@ -248,11 +244,13 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
             meter.resume()
     batches.close()
     progress.close()
+    checkpoints.finish()  # what is said next is true
     if step == job.total_steps:
         progress.note(f"done: {job.run_dir.path}")
         return EXIT_DONE
     if checkpoints.latest_step() != step and step:
         save(run, checkpoints, position, step, None)
+        checkpoints.finish()
     kept = "saved" if step else "nothing to save yet"
     progress.note(f"stopped by a signal at step {step}, {kept}; the same command goes on from here")
     return EXIT_RESUMABLE

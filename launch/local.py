@@ -8,9 +8,9 @@ drlora_jax.evaluate). On CPU each process has
 `--devices` simulated devices. To try a launch before it goes to a cluster, and for tests; one
 process alone drives all GPUs or TPU chips of a machine.
 
-SIGTERM and SIGINT go to the processes, which save and stop at the same step. When one of them ends
-with an error the others get `--grace` seconds. The exit code is 0 when all end with 0, else that of
-the first that did not.
+SIGTERM and SIGINT go to the processes, which save and stop at the same step. When one of them has
+ended the others get `--grace` seconds, also those that hang. The exit code is 0 when all end with
+0, else that of the first that did not.
 """
 
 import argparse
@@ -25,15 +25,22 @@ import time
 def main() -> int:
     args = _arguments()
     address = f"localhost:{args.port or _free_port()}"
-    processes = [_start(index, address, args) for index in range(args.processes)]
+    processes: list[subprocess.Popen] = []
+    numbers: list[int] = []
 
     def forward(number, _):
+        numbers.append(number)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
+    for index in range(args.processes):
+        processes.append(_start(index, address, args))
+        if numbers:  # came meanwhile; without the others this process would wait for them
+            forward(numbers[-1], None)
+            break
     return _wait(processes, args.grace)
 
 
@@ -75,18 +82,18 @@ def _start(index: int, address: str, args) -> subprocess.Popen:
 
 
 def _wait(processes: list[subprocess.Popen], grace: float) -> int:
-    """Until all have ended; ends those that outlive an error of another by `grace` seconds."""
+    """Until all have ended; ends those that outlive the first one by `grace` seconds."""
     code, deadline = 0, None
-    while any(process.poll() is None for process in processes):
-        ended = [process.returncode for process in processes if process.returncode]
+    while None in (codes := [process.poll() for process in processes]):
+        ended = [each for each in codes if each is not None]
+        code = code or next(filter(None, ended), 0)
         if ended and deadline is None:
-            code, deadline = ended[0], time.monotonic() + grace
+            deadline = time.monotonic() + grace
         if deadline is not None and time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.1)
-    bad = [process.returncode for process in processes if process.returncode]
-    code = code or (bad[0] if bad else 0)
+    code = code or next(filter(None, codes), 0)
     return code if code >= 0 else 128 - code  # ended by a signal
 
 

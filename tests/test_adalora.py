@@ -17,7 +17,7 @@ from drlora_jax.build import abstract_batch
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import UserError
 from drlora_jax.metrics import describe_ranks
-from drlora_jax.position import place_mask, reordered
+from drlora_jax.position import place_mask, reordered, restore
 from drlora_jax.prepare import prepare
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
@@ -249,7 +249,7 @@ def test_pruning_is_masking(pruned):
 def test_a_resumed_run_is_the_same(pruned, piece):
     """From the checkpoint between the first two events; without a saved average it is another."""
     checkpoints = Checkpoints(pruned.job.run_dir.checkpoints, keep_last=9)
-    position, end = train_lib.restore(pruned.run, checkpoints, 6), pruned.position
+    position, end = restore(pruned.run, checkpoints, 6), pruned.position
     checkpoints.close()
     if piece:
         zero = jnp.zeros_like(getattr(position.state.stats, piece))

@@ -189,7 +189,6 @@ def compile_for_tpu(folder, *arguments):
     return done.stdout, (folder / "hlo").read_text()
 
 
-@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("experts", ["auto", "tokamax"])
 def test_a_small_step_compiles_for_tpu(tmp_path, experts):
@@ -204,7 +203,6 @@ def test_a_small_step_compiles_for_tpu(tmp_path, experts):
     assert "tpu_ragged_dot_tgmm" not in text  # a frozen base has no gradient
 
 
-@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     "arguments, travels",

@@ -36,7 +36,6 @@ def run_gpu(tmp_path, *arguments: str):
     return done, [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
 def test_the_accelerator_benchmark_rehearses(tmp_path):
     """Parts run in their order, from a directory where the package is not to be found."""
     done, rows = run_gpu(tmp_path, "--tiny", "--parts", "attention,qwen3,grouped,event,bounds")
@@ -64,7 +63,6 @@ def test_the_accelerator_benchmark_rehearses(tmp_path):
         assert 0.3 < row["forecast_of_measured"] < 3
 
 
-@pytest.mark.slow
 def test_ours_and_peft_with_the_same_weights(tmp_path):
     pytest.importorskip("peft")
     done, rows = run_gpu(tmp_path, "--tiny", "--parts", "peers")
@@ -77,7 +75,6 @@ def test_ours_and_peft_with_the_same_weights(tmp_path):
     assert ratio["peak_gib"] == ours["peak_gib"] / peft["peak_gib"]
 
 
-@pytest.mark.slow
 def test_thin_products_and_the_largest_kernels(tmp_path):
     done, rows = run_gpu(tmp_path, "--tiny", "--parts", "thin,profile")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -224,6 +224,19 @@ def test_what_to_do_about_memory_is_of_the_command(advice, capsys):
     assert ("--batch-size" in message) == (advice is None)
 
 
+def test_an_interrupted_command_can_be_started_again(capsys):
+    """In a process that did not start as a command of ours, Ctrl-C is Python's exception."""
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(main)
+    assert end.value.code == 75
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: interrupted; the same command starts again")
+
+
 def test_help_lists_every_field():
     result = run_cli("--help")
     assert result.returncode == 0

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
@@ -109,3 +110,43 @@ def test_training_on_a_slice_gets_its_arguments(cluster):
     sent = (cluster / "gcloud.txt").read_text()
     assert "--worker=all" in sent and "drlora_jax.train --config c.py" in sent
     assert "data.path=a\\ b.jsonl run.dir=/mnt/runs/mine" in sent
+
+
+# A process of a training that is lost: the one named hangs, the others notice and end.
+HANGING = """
+import os, signal, sys, time
+own, hung, code = os.environ["JAX_PROCESS_ID"], *sys.argv[1:]
+if own == hung:
+    os.kill(os.getpid(), signal.SIGSTOP)
+time.sleep(0.2)
+sys.exit(int(code))
+"""
+
+
+def run_local(folder, program, *arguments, processes=2, **more):
+    (folder / "lost.py").write_text(program)
+    command = [sys.executable, str(LAUNCH / "local.py"), "--processes", str(processes)]
+    command += ["--grace", "1", "--module", "lost", "--", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.Popen(command, env=environment, cwd=folder, **more)
+
+
+@pytest.mark.parametrize(
+    "hung, others, processes, code",
+    [("0", "75", 2, 75), ("1", "75", 2, 75), ("1", "0", 3, 137)],
+)
+def test_a_process_that_hangs_is_ended(tmp_path, hung, others, processes, code):
+    """Whichever of them it is; 137 is that of the one that had to be killed."""
+    launcher = run_local(tmp_path, HANGING, hung, others, processes=processes)
+    assert launcher.wait(timeout=60) == code
+
+
+def test_signals_go_to_all_processes(tmp_path):
+    program = "import signal, sys, time\n"
+    program += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+    program += "print('ready', flush=True)\ntime.sleep(60)\n"
+    launcher = run_local(tmp_path, program, "x", stdout=subprocess.PIPE)
+    assert [launcher.stdout.readline() for _ in range(2)] == [b"ready\n"] * 2
+    launcher.terminate()
+    assert launcher.wait(timeout=60) == 75
+    launcher.stdout.close()

@@ -27,6 +27,7 @@ from drlora_jax import train as train_lib
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
 from drlora_jax.parallel.mesh import AXES
+from drlora_jax.position import restore
 from drlora_jax.prepare import prepare
 
 ROOT = Path(__file__).parents[1]
@@ -232,7 +233,7 @@ def build(runs, name, mesh):
 def restored(runs, name, mesh):
     """Everything that the first checkpoint brings back on a mesh, as NumPy arrays."""
     checkpoints = Checkpoints(runs.folder / name / "checkpoints", keep_last=9)
-    position = train_lib.restore(build(runs, name, mesh), checkpoints, FIRST_SAVED)
+    position = restore(build(runs, name, mesh), checkpoints, FIRST_SAVED)
     checkpoints.close()
     return jax.device_get(position)
 

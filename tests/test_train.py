@@ -13,7 +13,7 @@ from tiny import tiny_config, write_rows
 from drlora_jax import train as train_lib
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
 from drlora_jax.optimizer import make_schedule
-from drlora_jax.position import start
+from drlora_jax.position import restore, restore_newest, start
 from drlora_jax.prepare import prepare
 from drlora_jax.run_dir import RunDirectory
 
@@ -71,7 +71,7 @@ def read_all(folder, name):
 def final_state(run, folder, name):
     job = run.job._replace(run_dir=RunDirectory(str(folder / name)))
     checkpoints = train_lib.Checkpoints(job.run_dir.checkpoints, keep_last=2)
-    position = train_lib.restore(run._replace(job=job), checkpoints, job.total_steps)
+    position = restore(run._replace(job=job), checkpoints, job.total_steps)
     checkpoints.close()
     return jax.device_get(position)
 
@@ -187,12 +187,12 @@ def test_every_saved_piece_is_needed(built, start_run, reference, monkeypatch, p
     # Equal numbers of updates cancel in the saliency, so their loss shows in the state at the end.
     stop_after = 9 if piece == "updates_LE" else STOP_AFTER
     assert start_run(name, stop_after) == EXIT_RESUMABLE
-    restore = train_lib.restore
 
-    def restore_without(run, checkpoints, step):
-        return _reset(restore(run, checkpoints, step), start(run), piece)
+    def restore_without(run, checkpoints):
+        position, step = restore_newest(run, checkpoints)
+        return _reset(position, start(run), piece), step
 
-    monkeypatch.setattr(train_lib, "restore", restore_without)
+    monkeypatch.setattr(train_lib, "restore_newest", restore_without)
     start_run(name)
     same_state = jax.tree.map(np.array_equal, final_state(run, folder, name), reference[1])
     assert not all(jax.tree.leaves(same_state)) or read_all(folder, name) != reference[0]

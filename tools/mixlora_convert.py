@@ -169,7 +169,7 @@ def _export(args: argparse.Namespace) -> int:
             "in MoE-PEFT, where it is another function. --accept-top-p writes it still."
         )
     mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
-    lora, ranks_LE = read_factors(source, mesh)
+    lora, ranks_LE, source = read_factors(source, mesh)
     tensors, rank = mixlora.pack(source.model_config, source.adapter, lora, ranks_LE)
     values = mixlora.describe(
         source.model_config, source.adapter, section, rank, source.config.model.path

@@ -26,6 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from drlora_jax import early
 from drlora_jax.errors import EXIT_RESUMABLE, RunError, UserError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -65,7 +66,7 @@ def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
             f"{ADDRESS}, or set {COUNT}=1 to run one process alone."
         ) from error
     if not hears_sigterm:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, early.handler() or signal.SIG_DFL)
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for good)
 
@@ -229,6 +230,21 @@ def from_main(tree: Any) -> Any:
     shapes = jax.tree.map(lambda value: np.asarray(value).dtype, tree)
     sent = multihost_utils.broadcast_one_to_all(tree)
     return jax.tree.map(lambda value, dtype: np.asarray(value, dtype), sent, shapes)
+
+
+def all_texts(text: str) -> list[str]:
+    """The texts of all processes, on every process."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.ravel(multihost_utils.process_allgather(np.array([own.size], np.int32)))
+    padded = np.zeros(max(lengths.max(), 1), np.uint8)
+    padded[: own.size] = own
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        bytes(row[:length]).decode()
+        for row, length in zip(texts.reshape(lengths.size, -1), lengths, strict=True)
+    ]
 
 
 # --------------------------------------------------------------------------------------- agreement
