@@ -168,17 +168,14 @@ def end_token_ids(tokenizer, directory: pathlib.Path, vocab_size: int) -> tuple[
     ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):
         file = pathlib.Path(directory) / name
-        values = read_json(file) if kind_of(file) != ABSENT else {}
-        text_values = values.get("text_config")  # the language model's part of a larger one
-        for part in (values, text_values if isinstance(text_values, dict) else {}):
-            given = part.get("eos_token_id")
-            listed = given if isinstance(given, list) else [] if given is None else [given]
-            if not all(type(token) is int for token in listed):
-                raise UserError(
-                    f"{file}: eos_token_id must be a token id or a list of token ids, got "
-                    f"{given!r}; correct or remove it."
-                )
-            ends += listed
+        given = read_json(file).get("eos_token_id") if kind_of(file) != ABSENT else None
+        listed = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(token) is int for token in listed):
+            raise UserError(
+                f"{file}: eos_token_id must be a token id or a list of token ids, got {given!r}; "
+                "correct or remove it."
+            )
+        ends += listed
     return tuple(dict.fromkeys(token for token in ends if 0 <= token < vocab_size))
 
 
