@@ -10,6 +10,8 @@ SPECIAL = {0: "<end>", 1: "<user>", 2: "<sep>"}
 class Letters:
     """A tokenizer of one byte a token, with three special tokens."""
 
+    all_special_ids = tuple(SPECIAL)
+
     def decode(self, tokens, **_):
         return bytes(token for token in tokens if token > 2).decode("utf-8", errors="replace")
 

@@ -101,10 +101,9 @@ def test_stored_answers_are_those_of_the_library(stored, tmp_path):
         ({"eos_token_id": []}, (0,)),
         ({"eos_token_id": -1}, (0,)),  # none, as some write it
         ({"eos_token_id": [7, 0, 7, 99]}, (0, 7)),
-        ({"text_config": {"eos_token_id": [3, 4]}, "eos_token_id": 3}, (0, 3, 4)),
-        ({"eos_token_id": "2"}, "config.json: eos_token_id must be a token id or a list"),
+        ({"eos_token_id": "2"}, "config.json: eos_token_id must be"),
         ({"eos_token_id": [2, True]}, r"got \[2, True\]"),
-        ({"eos_token_id": {"a": 1}}, "must be a token id"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id must be"),
     ],
 )
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
