@@ -13,7 +13,7 @@ adapter.kind=lora adapter.rank=16. `tools/mixlora_convert.py` writes the adapter
 has no form for it.
 
 Hardware: one device with 24 GB. Forecast for LLaMA-2-7B (by benchmarks/plan_gpu.py, not measured):
-18 GiB, of which the base model is 12.6 GiB in bfloat16, for micro-batches of 4 rows.
+20 GiB, of which the base model is 12.6 GiB in bfloat16, for micro-batches of 8 rows.
 """
 
 from drlora_jax.config import (
@@ -37,7 +37,7 @@ def get_config() -> TrainConfig:
         train=TrainSection(
             epochs=2,
             batch_size=16,
-            micro_batches=4,
+            micro_batches=2,
             sequence_length=512,
             learning_rate=2e-4,
             schedule="constant",
