@@ -9,30 +9,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from drlora_jax.data.tokenize import decode_after
+from drlora_jax.data.decoding import decode_after, prompt_tail
 
-TAIL = 8  # tokens of a prompt that are decoded with an answer, if they have text
 WINDOW = 64  # tokens that are decoded again for each new one
 HALF = "\ufffd"  # stands for bytes that are no character yet
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 Finish = Literal["stop", "eos", "length"]
-
-
-def prompt_tail(prompt: Sequence[int], tokenizer) -> list[int]:
-    """The end of a prompt that decides how what follows is decoded.
-
-    It has text of its own, so that the decoder's treatment of a first token falls on it, and it
-    begins with a whole character.
-    """
-    size = TAIL
-    while size < len(prompt):
-        tail = list(prompt[-size:])
-        text = decode_after(tokenizer, [], tail)
-        if text and not text.startswith(HALF):
-            return tail
-        size *= 2
-    return list(prompt)
 
 
 def shown_tokens(stop: Sequence[str], tokenizer) -> dict[int, str]:
@@ -49,14 +32,14 @@ class AnswerText:
 
     def __init__(self, tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
-        self._tail = prompt_tail(prompt, tokenizer)
+        self._tail = prompt_tail(tokenizer, prompt)
         self._before, self._window = "", []  # text of the tokens in front of the window
         self.text = ""
         self.certain = 0  # characters that no later token changes
 
     def add(self, token: int) -> None:
         if len(self._window) >= WINDOW and self.certain == len(self.text):
-            self._tail = prompt_tail(self._tail + self._window, self._tokenizer)
+            self._tail = prompt_tail(self._tokenizer, self._tail + self._window)
             self._before, self._window = self.text, []
         self._window.append(token)
         text = self._before + decode_after(self._tokenizer, self._tail, self._window)

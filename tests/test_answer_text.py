@@ -2,7 +2,8 @@
 
 import pytest
 
-from drlora_jax.answer_text import Answer, AnswerText, prompt_tail, shown_tokens
+from drlora_jax.answer_text import Answer, AnswerText, shown_tokens
+from drlora_jax.data.decoding import prompt_tail
 
 SPECIAL = {0: "<end>", 1: "<user>", 2: "<sep>"}
 
@@ -126,11 +127,11 @@ def test_a_first_blank_is_kept_and_a_token_costs_the_same_however_long_the_answe
 def test_the_tail_of_a_prompt_has_text_and_begins_with_a_character():
     letters = Letters()
     long = list(b"abcdefghijklmnop")
-    assert prompt_tail(long, letters) == long[-8:]
-    assert prompt_tail(long + [1] * 20, letters) == (long + [1] * 20)[-32:]
-    assert prompt_tail([1, 2], letters) == [1, 2]
+    assert prompt_tail(letters, long) == long[-8:]
+    assert prompt_tail(letters, long + [1] * 20) == (long + [1] * 20)[-32:]
+    assert prompt_tail(letters, [1, 2]) == [1, 2]
     split = [*b"x", *"\u20ac".encode(), *b"abcdefg"]  # eight tokens back: its last byte
-    assert prompt_tail(split, letters) == split
+    assert prompt_tail(letters, split) == split
 
 
 def test_only_special_tokens_of_stop_strings_are_shown():

@@ -110,11 +110,11 @@ class _Writer:
             bare = render_chat(chat, chat.messages[: self.learned[0]], answering=False)
         except BadRow:
             return {}
-        opening = first[len(bare) :] if first.startswith(bare) else ""
+        header = first[len(bare) :] if first.startswith(bare) else ""
         roles = (message["role"] for message in chat.messages[: last + 1])
         places = [place for place, role in enumerate(roles) if role == "assistant"]
-        borders = [match.span() for match in re.finditer(re.escape(opening), self.whole)]
-        if not opening or len(borders) != len(places):
+        borders = [match.span() for match in re.finditer(re.escape(header), self.whole)]
+        if not header or len(borders) != len(places):
             return {}
         limits = [start for start, _ in borders[1:]] + [len(self.whole)]
         ends = [
@@ -160,7 +160,7 @@ def _clear_end(chat: Chat, place: int, whole: str, start: int, limit: int):
     parts = [message.get("reasoning_content", "").strip(), *_names(message)]
     if at < 0 or any(whole.find(part, start, limit) < 0 for part in parts):
         return None
-    end = turn_end(chat.tokenizer, chat.date)
+    end = turn_end(chat)
     behind = at + len(content)
     if end.token:
         stop = _token_end(chat, whole, end.token, behind, limit)
@@ -195,9 +195,7 @@ def _answer(chat: Chat, place: int, full: str | None) -> _Answer:
         body, own = _behind_prompt(chat, place, prompt, full)
     stop, is_ended = _end(chat, body, own.strip())
     if not body[:stop].strip():
-        raise BadRow(
-            "unwritten", f"the tokenizer's chat template writes nothing of message {place + 1}"
-        )
+        raise _unwritten("answer", place)
     _check_answer(chat, place, body[:stop])
     return _Answer(prompt, body[:stop], is_ended)
 
@@ -213,11 +211,10 @@ def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str,
     answer = {"role": "assistant", "content": SENTINEL}
     shown = render_chat(chat, [*before, answer], answering=False)
     if SENTINEL not in shown:
-        message = f"the tokenizer's chat template writes nothing of message {place + 1}"
-        raise BadRow("unwritten", message)
+        raise _unwritten("answer", place)
     head = shown.rpartition(SENTINEL)[0]
     content = message.get("content", "")
-    mark, words = opening(chat.tokenizer, chat.date)
+    mark, words = opening(chat)
     if not words.strip() or not mark or not prompt.endswith(mark):
         head = head.removesuffix(words) if not mark else head
         return _behind(full, head, prompt, place), content
@@ -254,7 +251,7 @@ def _without_opening(content: str, closing: str) -> str:
 def _end(chat: Chat, body: str, content: str) -> tuple[int, bool]:
     """Where an answer ends, and whether a control token ends it: blanks behind are not learned."""
     at = body.find(content)
-    token = turn_end(chat.tokenizer, chat.date).token
+    token = turn_end(chat).token
     if token and at >= 0:
         stop = _token_end(chat, body, token, at + len(content), len(body))
         if stop is not None:
@@ -300,7 +297,8 @@ def check_context(chat: Chat, learned: list[int], text: str) -> None:
             if place not in answers:
                 _check_history(chat, place, seen)
             continue
-        at = max(text.find(content, cursor), text.find(content) if content else 0)
+        at = text.find(content, cursor)
+        at = text.find(content) if at < 0 else at
         cursor = max(at, cursor)
         is_telling = role == "user" or role in seen or len(content) >= _TELLING
         seen.add(role)
@@ -335,7 +333,7 @@ def _check_history(chat: Chat, place: int, seen: set) -> None:
         seen.add(part)
         is_thought = part == "reasoning_content"
         # Earlier reasoning is left out on purpose where the prompt opens the next one.
-        if is_thought and opening(chat.tokenizer, chat.date).words.strip():
+        if is_thought and opening(chat).words.strip():
             continue
         if not _is_written(chat, place, *(_REASONING if is_thought else (part,))):
             raise _unwritten(part, place)
@@ -370,10 +368,13 @@ def _is_written(chat: Chat, place: int, *keys: str) -> bool:
 
 def _unwritten(what: str, place: int | None = None) -> BadRow:
     where = "" if place is None else f" (message {place + 1})"
+    is_text = what.endswith((" message", "content", "answer"))
+    advice = "set data.template=chatml or tulu"
+    if not is_text or what == "reasoning_content":
+        advice = "remove it from the row, or use a chat template that writes it"
     return BadRow(
         f"{what} not in the template",
-        f"the tokenizer's chat template writes no {what}{where}; remove it from the row, or give a "
-        "template that writes it",
+        f"the tokenizer's chat template writes no {what}{where}; {advice}",
     )
 
 

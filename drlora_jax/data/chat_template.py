@@ -34,8 +34,8 @@ class Chat(NamedTuple):
     tokenizer: object
     messages: list[dict]
     tools: list[dict] | None
-    date: str | None  # what the template's clock shows; None where it reads none
-    is_guarded: bool = False
+    template: str  # its text, with a clock that stands still
+    is_guarded: bool
 
 
 class TurnEnd(NamedTuple):
@@ -55,7 +55,8 @@ class Opening(NamedTuple):
 def open_chat(conversation, tokenizer, *, special_tokens: str, date: str | None) -> Chat:
     """Prepares a conversation: guards the user's text and gives reasoning all of its names."""
     is_guarded = special_tokens == "split"
-    marks = _reasoning_marks(tokenizer, date) if is_guarded else ()
+    template = _template(tokenizer, conversation.tools, date)
+    marks = _reasoning_marks(tokenizer, template) if is_guarded else ()
     messages = []
     for message in conversation.messages:
         if is_guarded:
@@ -67,7 +68,7 @@ def open_chat(conversation, tokenizer, *, special_tokens: str, date: str | None)
     tools = list(conversation.tools) if conversation.tools else None
     if is_guarded:
         tools = _guarded(tools, tokenizer)
-    return Chat(tokenizer, messages, tools, date if reads_clock(tokenizer) else None, is_guarded)
+    return Chat(tokenizer, messages, tools, template, is_guarded)
 
 
 def _guarded(value, tokenizer):
@@ -152,15 +153,13 @@ def _with_arguments(message: dict, *, as_text: bool) -> dict:
 
 def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
     jinja2 = load_package("jinja2", "The tokenizer's chat template")
-    _check_names(chat)
-    options = {"chat_template": _dated_template(chat)} if chat.date else {}
     try:
         text = chat.tokenizer.apply_chat_template(
             messages,
             tools=chat.tools,
             tokenize=False,
             add_generation_prompt=answering,
-            **options,
+            chat_template=chat.template,
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
@@ -178,20 +177,19 @@ def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
     return text.replace(json.dumps(GUARD)[1:-1], GUARD) if chat.is_guarded else text
 
 
-def _check_names(chat: Chat) -> None:
-    named = chat.tokenizer.chat_template
-    if not isinstance(named, dict) or "default" in named or (chat.tools and "tool_use" in named):
-        return
-    raise UserError(
-        f"the tokenizer's chat templates are {', '.join(named)}, and none of them is named "
-        "default; name one so, or set data.template=chatml or tulu."
-    )
-
-
-def _dated_template(chat: Chat) -> str:
+def _template(tokenizer, tools, date: str | None) -> str:
+    """The text of the template that transformers would take, with the date's clock."""
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named and not (tools and "tool_use" in named):
+        raise UserError(
+            f"the tokenizer's chat templates are {', '.join(named)}, and none of them is named "
+            "default; name one so, or set data.template=chatml or tulu."
+        )
+    template = tokenizer.get_chat_template(None, list(tools) if tools else None)
+    if date is None or not _CLOCK.search(template):
+        return template
     # Not as an argument of the rendering: transformers turns functions among those into texts.
-    template = chat.tokenizer.get_chat_template(None, chat.tools)
-    return _fixed_clock(chat.date, tuple(sorted(set(_DIRECTIVE.findall(template))))) + template
+    return _fixed_clock(date, tuple(sorted(set(_DIRECTIVE.findall(template))))) + template
 
 
 @functools.cache
@@ -211,23 +209,21 @@ _found: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _once(function):
-    """Remembers what was found out about a tokenizer's template and the date."""
+    """Remembers what was found out about a tokenizer's template."""
 
     @functools.wraps(function)
-    def remembered(tokenizer, date):
-        key = (function.__name__, date, *template_texts(tokenizer))
-        found = _found.setdefault(tokenizer, {})
-        if key not in found:
-            found[key] = function(tokenizer, date)
-        return found[key]
+    def remembered(chat: Chat):
+        known = _found.setdefault(chat.tokenizer, {})
+        key = (function.__name__, chat.template)
+        if key not in known:
+            known[key] = function(chat)
+        return known[key]
 
     return remembered
 
 
-@_once
-def _reasoning_marks(tokenizer, date) -> tuple[str, ...]:
+def _reasoning_marks(tokenizer, text: str) -> tuple[str, ...]:
     """Control tokens such as <think> and </think>, if the template's text has one of the two."""
-    text = "".join(template_texts(tokenizer))
     tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(
         token
@@ -244,10 +240,10 @@ class _Probe(NamedTuple):
     answered: str
 
 
-def _probe(tokenizer, date) -> _Probe | None:
+def _probe(chat: Chat) -> _Probe | None:
     """Returns the first probe that the template takes; None if it refuses all."""
     for messages in _PROBES:
-        chat = Chat(tokenizer, messages, None, date if reads_clock(tokenizer) else None)
+        chat = chat._replace(messages=messages, tools=None)
         answer = {"role": "assistant", "content": SENTINEL}
         try:
             prompt = render_chat(chat, messages, answering=True)
@@ -260,18 +256,18 @@ def _probe(tokenizer, date) -> _Probe | None:
 
 
 @_once
-def turn_end(tokenizer, date) -> TurnEnd:
+def turn_end(chat: Chat) -> TurnEnd:
     """What the template puts behind an answer, as a small conversation shows."""
-    probe = _probe(tokenizer, date)
+    probe = _probe(chat)
     behind = probe.answered.rpartition(SENTINEL)[2] if probe else ""
-    token = control_pattern(tokenizer).search(behind)
+    token = control_pattern(chat.tokenizer).search(behind)
     return TurnEnd(token[0] if token else None, behind)
 
 
 @_once
-def opening(tokenizer, date) -> Opening:
+def opening(chat: Chat) -> Opening:
     """How the template's generation prompt and its answers fit together."""
-    probe = _probe(tokenizer, date)
+    probe = _probe(chat)
     if probe is None:
         return Opening("", "")
     prompt, answered = probe.prompt, probe.answered

@@ -72,7 +72,7 @@ _OTHER_NAMES = {"messages": ("conversations", "conversation"), "response": ("com
 def detect_format(fields: dict, names: FieldNames = DEFAULT_NAMES) -> tuple[str, FieldNames]:
     """Returns a row's format, and the names of the fields it has; raises UserError."""
     found = _resolved(fields, names)
-    if fields.get(found.messages) is not None:
+    if isinstance(fields.get(found.messages), list | dict | str):
         return "chat", found
     if found.prompt in fields and found.response in fields:
         has_turns = any(_turns(fields[name]) for name in (found.prompt, found.response))

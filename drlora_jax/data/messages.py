@@ -154,9 +154,9 @@ def _tool_calls(value: dict, where: str, read: set[str]) -> list[dict]:
     calls = []
     for key in ("tool_calls", "function_call"):  # the second is OpenAI's older form
         held = parsed(value.get(key))
+        read.add(key)
         if is_empty(held):
             continue
-        read.add(key)
         held = [held] if isinstance(held, dict) else held
         if not isinstance(held, list):
             got = type(held).__name__

@@ -14,18 +14,17 @@ import difflib
 from typing import NamedTuple
 
 from drlora_jax.data import answers, chat_template
-from drlora_jax.data.chat_template import reads_clock
-from drlora_jax.data.layouts import Conversation, FieldNames
+from drlora_jax.data.chat_template import reads_clock as reads_clock  # for our callers
+from drlora_jax.data.layouts import Conversation
 from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, guard
 from drlora_jax.errors import UserError
-
-__all__ = ["BadRow", "FieldNames", "Segment", "Written", "reads_clock"]  # some for their callers
 
 PROMPT_TEMPLATES = ("plain", "question_answer", "alpaca")
 CHAT_TEMPLATES = ("chatml", "tulu", "tokenizer")
 AS_IS = "as is"  # what the formats `text` and `choice` resolve to
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_NOTHING = Conversation((), ())
 _ALPACA = "Below is an instruction that describes a task"
 _ALPACA_INPUT = ", paired with an input that provides further context"
 _ALPACA_END = ". Write a response that appropriately completes the request.\n\n"
@@ -116,7 +115,7 @@ def unwritten(conversation: Conversation, style: Style, tokenizer) -> tuple[str,
 def turn_end(style: Style, tokenizer) -> str | None:
     """The control token that a template puts behind an answer; None if it puts none there."""
     if style.template == "tokenizer":
-        return chat_template.turn_end(tokenizer, style.date).token
+        return chat_template.turn_end(_open_chat(_NOTHING, style, tokenizer)).token
     if style.template not in CHAT_TEMPLATES:
         return None
     end = _turn(style.template, "assistant", tokenizer)[1]
@@ -129,7 +128,7 @@ def opens_thinking(style: Style, tokenizer) -> str:
     """
     if style.template != "tokenizer":
         return ""
-    words = chat_template.opening(tokenizer, style.date).words
+    words = chat_template.opening(_open_chat(_NOTHING, style, tokenizer)).words
     return words if words.strip() else ""
 
 
@@ -155,6 +154,8 @@ def _merged(conversation: Conversation) -> Conversation:
 
 def _write_ours(conversation: Conversation, style: Style, tokenizer) -> list[Segment]:
     """Segments of the templates that we bring; the last one is the last answer."""
+    if style.template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
+        raise ValueError(f"{style.template!r} is no template for conversations")
     _check_ours(conversation, style.template)
     if style.special_tokens == "split":
         messages = tuple(

@@ -23,7 +23,16 @@ from drlora_jax.data.templates import (
     write_prompt,
 )
 from drlora_jax.errors import UserError
-from street.chat_templates import KINDS, LLAMA3_2, PARTS_ONLY, QWEN2, QWEN3, REFUSING
+from street.chat_templates import (
+    KINDS,
+    LLAMA3_2,
+    NAMED,
+    PARTS_ONLY,
+    QWEN2,
+    QWEN3,
+    QWEN3_THINKING,
+    REFUSING,
+)
 
 MODEL = "drlora_jax/bundled/tiny_moe"
 DATE = "2025-03-04"
@@ -212,7 +221,10 @@ def test_random_conversations(name, tokenizers):
             messages = [SYSTEM, *messages]
         learned = [n for n, m in enumerate(messages) if m["role"] == "assistant"]
         conversation = read_row({"messages": messages}, "chat")
-        found = before_answers(write(conversation, STYLE, tokenizer))
+        documents = write(conversation, STYLE, tokenizer)
+        kept = write(conversation, STYLE._replace(special_tokens="keep"), tokenizer)
+        found = before_answers(documents)
+        assert before_answers(kept) == found
         prompts = [rendered(tokenizer, messages[:n], answering=True) for n in learned]
         assert list(found) == prompts
         for place, prompt in zip(learned, prompts, strict=True):
@@ -287,6 +299,18 @@ def test_content_that_is_not_written_is_refused(load):
     asked = Conversation((user("What is it?"),), (False,))
     with pytest.raises(BadRow, match=r"writes no user message \(message 1\)"):
         write_prompt(asked, STYLE, tokenizer)
+
+
+def test_each_named_template_is_known_by_itself(load):
+    """The one for tools may open a block of reasoning where the default one does not."""
+    row = {"messages": [user("a"), answer("b")]}
+    template = {"default": NAMED["default"], "tool_use": QWEN3_THINKING}
+    tokenizer = load(template, KINDS["named"].tokens)
+    assert opens_thinking(STYLE, tokenizer) == ""
+    for tools, words in ((None, ""), (TOOLS, "\n</think>\n\n")):
+        documents = write(read_row(row | {"tools": tools}, "chat"), STYLE, tokenizer)
+        prompt = rendered(tokenizer, row["messages"][:1], answering=True, tools=tools)
+        assert before_answers(documents) == {prompt: f"{words}b<|im_end|>"}
 
 
 def test_a_block_without_line_breaks_and_one_without_its_beginning(tokenizers):
