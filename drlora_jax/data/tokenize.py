@@ -6,6 +6,7 @@ the spans of the tokens say which of them belong to a response. Control tokens t
 What else is done with a tokenizer is here by name: loading it, its end tokens, identity, decoding.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ __all__ = [
     "prompt_tail",
     "tokenizer_identity",
 ]
+CUT_STARTS = "answers that begin inside a token"
 _AT_ONCE = 1000  # documents: spans of tokens take more memory than their ids
 _NAMED = 5  # tokens in a message
 
@@ -32,8 +34,6 @@ _NAMED = 5  # tokens in a message
 class Document(NamedTuple):
     tokens: np.ndarray  # int32 [n]
     is_target: np.ndarray  # bool [n]: this token is to be predicted; the first one never is
-    # Responses whose first characters share a token with what stands before, so are not learned.
-    cut_starts: int = 0
 
 
 def pad_token(tokenizer, vocab_size: int | None = None) -> int:
@@ -112,7 +112,10 @@ def encode_document(written: Written | Sequence[Segment], tokenizer, loss_on: st
 
 
 def encode_documents(
-    written: Sequence[Written | Sequence[Segment]], tokenizer, loss_on: str
+    written: Sequence[Written | Sequence[Segment]],
+    tokenizer,
+    loss_on: str,
+    counts: Counter | None = None,
 ) -> list[Document]:
     """Tokenises documents and marks the tokens to be predicted.
 
@@ -121,15 +124,19 @@ def encode_documents(
     Args:
       written: of a template; segments alone are a document that the template has not ended.
       loss_on: "response", or "all" for every token but the first.
+      counts: gets CUT_STARTS, the number of responses whose first characters share a token with
+        what stands before them, so that they are not learned.
     """
     check_tokenizer(tokenizer)
+    counts = Counter() if counts is None else counts
     start = _first_of_a_text(tokenizer)
     documents = []
     for at in range(0, len(written), _AT_ONCE):
         batch = [_as_written(each) for each in written[at : at + _AT_ONCE]]
         found = encode_texts([each.segments for each in batch], tokenizer)
         documents += [
-            _document(*pair, tokenizer, start, loss_on) for pair in zip(batch, found, strict=True)
+            _document(*pair, tokenizer, start, loss_on, counts)
+            for pair in zip(batch, found, strict=True)
         ]
     return documents
 
@@ -138,8 +145,11 @@ def _as_written(written: Written | Sequence[Segment]) -> Written:
     return written if isinstance(written, Written) else Written(list(written), False)
 
 
-def _document(written: Written, encoded: Encoded, tokenizer, start, loss_on: str) -> Document:
+def _document(
+    written: Written, encoded: Encoded, tokenizer, start, loss_on: str, counts: Counter
+) -> Document:
     is_response, cut_starts = _inside_responses(encoded, written.segments)
+    counts[CUT_STARTS] += cut_starts
     bos = _bos(encoded.ids, tokenizer, start)
     ids, is_response = bos + encoded.ids, [False] * len(bos) + is_response
     ends_learned = not written.segments or written.segments[-1].is_response
@@ -150,7 +160,7 @@ def _document(written: Written, encoded: Encoded, tokenizer, start, loss_on: str
         is_response[-1] = ends_learned
     is_target = np.array(is_response) if loss_on == "response" else np.ones(len(ids), bool)
     is_target[:1] = False  # nothing stands before it
-    return Document(np.array(ids, np.int32), is_target, cut_starts)
+    return Document(np.array(ids, np.int32), is_target)
 
 
 def _first_of_a_text(tokenizer) -> int | None:
