@@ -38,7 +38,7 @@ def prompt_tail(tokenizer, prompt_ids: Sequence[int]) -> list[int]:
     byte tokens, which decoders read as one.
     """
     ids, size = [int(index) for index in prompt_ids], _SHORTEST_TAIL
-    special = set(tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids) if size < len(ids) else set()
     while size < len(ids):
         tail = ids[-size:]
         first = tokenizer.convert_ids_to_tokens(tail[0])
