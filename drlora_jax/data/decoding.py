@@ -38,12 +38,13 @@ def prompt_tail(tokenizer, prompt_ids: Sequence[int]) -> list[int]:
     byte tokens, which decoders read as one.
     """
     ids, size = [int(index) for index in prompt_ids], _SHORTEST_TAIL
+    special = set(tokenizer.all_special_ids) if size < len(ids) else set()
     while size < len(ids):
         tail = ids[-size:]
         first = tokenizer.convert_ids_to_tokens(tail[0])
         is_byte = isinstance(first, str) and first.startswith("<0x") and len(first) == 6
         text = decoded(tokenizer, tail, skip=True)
-        if text and not (is_byte or tail[0] in tokenizer.all_special_ids or text.startswith(_HALF)):
+        if text and not (is_byte or tail[0] in special or text.startswith(_HALF)):
             return tail
         size = size + 1 if size < 4 * _SHORTEST_TAIL else 2 * size
     return ids

@@ -6,6 +6,7 @@ tokenised in batches.
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,13 @@ from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, read_paths
 from drlora_jax.data.templates import opens_thinking
-from drlora_jax.data.tokenize import Document, check_row_tokens, check_tokenizer, encode_counting
+from drlora_jax.data.tokenize import (
+    CUT_STARTS,
+    Document,
+    check_row_tokens,
+    check_tokenizer,
+    encode_documents,
+)
 from drlora_jax.data.wording import Writer, resolve_wording
 from drlora_jax.errors import UserError
 
@@ -176,15 +183,17 @@ class _Reader:
         """Tokenises the rows that wait, and takes their documents."""
         waiting, self._waiting, self._characters = self._waiting, [], 0
         everything = [each for _, _, written in waiting for each in written]
-        encoded = iter(encode_counting(everything, self._tokenizer, self._config.loss_on))
+        counts = Counter()
+        loss_on = self._config.loss_on
+        encoded = iter(encode_documents(everything, self._tokenizer, loss_on, counts))
+        self._report.straddled += counts[CUT_STARTS]
         for row, part, written in waiting:
-            documents, cut = zip(*(next(encoded) for _ in written), strict=True)
-            self._keep(row, part, list(documents), sum(cut))
+            self._keep(row, part, [next(encoded) for _ in written])
         if time.monotonic() > self._said + SAY_AFTER:
             self._said = time.monotonic()
             self._say(f"tokenizing: {self._report.rows_read:,} rows")
 
-    def _keep(self, row: Row, part: PathReport, whole: list[Document], cut: int) -> None:
+    def _keep(self, row: Row, part: PathReport, whole: list[Document]) -> None:
         try:
             if self._vocab_size is not None:
                 for each in whole:
@@ -197,7 +206,6 @@ class _Reader:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         part.rows_kept += 1
-        self._report.straddled += cut
         is_split = len(fitted) > len(whole)
         self._report.split += is_split
         self._report.truncated += not is_split and _size(fitted) < _size(whole)

@@ -6,6 +6,7 @@ the spans of the tokens say which of them belong to a response. Control tokens t
 What else is done with a tokenizer is here by name: loading it, its end tokens, identity, decoding.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ __all__ = [
     "prompt_tail",
     "tokenizer_identity",
 ]
+CUT_STARTS = "answers that begin inside a token"
 _AT_ONCE = 1000  # documents: spans of tokens take more memory than their ids
 _NAMED = 5  # tokens in a message
 
@@ -111,7 +113,10 @@ def encode_document(written: Written | Sequence[Segment], tokenizer, loss_on: st
 
 
 def encode_documents(
-    written: Sequence[Written | Sequence[Segment]], tokenizer, loss_on: str
+    written: Sequence[Written | Sequence[Segment]],
+    tokenizer,
+    loss_on: str,
+    counts: Counter | None = None,
 ) -> list[Document]:
     """Tokenises documents and marks the tokens to be predicted.
 
@@ -120,17 +125,11 @@ def encode_documents(
     Args:
       written: of a template; segments alone are a document that the template has not ended.
       loss_on: "response", or "all" for every token but the first.
-    """
-    return [document for document, _ in encode_counting(written, tokenizer, loss_on)]
-
-
-def encode_counting(
-    written: Sequence[Written | Sequence[Segment]], tokenizer, loss_on: str
-) -> list[tuple[Document, int]]:
-    """See `encode_documents`; with each document the number of its responses whose first characters
-    share a token with what stands before, so are not learned.
+      counts: gets CUT_STARTS, the number of responses whose first characters share a token with
+        what stands before them, so that they are not learned.
     """
     check_tokenizer(tokenizer)
+    counts = Counter() if counts is None else counts
     start = _first_of_a_text(tokenizer)
     documents = []
     for at in range(0, len(written), _AT_ONCE):
@@ -140,7 +139,8 @@ def encode_counting(
         if loss_on == "response":
             found = cut_at_borders(found, texts, tokenizer)
         documents += [
-            _document(*pair, tokenizer, start, loss_on) for pair in zip(batch, found, strict=True)
+            _document(*pair, tokenizer, start, loss_on, counts)
+            for pair in zip(batch, found, strict=True)
         ]
     return documents
 
@@ -150,9 +150,10 @@ def _as_written(written: Written | Sequence[Segment]) -> Written:
 
 
 def _document(
-    written: Written, encoded: Encoded, tokenizer, start, loss_on: str
-) -> tuple[Document, int]:
+    written: Written, encoded: Encoded, tokenizer, start, loss_on: str, counts: Counter
+) -> Document:
     is_response, cut_starts = _inside_responses(encoded, written.segments)
+    counts[CUT_STARTS] += cut_starts
     bos = _bos(encoded.ids, tokenizer, start)
     ids, is_response = bos + encoded.ids, [False] * len(bos) + is_response
     ends_learned = not written.segments or written.segments[-1].is_response
@@ -163,7 +164,7 @@ def _document(
         is_response[-1] = ends_learned
     is_target = np.array(is_response) if loss_on == "response" else np.ones(len(ids), bool)
     is_target[:1] = False  # nothing stands before it
-    return Document(np.array(ids, np.int32), is_target), cut_starts
+    return Document(np.array(ids, np.int32), is_target)
 
 
 def _first_of_a_text(tokenizer) -> int | None:

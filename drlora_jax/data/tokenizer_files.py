@@ -128,13 +128,14 @@ def _check_sentencepiece(folder: pathlib.Path) -> None:
         package = "tiktoken" if is_ranked else "sentencepiece"
         if importlib.util.find_spec(package) is None:
             kind = "a list of ranked tokens" if is_ranked else "a SentencePiece model"
+            needed = package if is_ranked else f"{package} protobuf"
             convert = (
                 f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
                 f".save_pretrained('{folder}')"
             )
             raise UserError(
-                f"{file} is {kind} without a tokenizer.json: pip install {package} protobuf, "
-                f'or convert it once where these are installed: python -c "{convert}"'
+                f"{file} is {kind} without a tokenizer.json: pip install {needed}, or convert it "
+                f'once where that is installed: python -c "{convert}"'
             )
 
 
