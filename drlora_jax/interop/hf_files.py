@@ -244,26 +244,27 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
         files = visible_weights(directory)
         alone = [file for file in files if file.name == SINGLE]
         files = alone or [file for file in files if _other_kind(file) is None]
-    if not files and weight_map is None and (odd := visible_weights(directory)):
-        raise UserError(
-            f"{directory} has no weights of a model: {odd[0].name} is {_other_kind(odd[0])}. "
-            f"Expected is {SINGLE}, or shards with their index."
-        )
     if not files:
-        others = sorted(
-            file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in directory.glob(suffix)
-        )
-        found = (
-            f" It has {', '.join(others[:3])}: pickle files are not read, convert them."
-            if others
-            else ""
-        )
-        raise UserError(f"{directory} has no .safetensors weights.{found}")
+        raise UserError(_no_weights(directory))
     for file in files:
         kind = kind_of(file)
         if kind != FILE:  # a named pipe would block for ever
             raise UserError(f"{file} must be a file with weights, but it is {kind}.")
     return files
+
+
+def _no_weights(directory: pathlib.Path) -> str:
+    """What a directory has instead of a model's weights."""
+    for file in visible_weights(directory):
+        if kind := _other_kind(file):
+            return (
+                f"{directory} has no weights of a model: {file.name} is {kind}. Expected is "
+                f"{SINGLE}, or shards with their index."
+            )
+    pickles = (directory.glob(suffix) for suffix in ("*.bin", "*.pt", "*.pth"))
+    names = sorted(file.name for files in pickles for file in files)
+    found = f" It has {', '.join(names[:3])}: pickle files are not read, convert them."
+    return f"{directory} has no .safetensors weights.{found if names else ''}"
 
 
 def visible_weights(directory: pathlib.Path) -> list[pathlib.Path]:
