@@ -42,10 +42,11 @@ def length_lines(loader: Loader, positions: int | None) -> list[str]:
     if positions is None or loader.sequence_length <= positions:
         return []
     longest = max(len(document.tokens) for document in loader.documents)
+    so = f"what stands behind {positions} is read badly" if longest > positions else "so it fits"
     return [
         f"warning: train.sequence_length={loader.sequence_length} is longer than the {positions} "
         f"positions of the model (with rope scaling); the longest document has {longest} tokens, "
-        f"and what stands behind {positions} is read badly"
+        f"{so}"
     ]
 
 

@@ -118,9 +118,7 @@ def prepare(config: TrainConfig) -> Job:
     }
     resume_lines = []
     if stored is not None:
-        kind = jax.devices()[0].device_kind
-        now = {"kind": kind, "mesh": dict(zip(AXES, sizes, strict=True))}
-        resume_lines = run_dir.check_same(stored, config, origin, now)
+        resume_lines = run_dir.check_same(stored, config, origin, _devices_now(sizes))
     schedule_steps = stored["schedule_steps"] if stored else total_steps
     policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
     _check_balance(config, policy)
@@ -179,6 +177,14 @@ def _check_events_fit(total_steps: int, policy: Policy) -> None:
             f"train.steps={total_steps} ends before the last event of this run (step "
             f"{policy.last_event}), so its budget would not be met; take at least as many steps."
         )
+
+
+def _devices_now(sizes: tuple[int, ...]) -> dict:
+    """Of this start, as `provenance.devices` has them."""
+    return {
+        "kind": jax.devices()[0].device_kind,
+        "mesh": dict(zip(AXES, sizes, strict=True)),
+    }
 
 
 def _devices_line() -> str:

@@ -9,7 +9,6 @@ loss and expert load by domain).
 import hashlib
 import json
 import pathlib
-import time
 from typing import NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
 from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_files import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
+from drlora_jax.metrics import Throughput
 from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.run_dir import RunDirectory
@@ -181,25 +181,29 @@ def train(
     if step < section.steps:  # compiled ahead: until it is, a signal ends the process at once
         batch = split_micro_batches(mixed_batch(domains, step), section.micro_batches)
         train_step = train_step.lower(params, opt_state, batch).compile()
-    tokens, since = 0, time.perf_counter()
+    meter = Throughput(0.0, 1)
     with StopSignals() as stop:
         is_stopping = stop.reached(step)
+        meter.resume()
         while step < section.steps and not is_stopping:
             batch = mixed_batch(domains, step)
             params, opt_state, metrics = train_step(
                 params, opt_state, split_micro_batches(batch, section.micro_batches)
             )
             step += 1
-            tokens += count_tokens(batch)
+            meter.add(count_tokens(batch))
             is_stopping = stop.reached(step)
             is_saved = (
                 step % config.run.checkpoint_every == 0 or step == section.steps or is_stopping
             )
             is_logged = step % config.run.log_every == 0
-            if (is_saved or is_logged) and not np.isfinite(float(metrics["grad_norm"])):
+            is_evaluated = step % section.eval_every == 0
+            is_read = is_saved or is_logged or is_evaluated
+            # Reading a figure waits for the step, so that the time up to here is that of steps.
+            if is_read and not np.isfinite(float(metrics["grad_norm"])):
                 raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
             if is_logged:
-                rate = tokens / (time.perf_counter() - since)
+                rate = meter.take()["tokens_per_second"]
                 _log(
                     run_dir,
                     step=step,
@@ -207,17 +211,17 @@ def train(
                     learning_rate=float(schedule(step - 1)),
                     tokens_per_second=rate,
                 )
-                tokens, since = 0, time.perf_counter()
-            if step % section.eval_every == 0:
+            meter.pause()
+            if is_evaluated:
                 heldout = evaluate(config, model, params, domains)
                 _log(
                     run_dir,
                     step=step,
                     heldout={name: values["loss"] for name, values in heldout.items()},
                 )
-                tokens, since = 0, time.perf_counter()
             if is_saved:
                 checkpoints.save(step, (params, opt_state), {})
+            meter.resume()
         checkpoints.close()
     return step == section.steps
 

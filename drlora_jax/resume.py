@@ -110,6 +110,7 @@ def rate_line(
     done: int,
     first_total: int,
     total: int,
+    name: str = "train.steps",
 ) -> str | None:
     """What to tell of a learning rate that does not go on as it went.
 
@@ -117,6 +118,7 @@ def rate_line(
       logged: the newest logged step and its rate.
       schedule: steps done -> rate, as it is now.
       done: steps that are done; first_total: of the run when it was created; total: now.
+      name: of the steps.
     """
     if logged is None or done >= total:
         return None
@@ -127,7 +129,7 @@ def rate_line(
     direction = "back to" if now > before else "to"
     return (
         f"resume      the learning rate goes from {before:.2e} at step {step} {direction} "
-        f"{now:.2e} at step {done + 1} (train.steps {first_total} -> {total}); warm-up is not "
+        f"{now:.2e} at step {done + 1} ({name} {first_total} -> {total}); warm-up is not "
         "repeated"
     )
 

@@ -94,6 +94,7 @@ def _rate_line(run: Run) -> str | None:
         done=done,
         first_total=job.schedule_steps,
         total=job.total_steps,
+        name="train.steps" if job.config.train.steps else "steps",
     )
 
 
