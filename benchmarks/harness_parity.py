@@ -152,7 +152,7 @@ def hf_model(peer, tokenizer, **options) -> HFLM:
 
 
 def answer(model, name: str, folder: str, loaded) -> dict:
-    prepared = harness.prepare([name], Settings(), loaded.tokenizer, task_path=folder)
+    prepared = harness.prepare([name], Settings(), task_path=folder)
     start = time.perf_counter()
     output = evaluate(lm=model, task_dict=prepared.found, bootstrap_iters=0)
     row = output["results"][name].items()

@@ -115,7 +115,11 @@ def _harness_tasks(names, args, texts) -> harness.Prepared | None:
     if not names:
         return None
     return harness.prepare(
-        names, settings_of(args), texts, shots=args.shots, task_path=args.task_path
+        names,
+        settings_of(args),
+        writer=texts.chat_writer() if args.chat else None,
+        shots=args.shots,
+        task_path=args.task_path,
     )
 
 

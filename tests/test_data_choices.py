@@ -68,7 +68,8 @@ def test_the_prompt_is_that_of_evaluation(tmp_path, tokenizer, dataset, protocol
     assert tokens[:-1][-len(continuation) :].tolist() == list(continuation)
     if not protocol:
         assert len(tokens) == len(context) + len(continuation) + 1
-    assert (report.format, report.template) == ("choice", "as is")
+    [wording] = report.wordings.values()
+    assert (wording.format, wording.template) == ("choice", "as is")
 
 
 def test_tasks_are_mixed_and_local_rows_too(tmp_path, tokenizer):

@@ -66,11 +66,14 @@ def test_responses_byte_by_byte(segments):
     document = encode_document(segments, TOKENIZER, "response")
     text = "".join(segment.text for segment in segments)
     ids = TOKENIZER(text, add_special_tokens=False).input_ids
-    assert document.tokens.tolist() == [*ids, EOS]
+    whole = encode_document(segments, TOKENIZER, "all")
+    assert whole.tokens.tolist() == [*ids, EOS]
     assert document.tokens.dtype == np.int32 and document.is_target.dtype == bool
+    words = TOKENIZER.convert_ids_to_tokens(document.tokens[:-1])
+    assert "".join(words) == "".join(TOKENIZER.convert_ids_to_tokens(ids))
     # A byte-level token has one letter for each of its bytes.
     owners, start = _owners(segments), 0
-    for i, token in enumerate(TOKENIZER.convert_ids_to_tokens(ids)):
+    for i, token in enumerate(words):
         own = owners[start : start + len(token)]
         start += len(token)
         if all(own) and not _is_cut(segments, start - len(token), start):
@@ -91,13 +94,19 @@ def _is_cut(segments, start: int, end: int) -> bool:
     return bool(((borders > start) & (borders < end)).any())
 
 
-def test_token_across_the_border_is_no_target():
+def test_no_token_lies_across_the_border():
+    """Alone, the prompt ends in a blank; as one text, the blank is part of the next token."""
     segments = [Segment("Answer: ", False), Segment("the end", True)]
+    assert "Ġthe" in TOKENIZER.convert_ids_to_tokens(TOKENIZER("Answer: the end").input_ids)
     document = encode_document(segments, TOKENIZER, "response")
-    tokens = TOKENIZER.convert_ids_to_tokens(document.tokens)
-    across = tokens.index("Ġthe")
-    assert not document.is_target[across]
-    assert document.is_target[across + 1 :].all()
+    prompt = encode_prompt("Answer: ", TOKENIZER)
+    assert document.tokens[: len(prompt)].tolist() == prompt
+    assert TOKENIZER.decode(document.tokens[:-1]) == "Answer: the end"
+    assert not document.is_target[: len(prompt)].any() and document.is_target[len(prompt) :].all()
+    # Behind the token that was across, ids are those of the whole text.
+    whole = TOKENIZER("Answer: the end").input_ids
+    size = len(TOKENIZER(" end").input_ids)
+    assert document.tokens[-1 - size : -1].tolist() == whole[-size:]
 
 
 def test_loss_on_all():
@@ -177,26 +186,40 @@ def test_spans_are_not_trimmed():
         plain = encode_document(segments, TOKENIZER, loss_on)
         np.testing.assert_array_equal(trimmed.tokens, plain.tokens)
         np.testing.assert_array_equal(trimmed.is_target, plain.is_target)
-        counts = Counter()
-        encode_documents([segments] * 2, trimming, loss_on, counts)
-        assert counts[CUT_STARTS] == 2
 
 
 @settings(max_examples=100, deadline=None)
 @given(documents=st.lists(SEGMENTS, max_size=4))
-def test_learned_starts_that_lie_in_a_token(documents):
-    cut = 0
-    for segments in documents:
-        text = "".join(segment.text for segment in segments)
-        tokens = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text).input_ids)
-        ends = set(np.cumsum([len(token) for token in tokens]).tolist())
-        start, answered = 0, True
-        for segment in segments:
-            cut += segment.is_response and not answered and 0 < start and start not in ends
-            start, answered = start + len(segment.text.encode()), segment.is_response
+def test_prompts_have_the_ids_that_they_have_alone(documents):
+    """In front of every first answer; and nothing of the text is lost."""
     counts = Counter()
-    encode_documents(documents, TOKENIZER, "response", counts)
-    assert counts[CUT_STARTS] == cut
+    found = encode_documents(documents, TOKENIZER, "response", counts)
+    assert counts[CUT_STARTS] == 0
+    for segments, document in zip(documents, found, strict=True):
+        text = "".join(segment.text for segment in segments)
+        words = TOKENIZER.convert_ids_to_tokens(document.tokens)
+        expected = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text).input_ids)
+        assert "".join(words).removesuffix("</s>") == "".join(expected).removesuffix("</s>")
+        first = next((n for n, segment in enumerate(segments) if segment.is_response), 0)
+        prompt = "".join(segment.text for segment in segments[:first])
+        if prompt:
+            ids = TOKENIZER(prompt).input_ids
+            assert document.tokens[: len(ids)].tolist() == ids
+
+
+def test_a_border_that_cannot_be_cut_is_counted():
+    """A WordPiece token in the middle of a word has another spelling than at its start."""
+    words = {"[UNK]": 0, "</s>": 1, "in": 2, "side": 3, "##side": 4, "inside": 5}
+    made = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab=words, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    pieces = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", unk_token="[UNK]"
+    )
+    counts = Counter()
+    segments = [Segment("in", False), Segment("side in", True)]
+    [document] = encode_documents([segments], pieces, "response", counts)
+    assert counts[CUT_STARTS] == 1
+    assert document.tokens.tolist() == [5, 2, 1] and document.is_target.tolist() == [0, 1, 1]
 
 
 def test_many_documents_are_in_order(monkeypatch):
@@ -293,7 +316,8 @@ def test_data_set_and_its_report(tmp_path):
 def test_own_field_names(tmp_path):
     options = {"prompt_field": "question", "response_field": "answer"}
     documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)
-    assert len(documents) == 1 and report.format == "prompt_response"
+    [wording] = report.wordings.values()
+    assert len(documents) == 1 and wording.format == "prompt_response"
 
 
 def test_bad_rows(tmp_path):

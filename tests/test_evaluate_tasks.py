@@ -8,6 +8,7 @@ from tiny import BUNDLED
 
 from drlora_jax.data.file_readers import KNOWN, Row
 from drlora_jax.data.tokenize import load_tokenizer
+from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation import code_tasks, files, generated, jobs, multiple_choice
 from drlora_jax.evaluation.questions import Question
@@ -19,6 +20,10 @@ from drlora_jax.evaluation.tasks import TASKS, chosen
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(BUNDLED / "tiny_moe")
+
+
+def writer(template, tokenizer):
+    return Writer(named_wording(template, tokenizer), tokenizer)
 
 
 def says(*texts):
@@ -101,15 +106,15 @@ SHOT = gsm8k("One and one?", "It is <<1+1=2>>2.\n#### 2")
 
 def test_gsm8k_prompts(tokenizer):
     row = gsm8k("Two and two?", "#### 4")
-    zero = generated.gsm8k_item("1", row, [], "question_answer", tokenizer)
+    zero = generated.gsm8k_item("1", row, [], writer("question_answer", tokenizer))
     assert zero.prompt == "Question: Two and two?\nAnswer:"
-    one = generated.gsm8k_item("1", row, [SHOT], "question_answer", tokenizer)
+    one = generated.gsm8k_item("1", row, [SHOT], writer("question_answer", tokenizer))
     shot = "Question: One and one?\nAnswer: It is 2.\n#### 2"
     assert one.prompt == f"{shot}\n\nQuestion: Two and two?\nAnswer:"
 
 
 def test_examples_are_turns_of_a_chat(tokenizer):
-    found = generated.gsm8k_item("1", gsm8k("Two?", "#### 2"), [SHOT], "chatml", tokenizer)
+    found = generated.gsm8k_item("1", gsm8k("Two?", "#### 2"), [SHOT], writer("chatml", tokenizer))
     assert found.prompt == (
         "<|im_start|>user\nOne and one?<|im_end|>\n<|im_start|>assistant\nIt is 2.\n#### 2"
         "<|im_end|>\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n"
@@ -119,7 +124,7 @@ def test_examples_are_turns_of_a_chat(tokenizer):
 def test_gsm8k_is_marked_twice(tokenizer):
     rows = [gsm8k("Q?", "#### 1,000")] * 4
     items = [
-        generated.gsm8k_item(str(number), row, [], "plain", tokenizer)
+        generated.gsm8k_item(str(number), row, [], writer("plain", tokenizer))
         for number, row in enumerate(rows)
     ]
     written = says("#### 1000.", "so it is $1,000", "#### 5, no 1000", "no idea")
@@ -142,12 +147,12 @@ def test_gsm8k_is_marked_twice(tokenizer):
 )
 def test_rows_that_are_not_gsm8k(row, message, tokenizer):
     with pytest.raises(UserError, match=message):
-        generated.gsm8k_item("1", row, [], "plain", tokenizer)
+        generated.gsm8k_item("1", row, [], writer("plain", tokenizer))
 
 
 def test_written_options(tokenizer):
     fields = {"instruction": "Q?\n\nAnswer format: answer1/answer2", "answer": "answer2"}
-    item = generated.instruct_item("1", Row("r:1", fields), "alpaca", tokenizer)
+    item = generated.instruct_item("1", Row("r:1", fields), writer("alpaca", tokenizer))
     assert item.prompt.endswith(
         "### Instruction:\n" + fields["instruction"] + "\n\n### Response:\n"
     )

@@ -15,6 +15,7 @@ from tiny import OLMOE, write_tiny_model
 
 from drlora_jax import evaluate
 from drlora_jax.config import MeshSection
+from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation import harness
 from drlora_jax.evaluation.records import Settings
@@ -358,9 +359,10 @@ class with_template:
 
 
 def run_tasks(loaded, tasks, names, settings=None, **options):
-    prepared = harness.prepare(
-        names, settings or Settings(), loaded.tokenizer, task_path=str(tasks), **options
-    )
+    settings = settings or Settings()
+    wording = named_wording("tokenizer", loaded.tokenizer) if settings.chat else None
+    writer = Writer(wording, loaded.tokenizer) if wording else None
+    prepared = harness.prepare(names, settings, writer=writer, task_path=str(tasks), **options)
     found = harness.run(prepared, loaded)
     return found, {(score.task, score.metric): score for _, scores in found for score in scores}
 
@@ -471,7 +473,7 @@ def test_bad_definitions(lm_eval, loaded, tasks, tmp_path, change, message):
         )
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
-        harness.prepare(["bad"], Settings(), loaded.tokenizer, task_path=str(tmp_path))
+        harness.prepare(["bad"], Settings(), task_path=str(tmp_path))
 
 
 def test_unknown_names(lm_eval, loaded, tasks, monkeypatch):
@@ -483,15 +485,15 @@ def test_unknown_names(lm_eval, loaded, tasks, monkeypatch):
         lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False),
     )
     with pytest.raises(UserError, match="--tasks animal: no task .* did you mean animals"):
-        harness.prepare(["animal"], Settings(), loaded.tokenizer, task_path=str(tasks))
+        harness.prepare(["animal"], Settings(), task_path=str(tasks))
     with pytest.raises(UserError, match="--task-path nowhere is no directory"):
-        harness.prepare(["animals"], Settings(), loaded.tokenizer, task_path="nowhere")
+        harness.prepare(["animals"], Settings(), task_path="nowhere")
 
 
 def test_a_missing_package_is_named(loaded, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"--tasks piqa_x needs .*drlora-jax\[eval\]"):
-        harness.prepare(["piqa_x"], Settings(), loaded.tokenizer)
+        harness.prepare(["piqa_x"], Settings())
 
 
 def test_the_command_line(lm_eval, directory, tasks, tmp_path, capsys, no_network):

@@ -31,7 +31,7 @@ def cut_at_borders(
     encoded: Sequence[Encoded], documents: Sequence[Sequence[Segment]], tokenizer
 ) -> list[Encoded]:
     """The documents with prompts as they are alone, wherever that can be done: the words of the
-    vocabulary must add up to the same in both.
+    vocabulary must add up to the same in both, and decode to the same.
     """
     encoded = list(encoded)
     if not getattr(tokenizer, "is_fast", False):
@@ -54,7 +54,7 @@ def cut_at_borders(
 def _borders(document: int, segments: Sequence[Segment], tokenizer):
     pattern, text, last_answer = control_pattern(tokenizer), "", 0
     for number, segment in enumerate(segments):
-        if segment.is_response and text and not segments[number - 1].is_response:
+        if segment.is_response and segment.text and text and not segments[number - 1].is_response:
             found = list(pattern.finditer(text))
             start = found[-1].start() if found else 0
             control = found[-1][0] if found else ""
@@ -84,6 +84,8 @@ def _cut(encoded: Encoded, section: Encoded, border: _Border, tokenizer) -> Enco
     rest = [token.id for token in tokenizer.backend_tokenizer.model.tokenize(left)] if left else []
     if "".join(tokenizer.convert_ids_to_tokens(rest)) != left:
         return None
+    if not _is_same_text(tokenizer, encoded.ids[first : first + behind + 1], section.ids + rest):
+        return None
     # Earlier answers stay as they are: only what lies behind the last common end is replaced.
     shared = max(set(ends[:behind]) & set(own_ends), default=0) if border.has_answers else 0
     kept = first + (ends.index(shared) + 1 if shared else 0)
@@ -101,6 +103,13 @@ def _is_cut(encoded: Encoded, border: _Border) -> bool:
     token = _tokens_before(encoded, border)
     is_there = token < len(encoded.ids)
     return is_there and encoded.starts[token] < encoded.borders[border.segment]
+
+
+def _is_same_text(tokenizer, before: list[int], after: list[int]) -> bool:
+    """Whether ids decode to the same: some spell the start of a word otherwise (WordPiece)."""
+    decode = tokenizer.backend_tokenizer.decode
+    texts = [decode(ids, skip_special_tokens=False) for ids in (before, after)]
+    return texts[0] == texts[1]
 
 
 def _ends(words: Sequence[str]) -> list[int]:

@@ -199,7 +199,8 @@ def _inside_responses(encoded: Encoded, segments: Sequence[Segment]) -> tuple[li
     span = np.searchsorted(starts, token_ends, side="left") - 1
     inside = (span >= 0) & (token_starts >= starts[span]) & (token_ends <= ends[span])
     follows_prompt = ~np.concatenate([[True], learned[:-1]])
-    begins = encoded.borders[:-1][learned & follows_prompt]
+    has_text = encoded.borders[1:] > encoded.borders[:-1]
+    begins = encoded.borders[:-1][learned & follows_prompt & has_text]
     first = np.searchsorted(token_ends, begins, side="right")  # the first token that ends behind
     first = np.minimum(first, len(token_ends) - 1)
     cut = (token_starts[first] < begins) & (begins < token_ends[first])

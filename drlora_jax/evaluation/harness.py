@@ -28,7 +28,7 @@ from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import harness_scores, results
 from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
-from drlora_jax.evaluation.tasks import Texts, chosen
+from drlora_jax.evaluation.tasks import chosen
 from drlora_jax.files import local_path
 from drlora_jax.loaded import Loaded
 
@@ -48,19 +48,19 @@ class Prepared(NamedTuple):
 def prepare(
     names: Sequence[str],
     settings: Settings,
-    texts: Texts,
     *,
+    writer: Writer | None = None,
     shots: int | None = None,
     task_path: str | None = None,
 ) -> Prepared:
     """Finds tasks, groups and tags by name, and reads their data.
 
     Args:
+      writer: of chats, for `settings.chat`.
       shots: examples in front; None: as many as each task has by itself.
       task_path: a folder of task definitions (.yaml), looked into first.
     """
     load_package("lm_eval", f"--tasks {','.join(names)}", install=INSTALL)
-    writer = texts.chat_writer() if settings.chat else None
     if settings.system is not None and writer is None:
         raise UserError("--system: tasks of the harness ask without a template; add --chat.")
     manager = _manager(names, task_path)
