@@ -200,7 +200,8 @@ def test_prompts_have_the_ids_that_they_have_alone(documents):
         words = TOKENIZER.convert_ids_to_tokens(document.tokens)
         expected = TOKENIZER.convert_ids_to_tokens(TOKENIZER(text).input_ids)
         assert "".join(words).removesuffix("</s>") == "".join(expected).removesuffix("</s>")
-        first = next((n for n, segment in enumerate(segments) if segment.is_response), 0)
+        answers = [n for n, segment in enumerate(segments) if segment.is_response and segment.text]
+        first = answers[0] if answers else 0
         prompt = "".join(segment.text for segment in segments[:first])
         if prompt:
             ids = TOKENIZER(prompt).input_ids
