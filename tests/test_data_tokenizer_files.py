@@ -1,8 +1,10 @@
 """Loading tokenizers of model directories, the tokens that end answers, and their identity."""
 
+import importlib.machinery
 import json
 import pathlib
 import sys
+import types
 
 import pytest
 import transformers
@@ -164,6 +166,39 @@ def test_files_that_need_a_package_say_which(tmp_path, monkeypatch, package, con
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}.*, or convert it once"):
         load_tokenizer(folder)
+
+
+class Processor:
+    """As `sentencepiece` has it, over a tokenizer of our own."""
+
+    def __init__(self, file: str):
+        self.core = Tokenizer.from_str(tokenizer_json("metaspace_always"))
+
+    def encode(self, text: str) -> list[int]:
+        return self.core.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("agrees", ["class", "file", "none"])
+def test_a_sentencepiece_model_is_read_as_sentencepiece_reads_it(tmp_path, monkeypatch, agrees):
+    right = load_tokenizer(directory(tmp_path / "a", "metaspace_always"))
+    wrong = load_tokenizer(directory(tmp_path / "b", "metaspace_never"))
+    folder = directory(tmp_path, "metaspace_always")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    module = types.ModuleType("sentencepiece")
+    module.__spec__ = importlib.machinery.ModuleSpec("sentencepiece", None)
+    module.SentencePieceProcessor = Processor
+    monkeypatch.setitem(sys.modules, "sentencepiece", module)
+    found = {"AutoTokenizer": right if agrees == "class" else wrong}
+    found["PreTrainedTokenizerFast"] = right if agrees == "file" else wrong
+    for name, made in found.items():
+        given = getattr(transformers, name)
+        monkeypatch.setattr(given, "from_pretrained", lambda *args, made=made, **options: made)
+    if agrees == "none":
+        with pytest.raises(UserError, match="'a' becomes .*, by the file .*; update transformers"):
+            load_tokenizer(folder)
+    else:
+        assert load_tokenizer(folder) is right
 
 
 def _ends(folder, config=None, generation=None):

@@ -10,13 +10,14 @@ Special tokens, chat templates and limits come from tokenizer_config.json and th
 in either case.
 """
 
+import functools
 import importlib.util
 import pathlib
 import re
 from collections.abc import Callable
 
 from drlora_jax.data.packages import load_package
-from drlora_jax.data.tokenizer_probe import first_difference
+from drlora_jax.data.tokenizer_probe import first_difference, sentencepiece_difference
 from drlora_jax.errors import UserError
 from drlora_jax.files import ABSENT, check_not_pointer, kind_of, read_json
 
@@ -54,13 +55,12 @@ def load_tokenizer(model_dir: str | pathlib.Path):
 
     file = folder / TOKENIZER_FILE
     if not file.is_file():
-        _check_sentencepiece(folder)
-        loaded, reason = _attempt(by_class)
-        if loaded is not None:
-            _, reason = _attempt(lambda: loaded("Tom has 3 apples."))
-        if reason:
-            raise UserError(f"The tokenizer of {folder} does not load: {reason}")
-        return loaded
+        processor = _sentencepiece(folder)
+        classes = [by_class]
+        if processor is not None:
+            free = transformers.PreTrainedTokenizerFast
+            classes.append(lambda: free.from_pretrained(str(folder), local_files_only=True))
+        return _first_that_agrees(folder, classes, processor)
     own = _read_own(file)
     loaded, reason = _attempt(by_class)
     if loaded is not None:
@@ -117,8 +117,29 @@ def _check_files(folder: pathlib.Path) -> None:
             read_json(folder / name)
 
 
-def _check_sentencepiece(folder: pathlib.Path) -> None:
-    """Says what a SentencePiece or tiktoken file needs; transformers takes one for the other."""
+def _first_that_agrees(folder: pathlib.Path, classes: list[Callable], processor):
+    """Without tokenizer.json: the first class that does what the SentencePiece model does."""
+    reasons = []
+    for make in classes:
+        loaded, reason = _attempt(make)
+        if loaded is not None:
+            difference, reason = _attempt(lambda it=loaded: sentencepiece_difference(it, processor))
+            if not (difference or reason):
+                return loaded
+            reason = reason or f"read by {type(loaded).__name__}, {difference}"
+        reasons.append(reason)
+    newer = (
+        ""
+        if processor is None
+        else "; update transformers, or take a tokenizer.json that a newer one wrote"
+    )
+    raise UserError(f"The tokenizer of {folder} does not load: {reasons[0]}{newer}.")
+
+
+def _sentencepiece(folder: pathlib.Path):
+    """The processor of a SentencePiece model, if there is one; says what to install where it or
+    tiktoken is missing, since transformers takes one kind of file for the other.
+    """
     for name in SENTENCEPIECE_FILES:
         file = folder / name
         if not file.is_file():
@@ -130,13 +151,20 @@ def _check_sentencepiece(folder: pathlib.Path) -> None:
             kind = "a list of ranked tokens" if is_ranked else "a SentencePiece model"
             needed = package if is_ranked else f"{package} protobuf"
             convert = (
-                f"from transformers import AutoTokenizer as A; A.from_pretrained('{folder}')"
-                f".save_pretrained('{folder}')"
+                "from transformers import PreTrainedTokenizerFast as T; "
+                f"T.from_pretrained('{folder}').save_pretrained('{folder}')"
             )
             raise UserError(
                 f"{file} is {kind} without a tokenizer.json: pip install {needed}, or convert it "
                 f'once where that is installed: python -c "{convert}"'
             )
+        if not is_ranked:
+            processors = load_package("sentencepiece", f"Reading {file}")
+            made, reason = _attempt(functools.partial(processors.SentencePieceProcessor, str(file)))
+            if reason:
+                raise UserError(f"{file} does not load: {reason}; copy it again.")
+            return made
+    return None
 
 
 def _read_own(file: pathlib.Path):

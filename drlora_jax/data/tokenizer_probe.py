@@ -75,6 +75,20 @@ def first_difference(tokenizer, own) -> str | None:
     return None
 
 
+def sentencepiece_difference(tokenizer, processor) -> str | None:
+    """The same against a `SentencePieceProcessor`, which knows no control tokens in texts.
+
+    Without one (None), the texts are only tokenised.
+    """
+    texts = [text for text in TEXTS if "<unk>" not in text]
+    got = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    for text, ids in zip(texts, got, strict=True):
+        wanted = list(ids) if processor is None else list(processor.encode(text))
+        if list(ids) != wanted:
+            return f"{shown(text)} {_where(list(ids), wanted)}"
+    return None
+
+
 def decoded(tokenizer, ids, *, skip: bool) -> str:
     return tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
 
