@@ -266,8 +266,8 @@ def test_reasoning(name, tokenizers):
 def test_reasoning_in_a_channel_of_its_own(tokenizers):
     tokenizer = tokenizers["channels"]
     result = {"role": "tool", "content": '"21" degrees\n'}
-    calling = {"role": "assistant", "reasoning": "Look it up.", "tool_calls": [CALL]}
-    messages = [user("Weather?"), calling, result, answer("21.", reasoning="I know.")]
+    calling = {"role": "assistant", "thinking": "Look it up.", "tool_calls": [CALL]}
+    messages = [user("Weather?"), calling, result, answer("21.", thinking="I know.")]
     row = {"messages": messages, "tools": TOOLS}
     found = before_answers(write(read_row(row, "chat"), STYLE, tokenizer))
     texts = list(found.values())
