@@ -91,7 +91,7 @@ def test_pattern_reads_tables_and_last_rows(tmp_path, name):
         ("{}", "can not be read as ranks: 'ranks'"),
         ("[[1, 2], [3]]", "can not be read"),
         ("[[1.5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]", "must hold integers"),
-        ("[[1, 2, 3, 4, 5]]", r"of shape \(2, 5\), got int64 of shape \(1, 5\)"),
+        ("[[1, 2, 3, 4, 5]]", r"of shape \[2, 5\], got int64 of shape \[1, 5\]"),
         ("[[9, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", r"from 0 to 9; they must be in 0 to .* \(8\)"),
         ("[[-1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", "from -1 to 1"),
         ("[[1, 1, 1, 1, 1], [8, 3, 0, 0, 0]]", "MoE layer 1 has 11 ranks, more than .* = 10"),
