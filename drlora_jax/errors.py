@@ -2,8 +2,8 @@
 
 A `UserError` is found before any device work: one message (what, where, got, what to do), exit code
 2. A `RunError` is found while running, its reason is the last line printed, exit code 1. What a
-signal or the loss of a process has stopped exits with `EXIT_RESUMABLE`: the same command goes on from
-the last checkpoint, or starts again where there is none.
+signal or the loss of a process has stopped exits with `EXIT_RESUMABLE`: the same command goes on
+from the last checkpoint, or starts again where there is none.
 """
 
 EXIT_DONE = 0
