@@ -1,8 +1,9 @@
 """The two ways a run ends badly, and the exit codes that scripts may rely on.
 
 A `UserError` is found before any device work: one message (what, where, got, what to do), exit code
-2. A `RunError` is found while running, its reason is the last line printed, exit code 1. A run that
-was stopped but can go on (SIGTERM saved its state) exits with `EXIT_RESUMABLE`.
+2. A `RunError` is found while running, its reason is the last line printed, exit code 1. What a
+signal or the loss of a process has stopped exits with `EXIT_RESUMABLE`: the same command goes on
+from the last checkpoint, or starts again where there is none.
 """
 
 EXIT_DONE = 0

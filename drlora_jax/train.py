@@ -2,8 +2,8 @@
 
 Config -> checked job -> mesh -> base weights -> state -> loop. Growth events happen between steps,
 on the host; the step is compiled once, ahead of time, and can not recompile. Exit codes: 0 done (or
-already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a signal with its state
-saved.
+already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a signal: its state is
+saved if a step was taken, and the same command goes on.
 """
 
 import functools
