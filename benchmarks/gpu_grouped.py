@@ -18,7 +18,6 @@ from gpu_setting import Setting, attempt, rate_shares
 from timing import median_seconds
 
 from drlora_jax.ops import grouped_tokamax
-from drlora_jax.ops.backends import RAGGED_FUSION, compiler_options, dense_expansions
 from drlora_jax.ops.grouped_ragged import ragged_dot
 
 RANKS = {"olmoe": (16, 32, 64), "qwen3": (32,), "tiny": (16, 32, 64)}

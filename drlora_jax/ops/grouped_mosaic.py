@@ -86,17 +86,24 @@ def _product(rows, weights, size_E, is_transposed):
 
 
 def _product_forward(rows, weights, size_E, is_transposed):
-    return _multiply(rows, weights, size_E, is_transposed), (rows, weights, size_E)
+    """Keeps what a gradient is asked of: of frozen weights there is none."""
+    out = _multiply(rows.value, weights.value, size_E.value, is_transposed)
+    kept = (rows.value if weights.perturbed else None, weights.value if rows.perturbed else None)
+    return out, (*kept, size_E.value)
 
 
 def _product_backward(is_transposed, saved, cotangent):
     rows, weights, size_E = saved
-    d_rows = _multiply(cotangent, weights, size_E, not is_transposed)
-    sides = (cotangent, rows) if is_transposed else (rows, cotangent)
-    return d_rows, _multiply_over_groups(*sides, size_E), None
+    d_rows = d_weights = None
+    if weights is not None:
+        d_rows = _multiply(cotangent, weights, size_E, not is_transposed)
+    if rows is not None:
+        sides = (cotangent, rows) if is_transposed else (rows, cotangent)
+        d_weights = _multiply_over_groups(*sides, size_E)
+    return d_rows, d_weights, None
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 # Jitted, so that products of equal shapes are one function of a program.
