@@ -198,7 +198,10 @@ class Device(NamedTuple):
     compute_capability: str = "9.0"
 
 
-def call(device=Device(), dtype=jnp.bfloat16, widths=(2048, 1024)):
+H200 = Device()
+
+
+def call(device=H200, dtype=jnp.bfloat16, widths=(2048, 1024)):
     return backends.Call(device.platform, dtype, widths, device)
 
 
