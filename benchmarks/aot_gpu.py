@@ -54,7 +54,7 @@ def main(argv=None) -> int:
     args = parse(arguments)
     if args.here:
         return compile_here(args)
-    return compile_apart(arguments, args.minutes)
+    return run_apart([sys.executable, __file__, HERE, *arguments], args.minutes)
 
 
 def parse(arguments):
@@ -72,9 +72,8 @@ def parse(arguments):
     return parser.parse_intermixed_args(arguments)
 
 
-def compile_apart(arguments: list[str], minutes: float) -> int:
+def run_apart(command: list[str], minutes: float) -> int:
     """The exit code of a process that compiles, with a deadline."""
-    command = [sys.executable, __file__, HERE, *arguments]
     process = subprocess.Popen(command, process_group=0)
     try:
         code = process.wait(60 * minutes)
@@ -114,12 +113,17 @@ def compile_here(args) -> int:
     lines += [memory_line(run, taken, gpu), *cost_lines(run, cost)]
     lines += [f"expansions  {', '.join(found) or 'none'}"]
     print("\n".join(lines))
+    check(found, taken, gpu)
+    return 0
+
+
+def check(found: list[str], taken: float, gpu: gpu_targets.Gpu) -> None:
+    """Raises RunError where the step multiplies rows with every expert, or does not fit."""
     complaints = [f"{array} is a dense expansion" for array in found]
     if taken > gpu.gib:
         complaints.append(f"{taken:.1f} GiB do not fit {gpu.gib:g} GiB")
     if complaints:
         raise RunError("The step breaks a rule of this check: " + "; ".join(complaints) + ".")
-    return 0
 
 
 def described_devices(gpu, count: int):
