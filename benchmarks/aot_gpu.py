@@ -153,12 +153,12 @@ def cost_lines(run, cost) -> list[str]:
     section, each = run.job.config.train, run.mesh.size
     tokens = section.batch_size * section.sequence_length / each
     model = flops_per_token(run.job.model_config, section.sequence_length) * tokens
-    kinds = [f"{size / 1e12:.2f} T {kind}" for kind, size in cost.operations.most_common()]
+    kinds = [f"{size / 1e12:.3g} T {kind}" for kind, size in cost.operations.most_common()]
     calls = [f"{count} x {target}" for target, count in cost.calls.most_common()]
     missing = [f"{count} x {target}" for target, count in cost.uncounted.most_common()]
-    loops = f" ({cost.unknown_loops} loops taken at their longest)" if cost.unknown_loops else ""
+    loops = f"; loops taken at their longest: {cost.unknown_loops}" if cost.unknown_loops else ""
     return [
-        f"FLOPs       {', '.join(kinds)}; the model's {model / 1e12:.2f} T (4 N + attention)",
+        f"FLOPs       {', '.join(kinds)}; the model's {model / 1e12:.3g} T (4 N + attention)",
         f"launches    {cost.launches:,} a step{loops}",
         f"calls       {', '.join(calls) or 'none'}; not counted in FLOPs: "
         f"{', '.join(missing) or 'none'}",

@@ -73,6 +73,7 @@ PARTS: dict[str, dict[str, int]] = {
 }
 CEILINGS = {"matmul_tflops": 1e12, "copy_gb_s": 1e9}  # names in rows of `bounds`, and units
 TINY_CASES = 2  # of every part
+PATIENCE = 5  # of a rehearsal: its machine does other things, too
 LEAST_SECONDS = 5  # a process is not started for less
 AGREEMENT = 1e-4  # of first losses with the same weights
 
@@ -133,13 +134,13 @@ def part_rows(part: str, tiny: bool, folder: str, known: dict, end: float) -> It
     Args:
       known: ceilings that `bounds` has found, which it fills in. end: when everything has to.
     """
-    cases = list(PARTS[part].items())
+    cases, patience = list(PARTS[part].items()), PATIENCE if tiny else 1
     rows = []
     for case, seconds in cases[:TINY_CASES] if tiny else cases:
         label = {"part": part} | ({"case": case} if case else {})
         command = [sys.executable, __file__, "--child", part, "--case", case, "--folder", folder]
         command += ["--known", json.dumps(known), *(["--rehearse"] if tiny else [])]
-        for found in child_rows(command, min(seconds, end - time.monotonic()), tiny):
+        for found in child_rows(command, min(patience * seconds, end - time.monotonic()), tiny):
             if part == "bounds":
                 known |= {name: found[name] for name in CEILINGS if name in found}
             rows.append(label | found)
