@@ -26,11 +26,11 @@ os.environ |= {
 
 import hlo_text as hlo
 import jax
+from expansions import step_expansions
 from jax.experimental import topologies
 from jobs import abstract_job, model_values
 
 from drlora_jax import train
-from drlora_jax.build import step_expansions
 from drlora_jax.cli import run_and_exit
 from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError

@@ -1,12 +1,15 @@
 """Everything that is worth measuring on one accelerator, in one call.
 
-    python benchmarks/gpu.py --out results.jsonl                # all parts, full sizes
-    python benchmarks/gpu.py --tiny --parts bounds,step         # a rehearsal on a CPU
+    python benchmarks/gpu.py --out results.jsonl            # all parts, full sizes
+    python benchmarks/gpu.py --rehearse --out rows.jsonl    # all parts, tiny, on this CPU
 
     bounds     a large matrix product and a large copy: the two ceilings of the device
-    step       a whole training step of the OLMoE-1B-7B shape, 2 rows of 4,096 tokens, random
+    kernels    the grouped products of experts against float64, with all gradients; then a layer's
+               experts of OLMoE with them and with every expert on every token
+    step       a whole training step of the OLMoE-1B-7B shape, 4 rows of 4,096 tokens, random
                weights: tokens a second, 4 N + attention as shares of both ceilings, memory as
                forecast, compiled and measured
+    qwen3      `step` of the Qwen3-30B-A3B shape, if the forecast fits the device
     peers      transformers + peft, and ours with the same shape, batch, targets, rank and optimizer
     event      new ranks in a running step: host time in ms and in steps; nothing compiles again
     grouped    grouped products of OLMoE's and Qwen3-30B-A3B's experts, forward and both gradients,
@@ -15,14 +18,14 @@
                whether a document sees another
     thin       grouped products with factors of 16, 32 and 64 ranks and their gradients
     steps      `step` with other rows and rematerialisation
-    qwen3      `step` of the Qwen3-30B-A3B shape, if the forecast fits the device
     profile    kernels that the time of `step` goes to
 
 Each line of the output is one measurement, with what failed as `error` and what was left out as
 `skipped`. Times are medians after warm-up, with the result waited for; inputs are random. Parts
 run in this order, in processes of their own with a deadline each and one for all: one that runs out
 of memory or time (`error` is "time") does not end the others; what a call had no time for, another
-measures with `--parts`. Needs no installation of the package.
+measures with `--parts`. A row is in the file as soon as it is measured. Nine minutes fit a device
+that is lent for fifteen. Needs no installation of the package, and no network.
 Compiled programs are kept in build/xla_cache, or where JAX_COMPILATION_CACHE_DIR says.
 """
 
@@ -44,17 +47,19 @@ sys.path.insert(0, str(ROOT))  # the package of this checkout, installed or not
 ROW = "ROW "  # begins a line of a child that is a result
 # Of every part: its cases, each a process of its own, and seconds that each may take.
 PARTS: dict[str, dict[str, int]] = {
-    "bounds": {"": 60},
-    "step": {"2 selective": 150},
-    "peers": {"peft": 120, "ours": 150},
-    "event": {"": 120},
-    "grouped": {"": 180},
-    "attention": {"": 180},
-    "thin": {"": 120},
+    "bounds": {"": 45},
+    "kernels": {"right": 90, "layer": 90},
+    "step": {"4 selective": 120},
+    "qwen3": {"2 selective": 150},
+    "peers": {"peft": 90, "ours": 120},
+    "event": {"": 90},
+    "grouped": {"": 120},
+    "attention": {"": 150},
+    "thin": {"": 90},
     "steps": {
         f"{rows} {remat}": 120
         for rows, remat in (
-            (4, "selective"),
+            (2, "selective"),
             (2, "none"),
             (8, "selective"),
             (2, "full"),
@@ -64,11 +69,11 @@ PARTS: dict[str, dict[str, int]] = {
             (8, "full"),
         )
     },
-    "qwen3": {"2 selective": 200, "2 full": 200},
-    "profile": {"": 150},
+    "profile": {"": 120},
 }
 CEILINGS = {"matmul_tflops": 1e12, "copy_gb_s": 1e9}  # names in rows of `bounds`, and units
 TINY_CASES = 2  # of every part
+PATIENCE = 5  # of a rehearsal: its machine does other things, too
 LEAST_SECONDS = 5  # a process is not started for less
 AGREEMENT = 1e-4  # of first losses with the same weights
 
@@ -88,7 +93,7 @@ def main(argv=None) -> int:
     end, failed, known = time.monotonic() + 60 * args.minutes, False, {}
     with tempfile.TemporaryDirectory() as folder:
         for part in (part for part in PARTS if part in args.parts):
-            for row in part_rows(part, args.tiny, folder, known, end):
+            for row in part_rows(part, args.rehearse, folder, known, end):
                 failed |= "error" in row
                 line = json.dumps(row)
                 print(line, flush=True)
@@ -102,7 +107,9 @@ def parse(argv) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, help="file of JSON lines, also printed")
     parser.add_argument("--parts", default=",".join(PARTS), help="with commas")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, float32, few repeats")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on this CPU: small shapes, float32, few repeats"
+    )
     parser.add_argument("--minutes", type=float, default=9, help="that all of it may take")
     for name in ("--child", "--case", "--folder", "--known"):
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
@@ -127,13 +134,13 @@ def part_rows(part: str, tiny: bool, folder: str, known: dict, end: float) -> It
     Args:
       known: ceilings that `bounds` has found, which it fills in. end: when everything has to.
     """
-    cases = list(PARTS[part].items())
+    cases, patience = list(PARTS[part].items()), PATIENCE if tiny else 1
     rows = []
     for case, seconds in cases[:TINY_CASES] if tiny else cases:
         label = {"part": part} | ({"case": case} if case else {})
         command = [sys.executable, __file__, "--child", part, "--case", case, "--folder", folder]
-        command += ["--known", json.dumps(known), *(["--tiny"] if tiny else [])]
-        for found in child_rows(command, min(seconds, end - time.monotonic())):
+        command += ["--known", json.dumps(known), *(["--rehearse"] if tiny else [])]
+        for found in child_rows(command, min(patience * seconds, end - time.monotonic()), tiny):
             if part == "bounds":
                 known |= {name: found[name] for name in CEILINGS if name in found}
             rows.append(label | found)
@@ -142,7 +149,7 @@ def part_rows(part: str, tiny: bool, folder: str, known: dict, end: float) -> It
         yield from peer_ratio(rows, shares_weights=tiny)
 
 
-def child_rows(command: list[str], seconds: float) -> Iterator[dict]:
+def child_rows(command: list[str], seconds: float, on_cpu: bool = False) -> Iterator[dict]:
     """What a process reports as it goes, and what ended it if that was not its own will."""
     if seconds < LEAST_SECONDS:
         yield {"error": "time", "seconds": 0}
@@ -154,7 +161,7 @@ def child_rows(command: list[str], seconds: float) -> Iterator[dict]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=child_environment(),
+        env=child_environment() | ({"JAX_PLATFORMS": "cpu"} if on_cpu else {}),
         process_group=0,  # so that its own children end with it
     )
 
@@ -202,12 +209,14 @@ def child(args: argparse.Namespace) -> int:
     """One case of one part: its rows on stdout."""
     import gpu_attention
     import gpu_grouped
+    import gpu_kernels
     import gpu_peers
     import gpu_steps
     from gpu_setting import Setting, bounds, measured_ceilings
 
     parts = {
         "bounds": bounds,
+        "kernels": gpu_kernels.kernels,
         "step": gpu_steps.step,
         "peers": gpu_peers.peers,
         "event": gpu_steps.event,
@@ -223,8 +232,8 @@ def child(args: argparse.Namespace) -> int:
     else:
         known = json.loads(args.known or "{}")
         ceilings = [known[name] * unit for name, unit in CEILINGS.items() if name in known]
-        ceilings = ceilings or measured_ceilings(args.tiny)
-    setting = Setting(args.tiny, pathlib.Path(args.folder or "."), *ceilings)
+        ceilings = ceilings or measured_ceilings(args.rehearse)
+    setting = Setting(args.rehearse, pathlib.Path(args.folder or "."), *ceilings)
     for row in parts[args.child](setting, args.case):
         print(ROW + json.dumps(row), flush=True)
     return 0

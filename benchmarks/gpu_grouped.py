@@ -1,8 +1,8 @@
 """Grouped products on one device, for `gpu.py`: those of experts, and thin ones with factors.
 
 Every product is compiled ahead of time, and arrays in the compiled text that hold every row once
-for every expert are named as `dense_expansions`: a product that has them is no grouped one,
-whatever option it was compiled with. It is timed with few rows only.
+for every expert are named as `dense_expansions`: a product that has them is no grouped one. It is
+timed with few rows only.
 """
 
 import functools
@@ -14,11 +14,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from expansions import dense_expansions
 from gpu_setting import Setting, attempt, rate_shares
 from timing import median_seconds
 
-from drlora_jax.ops import grouped_tokamax
-from drlora_jax.ops.backends import RAGGED_FUSION, compiler_options, dense_expansions
+from drlora_jax.ops import grouped_mosaic, grouped_tokamax
+from drlora_jax.ops.backends import Call, cannot
 from drlora_jax.ops.grouped_ragged import ragged_dot
 
 RANKS = {"olmoe": (16, 32, 64), "qwen3": (32,), "tiny": (16, 32, 64)}
@@ -49,23 +50,21 @@ class Product(NamedTuple):
 
     name: str
     function: Callable
-    options: dict
     takes_many_rows: bool = True
 
 
-def products() -> Iterator[Product]:
+def products(dtype, shape: Shape) -> Iterator[Product]:
     """What a program can be given for a grouped product here."""
-    yield Product("ragged_dot", ragged_dot, {}, takes_many_rows=False)
-    yield Product("ragged_dot", ragged_dot, {RAGGED_FUSION: True})
-    to_f32 = functools.partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)
-    # In 16 bits that result has no kernel; what is compiled says whether it has one by now.
-    yield Product("ragged_dot to float32", to_f32, {RAGGED_FUSION: True}, takes_many_rows=False)
+    device = jax.devices()[0]
+    if cannot("mosaic", Call(device.platform, dtype, (shape.width, shape.hidden), device)) is None:
+        yield Product("mosaic", grouped_mosaic.product)
+    yield Product("ragged_dot", ragged_dot, takes_many_rows=device.platform == "tpu")
     if grouped_tokamax.is_installed() and jax.default_backend() == "gpu":
         import tokamax
 
         for implementation in ("mosaic", "triton"):
             product = functools.partial(tokamax.ragged_dot, implementation=implementation)
-            yield Product(f"tokamax {implementation}", product, {})
+            yield Product(f"tokamax {implementation}", product)
 
 
 def grouped(setting: Setting, case: str):
@@ -73,14 +72,13 @@ def grouped(setting: Setting, case: str):
     draw = np.random.default_rng(0)
     for name, shape in (TINY_SHAPES if setting.tiny else SHAPES).items():
         skewed_E = draw.multinomial(shape.rows, draw.dirichlet(np.full(shape.experts, 0.3)))
-        for product in products():
+        for product in products(setting.dtype, shape):
             rows = shape.rows if product.takes_many_rows else shape.few_rows
             sizes = {"uniform": np.full(shape.experts, rows // shape.experts)}
             if product.takes_many_rows:
                 sizes["skewed"] = skewed_E
             for groups, size_E in sizes.items():
                 row = {"shape": name, "groups": groups, "backend": product.name}
-                row |= {"options": product.options}
                 resized = shape._replace(rows=int(size_E.sum()))
                 yield from directions(setting, row, product, resized, size_E)
 
@@ -112,13 +110,11 @@ def directions(setting: Setting, row: dict, product: Product, shape: Shape, size
 
 
 def _measure(setting: Setting, product: Product, function, shape: Shape, inputs) -> dict:
-    compiled = jax.jit(function, compiler_options=product.options).lower(*inputs).compile()
+    compiled = jax.jit(function).lower(*inputs).compile()
     text, (rows, experts, width, hidden) = compiled.as_text(), shape
-    expansions = dense_expansions(text, experts=experts, rows=rows, widths=(width, hidden))
     # Ranks of all experts together may be as many as an operand is wide: not an expansion.
-    own = [f"[{rows},{wide}]" for wide in (width, hidden)]
-    own += [f"[{wide},{rows}]" for wide in (width, hidden)]
-    expansions = [array for array in expansions if not array.endswith(tuple(own))]
+    own = ((rows, width), (rows, hidden), (experts, width, hidden))
+    expansions = dense_expansions(text, experts=experts, rows=rows, widths=(width, hidden), own=own)
     found = {"dense_expansions": expansions, "weight_copies": _copies(text, inputs[1].size)}
     if expansions and product.takes_many_rows and not setting.tiny:
         return found | {"skipped": "with these rows a dense expansion fills the device"}
@@ -158,16 +154,18 @@ def _error(y_PF, x_PD, w_EDF, size_E) -> float:
 def thin(setting: Setting, case: str):
     """Products with factors, and both gradients: into the ranks and out of them.
 
-    As the library compiles grouped products here; and, `dense`, all experts' factors side by side
-    as one product of all tokens, which multiplies each with every expert's ranks.
+    As the library computes them here, where that is a grouped product, with ranks of whole tiles;
+    else `lax.ragged_dot`. And, `dense`, all experts' factors side by side as one product of all
+    tokens, which multiplies each with every expert's ranks.
     """
-    options = compiler_options(jax.default_backend(), setting.dtype)
-    product = Product("ragged_dot", ragged_dot, options)
     for name, shape in (TINY_SHAPES if setting.tiny else SHAPES).items():
         size_E = np.full(shape.experts, shape.rows // shape.experts)
         for rank in RANKS[name]:
-            row = {"shape": name, "rank": rank, "options": options}
-            sides = {"into ranks": (shape.width, rank), "out of ranks": (rank, shape.hidden)}
+            row = {"shape": name, "rank": rank}
+            product, *_ = products(setting.dtype, shape)
+            wide = -(-rank // grouped_mosaic.TILE) * grouped_mosaic.TILE
+            wide = wide if product.name == "mosaic" else rank
+            sides = {"into ranks": (shape.width, wide), "out of ranks": (wide, shape.hidden)}
             for side, (width, hidden) in sides.items():
                 each = row | {"backend": product.name, "side": side}
                 sized = Shape(shape.rows, shape.experts, width, hidden)

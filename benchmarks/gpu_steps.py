@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu_setting import GIB, Setting, attempt, device_limit, device_peak, in_gib, rate_shares
-from jobs import MODELS, Step, abstract_job
+from jobs import MODELS, Step, abstract_job, forecast_bytes
 from shapes import OLMOE, TINY
 from timing import median_seconds, seconds_of
 
 from drlora_jax import train
 from drlora_jax.allocation import CapacityState
-from drlora_jax.build import Run, memory_layout, shardings_of
+from drlora_jax.build import Run, shardings_of
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -28,7 +28,7 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.memory import bytes_on_one_device, compiled_bytes, predicted_step_bytes
+from drlora_jax.memory import compiled_bytes
 from drlora_jax.plan import flops_per_token
 from drlora_jax.position import place_mask
 
@@ -135,16 +135,6 @@ def measure(setting: Setting, config: TrainConfig, values: dict) -> dict:
         "largest_load_of_mean": float((load_LE / load_LE.mean(axis=1, keepdims=True)).max()),
         "losses": [first, float(metrics["loss"])],
     } | rate_shares(setting, rate * flops)
-
-
-def forecast_bytes(run: Run) -> int:
-    """What is said before compiling, everything counted."""
-    experts = run.model.options.ops.expert_mlp.keywords["backend"]
-    layout, lora = memory_layout(run.job, run.mesh, experts), run.abstract_state.lora
-    added = predicted_step_bytes(
-        run.job.model_config, layout, bytes_on_one_device(lora), run.job.config.model.remat
-    )
-    return bytes_on_one_device((run.abstract_params, run.abstract_state)) + added
 
 
 def random_params(abstract: dict) -> dict:

@@ -46,13 +46,13 @@ def shape_bytes(shape: str) -> int:
 
 def collectives(text: str) -> list[Collective]:
     """Of the whole module, in program order of the computations."""
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
     found: list[Collective] = []
     _walk(bodies, entry, 1, found)
     return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     bodies: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():

@@ -9,10 +9,13 @@ import numpy as np
 
 from drlora_jax import prepare, resolve, train
 from drlora_jax.allocation import make_policy
+from drlora_jax.build import memory_layout
 from drlora_jax.config import TrainConfig
 from drlora_jax.data.loader import Batch
 from drlora_jax.errors import UserError
 from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
+from drlora_jax.interop.hf_files import find_model
+from drlora_jax.memory import bytes_on_one_device, predicted_step_bytes
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
@@ -23,9 +26,13 @@ MODELS = pathlib.Path(__file__).parent / "models"
 
 
 def model_values(model: str | None, config: TrainConfig) -> dict:
-    """A config.json: of a file or directory, or the published one that `model.path` names."""
+    """A config.json: of a file or directory, or the published or bundled one that `model.path`
+    names.
+    """
     name = config.model.path.rsplit("/", 1)[-1]
     file = pathlib.Path(model) if model else MODELS / f"{name}.json"
+    if not model and name.startswith("bundled:"):
+        file = find_model(name)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
         known = ", ".join(sorted(each.stem for each in MODELS.glob("*.json")))
@@ -59,6 +66,15 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepar
         schedule_steps=steps,
         lines=[],
     )
+
+
+def forecast_bytes(run: train.Run) -> int:
+    """What is said before compiling, everything counted."""
+    layout, lora = memory_layout(run.job, run.mesh, run.experts), run.abstract_state.lora
+    added = predicted_step_bytes(
+        run.job.model_config, layout, bytes_on_one_device(lora), run.job.config.model.remat
+    )
+    return bytes_on_one_device((run.abstract_params, run.abstract_state)) + added
 
 
 class Step:

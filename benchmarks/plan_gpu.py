@@ -2,7 +2,7 @@
 
     python benchmarks/plan_gpu.py --devices 8 --config configs/mixtral.py mesh.data=1 mesh.expert=8
 
-For TPUs `benchmarks/aot_tpu.py` compiles the step itself; for GPUs there is no such compiler here.
+`benchmarks/aot_gpu.py` and `aot_tpu.py` compile the step itself, which takes minutes and a plugin.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv=None) -> int:
     run = train.build(job)
     parts = (run.abstract_params, run.abstract_state.lora, run.abstract_state.opt_state)
     base, lora, moments = (format_bytes(bytes_on_one_device(part)) for part in parts)
-    layout = memory_layout(job, run.mesh, "ragged")
+    layout = memory_layout(job, run.mesh, "mosaic")
     print(f"memory      base {base}, factors {lora}, moments {moments} on each of {args.devices}")
     states = (run.abstract_params, run.abstract_state)
     print(memory_forecast(job.model_config, layout, *states, config.model.remat))

@@ -16,9 +16,7 @@ from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.expert_trees import expert_roles
 from drlora_jax.memory import Layout
-from drlora_jax.models.architecture import MoeConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.ops.backends import compiler_options, dense_expansions
 from drlora_jax.ops.grouped import READS_STACKS
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
@@ -67,19 +65,14 @@ def build(job: Job, devices=None) -> Run:
     """
     config = job.config
     mesh = mesh_lib.make_mesh(job.mesh_sizes, devices)
-    platform, dtype = mesh_lib.platform_of(mesh), jnp.dtype(config.model.dtype)
-    compiler = compiler_options(platform, dtype)
+    device, dtype = mesh.devices.flat[0], jnp.dtype(config.model.dtype)
     wanted, length = config.model.attention, config.train.sequence_length
-    attention = attention_backends(job.model_config, length, dtype, platform, wanted)
-    experts = checked_expert_backend(
-        job.model_config, dtype, mesh.devices.flat[0], compiler, config.model.experts
-    )
+    attention = attention_backends(job.model_config, length, dtype, device.platform, wanted)
+    experts = checked_expert_backend(job.model_config, dtype, device, config.model.experts)
     options = DecoderOptions(
         dtype=dtype,
         adapter=job.adapter,
-        ops=sharded_ops(
-            mesh, compiler, attention=wanted, experts=experts, exchange=config.mesh.exchange
-        ),
+        ops=sharded_ops(mesh, attention=wanted, experts=experts, exchange=config.mesh.exchange),
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
@@ -117,13 +110,8 @@ def build(job: Job, devices=None) -> Run:
             make_train_step(model, tx, job.policy, step_options),
             donate_argnums=1,
             out_shardings=(shardings_of(state), mesh_lib.replicated(mesh)),
-            compiler_options=compiler,
         ),
-        eval_step=jax.jit(
-            make_eval_step(model),
-            out_shardings=mesh_lib.replicated(mesh),
-            compiler_options=compiler,
-        ),
+        eval_step=jax.jit(make_eval_step(model), out_shardings=mesh_lib.replicated(mesh)),
         first_lora=jax.jit(
             lambda: init_lora(model, jax.random.key(config.run.seed)),
             out_shardings=shardings_of(state.lora),
@@ -136,7 +124,7 @@ def build(job: Job, devices=None) -> Run:
         abstract_params=params,
         abstract_state=state,
         experts=experts,
-        backends=backend_line(job.model_config, attention, experts, platform, dtype),
+        backends=backend_line(job.model_config, attention, experts, device, dtype),
         forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
     )
 
@@ -177,39 +165,6 @@ def compile_step(run: Run):
     start = time.perf_counter()
     inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
     return run.step.lower(*inputs).compile(), time.perf_counter() - start
-
-
-def step_expansions(run: Run, text: str) -> list[str]:
-    """Arrays in the compiled step's text that hold every row once for every expert: grouped
-    products that the compiler made dense ones of.
-    """
-    config, section, sizes = run.job.model_config, run.job.config.train, run.mesh.shape
-    if not isinstance(config.moe, MoeConfig):
-        return []
-    routing = config.moe.routing
-    experts = routing.num_experts // mesh_lib.shards_of(run.mesh, mesh_lib.EXPERTS)
-    if experts == 1:  # every row is this expert's, or nobody's here
-        return []
-    row_shards = sizes["data"] * sizes["fsdp"]  # an expert group's tokens are gathered
-    tokens = section.batch_size // section.micro_batches * section.sequence_length // row_shards
-    widths = (config.width, config.moe.expert_dim, 2 * config.moe.expert_dim)
-    rows = tokens * routing.experts_per_token
-    return dense_expansions(text, experts=experts, rows=rows, widths=widths)
-
-
-def expansion_warning(run: Run, compiled) -> str | None:
-    """What to say of a GPU step whose grouped products did not become kernels, though those of the
-    small case did.
-    """
-    if run.experts != "ragged" or mesh_lib.platform_of(run.mesh) != "gpu":
-        return None
-    found = step_expansions(run, compiled.as_text())
-    if not found:
-        return None
-    return (
-        f"warning: the compiled step multiplies every row with every expert ({', '.join(found)}); "
-        "compare its speed with that of model.experts=dense and model.experts=tokamax"
-    )
 
 
 def memory_layout(job: Job, mesh, experts: str) -> Layout:

@@ -77,7 +77,6 @@ class Generator:
         self.mesh, self._on_batch = loaded.mesh, loaded.on_batch
         self.batch_size = mesh_lib.whole_shards(loaded.mesh, batch_size)
         self._model, self._variables = loaded.model, loaded.variables
-        self._compiler_options = loaded.compiler_options
         if jax.default_backend() == "cpu":
             self._model, self._variables = unroll(loaded.model, loaded.variables)
         self._programs: dict = {}
@@ -178,12 +177,9 @@ class Generator:
         if (slots, sampling) not in self._programs:
             options = dataclasses.replace(self._model.options, cache_length=slots)
             model = self._model.clone(options=options)
-            compiler = {"compiler_options": self._compiler_options}
             self._programs[slots, sampling] = (
-                jax.jit(make_first_pass(model, sampling, self._ends), **compiler),
-                jax.jit(
-                    make_decode_step(model, sampling, self._ends), donate_argnums=1, **compiler
-                ),
+                jax.jit(make_first_pass(model, sampling, self._ends)),
+                jax.jit(make_decode_step(model, sampling, self._ends), donate_argnums=1),
             )
         return self._programs[slots, sampling]
 

@@ -24,12 +24,11 @@ from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.ops.backends import compiler_options
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.fit import check_model_divides
 from drlora_jax.parallel.sharded_ops import sharded_ops
-from drlora_jax.plan import experts_line
+from drlora_jax.plan import checked_expert_backend, experts_line
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_source import RunSource, find_run
 from drlora_jax.step import init_lora
@@ -46,7 +45,7 @@ class Loaded(NamedTuple):
     directory: pathlib.Path  # of the base
     base_fingerprint: str
     mesh: Mesh
-    compiler_options: dict  # of programs that run the model: its operations count on them
+    experts: str  # how experts are computed
     config: TrainConfig | None = None  # of the run; None for a base given by its path
     run_dir: pathlib.Path | None = None
     step: int | None = None  # of the checkpoint; None for a base alone
@@ -60,9 +59,8 @@ class Loaded(NamedTuple):
     @property
     def computed(self) -> str:
         """How experts are computed, and where."""
-        platform = mesh_lib.platform_of(self.mesh)
-        dtype = self.model.options.dtype
-        return experts_line(self.model.config, platform, self.compiler_options, dtype)
+        device, dtype = self.mesh.devices.flat[0], self.model.options.dtype
+        return experts_line(self.model.config, self.experts, device, dtype)
 
     def base(self) -> "Loaded":
         """The same model without its adapter."""
@@ -160,8 +158,8 @@ def _load(
     check_vocabulary(words.tokenizer, model_config.vocab_size)
     mesh = mesh_lib.make_mesh(sizes)
     dtype = plain.options.dtype
-    compiler = compiler_options(mesh_lib.platform_of(mesh), dtype)
-    ops = sharded_ops(mesh, compiler, dtype=dtype)
+    experts = checked_expert_backend(model_config, dtype, mesh.devices.flat[0], "auto")
+    ops = sharded_ops(mesh, experts=experts)
     options = dataclasses.replace(plain.options, adapter=adapter, ops=ops)
     abstract = mesh_lib.with_shardings(abstract, mesh_lib.shardings_for(mesh, abstract, "params"))
     params = load_params(model_config, directory, abstract)
@@ -174,7 +172,7 @@ def _load(
         directory=directory,
         base_fingerprint=digest,
         mesh=mesh,
-        compiler_options=compiler,
+        experts=experts,
     )
 
 

@@ -90,7 +90,7 @@ def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -
     shards = layout.expert_shards * layout.tensor
     if not isinstance(layer.ffn, MoeConfig):
         token += 2 * layer.ffn.hidden_dim * layout.item // layout.tensor
-    elif layout.experts in ("ragged", "tokamax") and (shards == 1 or remat == "none"):
+    elif layout.experts in ("ragged", "mosaic", "tokamax") and (shards == 1 or remat == "none"):
         slots = layer.ffn.routing.experts_per_token * layout.expert_shards
         wide = 2 * layer.ffn.expert_dim + layout.roles * layout.max_rank
         token += slots * wide * layout.item

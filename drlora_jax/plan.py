@@ -14,8 +14,9 @@ from drlora_jax.memory import (
     predicted_step_bytes,
 )
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
+from drlora_jax.ops import backends
 from drlora_jax.ops.attention import Call, cannot, choose_backend
-from drlora_jax.ops.backends import Experts, cannot_compute_experts, expert_backend
+from drlora_jax.ops.backends import Experts
 from drlora_jax.ops.native import library
 from drlora_jax.units import format_bytes
 
@@ -75,41 +76,52 @@ def attention_backends(config: ModelConfig, length: int, dtype, platform: str, w
     return sorted(chosen)
 
 
-def checked_expert_backend(
-    config: ModelConfig, dtype, device, options: dict, wanted: Experts
-) -> Experts:
+def checked_expert_backend(config: ModelConfig, dtype, device, wanted: Experts) -> Experts:
     """How experts are computed on such a device; a wanted way that it does not have is refused."""
-    if wanted != "auto":
-        reason = cannot_compute_experts(wanted, device.platform, options, dtype, device)
-        if not _has_expert_operation(config):
-            reason = "the model has no experts of its own"
-        if reason:
-            raise UserError(f"model.experts={wanted} can not be used here: {reason}.")
-    return expert_backend(device.platform, options, wanted, dtype)
+    call = _expert_call(config, dtype, device)
+    if wanted == "auto":
+        return backends.choose_backend(call)
+    reason = backends.cannot(wanted, call)
+    if not _has_expert_operation(config):
+        reason = "the model has no experts of its own"
+    if reason:
+        raise UserError(f"model.experts={wanted} can not be used here: {reason}.")
+    return wanted
+
+
+def _expert_call(config: ModelConfig, dtype, device) -> backends.Call:
+    widths = (config.width, config.moe.expert_dim) if _has_expert_operation(config) else ()
+    return backends.Call(device.platform, dtype, widths, device)
 
 
 def _has_expert_operation(config: ModelConfig) -> bool:
     return config.experts_module == "moe" and config.moe is not None
 
 
-def backend_line(
-    config: ModelConfig, attention: list[str], experts: Experts, platform: str, dtype
-) -> str:
+def backend_line(config: ModelConfig, attention: list[str], experts: Experts, device, dtype) -> str:
     """Which implementations of the operations a run takes."""
+    platform = device.platform
     parts = [f"attention {', '.join(attention)}"]
     if _has_expert_operation(config):
-        parts.insert(0, f"experts {experts}")
+        parts.insert(0, f"experts {experts}{_why_dense(config, experts, device, dtype)}")
     line = f"computed    {'; '.join(parts)} on {platform}"
     if platform == "cpu" and dtype == jnp.float32 and (reason := library.why_not()):
         line += f" (no compiled kernels: {reason})"
     return line
 
 
-def experts_line(config: ModelConfig, platform: str, options: dict, dtype) -> str:
+def _why_dense(config: ModelConfig, experts: Experts, device, dtype) -> str:
+    """What keeps a GPU from grouped products."""
+    if experts != "dense" or device.platform != "gpu":
+        return ""
+    reason = backends.cannot("mosaic", _expert_call(config, dtype, device))
+    why = f"mosaic can not be used: {reason}" if reason else "as configured"
+    return f" (every expert on every token; {why})"
+
+
+def experts_line(config: ModelConfig, experts: Experts, device, dtype) -> str:
     """The same of programs for many lengths of rows, whose attention is chosen for each."""
-    attention = ["by length"]
-    experts = expert_backend(platform, options, dtype=dtype)
-    return backend_line(config, attention, experts, platform, dtype)
+    return backend_line(config, ["by length"], experts, device, dtype)
 
 
 def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: str) -> str:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from drlora_jax import cli
-from drlora_jax.build import Run, build, compile_step, expansion_warning
+from drlora_jax.build import Run, build, compile_step
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.config import load_config
@@ -76,7 +76,7 @@ def main(argv=None) -> int:
     if args.dry_run:
         print(COMPILING, flush=True)
         compiled, _ = compile_step(run)
-        print("\n".join(_compiled_lines(run, compiled)))
+        print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
         print("dry run: everything checks out, nothing was written")
         return EXIT_DONE
     return train(run)
@@ -108,12 +108,6 @@ def _complete_line(job: Job, done: int) -> str:
     return f"{line}, {asked} asks for fewer"
 
 
-def _compiled_lines(run: Run, compiled) -> list[str]:
-    warning = expansion_warning(run, compiled)
-    lines = memory_lines(run.abstract_params, run.abstract_state, compiled)
-    return lines if warning is None else [*lines, warning]
-
-
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
     with Watchdog(run.job.config.run.stall_timeout) as watchdog:
@@ -143,7 +137,7 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     print(COMPILING, flush=True)
     compiled, seconds = compile_step(run)
     keep_freed_memory(jax.default_backend())  # what compiling took is given back
-    print("\n".join(_compiled_lines(run, compiled)))
+    print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
     how = "resuming" if done else "starting"
     print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
     watchdog.beat("loading the base")

@@ -1,6 +1,7 @@
 """What runs where: the choice by platform, and reading compiled programs for what must not be."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
@@ -12,17 +13,18 @@ import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
-from drlora_jax import build
+from drlora_jax import build, plan
 from drlora_jax.compilation import keep_compiled_programs
-from drlora_jax.ops import backends, ops_for
+from drlora_jax.ops import ops_for
 from drlora_jax.parallel.mesh import make_mesh, platform_of
 from drlora_jax.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def load_hlo_text():
-    spec = importlib.util.spec_from_file_location("hlo_text", ROOT / "benchmarks/hlo_text.py")
+def load(name: str):
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -35,8 +37,6 @@ def test_experts_by_platform():
     assert ops_for("cpu") == ops_for("cpu")  # one program, not two
     assert ops_for("tpu").expert_mlp.keywords["backend"] == "ragged"
     assert ops_for("gpu").expert_mlp.keywords["backend"] == "dense"
-    fused = {backends.RAGGED_FUSION: True}
-    assert ops_for("gpu", fused).expert_mlp.keywords["backend"] == "ragged"
 
 
 def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
@@ -52,51 +52,51 @@ def test_compiled_programs_are_kept_on_accelerators(monkeypatch, tmp_path):
         jax.config.update("jax_compilation_cache_dir", before)
 
 
-def test_compiler_options(monkeypatch):
-    """On a GPU only where the compiled case has no expansion, and only for 16-bit results."""
-    found = []
+def expansions():
+    return load("expansions")
 
-    def probe(dtype, options, device, hidden):
-        if found == ["error"]:
-            raise RuntimeError("No supported configs found")
-        return found if hidden == backends.THIN_HIDDEN else []
 
-    monkeypatch.setattr(backends, "ragged_probe", probe)
-    monkeypatch.setattr(backends.jax, "local_devices", lambda backend: [backend])
-    for result, options in (([], True), (["bf16[5,384,128]"], False), (["error"], False)):
-        found[:] = result
-        backends._is_fused_on_gpu.cache_clear()
-        given = backends.compiler_options("gpu", jnp.bfloat16)
-        assert given == ({backends.RAGGED_FUSION: True} if options else {})
-        assert backends.compiler_options("gpu", jnp.float32) == {}
-    backends._is_fused_on_gpu.cache_clear()
-    assert backends.compiler_options("cpu", jnp.bfloat16) == {}
-    assert backends.compiler_options("tpu", jnp.bfloat16) == {}
+def text_of(function, *inputs) -> str:
+    return jax.jit(function).lower(*inputs).compile().as_text()
 
 
 def test_the_dense_expansion_is_found():
-    """On CPU `lax.ragged_dot` is one, and a plain product is none."""
-    assert backends.ragged_probe("float32", {})
-    text = jax.jit(jnp.matmul).lower(jnp.ones((384, 128)), jnp.ones((128, 256))).compile().as_text()
-    assert not backends.dense_expansions(text, experts=5, rows=384, widths=(128, 256))
+    """On CPU `lax.ragged_dot` is one, in every direction, and a plain product is none."""
+    rows, weights, dy = jnp.ones((384, 128)), jnp.ones((5, 128, 256)), jnp.ones((384, 256))
+    size_E, sizes = jnp.full(5, 70, jnp.int32), dict(experts=5, rows=384, widths=(128, 256))
+
+    def gradient(of, rows, weights):
+        _, pull = jax.vjp(lambda *inputs: jax.lax.ragged_dot(*inputs, size_E), rows, weights)
+        return pull(dy)[of]
+
+    directions = [lambda *inputs: jax.lax.ragged_dot(*inputs, size_E)]
+    directions += [functools.partial(gradient, of) for of in (0, 1)]
+    for direction in directions:
+        assert expansions().dense_expansions(text_of(direction, rows, weights), **sizes)
+    plain = text_of(jnp.matmul, rows, weights[0])
+    assert not expansions().dense_expansions(plain, **sizes)
+
+
+def test_what_only_looks_like_an_expansion():
+    """Arrays of as many numbers, a stack of weights, and weights of as many columns as rows."""
+    sizes = dict(experts=8, rows=4096, widths=(4096, 14336))
+    find = functools.partial(expansions().dense_expansions, **sizes)
+    assert find("bf16[4096,8,4096] f32[8,4096,1,14336] f32[32768,4096] bf16[4096,114688]")
+    assert not find("bf16[16,2048,4096] f32[2,4,4096,4096] bf16[32,8,4096,14336] s8[8,4096]")
+    found = find("bf16[8,4096,14336] bf16[8,4096,4096]", own=((8, 14336, 4096),))
+    assert found == ["bf16[8,4096,4096]"]
 
 
 def test_a_step_that_became_dense_is_named(tmp_path, monkeypatch):
-    """On CPU `lax.ragged_dot` multiplies every row with every expert, as a GPU might."""
-    monkeypatch.setattr(backends, "_has_kernel", lambda platform, options: True)
-    # As many rows as are no multiple of the vocabulary: the embedding is no expansion.
-    config = tiny_config(tmp_path, train=dict(batch_size=6))
-    warnings = {}
+    """On CPU `lax.ragged_dot` multiplies every row with every expert."""
+    monkeypatch.setattr(plan.backends, "cannot", lambda backend, call: None)
     for experts in ("ragged", "block"):
+        config = tiny_config(tmp_path)
         model = dataclasses.replace(config.model, experts=experts)
         run = build.build(prepare(dataclasses.replace(config, model=model)), jax.devices()[:1])
         compiled, _ = build.compile_step(run)
-        assert build.expansion_warning(run, compiled) is None  # not on CPU, where it is known
-        assert bool(build.step_expansions(run, compiled.as_text())) == (experts == "ragged")
-        with monkeypatch.context() as patch:
-            patch.setattr(build.mesh_lib, "platform_of", lambda mesh: "gpu")
-            warnings[experts] = build.expansion_warning(run, compiled)
-    assert "model.experts=dense" in warnings["ragged"] and warnings["block"] is None
+        found = expansions().step_expansions(run, compiled.as_text())
+        assert bool(found) == (experts == "ragged")
 
 
 MODULE = """\
@@ -135,7 +135,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_module():
-    hlo = load_hlo_text()
+    hlo = load("hlo_text")
     found = [(each.kind, each.shape, each.times, each.bytes) for each in hlo.collectives(MODULE)]
     assert found == [
         ("all-gather", "bf16[32,8]", 32, 512),
@@ -147,7 +147,7 @@ def test_collectives_of_a_module():
 
 
 def test_what_may_travel():
-    hlo = load_hlo_text()
+    hlo = load("hlo_text")
     # Width 16, hidden 24, 4 of 8 experts a shard, fsdp 2, vocabulary 100, rank 2, three layers.
     matrices = ((16, 48), (8, 48), (24, 16), (12, 16))
     limits = hlo.Limits(4, matrices, 100, 1600, {(8, 2, 16), (3, 8, 2, 16)})

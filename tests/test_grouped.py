@@ -338,6 +338,33 @@ def plain_dense(x_TD, expert_TK, weight_TK, w_gate_up_EDF, w_down_EFD, lora):
     return y_TD
 
 
+def products(jaxpr) -> list[tuple[str, ...]]:
+    """Kinds of numbers that a traced program multiplies, in loops and custom gradients, too."""
+    found = []
+    for each in jaxpr.eqns:
+        if each.primitive.name == "dot_general":
+            found.append(
+                tuple(str(operand.aval.dtype) for operand in (*each.invars, *each.outvars))
+            )
+        for value in jax.tree.leaves(list(each.params.values())):
+            if inner := getattr(value, "jaxpr", None) or (
+                value if hasattr(value, "eqns") else None
+            ):
+                found += products(inner)
+    return found
+
+
+@pytest.mark.parametrize("spec", (SPEC, TRAINED))
+def test_gradients_multiply_what_the_tokens_are(spec):
+    """No product of the dense backend or of its gradients is in float32 where tokens are not."""
+    inputs = list(make_inputs(choose(24, 2, 4), 4, ("gate", "up", "down")))
+    for index in (0, 3, 4):
+        inputs[index] = inputs[index].astype(jnp.bfloat16)
+    run = functools.partial(value_and_pull.__wrapped__, spec=spec, backend="dense")
+    found = products(jax.make_jaxpr(run)(tuple(inputs), inputs[0]).jaxpr)
+    assert len(found) > 16 and set(found) == {("bfloat16",) * 3}
+
+
 def test_bfloat16_is_as_good_as_a_plain_dense_computation():
     inputs = list(make_inputs(choose(96, 1, 2), 2, width=32, hidden=48, ranks=4))
     for index in (0, 3, 4):

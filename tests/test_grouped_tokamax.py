@@ -156,40 +156,54 @@ def test_a_choice_is_taken_and_logged(tiny_run, experts):
     assert run.model.options.ops.reads_stacks == (chosen != "dense")
 
 
+def call(platform, kind="", dtype=jnp.bfloat16):
+    return backends.Call(platform, dtype, (128, 64), Device(platform, kind))
+
+
 def test_choices_by_platform(monkeypatch):
-    assert backends.expert_backend("tpu", {}) == "ragged"  # not tokamax, which nobody measured
+    assert backends.choose_backend(call("tpu")) == "ragged"  # not tokamax, which nobody measured
     keywords = ops_for("tpu", experts="tokamax").expert_mlp.keywords
     assert (keywords["backend"], keywords["platform"]) == ("tokamax", "tpu")
-    cannot, fused = backends.cannot_compute_experts, {backends.RAGGED_FUSION: True}
-    bf16 = jnp.dtype(jnp.bfloat16)
-    assert cannot("ragged", "tpu", {}, bf16) is None
-    assert cannot("ragged", "gpu", fused, bf16) is None
-    assert not any(cannot("dense", platform, {}, bf16) for platform in ("cpu", "gpu", "tpu"))
-    assert "for bfloat16 on gpu it is no kernel" in cannot("ragged", "gpu", {}, bf16)
+    cannot = backends.cannot
+    assert cannot("ragged", call("tpu")) is None
+    assert not any(cannot("dense", call(platform)) for platform in ("cpu", "gpu", "tpu"))
+    assert "for bfloat16 on gpu it is no kernel" in cannot("ragged", call("gpu"))
     for experts in ("native", "block"):
-        assert "for CPUs, not for tpu" in cannot(experts, "tpu", {}, bf16)
-    assert "in float32, not in bfloat16" in cannot("native", "cpu", {}, bf16)
+        assert "for CPUs, not for tpu" in cannot(experts, call("tpu"))
+    assert "in float32, not in bfloat16" in cannot("native", call("cpu"))
     monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: True)
-    assert cannot("tokamax", "tpu", {}, bf16, Device("tpu", "TPU v5 lite")) is None
-    assert "v5 and later" in cannot("tokamax", "tpu", {}, bf16, Device("tpu", "TPU v4"))
+    assert cannot("tokamax", call("tpu", "TPU v5 lite")) is None
+    assert "v5 and later" in cannot("tokamax", call("tpu", "TPU v4"))
 
 
 def test_a_gpu_is_tried_first(monkeypatch):
-    """A wide and a thin product with their gradients; what is raised becomes the reason."""
+    """A wide and a thin product with their gradients, on the device of the mesh; what is raised
+    becomes the reason.
+    """
     tried = []
 
-    def probe(dtype, options, device, product, hidden):
+    def compile_product(product, dtype, device, hidden):
         tried.append((dtype, device, hidden))
         if hidden < 128:
             raise NotImplementedError("no such tile\nmore")
 
     monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: True)
-    monkeypatch.setattr(backends, "ragged_probe", probe)
-    monkeypatch.setattr(backends.jax, "local_devices", lambda backend: [backend])
-    device = Device("gpu", "NVIDIA X")
-    reason = backends.cannot_compute_experts("tokamax", "gpu", {}, jnp.bfloat16, device)
+    monkeypatch.setattr(backends, "_compile_product", compile_product)
+    asked = call("gpu", "NVIDIA X")
+    reason = backends.cannot("tokamax", asked)
     assert reason == "a small case does not compile for NVIDIA X: no such tile"
-    assert tried == [("bfloat16", "gpu", 256), ("bfloat16", "gpu", 16)]
+    assert tried == [(jnp.bfloat16, asked.device, 256), (jnp.bfloat16, asked.device, 16)]
+
+
+def test_the_small_case_has_all_gradients(monkeypatch):
+    shapes = []
+
+    def product(rows, weights_EIO, size_E):
+        shapes.append((rows.shape, weights_EIO.shape))
+        return jax.lax.ragged_dot(rows, weights_EIO, size_E)
+
+    backends._compile_product(product, jnp.float32, jax.devices()[0], 16)
+    assert shapes == [((384, 128), (5, 128, 16))]
 
 
 def test_what_can_not_be_used_is_refused(monkeypatch, tiny_run):
@@ -202,4 +216,4 @@ def test_what_can_not_be_used_is_refused(monkeypatch, tiny_run):
     config = tiny_run().job.model_config
     monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: False)
     with pytest.raises(UserError, match="it is not installed; with Python 3.12 or newer: pip"):
-        checked_expert_backend(config, jnp.bfloat16, Device("tpu"), {}, "tokamax")
+        checked_expert_backend(config, jnp.bfloat16, Device("tpu"), "tokamax")

@@ -14,7 +14,7 @@ class ModelSection(Section):
     remat: Literal["none", "selective", "full"] = "selective"  # see drlora_jax/models/remat.py
     # Which implementation computes; see drlora_jax/ops/attention.py and grouped.py.
     attention: Literal["auto", "xla", "native", "chunked", "cudnn", "splash"] = "auto"
-    experts: Literal["auto", "native", "block", "ragged", "dense", "tokamax"] = "auto"
+    experts: Literal["auto", "native", "block", "ragged", "mosaic", "dense", "tokamax"] = "auto"
 
     def check(self):
         require(bool(self.path), "model.path must name a model, got an empty string.")

@@ -101,7 +101,6 @@ def jit_score(loaded: Loaded):
     return jax.jit(
         make_score(loaded.model),
         out_shardings=mesh_lib.replicated(loaded.mesh),
-        compiler_options=loaded.compiler_options,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from drlora_jax.ops.attention import Backend, attend
-from drlora_jax.ops.backends import Experts, expert_backend
+from drlora_jax.ops.backends import Call, Experts, choose_backend
 from drlora_jax.ops.cross_entropy import summed_nll
 from drlora_jax.ops.expert_deltas import deltas_of
 from drlora_jax.ops.grouped import READS_STACKS, expert_mlp
@@ -33,15 +33,14 @@ class Ops(NamedTuple):
 
 def ops_for(
     platform: str,
-    options: dict | None = None,
     *,
     expert_shards: int = 1,
     attention: Backend = "auto",
     experts: Experts = "auto",
     dtype=jnp.float32,
 ) -> Ops:
-    """What runs in programs compiled for `platform` with these compiler options."""
-    backend = expert_backend(platform, options, experts, dtype)
+    """What runs in programs compiled for `platform`."""
+    backend = choose_backend(Call(platform, dtype)) if experts == "auto" else experts
     return Ops(
         expert_mlp=_experts(backend, expert_shards == 1, platform),
         attend=_attention(attention, platform),

@@ -15,7 +15,8 @@ Backends with the same numbers, each in a file of its own:
 
     native   CPU: sorted slots, in compiled code for frozen float32 weights
     block    CPU: sorted slots, each group walked in blocks of rows
-    ragged   TPU, and GPU where it is a kernel: sorted slots, `lax.ragged_dot`
+    ragged   TPU: sorted slots, `lax.ragged_dot`
+    mosaic   NVIDIA Hopper: the same with kernels that jax brings
     tokamax  the same with the grouped products of that package, where one asks for them
     dense    every expert on every token, E / K times the work
 
@@ -30,6 +31,7 @@ from jax import lax
 from drlora_jax.ops import (
     grouped_block,
     grouped_dense,
+    grouped_mosaic,
     grouped_native,
     grouped_ragged,
     grouped_tokamax,
@@ -65,8 +67,8 @@ def expert_mlp(
       lora: role -> factors; roles `gate`, `up` (or `gate_up`) and `down`; may be empty. B is zero
         where a gate is.
       spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
-      backend: native | block | ragged | tokamax | dense | auto (on CPU native where it can, or
-        block; else dense).
+      backend: native | block | ragged | mosaic | tokamax | dense | auto (on CPU native where it
+        can, or block; else dense).
       platform: what the program is compiled for; by default what this process computes on.
       keeps_hidden: gives `models.remat` the chance to keep pre-activations (by the names `moe_gu`,
         `moe_z`): right where most slots are computed here, wrong on an expert shard, where most
@@ -103,6 +105,8 @@ def expert_mlp(
         return module.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
     if backend == "ragged":
         return grouped_ragged.expert_mlp(*arguments, keeps_hidden)
+    if backend == "mosaic":
+        return grouped_mosaic.expert_mlp(*arguments, keeps_hidden)
     if backend == "tokamax":
         product = grouped_tokamax.product_for(platform)
         return grouped_ragged.expert_mlp(*arguments, keeps_hidden, product)

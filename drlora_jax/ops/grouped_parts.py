@@ -45,8 +45,10 @@ class Dropout(NamedTuple):
 
 
 def matmul(left, right):
-    """Products accumulate in f32 and return in the dtype of the tokens."""
-    return jnp.matmul(left, right, preferred_element_type=jnp.float32).astype(left.dtype)
+    """Products accumulate in f32 and return in the dtype of the tokens, gradients as well: asked
+    for an f32 result that is cast, autodiff would multiply f32 by f32.
+    """
+    return jnp.matmul(left, right).astype(left.dtype)
 
 
 def _hash(x):

@@ -1,5 +1,5 @@
-"""Gated expert MLPs over ragged groups of tokens with `lax.ragged_dot`, for devices where that is a
-grouped matrix product and not a dense expansion (`ops.backends` says which).
+"""Gated expert MLPs over ragged groups of tokens with `lax.ragged_dot`, for TPU, where that is a
+grouped matrix product and not a dense expansion; or with another product of the same signature.
 
 The operation, arguments and numbers are those of `ops.grouped.expert_mlp`: slots sorted by expert,
 the combine weight folded into h, a LoRA delta s * (gate * (drop(x) A^T)) B on every role. Gradients
@@ -33,11 +33,12 @@ from drlora_jax.ops.grouped_parts import ACTIVATIONS, drop
 THIN, WIDEST_TILE, TILE_ROWS = 512, 4096, 128
 
 
-def ragged_dot(rows, weights_EIO, size_E):
+def ragged_dot(rows, weights_EIO, size_E, is_transposed: bool = False):
     """Every group's rows times its expert's matrix; rows of no group are undefined.
 
-    The result has the dtype of the rows: NVIDIA's kernel writes no f32 for bf16 operands.
+    The result has the dtype of the rows. Transposed weights are [E, O, I].
     """
+    weights_EIO = weights_EIO.swapaxes(1, 2) if is_transposed else weights_EIO
     with _tiling(rows.shape[0], *weights_EIO.shape[1:]):
         return lax.ragged_dot(rows, weights_EIO, size_E, preferred_element_type=rows.dtype)
 
@@ -60,12 +61,13 @@ def expert_mlp(
     p_P = weight_TK.reshape(-1)
     p_P = jnp.where(plan.is_here_P, p_P.at[plan.order_P].get(unique_indices=True), 0)
 
-    def dot(rows, weights_EIO):
-        return jnp.where(plan.is_here_P[:, None], product(rows, weights_EIO, plan.size_E), 0)
+    def dot(rows, weights, is_transposed=False):
+        out = product(rows, weights, plan.size_E, is_transposed)
+        return jnp.where(plan.is_here_P[:, None], out, 0)
 
     def delta(rows, role):
         rows = drop(rows, slots_P, role, spec, dropout)
-        z_PR = dot(rows, lora[role].a_ERD.astype(rows.dtype).swapaxes(1, 2))
+        z_PR = dot(rows, lora[role].a_ERD.astype(rows.dtype), is_transposed=True)
         z_PR = checkpoint_name(z_PR, "moe_z") if keeps_hidden else z_PR
         gated_ERF = lora[role].b_ERF * (spec.scale * lora[role].gate_ER)[:, :, None]
         return dot(z_PR, gated_ERF.astype(rows.dtype))

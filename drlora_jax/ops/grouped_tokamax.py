@@ -27,9 +27,10 @@ def compiling_elsewhere():
 
 
 def product_for(platform: str):
-    """`product(rows, weights_EIO, size_E)` of programs compiled for `platform`."""
+    """`grouped_ragged.ragged_dot` of programs compiled for `platform`."""
 
-    def product(rows, weights_EIO, size_E):
+    def product(rows, weights_EIO, size_E, is_transposed=False):
+        weights_EIO = weights_EIO.swapaxes(1, 2) if is_transposed else weights_EIO
         if not takes(platform, rows.shape, weights_EIO.shape):
             return ragged_dot(rows, weights_EIO, size_E)
         import tokamax

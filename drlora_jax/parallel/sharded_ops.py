@@ -33,14 +33,13 @@ from drlora_jax.parallel.mesh import (
 
 def sharded_ops(
     mesh: Mesh,
-    options: dict | None = None,
     *,
     attention: Backend = "auto",
     experts: Experts = "auto",
     exchange: str = "auto",
     dtype=jnp.float32,
 ) -> Ops:
-    """Ops for programs of a mesh, compiled with `options`; plain ones where it has one device.
+    """Ops for programs of a mesh; plain ones where it has one device.
 
     Args:
       dtype: of activations.
@@ -48,7 +47,6 @@ def sharded_ops(
     """
     ops = ops_for(
         platform_of(mesh),
-        options,
         expert_shards=shards_of(mesh, EXPERTS),
         attention=attention,
         experts=experts,
