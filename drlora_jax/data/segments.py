@@ -53,7 +53,10 @@ def guard(text: str, tokenizer) -> str:
     """
     if GUARD in text:
         raise BadRow("invalid text", f"the text has the noncharacter U+{ord(GUARD):04X}; remove it")
-    return control_pattern(tokenizer).sub(lambda m: m[0][0] + GUARD + m[0][1:], text)
+    pattern = control_pattern(tokenizer)
+    while pattern.search(text):  # again: one control token may lie inside another
+        text = pattern.sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
+    return text
 
 
 def unguard(text: str) -> str:
