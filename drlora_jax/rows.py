@@ -53,9 +53,20 @@ class RowWriter:
         }
         if config.train.balance_loss or config.train.z_loss:
             row["auxiliary_loss"] = float(metrics["auxiliary_loss"])
+        if not self._run.job.eval_batches:  # else it is logged with each evaluation
+            row |= routing(metrics)
         row |= speed | peak_memory() | more
         self._run.job.run_dir.log_metrics(row)
         self._progress.show(row)
+
+
+def routing(metrics: dict) -> dict:
+    """By layer and expert, of this step's tokens: share of the choices (a layer sums to 1) and mean
+    combine weight. Nothing for a dense model.
+    """
+    names = {"routing_load": "load_LE", "routing_weight": "weight_LE"}
+    found = {name: metrics[key] for name, key in names.items() if metrics[key] is not None}
+    return {name: np.asarray(value, np.float64).round(5).tolist() for name, value in found.items()}
 
 
 def _is_ready(value) -> bool:

@@ -45,7 +45,7 @@ from drlora_jax.prepare import Job, prepare
 from drlora_jax.provenance import made_with
 from drlora_jax.reporting.writer import ReportWriter
 from drlora_jax.resume import rate_line
-from drlora_jax.rows import RowWriter, require_finite, require_finite_base
+from drlora_jax.rows import RowWriter, require_finite, require_finite_base, routing
 from drlora_jax.sinks import check_sinks, open_sinks
 from drlora_jax.step import TrainState
 from drlora_jax.stop_signals import StopSignals
@@ -218,7 +218,7 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
             require_finite(run.job.config, step, metrics, params)
         if due.event:
             watchdog.beat(f"the event after step {step}")
-            before, position = position, grow(run, position, step, _routing(metrics))
+            before, position = position, grow(run, position, step, routing(metrics))
             progress.note(
                 describe_ranks(step, before.capacity.ranks_LE, position.capacity.ranks_LE)
             )
@@ -227,7 +227,7 @@ def _loop(run: Run, compiled, params, position: Position, around: Around) -> int
         if due.evaluation:
             watchdog.beat(f"evaluating after step {step}")
             eval_loss = evaluate(run, params, position.state, watchdog.again)
-            more = {"eval_loss": eval_loss} | _routing(metrics)
+            more = {"eval_loss": eval_loss} | routing(metrics)
         if due.row:
             rows.add(step, position.tokens, metrics, more)
         if due.checkpoint or is_stopping:
@@ -269,15 +269,6 @@ def _due(job: Job, step: int) -> Due:
         checkpoint=evaluation or is_last or step % config.run.checkpoint_every == 0,
         row=evaluation or is_last or step % config.run.log_every == 0,
     )
-
-
-def _routing(metrics: dict) -> dict:
-    """By layer and expert, of this step's tokens: share of the choices (a layer sums to 1) and mean
-    combine weight. Nothing for a dense model.
-    """
-    names = {"routing_load": "load_LE", "routing_weight": "weight_LE"}
-    found = {name: metrics[key] for name, key in names.items() if metrics[key] is not None}
-    return {name: np.asarray(value, np.float64).round(5).tolist() for name, value in found.items()}
 
 
 def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
