@@ -17,11 +17,12 @@ from drlora_jax import checkpoint_read
 from drlora_jax import train as train_lib
 from drlora_jax.checkpoint_read import saved_steps
 from drlora_jax.errors import EXIT_DONE, RunError
-from drlora_jax.loaded import find_run, read_factors
+from drlora_jax.loaded import read_factors
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.position import restore
 from drlora_jax.prepare import prepare
 from drlora_jax.run_dir import RunDirectory
+from drlora_jax.run_source import find_run
 
 FLIPS, FAULTS = 200, 60  # of the slow tests
 SETTINGS = {"keep_last": 3}
