@@ -18,10 +18,11 @@ from drlora_jax.words import of_run
 
 STORED = pathlib.Path(__file__).with_name("old_run.tar.gz")
 TRAIN = (
-    "--config bundled:tiny data.path=rows.jsonl data.eval_path= data.format=auto data.template=auto "
-    "adapter.targets=down allocation.kind=dr_lora allocation.r_init=1 allocation.r_target=1 "
-    "allocation.r_max=2 train.batch_size=4 train.sequence_length=128 run.dir=run "
-    "run.checkpoint_every=4 allocation.interval=1 run.keep_last=1 run.log_every=1 mesh.data=1"
+    "--config bundled:tiny data.path=rows.jsonl data.eval_path= data.format=auto "
+    "data.template=auto adapter.targets=down allocation.kind=dr_lora allocation.r_init=1 "
+    "allocation.r_target=1 allocation.r_max=2 train.batch_size=4 train.sequence_length=128 "
+    "run.dir=run run.checkpoint_every=4 allocation.interval=1 run.keep_last=1 run.log_every=1 "
+    "mesh.data=1"
 ).split()
 QUESTION = "What is 2 plus 3?"
 PROMPT = "<|user|>What is 2 plus 3?<|assistant|>"  # by the tokenizer's own chat template

@@ -195,7 +195,7 @@ def test_every_chat_template_is_asked_as_transformers_asks(template, tmp_path):
 
 def dated(template):
     """The template with the run's date written into it."""
-    written = template.replace('strftime_now("%d %b %Y")', '"09 Mar 2025"')
+    written = template.replace("strftime_now('%d %b %Y')", "'09 Mar 2025'")
     return written.replace("strftime_now('%Y-%m-%d')", f"'{DATE}'")
 
 
