@@ -129,7 +129,9 @@ def run_and_exit(main: Callable[[], int]) -> None:
     # What Orbax logs when it fails comes to us as an error with the same reason.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    if early.handler():  # this process is a command
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        sys.unraisablehook = without_closed_loops(sys.unraisablehook)
     try:
         code = main()
     except UserError as error:
@@ -150,6 +152,16 @@ def run_and_exit(main: Callable[[], int]) -> None:
         if jax.distributed.is_initialized():
             hosts.leave(code)
     sys.exit(code)
+
+
+def without_closed_loops(hook: Callable) -> Callable:
+    """The hook without what TensorStore says when it fails after Orbax has given up on a read."""
+
+    def filtered(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
 
 
 def failure_offset() -> int:
