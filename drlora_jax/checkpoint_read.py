@@ -233,4 +233,6 @@ def _check_leaves(saved: Any, abstract: Any) -> None:
 def first_line(error: Exception) -> str:
     """The first line, without the specification that TensorStore puts behind it."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    return first.partition(" [tensorstore")[0].rstrip(". ")
+    for more in (" [tensorstore", " See full TensorStore"):
+        first = first.partition(more)[0]
+    return first.rstrip(". ")

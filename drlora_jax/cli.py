@@ -158,7 +158,9 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
     # What Orbax logs when it fails comes to us as an error with the same reason.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    if early.handler():  # this process is a command
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        sys.unraisablehook = without_closed_loops(sys.unraisablehook)
     try:
         _check_arguments(sys.argv[1:])  # of every command, whatever parses them
         code = main()
@@ -188,6 +190,16 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def without_closed_loops(hook: Callable) -> Callable:
+    """The hook without what TensorStore says when it fails after Orbax has given up on a read."""
+
+    def filtered(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return filtered
 
 
 def failure_offset() -> int:

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import resource
+import sys
 import threading
 import time
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drlora_jax import cli
 from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.checkpoint_read import choose_steps, saved_steps
 from drlora_jax.errors import RunError, UserError
@@ -18,6 +20,12 @@ from drlora_jax.parallel import hosts
 
 MANY = 1000  # of the slow test
 STATE = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "step": np.int32(3)}
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_command(monkeypatch):
+    hook = cli.without_closed_loops(sys.unraisablehook)
+    monkeypatch.setattr(sys, "unraisablehook", hook)
 
 
 def state(value: float = 0.0):
