@@ -208,6 +208,7 @@ def call(device=H200, dtype=jnp.bfloat16, widths=(2048, 1024)):
 @pytest.fixture
 def new_jax(monkeypatch):
     monkeypatch.setattr(grouped_mosaic, "jax_version", lambda: (0, 11, 2))
+    monkeypatch.setattr(grouped_mosaic, "_lacks_kernels", lambda: None)
 
 
 @pytest.mark.usefixtures("new_jax")
@@ -232,6 +233,7 @@ def test_where_it_is_taken(asked, reason):
 
 
 def test_older_versions_of_jax_are_refused_by_name(monkeypatch):
+    monkeypatch.setattr(grouped_mosaic, "_lacks_kernels", lambda: None)
     for version, is_taken in (("0.10.2", False), ("0.11.1", False), ("0.11.2", True)):
         monkeypatch.setattr(jax, "__version__", version)
         found = backends.cannot("mosaic", call())
@@ -247,6 +249,24 @@ def test_older_versions_of_jax_are_refused_by_name(monkeypatch):
 
 def test_this_jax():
     assert (backends.choose_backend(call()) == "mosaic") == HAS_KERNELS
+
+
+def test_a_later_jax_without_these_kernels(monkeypatch):
+    """They are examples of jax, and may go or change: then experts are dense, and the line says."""
+
+    def gone():
+        raise ImportError("no module of that name")
+
+    def ragged_dot(lhs, rhs, *, group_sizes, tile):
+        return lhs
+
+    monkeypatch.setattr(grouped_mosaic, "jax_version", lambda: (1, 0, 0))
+    for kernel, reason in ((gone, "does not bring its kernels"), (lambda: ragged_dot, "another")):
+        monkeypatch.setattr(grouped_mosaic, "_row_kernel", kernel)
+        grouped_mosaic._lacks_kernels.cache_clear()
+        assert reason in backends.cannot("mosaic", call())
+        assert backends.choose_backend(call()) == "dense"
+    grouped_mosaic._lacks_kernels.cache_clear()
 
 
 OLMOE = {

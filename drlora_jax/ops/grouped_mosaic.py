@@ -12,6 +12,7 @@ so they have to be finite: `grouped_ragged` masks every result, and with it what
 """
 
 import functools
+import inspect
 import re
 import types
 
@@ -47,6 +48,19 @@ def cannot(call) -> str | None:
     odd = [width for width in call.widths if width % TILE]
     if odd or not call.widths:
         return f"it needs widths of a multiple of {TILE}, got {', '.join(map(str, odd))}"
+    return _lacks_kernels()
+
+
+@functools.cache
+def _lacks_kernels() -> str | None:
+    """What this jax has not, or has otherwise: they are examples, with no promise to stay."""
+    try:
+        for kernel in (_row_kernel(), _group_kernel()):
+            missing = {*_tiles(TILE, TILE), "group_sizes"} - {*inspect.signature(kernel).parameters}
+            if missing:
+                return f"jax {jax.__version__} has another {kernel.__name__}"
+    except (ImportError, AttributeError) as error:
+        return f"jax {jax.__version__} does not bring its kernels ({error})"
     return None
 
 
@@ -110,10 +124,8 @@ _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 @functools.partial(jax.jit, static_argnums=3)
 def _multiply(rows, weights, size_E, is_transposed):
     """[P, I] and [E, I, O], or [E, O, I] if transposed, to [P, O]."""
-    from jax.experimental.pallas.ops.gpu.ragged_dot_mgpu import ragged_dot
-
     width_out = weights.shape[1 if is_transposed else 2]
-    return ragged_dot(
+    return _row_kernel()(
         rows,
         weights,
         group_sizes=size_E,
@@ -125,10 +137,20 @@ def _multiply(rows, weights, size_E, is_transposed):
 @jax.jit
 def _multiply_over_groups(left, right, size_E):
     """[P, M] and [P, N] to [E, M, N]."""
+    tiles = _tiles(left.shape[1], right.shape[1])
+    return _on_hopper(_group_kernel())(left, right, group_sizes=size_E, **tiles)
+
+
+def _row_kernel():
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    return ragged_dot_mgpu.ragged_dot
+
+
+def _group_kernel():
     from jax.experimental.pallas.ops.gpu import transposed_ragged_dot_mgpu
 
-    multiply = _on_hopper(transposed_ragged_dot_mgpu.transposed_ragged_dot)
-    return multiply(left, right, group_sizes=size_E, **_tiles(left.shape[1], right.shape[1]))
+    return transposed_ragged_dot_mgpu.transposed_ragged_dot
 
 
 def _tiles(height: int, width: int) -> dict[str, int]:
@@ -149,6 +171,7 @@ def _on_hopper(function):
     own = types.SimpleNamespace(
         **vars(jax) | {"devices": lambda: [types.SimpleNamespace(core_count=CORES)]}
     )
-    copy = types.FunctionType(function.__code__, function.__globals__ | {"jax": own})
+    names = function.__globals__ | {"jax": own}
+    copy = types.FunctionType(function.__code__, names, None, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
