@@ -161,6 +161,8 @@ def _parse(argv) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=8, help="prompts answered at once")
     args = parser.parse_args(argv)
+    if "" in (args.stop or ()):
+        raise UserError("--stop is empty; it would end every answer before its first token.")
     if args.prompt and args.messages is not None:
         raise UserError("Give --prompt or --messages, not both.")
     return args
@@ -178,6 +180,7 @@ def _interact(answer: Callable[[str], None]) -> None:
             return
         except UnicodeDecodeError as error:
             raise UserError(f"The prompt on standard input is not UTF-8: {error}.") from None
+        cli.check_text("The prompt on standard input", text)
         if text.strip():
             answer(text)
         elif is_terminal:

@@ -14,7 +14,7 @@ from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import coverage, coverage_lines
 from drlora_jax.allocation import CapacityShapes, Policy, make_policy
 from drlora_jax.config import DataSection, TrainConfig
-from drlora_jax.data.documents import digest, load_documents
+from drlora_jax.data.documents import check_paths, digest, load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.report import Report
 from drlora_jax.data.tokenize import check_vocabulary, load_tokenizer, pad_token
@@ -265,6 +265,7 @@ def _read_data(
         raise UserError(
             "data.path names no training data; set data.path=FILE.jsonl or a datasets name."
         )
+    check_paths(reading)
     section, length = config.train, config.train.sequence_length
     read = functools.partial(load_documents, reading, tokenizer, length, vocab_size=vocab_size)
     training = read(say=_say)

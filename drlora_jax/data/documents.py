@@ -15,7 +15,7 @@ from drlora_jax.data.choices import FORMAT as CHOICE
 from drlora_jax.data.choices import render_choice, split_task
 from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
-from drlora_jax.data.sources import Row, read_paths
+from drlora_jax.data.sources import Row, find_sources, read_paths
 from drlora_jax.data.templates import opens_thinking
 from drlora_jax.data.tokenize import (
     CUT_STARTS,
@@ -70,6 +70,13 @@ def load_documents(
     reader = _Reader(config, tokenizer, sequence_length, date, vocab_size, say)
     limit = None if evaluation else config.max_rows
     return reader.read(_files(config, paths, split), limit)
+
+
+def check_paths(config: DataSection) -> None:
+    """Finds everything that `path` and `eval_path` name, before any of it is read."""
+    for paths, split in ((config.path, config.split), (config.eval_path, config.eval_split)):
+        for path in paths:
+            find_sources(split_task(path)[1] if config.format == CHOICE else path, split=split)
 
 
 def digest(documents: list[Document]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from drlora_jax.data.segments import Segment
 from drlora_jax.data.tokenize import encode_document, encode_prompt
 from drlora_jax.data.wording import Prompt, Writer
-from drlora_jax.errors import RunError
+from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.prompts import Choice, label_prompt, likelihood_choices
 from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Sample
@@ -136,4 +136,10 @@ def _ids(text: str, tokenizer) -> list[int]:
 
 def _start(tokenizer) -> int:
     """What stands before a text without context."""
-    return tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError(
+            "The tokenizer has neither a bos nor an eos token: there is nothing that could stand "
+            "before a text without context. Set eos_token in tokenizer_config.json."
+        )
+    return start
