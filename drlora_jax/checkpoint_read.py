@@ -6,10 +6,13 @@ the checkpoint says of its step and run with where it lies. One that does not ho
 `Damaged`, and the next of the steps that were asked for is taken.
 """
 
+import contextlib
+import gc
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -146,16 +149,31 @@ def read(
 def _together(work: Callable[[], Any]) -> Any:
     """What `work` returns; raises Damaged on all processes if it fails on one."""
     result, reason = None, ""
-    try:
-        result = work()
-    except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
-        if _is_of_the_machine(error):
-            raise
-        reason = first_line(error)
+    with _quietly():
+        try:
+            result = work()
+        except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
+            if _is_of_the_machine(error):
+                raise
+            reason = first_line(error)
+        if reason:
+            gc.collect()  # what Orbax has left behind, while nobody listens
     reasons = [each for each in hosts.all_texts(reason) if each]
     if reasons:
         raise Damaged(reasons[0])
     return result
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Inside, nothing is said of the coroutines that Orbax abandons where a read fails."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _is_of_the_machine(error: Exception) -> bool:
