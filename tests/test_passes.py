@@ -58,9 +58,9 @@ def test_rows_longer_than_the_positions_of_the_model():
     assert length_lines(rows, None) == length_lines(rows, 64) == []
     (line,) = length_lines(rows, 48)
     assert line.startswith("warning: train.sequence_length=64 is longer than the 48 positions")
-    assert line.endswith("the longest document has 60 tokens, what stands behind 48 is read badly")
+    assert line.endswith("has 60 tokens, and tokens beyond position 48 are read badly")
     (line,) = length_lines(loader((16, 20), sequence_length=64), 48)
-    assert line.endswith("the longest document has 20 tokens, so it fits")
+    assert line.endswith("the longest document has 20 tokens, so all fit")
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
@@ -88,5 +88,5 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
     ],
 )
 def test_positions_of_a_model(tmp_path, values, expected):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | values))
     assert longest_positions(tmp_path) == expected
