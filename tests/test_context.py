@@ -22,8 +22,17 @@ ORIGINAL = "original_max_position_embeddings"
     [
         ({}, None),
         ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": "many"}, None),
+        ({"max_position_embeddings": True}, None),
+        ({"max_position_embeddings": 0}, None),
+        ({"max_position_embeddings": 10**400, "rope_scaling": {"rope_type": "yarn"}}, None),
         ({"max_position_embeddings": 1024, "rope_scaling": None}, 1024),
         ({"max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default"}}, 1024),
+        ({"max_position_embeddings": 1024, "rope_parameters": {"factor": 4}}, 1024),
+        (
+            {"max_position_embeddings": 1024, "rope_scaling": {"type": "linear", "factor": "x"}},
+            1024,
+        ),
         ({"text_config": {"max_position_embeddings": 512}}, 512),
         # As in vicuna-7b-v1.5-16k: what stands there is the length before scaling.
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4}}, 16384),
@@ -77,7 +86,7 @@ ORIGINAL = "original_max_position_embeddings"
     ],
 )
 def test_longest_positions(values, longest, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | values))
     assert longest_positions(tmp_path) == longest
 
 
