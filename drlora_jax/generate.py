@@ -107,7 +107,11 @@ class Asker:
             writer = Writer(self._wording_of(row.fields), self._tokenizer)
             prompt = writer.row_prompt(row.fields, system=self._args.system)
         except (BadRow, UserError) as error:
-            raise UserError(f"{row.where}: {str(error).rstrip('.')}.") from error
+            hint = ""
+            if isinstance(error, BadRow) and error.reason == "missing field":
+                by = ", the format of the run's rows" if self._words.is_run else ""
+                hint = f" It was read as {writer.wording.format}{by}."
+            raise UserError(f"{row.where}: {str(error).rstrip('.')}.{hint}") from error
         return prompt, prompt.text
 
     def _wording_of(self, fields: dict) -> Wording:

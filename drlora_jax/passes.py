@@ -38,15 +38,17 @@ def passes_lines(loader: Loader, section: TrainSection, total_steps: int) -> lis
 
 
 def length_lines(loader: Loader, positions: int | None) -> list[str]:
-    """A warning where rows are longer than the model's positions (None: not known)."""
+    """What to say where rows are longer than the model's positions (None: not known)."""
     if positions is None or loader.sequence_length <= positions:
         return []
     longest = max(len(document.tokens) for document in loader.documents)
-    so = f"what stands behind {positions} is read badly" if longest > positions else "so it fits"
+    kind, so = "note", "so all fit"
+    if longest > positions:
+        kind, so = "warning", f"and tokens beyond position {positions} are read badly"
     return [
-        f"warning: train.sequence_length={loader.sequence_length} is longer than the {positions} "
-        f"positions of the model (with rope scaling); the longest document has {longest} tokens, "
-        f"{so}"
+        f"{kind}: train.sequence_length={loader.sequence_length} is longer than the {positions} "
+        "positions of the model (rope scaling counted); the longest document has "
+        f"{longest} tokens, {so}"
     ]
 
 

@@ -144,6 +144,8 @@ def _heldout_line(stored: dict, origin: dict[str, str], changes: Sequence[Change
         return None
     if not now:
         return "resume      no held-out loss is measured from here on"
+    if before == "":
+        return "resume      held-out loss is measured from here on; the run began without"
     return (
         "resume      the held-out set is not the one that the run began with: eval_loss is another "
         "figure from here on, and the best checkpoint is chosen among both"

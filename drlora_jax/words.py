@@ -78,8 +78,8 @@ def _is_given(args: argparse.Namespace, name: str) -> bool:
 
 
 def of_base(directory: pathlib.Path) -> Words:
+    vocab_size = read_model_config(directory).vocab_size  # first: it says what is no model
     tokenizer = load_tokenizer(directory)
-    vocab_size = read_model_config(directory).vocab_size
     return Words(tokenizer, directory, end_token_ids(tokenizer, directory, vocab_size))
 
 

@@ -22,8 +22,17 @@ ORIGINAL = "original_max_position_embeddings"
     [
         ({}, None),
         ({"max_position_embeddings": None}, None),
+        ({"max_position_embeddings": "many"}, None),
+        ({"max_position_embeddings": True}, None),
+        ({"max_position_embeddings": 0}, None),
+        ({"max_position_embeddings": 10**400, "rope_scaling": {"rope_type": "yarn"}}, None),
         ({"max_position_embeddings": 1024, "rope_scaling": None}, 1024),
         ({"max_position_embeddings": 1024, "rope_parameters": {"rope_type": "default"}}, 1024),
+        ({"max_position_embeddings": 1024, "rope_parameters": {"factor": 4}}, 1024),
+        (
+            {"max_position_embeddings": 1024, "rope_scaling": {"type": "linear", "factor": "x"}},
+            1024,
+        ),
         ({"text_config": {"max_position_embeddings": 512}}, 512),
         # As in vicuna-7b-v1.5-16k: what stands there is the length before scaling.
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4}}, 16384),
@@ -77,18 +86,20 @@ ORIGINAL = "original_max_position_embeddings"
     ],
 )
 def test_longest_positions(values, longest, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | values))
     assert longest_positions(tmp_path) == longest
 
 
 def test_the_line_has_both_numbers(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"max_position_embeddings": 1024}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "max_position_embeddings": 1024}'
+    )
     assert not warn_beyond(tmp_path, 1024, "a row")
     assert capsys.readouterr().err == ""
     assert warn_beyond(tmp_path, 2048, "a row")
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: a row: 2,048 tokens, more than the model's 1,024 positions (")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert not warn_beyond(tmp_path, 10**9, "a row")
 
 

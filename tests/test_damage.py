@@ -18,7 +18,7 @@ from tiny import tiny_config
 from drlora_jax import checkpoint_read, cli
 from drlora_jax import train as train_lib
 from drlora_jax.checkpoint_read import saved_steps
-from drlora_jax.errors import EXIT_DONE, RunError
+from drlora_jax.errors import EXIT_DONE, RunError, UserError
 from drlora_jax.loaded import read_factors
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.position import restore
@@ -211,6 +211,14 @@ def test_without_a_good_one_nothing_is_renamed(runs, copied):
         runs.train(copied)
     assert saved_steps(runs.folder / copied / "checkpoints") == [6, 10, 12]
     with pytest.raises(RunError, match=r"so are the older ones \(10, 6\)"):
+        runs.factors(copied)
+
+
+def test_pointers_of_git_lfs_are_named(runs, copied):
+    for file in (runs.folder / copied / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(UserError, match=r"/12/.* is a git-lfs pointer, .*git lfs pull"):
         runs.factors(copied)
 
 

@@ -335,6 +335,19 @@ def test_bad_rows(tmp_path):
     assert any("missing field (first: " in line and "rows.jsonl:2: field" in line for line in lines)
 
 
+def test_rows_of_two_formats_in_one_file(tmp_path):
+    rows = [GOOD, {"messages": [{"role": "user", "content": "a"}]}, {"text": "b"}]
+    with pytest.raises(
+        UserError, match=r"jsonl:2: this row has the format chat, .* first row prompt_response; "
+    ):
+        _load(tmp_path, rows)
+    _, report = _load(tmp_path, rows, bad_rows="skip")
+    assert report.skipped == {"another format": 2}
+    # A format that the config gives is not found from the first row.
+    with pytest.raises(UserError, match="jsonl:2: field 'prompt' is missing"):
+        _load(tmp_path, rows, format="prompt_response")
+
+
 def test_nothing_left(tmp_path):
     with pytest.raises(UserError, match="no row is left of 2: 2 empty response"):
         _load(tmp_path, [GOOD | {"response": ""}] * 2, bad_rows="skip")

@@ -215,7 +215,9 @@ def test_end_tokens_of_all_files(tmp_path):
     assert _ends(folder, config=[7, 5, -1], generation=5) == (2, 5, 7)
     assert _ends(folder, generation=[999, 1000]) == (2, 999)
     for wrong in ("</s>", [2, "</s>"], True, 2.0):
-        with pytest.raises(UserError, match="config.json: eos_token_id must be a token id or a list"):
+        with pytest.raises(
+            UserError, match="config.json: eos_token_id must be a token id or a list"
+        ):
             _ends(folder, config=wrong)
 
 

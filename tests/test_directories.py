@@ -10,6 +10,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.interop.directories import describe, is_run, read_run
 from drlora_jax.interop.hf_files import find_model, read_model_config
 from drlora_jax.reporting.read import read_run as read_log
+from drlora_jax.words import of_base
 
 RUN = {
     "config": {"model": {"path": "owner/base"}, "run": {"dir": "r"}},
@@ -88,6 +89,8 @@ AS_RUN = {
 def test_what_is_no_model(place, path):
     with pytest.raises(UserError, match=AS_MODEL[path]):
         read_model_config(find_model(path))
+    with pytest.raises(UserError, match=AS_MODEL[path]):  # rather than that it has no tokenizer
+        of_base(find_model(path))
 
 
 @pytest.mark.parametrize("path", AS_RUN)

@@ -1,5 +1,6 @@
 """eval.json, files of samples, the table, and comparisons of two files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -51,6 +52,22 @@ def test_a_loss_is_followed_by_its_perplexity():
     assert (loss.metric, loss.value, loss.n) == ("loss", 1.25, 2)
     assert perplexity.metric == "perplexity"
     assert perplexity.value == pytest.approx(3.4903429574618414)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "said"),
+    [
+        (0.5, (0.19, 0.81), "arc_easy acc: 0.5000 cannot be told from chance (0.2500, inside its"),
+        (0.05, (0.01, 0.2), "arc_easy acc: 0.0500 is below chance (0.2500, above its interval)"),
+        (0.5, (0.26, 0.74), None),
+        (0.5, None, None),
+    ],
+)
+def test_accuracies_that_are_not_above_chance_are_marked(value, interval, said):
+    score = Score("arc_easy", "acc", value, 40, ci95=interval)
+    assert results.chance_lines([score]) == []  # of a task without answers to guess among
+    lines = results.chance_lines([dataclasses.replace(score, chance=0.25)])
+    assert lines == [] if said is None else lines[0].startswith(said)
 
 
 def test_table_is_aligned():
@@ -116,3 +133,5 @@ def test_other_prompts_or_files_are_not_compared(tmp_path):
         compare.compare_files(first, str(tmp_path / "d.jsonl"))
     with pytest.raises(UserError, match="is no file of samples"):
         compare.compare_files(first, str(tmp_path / "absent.jsonl"))
+    with pytest.raises(UserError, match=r"^gs://b/a\.jsonl is an address"):
+        compare.compare_files(first, "gs://b/a.jsonl")

@@ -260,6 +260,10 @@ def test_experts_per_layer(tmp_path):
     (tmp_path / "bad.json").write_text('{"layers": [1]}')
     with pytest.raises(UserError, match="can not be read as the --out"):
         resolve_counts(str(tmp_path / "bad.json"), 3)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
+    (tmp_path / "bad.json").write_text(pointer)
+    with pytest.raises(UserError, match="git-lfs pointer"):
+        resolve_counts(str(tmp_path / "bad.json"), 3)
 
 
 SHAPES = CapacityShapes(layers=2, projections=7, experts=4, max_rank=6)

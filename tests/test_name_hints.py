@@ -58,6 +58,18 @@ WRAPPED = {
         lambda name: name.replace("model.", "model.language_model.", 1),
         "contain 'language_model.'",
     ),
+    "value head": (
+        lambda name: f"pretrained_model.{name}",
+        "begin with 'pretrained_model.': a value head of TRL .* save model.pretrained_model, or",
+    ),
+    "part of another module": (
+        lambda name: f"net.{name}",
+        "begin with 'net.', as where the model was saved as a part of another module",
+    ),
+    "part that is called as ours": (
+        lambda name: f"model.{name}",
+        "begin with 'model.', as where the model was saved as a part of another module",
+    ),
     "no prefix": (
         lambda name: name.removeprefix("model."),
         "do not begin with 'model.'.*AutoModelForCausalLM",

@@ -18,6 +18,8 @@ from drlora_jax.errors import UserError
 from drlora_jax.reporting import charts, maps, page, writer
 from drlora_jax.reporting.read import read_run
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
+
 
 class Parsed(html.parser.HTMLParser):
     """Elements and texts of a page as a browser would see them."""
@@ -257,11 +259,15 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
     "make, message",
     [
         (lambda d: None, "no such directory"),
-        (lambda d: d.mkdir(), "no config.json"),
+        (lambda d: d.mkdir(), "is an empty directory, not a run"),
         (lambda d: d.write_text("x"), "is a file"),
         (lambda d: (d.mkdir(), (d / "config.json").write_text("{")), "can not be read"),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text("[]")), "not of a run"),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text('{"config": 1}')), "not of a run"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text(POINTER)), "a git-lfs pointer"),
+        (
+            lambda d: (d.mkdir(), (d / "config.json").write_text("[]")),
+            "is no run: it has no config.json of",
+        ),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text('{"config": 1}')), "is no run: "),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, make, message, capsys):
@@ -341,3 +347,10 @@ def test_a_report_that_can_not_be_written_ends_nothing(tmp_path, capsys):
     with writer.ReportWriter(tmp_path / "missing") as report_writer:
         report_writer.request()
     assert capsys.readouterr().err.count("the report could not be written") == 1
+
+
+def test_a_log_that_is_a_pointer_of_git_lfs_is_named(tmp_path):
+    run = write_run(tmp_path / "run").path
+    (run / "metrics.jsonl").write_text(POINTER)
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a git-lfs pointer"):
+        read_run(run)

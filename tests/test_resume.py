@@ -139,6 +139,8 @@ def test_another_held_out_set_is_said():
     (line,) = resume.changed_lines(before, config, origin(heldout_fingerprint=""))
     assert "no held-out loss" in line
     assert resume.changed_lines(before, config, origin()) == []
+    (line,) = resume.changed_lines(stored_of(heldout_fingerprint=""), config, origin())
+    assert "is measured from here on; the run began without" in line
     # A run from before the held-out set had a digest: its settings say what may be.
     config = apply_overrides(config, ["data.eval_path=other.jsonl"])
     (line,) = resume.changed_lines(stored_of(), config, origin())

@@ -119,6 +119,13 @@ def test_a_file_that_does_not_fit_is_refused(folder, tmp_path, change, message):
         exponents_of(folder / "model", str(file))
 
 
+def test_a_pointer_in_its_place_is_named(folder, tmp_path):
+    file = tmp_path / "alpha.json"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(UserError, match=f"{file} is a git-lfs pointer"):
+        exponents_of(folder / "model", str(file))
+
+
 # ----------------------------------------------------------------------------------------- shares
 
 

@@ -89,6 +89,7 @@ def test_pattern_reads_tables_and_last_rows(tmp_path, name):
         (None, "is absent|no such"),
         ("", "can not be read"),
         ("{}", "can not be read as ranks: 'ranks'"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git-lfs pointer"),
         ("[[1, 2], [3]]", "can not be read"),
         ("[[1.5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]", "must hold integers"),
         ("[[1, 2, 3, 4, 5]]", r"of shape \[2, 5\], got int64 of shape \[1, 5\]"),

@@ -1,5 +1,7 @@
 """Which matrices a config adapts, and the table that says so."""
 
+import dataclasses
+
 import jax
 import pytest
 from tiny import MIXTRAL, OLMOE
@@ -101,12 +103,20 @@ def test_trained_counts_are_those_of_the_model(targets, router):
         ("lora", (".*/moe/up",), "does not adapt experts"),
         ("expert_lora", ("(up",), "not a regular expression"),
         ("expert_lora", ("gate_up", ".*/moe/gate"), "gate_up next to gate or up"),
-        ("lora", ("up",), "matches no weight"),
+        ("lora", ("up",), "matches no weight.* adapter.kind=expert_lora adapts it"),
     ],
 )
 def test_mistakes_are_named(kind, targets, message):
     with pytest.raises(UserError, match=message):
         resolve_targets(parse_config(OLMOE), kind, targets)
+
+
+def test_a_dense_model_is_led_to_the_adapter_of_its_own():
+    config = dataclasses.replace(mixed_model(), segments=mixed_model().segments[:1])
+    with pytest.raises(UserError, match=r"'up' matches no weight.* adapter.kind=lora adapts it\."):
+        resolve_targets(config, "expert_lora", ("up",))
+    with pytest.raises(UserError, match=r"'w1' matches .*/q\.$"):
+        resolve_targets(config, "expert_lora", ("w1",))
 
 
 def test_experts_must_be_adapted_alike_in_every_layer():

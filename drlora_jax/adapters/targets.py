@@ -77,11 +77,12 @@ def resolve_targets(config: ModelConfig, kind: str, targets: tuple[str, ...]) ->
         if not paths:
             roles = sorted({m.role for m in every if _takes_role(m, kind)})
             roles += ["gate_up"] if _match(every, kind, "gate_up") else []
+            other = "lora" if kind == "expert_lora" else "expert_lora"
+            way = f" adapter.kind={other} adapts it." if _match(every, other, target) else ""
             raise UserError(
                 f"adapter.targets: {target!r} matches no weight of this {config.family} model with "
                 f"adapter.kind={kind}. Roles: {', '.join(roles)}; or a regular expression over "
-                f"paths "
-                f"such as {every[1].path}."
+                f"paths such as {every[1].path}.{way}"
             )
         adapted |= paths
     _check_experts(config, kind, adapted)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from drlora_jax.config import DataSection
 from drlora_jax.data.choices import FORMAT as CHOICE
 from drlora_jax.data.choices import render_choice, split_task
+from drlora_jax.data.layouts import detect_format
 from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, find_sources, read_paths
@@ -24,7 +25,7 @@ from drlora_jax.data.tokenize import (
     check_tokenizer,
     encode_documents,
 )
-from drlora_jax.data.wording import Writer, resolve_wording
+from drlora_jax.data.wording import Writer, field_names, resolve_wording
 from drlora_jax.errors import UserError
 
 BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 22  # tokenised in one call
@@ -138,7 +139,7 @@ class _Reader:
             written = self._written(task, row, part)
         except BadRow as error:
             self._flush()  # what is wrong in an earlier row is said first
-            self._skip(row, part, error)
+            self._skip(row, part, self._explained(error, row, part))
             return
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
@@ -177,6 +178,22 @@ class _Reader:
         self._report.several += len(written) > 1
         self._report.guarded += self._has_control_tokens(written, part)
         return written
+
+    def _explained(self, error: BadRow, row: Row, part: PathReport) -> BadRow:
+        """The error, or that the row is not laid out like the first one of its file."""
+        if not part.is_detected or error.reason != "missing field":
+            return error
+        try:
+            found, _ = detect_format(row.fields, field_names(self._config))
+        except UserError:
+            return error
+        if found == part.wording.format:
+            return error
+        return BadRow(
+            "another format",
+            f"this row has the format {found}, and the file's first row {part.wording.format}; "
+            "give each format a file of its own",
+        )
 
     def _has_control_tokens(self, written: list[Written], part: PathReport) -> bool:
         """Whether the row's own text has control tokens; a template's are not meant."""

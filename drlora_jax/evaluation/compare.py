@@ -10,7 +10,7 @@ import json
 from drlora_jax import cli
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import statistics
-from drlora_jax.files import local_path
+from drlora_jax.files import check_not_pointer, local_path
 
 
 def main(argv=None) -> int:
@@ -28,8 +28,10 @@ def main(argv=None) -> int:
 
 def read_samples(file: str) -> dict[str, dict]:
     """The lines of a file of samples, by id."""
+    path = local_path(file)
+    check_not_pointer(path)
     try:
-        content = local_path(file).read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
         lines = [json.loads(line) for line in content.splitlines()]
         return {line["id"]: line for line in lines if line["values"] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -55,13 +55,17 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def chance_lines(scores: Sequence[Score]) -> list[str]:
-    """A line for every accuracy that guessing reaches: chance lies within its interval."""
-    return [
-        f"{score.task} {score.metric}: {score.value:.4f} is no better than chance "
-        f"({score.chance:.4f} lies in its interval)"
-        for score in scores
-        if score.chance is not None and score.ci95 and score.ci95[0] <= score.chance
-    ]
+    """A line for every accuracy whose interval is not above what guessing reaches."""
+    lines = []
+    for score in scores:
+        if score.chance is None or not score.ci95 or score.ci95[0] > score.chance:
+            continue
+        relation = "cannot be told from chance ({}, inside its interval)"
+        if score.ci95[1] < score.chance:
+            relation = "is below chance ({}, above its interval)"
+        what = f"{score.task} {score.metric}: {score.value:.4f}"
+        lines.append(f"{what} {relation.format(f'{score.chance:.4f}')}")
+    return lines
 
 
 def _decimals(score: Score) -> int:

@@ -12,6 +12,7 @@ _WRAPPERS = {
     "_fsdp_wrapped_module.": ("FSDP of torch", "save its full state dict"),
     "_checkpoint_wrapped_module.": ("activation checkpointing", "save the model under it"),
     "language_model.": ("a model of text and images", "save its language_model alone"),
+    "pretrained_model.": ("a value head of TRL", "save model.pretrained_model"),
 }
 
 
@@ -27,7 +28,12 @@ def explain_names(expected: Collection[str], found: Collection[str]) -> str:
     if len(expected - bare.keys()) > len(missing) // 2:
         return _about_head(missing)
     sentences = [_about_wrapper(part, found) for part in parts]
-    if prefix not in ("model.", None):
+    if prefix not in ("model.", None) and _shared(prefix, found):
+        sentences.append(
+            f" Names begin with {_shared(prefix, found)!r}, as where the model was saved as a part "
+            "of another module; save that part alone, or rename its tensors."
+        )
+    elif prefix not in ("model.", None):
         start = f"begin with {prefix!r}" if prefix else "do not begin with 'model.'"
         sentences.append(
             f" Names {start}, as where the model was saved without the class of its head; save it "
@@ -47,6 +53,13 @@ def _prefix(names: Collection[str]) -> str | None:
     """What stands before the embedding's name, which every family has."""
     place = next((name for name in names if f".{name}".endswith(f".{_EMBEDDING}")), None)
     return None if place is None else place.removesuffix(_EMBEDDING)
+
+
+def _shared(prefix: str, found: Collection[str]) -> str:
+    """What a module of some other name put before every tensor, the head's too; "" if none did."""
+    outer = prefix.removesuffix("model.")
+    is_whole = outer != prefix and all(name.startswith(outer) for name in found)
+    return outer if is_whole and any(name == f"{outer}{_HEAD}" for name in found) else ""
 
 
 def _renamed(name: str, prefix: str) -> str:

@@ -251,6 +251,8 @@ def test_text_rows_are_asked_as_they_are(tmp_path):
     assert words.tokenizer.decode(run.documents[0].tokens).startswith(QUESTION)
     with pytest.raises(UserError, match="taken as it is"):
         generate.Asker(words, arguments(system="Be short.")).question(QUESTION)
+    with pytest.raises(UserError, match=r"'text' is missing.* read as text, the format of the run"):
+        asked(words, [{"prompt": QUESTION}], tmp_path)
 
 
 # ------------------------------------------------------------------------------ files of two kinds
