@@ -113,7 +113,9 @@ class Asker:
             writer = Writer(self._wording_of(row.fields), self._tokenizer)
             prompt = writer.row_prompt(row.fields, system=self._args.system)
         except (BadRow, UserError) as error:
-            raise UserError(f"{row.where}: {str(error).rstrip('.')}.") from error
+            is_other = isinstance(error, BadRow) and error.reason == "missing field"
+            hint = f" (rows are read as {self.wording.format}; --format NAME)" if is_other else ""
+            raise UserError(f"{row.where}: {str(error).rstrip('.')}{hint}.") from error
         self._unread.update(prompt.unread)
         return prompt, prompt.text
 

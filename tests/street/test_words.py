@@ -359,6 +359,22 @@ def test_an_unknown_template_is_answered_with_the_known_ones(tmp_path):
         generate.Asker(run.words(), arguments(template="nope"))
 
 
+def test_rows_of_another_format_are_asked_with_its_name(tmp_path):
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS["alpaca"]])
+    with pytest.raises(UserError, match=r"'instruction' is missing.*read as alpaca; --format"):
+        asked(run.words(), [chat_row()], tmp_path)
+    [prompt] = asked(run.words(), [chat_row()], tmp_path, row_format="chat")
+    own = own_prompt(run.words().tokenizer, [{"role": "user", "content": QUESTION}])
+    assert prompt.ids == own
+
+
+@pytest.mark.parametrize("template", [5, [{"name": "default", "template": 5}]])
+def test_a_chat_template_that_is_no_text_is_refused(template, tmp_path):
+    with pytest.raises(UserError, match="chat_template of tokenizer_config.json must be a text"):
+        Run(tmp_path, "smollm2", template, [chat_row()])
+    Run(tmp_path, "smollm2", template, [chat_row()], template="tulu")
+
+
 def test_system_messages_are_counted_and_missed(tmp_path):
     rows = [chat_row("You are a pirate."), chat_row("You are a pirate.")]
     run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, rows)
