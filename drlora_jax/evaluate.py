@@ -145,7 +145,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         max_length=args.max_length,
         data_dir=args.data_dir,
         allow_code=args.allow_code_execution,
-        template=args.template,
+        template=None if args.template == "auto" else args.template,
         system=args.system,
     )
 
@@ -221,7 +221,8 @@ def _parse(argv) -> argparse.Namespace:
     add(
         "--template",
         metavar="NAME",
-        help="another template than the run's, as in data.template, or none",
+        default="auto",
+        help="auto (default: the run's), none (texts as they are), or a name as in data.template",
     )
     add(
         "--format",

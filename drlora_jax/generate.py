@@ -8,6 +8,7 @@ a single answer is shown as it is made.
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from drlora_jax import cli, early
@@ -74,10 +75,12 @@ class Asker:
         self._named = template is not None or args.row_format is not None
         self.wording = asked_wording(template, args.row_format, self._tokenizer, like)
         self._writer = Writer(self.wording, self._tokenizer)
-        if args.input is not None and self.wording.format != "alpaca" and words.is_run:
+        self._unread = Counter()  # by field: rows of --messages
+        takes_input = "alpaca" in (self.wording.format, self.wording.template)
+        if args.input is not None and words.is_run and not takes_input:
             raise UserError(
-                f"--input is the second field of Alpaca rows; {args.run} was trained on rows of "
-                f"the format {self.wording.format}. Put the text into --prompt."
+                "--input is the second field of Alpaca rows, and these prompts are written as "
+                f"those of the format {self.wording.format}. Put the text into --prompt."
             )
 
     def notes(self) -> list[str]:
@@ -91,6 +94,9 @@ class Asker:
         if self._args.system is None and not self._args.messages and not self.wording.is_as_is:
             note = system_note(self._words.resolved)
             notes += [note] if note else []
+        if self._unread:
+            names = ", ".join(f"{name} ({rows} rows)" for name, rows in self._unread.most_common())
+            notes.append(f"{self._args.messages}: fields that are not read: {names}")
         return notes
 
     def asked(self) -> list[tuple[Prompt, str]]:
@@ -103,15 +109,18 @@ class Asker:
         return self._writer.question(text, extra=self._args.input or "", system=self._args.system)
 
     def _row(self, row) -> tuple[Prompt, str]:
+        wording = self.wording
         try:
-            writer = Writer(self._wording_of(row.fields), self._tokenizer)
+            wording = self._wording_of(row.fields)
+            writer = Writer(wording, self._tokenizer)
             prompt = writer.row_prompt(row.fields, system=self._args.system)
         except (BadRow, UserError) as error:
             hint = ""
             if isinstance(error, BadRow) and error.reason == "missing field":
                 by = ", the format of the run's rows" if self._words.is_run else ""
-                hint = f" It was read as {writer.wording.format}{by}."
+                hint = f" It was read as {wording.format}{by}; --format NAME says another."
             raise UserError(f"{row.where}: {str(error).rstrip('.')}.{hint}") from error
+        self._unread.update(prompt.unread)
         return prompt, prompt.text
 
     def _wording_of(self, fields: dict) -> Wording:
@@ -169,6 +178,8 @@ def _parse(argv) -> argparse.Namespace:
         raise UserError("--stop is empty; it would end every answer before its first token.")
     if args.prompt and args.messages is not None:
         raise UserError("Give --prompt or --messages, not both.")
+    if args.input is not None and args.messages is not None:
+        raise UserError("--input goes with --prompt; rows of --messages have a field `input`.")
     return args
 
 

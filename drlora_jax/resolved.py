@@ -17,6 +17,7 @@ from drlora_jax.data.layouts import FieldNames
 from drlora_jax.data.report import Report, shortened
 from drlora_jax.data.templates import AS_IS, CHAT_TEMPLATES, choose_template, turn_end
 from drlora_jax.data.tokenize import end_token_ids, tokenizer_identity
+from drlora_jax.data.tokenizer_identity import template_identity
 from drlora_jax.data.wording import CHOICE, TEXT, Wording, Writer, field_names, named_wording
 from drlora_jax.errors import UserError
 
@@ -162,6 +163,12 @@ def as_trained(
         )
     if resolved.chat_template is not None:
         tokenizer.chat_template = resolved.chat_template
+    elif "template" in changed and _had_no_chat_template(resolved, then["template"]):
+        notes.append(
+            f"{directory} has a chat template now and had none when {run_dir} was trained, which "
+            "goes on without one"
+        )
+        tokenizer.chat_template = None
     end = resolved.end_token_ids[0] if resolved.end_token_ids else None
     if "ends" in changed:
         notes.append(
@@ -171,6 +178,12 @@ def as_trained(
         if end is not None and tokenizer.eos_token_id != end:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer, notes
+
+
+def _had_no_chat_template(resolved: Resolved, then: str) -> bool:
+    """Whether rows of turns were written without one: `auto` would take the new one for them."""
+    wordings = [wording for _, wording in resolved.wordings]
+    return then == template_identity(None) and any(each.format == "chat" for each in wordings)
 
 
 def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wording:

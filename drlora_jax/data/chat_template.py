@@ -94,8 +94,19 @@ def template_texts(tokenizer) -> list[str]:
     """The chat templates, several where they have names."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
-        return [str(text) for text in template.values()]
+        return list(template.values())
     return [template] if template else []
+
+
+def check_texts(tokenizer) -> None:
+    """Refuses a chat template that is no text."""
+    for template in template_texts(tokenizer):
+        if not isinstance(template, str):
+            raise UserError(
+                "chat_template of tokenizer_config.json must be a text, or a list of objects with "
+                f"name and template, got {type(template).__name__}; correct it, or set "
+                "data.template=chatml or tulu."
+            )
 
 
 def reads_clock(tokenizer) -> bool:

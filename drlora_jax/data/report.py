@@ -105,7 +105,11 @@ class Report:
             f"{self.rows_read} rows read, {self.rows_kept} kept, {self.documents} documents, "
             f"{self.tokens} tokens, {self.target_tokens} target tokens"
         )
-        lines += self._counted_lines()
+        return [*lines, *self.remarks()]
+
+    def remarks(self) -> list[str]:
+        """What did not go in as it was; warnings last."""
+        lines = self._counted_lines()
         skipped, examples = self.skipped, {}
         for part in reversed(self.parts):
             examples |= part.examples

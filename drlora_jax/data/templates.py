@@ -50,6 +50,9 @@ def choose_template(template: str, row_format: str, tokenizer) -> str:
         raise UserError(
             "data.template=tokenizer, but the tokenizer has no chat template; use chatml or tulu."
         )
+    uses_own = template == "tokenizer" or (template == "auto" and row_format == "chat")
+    if uses_own:
+        chat_template.check_texts(tokenizer)
     if template == "auto":
         chat = "tokenizer" if has_own else "tulu"
         automatic = {"alpaca": "alpaca", "chat": chat, "prompt_response": "plain"}

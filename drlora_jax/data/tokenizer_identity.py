@@ -32,9 +32,14 @@ def tokenizer_identity(tokenizer, directory: str | pathlib.Path) -> dict[str, st
         "vocabulary": _digest(vocabulary),
         "normalizer": _digest(pipeline),
         "probe": _digest(_behaviour(tokenizer)),
-        "template": _digest(getattr(tokenizer, "chat_template", None)),
+        "template": template_identity(getattr(tokenizer, "chat_template", None)),
         "ends": _digest([start_and_padding, end_token_ids(tokenizer, directory)]),
     }
+
+
+def template_identity(template: str | dict | None) -> str:
+    """sha256 of a chat template; that of None says that there is none."""
+    return _digest(template)
 
 
 def _described(tokenizer, file: pathlib.Path) -> tuple[object, object]:

@@ -23,6 +23,7 @@ from drlora_jax.data.segments import BadRow, Segment, Written, guard, plain_text
 from drlora_jax.data.templates import (
     AS_IS,
     CHAT_TEMPLATES,
+    PROMPT_TEMPLATES,
     Style,
     choose_template,
     reads_clock,
@@ -66,6 +67,7 @@ class Prompt(NamedTuple):
     text: str  # as a person reads it
     segments: list[Segment]  # the same with control tokens of the user's text guarded
     ids: list[int]
+    unread: tuple[str, ...] = ()  # fields of a row that nothing has read
 
 
 def field_names(section: DataSection) -> FieldNames:
@@ -104,6 +106,9 @@ def named_wording(
     """
     if template in ("none", AS_IS):
         return Wording(TEXT, AS_IS)
+    if template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
+        known = ", ".join((*PROMPT_TEMPLATES, *CHAT_TEMPLATES))
+        raise UserError(f"--template {template}: there is no such template; known: {known}, none.")
     row_format = "chat" if template in CHAT_TEMPLATES else "prompt_response"
     template = choose_template(template, row_format, tokenizer)
     date = _date(DataSection(), template, tokenizer, date)
@@ -150,10 +155,14 @@ class Writer:
         """
         row_format, names = self.wording.format, self.wording.fields
         if row_format == TEXT:
-            conversation = _asked(read_text(fields, names).text)
+            text, unread = read_text(fields, names)
+            conversation = _asked(text)._replace(unread=unread)
         else:
             conversation = read_row(fields, row_format, names, needs_answer=False)
-        return self.prompt(_with_system(conversation, system))
+            left = unwritten(conversation, self._style, self.tokenizer)
+            conversation = conversation._replace(unread=(*conversation.unread, *left))
+        prompt = self.prompt(_with_system(conversation, system))
+        return prompt._replace(unread=conversation.unread)
 
     def question(
         self,

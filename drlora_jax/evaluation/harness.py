@@ -61,8 +61,9 @@ def prepare(
       task_path: a folder of task definitions (.yaml), looked into first.
     """
     load_package("lm_eval", f"--tasks {','.join(names)}", install=INSTALL)
-    if settings.system is not None and writer is None:
-        raise UserError("--system: tasks of the harness ask without a template; add --chat.")
+    for name in ("system", "template"):
+        if getattr(settings, name) is not None and writer is None:
+            raise UserError(f"--{name}: tasks of the harness ask without a template; add --chat.")
     manager = _manager(names, task_path)
     for name in names:
         _check_name(name, manager, task_path)

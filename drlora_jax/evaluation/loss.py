@@ -8,6 +8,7 @@ every token but the first once. Letters: N predicted positions.
 
 import dataclasses
 import gzip
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -59,6 +60,9 @@ def read_items(
         section = dataclasses.replace(section, eval_path=(path,))
         found = load_documents(section, tokenizer, length, evaluation=True, date=date)
         documents = found.documents
+        if hosts.is_main():  # rows that are left out or cut change the loss
+            for remark in found.report.remarks():
+                print(f"note: {path}: {remark}", file=sys.stderr)
     return [Item(str(number), document) for number, document in enumerate(documents, 1)]
 
 

@@ -102,6 +102,12 @@ def chosen(items: Sequence, settings: Settings) -> list:
     return [items[index] for index in sorted(order[: settings.limit].tolist())]
 
 
+def _given(settings: Settings, *names: str) -> str | None:
+    """The first option among these that the user gave; it is refused where nothing reads it."""
+    values = {name: getattr(settings, name) for name in names}
+    return next((f"--{name}" for name, value in values.items() if value not in (None, False)), None)
+
+
 # ---------------------------------------------------------------------------------- multiple choice
 
 _TEST = {  # data set: (files, hub, split, metrics)
@@ -143,8 +149,8 @@ def _likelihood_task(dataset: str) -> Task:
             if dataset == "winogrande":
                 raise UserError("winogrande scores the rest of a sentence; leave --chat out.")
             writer = work.texts.chat_writer()
-        elif work.settings.system is not None:
-            raise UserError(f"--system: {dataset} asks without a template; add --chat.")
+        elif given := _given(work.settings, "system", "template"):
+            raise UserError(f"{given}: {dataset} asks without a template; add --chat.")
         return [
             multiple_choice.likelihood_item(
                 name,
@@ -163,9 +169,8 @@ def _likelihood_task(dataset: str) -> Task:
 
 def _label_task(dataset: str) -> Task:
     def items(work: Work) -> list:
-        if work.settings.chat or work.settings.system is not None:
-            option = "--chat" if work.settings.chat else "--system"
-            raise UserError(f"{dataset}:mixlora has prompts of its own; leave {option} out.")
+        if given := _given(work.settings, "chat", "system", "template"):
+            raise UserError(f"{dataset}:mixlora has prompts of its own; leave {given} out.")
         return [
             multiple_choice.label_item(
                 name, read_question(row, dataset), dataset, work.texts.tokenizer
@@ -249,6 +254,11 @@ def _written_task(name: str, source: Source, metrics, items, answer, **more) -> 
 
 
 def _loss_items(work: Work) -> list[loss.Item]:
+    if given := _given(work.settings, "system", "template"):
+        raise UserError(
+            f"{given}: the loss is that of rows as they are; leave it out, or set "
+            "data.template=NAME for another template."
+        )
     texts = work.texts
     items = loss.read_items(work.path, texts.section, texts.tokenizer, texts.length, texts.date)
     return chosen(items, work.settings)
@@ -269,6 +279,15 @@ _LOSS = Task(
 
 
 # --------------------------------------------------------------------------------------------- code
+
+
+def _code_items(name: str, read: Callable[[Sequence[Row]], list]) -> Callable[[Work], list]:
+    def items(work: Work) -> list:
+        if given := _given(work.settings, "chat", "system", "template"):
+            raise UserError(f"{name} has prompts of its own; leave {given} out.")
+        return chosen(read(work.rows), work.settings)
+
+    return items
 
 
 def _answer_code(stop, tokens: int):
@@ -297,7 +316,7 @@ _HUMANEVAL = _written_task(
     "humaneval",
     Source(("HumanEval", "humaneval", "humaneval/HumanEval"), "openai/openai_humaneval", "test"),
     ("pass@1",),
-    lambda work: chosen([code_tasks.humaneval_item(row) for row in work.rows], work.settings),
+    _code_items("humaneval", lambda rows: list(map(code_tasks.humaneval_item, rows))),
     _answer_code(code_tasks.HUMANEVAL_STOPS, 512),
     is_code=True,
 )
@@ -305,7 +324,7 @@ _MBPP = Task(
     name="mbpp",
     source=Source(("mbpp", "mbpp/mbpp"), "google-research-datasets/mbpp:full", "train+test"),
     metrics=("pass@1",),
-    items=lambda work: chosen(code_tasks.mbpp_items(work.rows), work.settings),
+    items=_code_items("mbpp", code_tasks.mbpp_items),
     strings=lambda item: [item.prompt],
     answer=_answer_code(code_tasks.MBPP_STOPS, 512),
     options=_WRITTEN,

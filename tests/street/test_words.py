@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from drlora_jax import generate
-from drlora_jax.config import DataSection
+from drlora_jax.config import DataSection, TrainConfig
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.sources import Row
 from drlora_jax.data.tokenize import load_tokenizer
@@ -310,6 +310,73 @@ def test_what_is_not_read_is_named(tmp_path):
         load_documents(section, load_tokenizer(base), LENGTH)
 
 
+def test_what_a_prompt_does_not_read_is_named(tmp_path):
+    row = LAYOUTS["pair"] | {"history": [["a", "b"]], "id": 7}
+    run = Run(tmp_path, "smollm2", None, [LAYOUTS["pair"]])
+    file = tmp_path / "asked.jsonl"
+    file.write_text((json.dumps(row) + "\n") * 2)
+    asker = generate.Asker(run.words(), arguments(messages=str(file)))
+    asker.asked()
+    assert f"{file}: fields that are not read: history (2 rows), id (2 rows)" in asker.notes()
+
+
+def test_a_loss_says_what_was_left_out(tmp_path, capsys):
+    run = Run(tmp_path, "smollm2", None, [LAYOUTS["pair"]])
+    file = tmp_path / "heldout.jsonl"
+    rows = [LAYOUTS["pair"] | {"id": 7}, {"prompt": "x", "response": ""}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(data=DataSection(path=("x",), bad_rows="skip"))
+    texts = jobs.make_texts(Settings(), config, run.words())
+    TASKS["loss"].items(Work(str(file), [], [], Settings(), texts))
+    said = capsys.readouterr().err
+    assert "fields that are not read: id (1 rows)" in said
+    assert "skipped 1: empty response" in said
+
+
+def test_an_input_goes_with_an_alpaca_prompt(tmp_path):
+    run = Run(tmp_path, "smollm2", None, [LAYOUTS["pair"]])
+    with pytest.raises(UserError, match="--input is the second field of Alpaca rows"):
+        generate.Asker(run.words(), arguments(input="x"))
+    named = generate.Asker(run.words(), arguments(input="Tom is 5.", template="alpaca"))
+    row = LAYOUTS["alpaca with input"]
+    other = Run(tmp_path / "alpaca", "smollm2", None, [row])
+    assert named.question(QUESTION).ids == other.prefix()
+    with pytest.raises(UserError, match="--input goes with --prompt"):
+        generate.main(["--run", "r", "--messages", "rows.jsonl", "--input", "x"])
+
+
+@pytest.mark.parametrize("option", ["system", "template"])
+@pytest.mark.parametrize("task", ["loss", "arc_easy", "arc_easy:mixlora", "humaneval", "mbpp"])
+def test_options_that_a_task_does_not_read_are_refused(task, option, tmp_path):
+    run = Run(tmp_path, "smollm2", None, [LAYOUTS["pair"]])
+    settings = Settings(**{option: "alpaca"})
+    texts = jobs.make_texts(settings, TrainConfig(), run.words())
+    with pytest.raises(UserError, match=f"--{option}"):
+        TASKS[task].items(Work("f", [], [], settings, texts))
+
+
+def test_an_unknown_template_is_answered_with_the_known_ones(tmp_path):
+    run = Run(tmp_path, "smollm2", None, [LAYOUTS["pair"]])
+    with pytest.raises(UserError, match=r"--template nope: .*known: plain, .*none"):
+        generate.Asker(run.words(), arguments(template="nope"))
+
+
+def test_rows_of_another_format_are_asked_with_its_name(tmp_path):
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS["alpaca"]])
+    with pytest.raises(UserError, match=r"'instruction' is missing.*read as alpaca; --format"):
+        asked(run.words(), [chat_row()], tmp_path)
+    [prompt] = asked(run.words(), [chat_row()], tmp_path, row_format="chat")
+    own = own_prompt(run.words().tokenizer, [{"role": "user", "content": QUESTION}])
+    assert prompt.ids == own
+
+
+@pytest.mark.parametrize("template", [5, [{"name": "default", "template": 5}]])
+def test_a_chat_template_that_is_no_text_is_refused(template, tmp_path):
+    with pytest.raises(UserError, match="chat_template of tokenizer_config.json must be a text"):
+        Run(tmp_path, "smollm2", template, [chat_row()])
+    Run(tmp_path, "smollm2", template, [chat_row()], template="tulu")
+
+
 def test_system_messages_are_counted_and_missed(tmp_path):
     rows = [chat_row("You are a pirate."), chat_row("You are a pirate.")]
     run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, rows)
@@ -395,6 +462,24 @@ def test_a_changed_template_is_said_and_the_stored_one_used(tmp_path):
     assert any("chat template" in note and "own is used" in note for note in words.notes)
     [prompt] = asked(words, [chat_row()], tmp_path)
     assert prompt.ids == run.prefix()
+
+
+def test_a_chat_template_that_came_later_is_not_used(tmp_path):
+    """`auto` took tulu, as there was none; held-out rows and a resume are written so, too."""
+    run = Run(tmp_path, "gpt_neox", None, [chat_row()])
+    template = KINDS["qwen2"].template
+    other = edited(
+        run.base, tmp_path, "tokenizer_config.json", lambda v: v.update(chat_template=template)
+    )
+    words = run.words(other)
+    assert any("has a chat template now and had none" in note for note in words.notes)
+    [prompt] = asked(words, [chat_row()], tmp_path)
+    assert prompt.ids == run.prefix()
+    file = tmp_path / "heldout.jsonl"
+    file.write_text(json.dumps(chat_row()) + "\n")
+    texts = jobs.make_texts(Settings(), TrainConfig(), words)
+    [item] = TASKS["loss"].items(Work(str(file), [], [], Settings(), texts))
+    assert item.document.tokens.tolist() == run.documents[0].tokens.tolist()
 
 
 def test_changed_ends_are_said_and_the_stored_ones_used(tmp_path):
