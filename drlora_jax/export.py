@@ -18,7 +18,9 @@ was.
 import argparse
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -71,7 +73,9 @@ def main(argv=None) -> int:
             peft_write.write(draft, adapter, _base_name(source), _origin(source))
             lines = _adapter_lines(adapter)
         else:
-            lines = write_merged(draft, base, trained, reader, args.dtype, limit, ends)
+            lines = write_merged(
+                draft, base, trained, reader, args.dtype, limit, ends, words.restored
+            )
         print("\n".join([_describe(source, trained), *lines]), flush=True)
         _check(draft, args, trained, reader, base, tokenizer, ends)
     print(f"done: {args.format} in {args.out}")
@@ -202,11 +206,13 @@ def write_merged(
     dtype: str | None,
     max_shard_bytes: int | None,
     end_token_ids: Sequence[int] = (),
+    tokenizer_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """Writes the base's directory with the adapter added; returns what there is to say about it.
 
     Args:
       end_token_ids: tokens that end a text of the run, the tokenizer's own first.
+      tokenizer_settings: of the training, where the base has others now.
     """
     changed = adapted_tensors(reader.table, trained.factors)
     notes = rewrite_model(
@@ -217,6 +223,7 @@ def write_merged(
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         end_token_ids=end_token_ids,
+        tokenizer_settings=tokenizer_settings,
     )
     lines = [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
     return lines + [f"note     {note}" for note in notes]

@@ -134,7 +134,10 @@ def prepare(config: TrainConfig) -> Job:
         revision=revision_of(directory),
         base=base,
     )
-    lines = [line for report in reports for line in report.lines()] + notes
+    lines = reports[0].lines()
+    for report in reports[1:]:
+        lines += report.lines("held-out data")
+    lines += notes
     if len(reports) == 1:
         lines.append("data.eval_path is not set: no held-out loss is measured")
     lines += [*passes_lines(loader, config.train, total_steps)]

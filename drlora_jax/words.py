@@ -24,6 +24,8 @@ class Words:
     resolved: Resolved | None = None  # None: a base alone, or a run of an earlier version
     notes: tuple[str, ...] = ()
     known_wording: Wording | None = None  # of the run's prompts, once it is known
+    # Settings of the tokenizer that are the training's and that the directory has otherwise now.
+    restored: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.resolved is not None:
@@ -88,9 +90,11 @@ def of_run(source: RunSource) -> Words:
     words = of_base(source.directory)
     if source.resolved is None:
         return dataclasses.replace(words, source=source)
+    before = _settings(words.tokenizer)
     tokenizer, notes = as_trained(
         words.tokenizer, source.resolved, source.directory, source.run_dir
     )
+    after = _settings(tokenizer)
     return Words(
         tokenizer,
         source.directory,
@@ -98,4 +102,9 @@ def of_run(source: RunSource) -> Words:
         source,
         source.resolved,
         tuple(notes),
+        restored={name: after[name] for name in after if after[name] != before[name]},
     )
+
+
+def _settings(tokenizer) -> dict:
+    return {name: getattr(tokenizer, name) for name in ("chat_template", "eos_token")}

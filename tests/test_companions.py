@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
+from street.made import directory
 from tiny import OLMOE, write_tiny_model
 
 from drlora_jax.errors import RunError, UserError
+from drlora_jax.interop.companions import set_tokenizer, write_companions
 from drlora_jax.interop.hf_write import rewrite_model
 
 END, OTHER_END, UNKNOWN = 0, 550, 7
@@ -337,3 +339,24 @@ def test_a_value_that_a_dtype_cannot_hold_is_named(base, dtype, value, message):
         rewrite(base, dtype=dtype)
     target, _ = rewrite(base, "same")
     assert load_file(target / "model.safetensors")["lm_head.weight"][3, 5] == np.float32(-value)
+
+
+def test_the_tokenizer_of_the_training_is_written(tmp_path):
+    """Where the base has another chat template or end token by now, the run's own are exported."""
+    base = directory(tmp_path, "smollm2", "new {{ messages[0].content }}")
+    (base / "chat_template.jinja").write_text("newer")
+    (base / "config.json").write_text("{}")
+    target = tmp_path / "out"
+    target.mkdir()
+    write_companions(base, target, has_head=True)
+    old = {"chat_template": "old {{ messages[0].content }}", "eos_token": "<|im_end|>"}
+    set_tokenizer(target, old)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    asked = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False) == "old Hi"
+    assert tokenizer.eos_token == "<|im_end|>"
+    named = {"default": "one", "tool_use": "two"}
+    set_tokenizer(target, {"chat_template": named})
+    assert transformers.AutoTokenizer.from_pretrained(target).chat_template == named
+    set_tokenizer(target, {"chat_template": None})
+    assert transformers.AutoTokenizer.from_pretrained(target).chat_template is None

@@ -98,9 +98,9 @@ class Report:
         """By path, in the order of reading."""
         return {part.path: part.wording for part in self.parts if part.wording is not None}
 
-    def lines(self) -> list[str]:
+    def lines(self, title: str = "data") -> list[str]:
         """The report as text, warnings last."""
-        lines = [f"data: {', '.join(part.path for part in self.parts)}", *self._wording_lines()]
+        lines = [f"{title}: {', '.join(part.path for part in self.parts)}", *self._wording_lines()]
         lines.append(
             f"{self.rows_read} rows read, {self.rows_kept} kept, {self.documents} documents, "
             f"{self.tokens} tokens, {self.target_tokens} target tokens"

@@ -10,7 +10,8 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from drlora_jax.files import read_json
 
@@ -83,6 +84,29 @@ def write_companions(
         more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
         notes.append(f"left out: {', '.join(left_out[:SHOWN])}{more} (no part of the model)")
     return notes
+
+
+def set_tokenizer(target: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes settings into the tokenizer's files of an export, in place of what they say.
+
+    A chat template there replaces all that lie in files of their own.
+    """
+    if not settings:
+        return
+    file = target / "tokenizer_config.json"
+    values = (read_json(file) if file.is_file() else {}) | dict(settings)
+    if "chat_template" in settings:
+        for name in ("chat_template.jinja", "chat_template.json"):
+            (target / name).unlink(missing_ok=True)
+        shutil.rmtree(target / TEMPLATES, ignore_errors=True)
+        template = values.pop("chat_template")
+        if isinstance(template, dict):
+            template = [{"name": name, "template": text} for name, text in template.items()]
+        values |= {} if template is None else {"chat_template": template}
+    _write_json(file, values)
+    tokens = target / "special_tokens_map.json"
+    if "eos_token" in settings and tokens.is_file():
+        _write_json(tokens, read_json(tokens) | {"eos_token": settings["eos_token"]})
 
 
 def _companions(source: pathlib.Path) -> list[str]:

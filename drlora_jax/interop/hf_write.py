@@ -7,7 +7,9 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -15,7 +17,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.interop.companions import write_companions
+from drlora_jax.interop.companions import set_tokenizer, write_companions
 from drlora_jax.interop.hf_files import HEAD, TensorInfo, open_weights, read_headers
 from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.models.architecture import ModelConfig
@@ -61,6 +63,7 @@ def rewrite_model(
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
     end_token_ids: Sequence[int] = (),
+    tokenizer_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
     """Writes `source` to the directory `target` with `change(key, value)` for the changed tensors.
 
@@ -72,11 +75,13 @@ def rewrite_model(
       dtype: of every tensor; None: each keeps its own. A changed value is rounded to it once.
       max_shard_bytes: cut into files of at most this size; None: the files that `source` has.
       end_token_ids: tokens that end a text, for `generation_config.json` and `config.json`.
+      tokenizer_settings: of tokenizer_config.json, where others are to stand than in `source`.
     """
     tensors = read_headers(source)
     notes = write_companions(
         source, target, has_head=HEAD in tensors, dtype=dtype, end_token_ids=end_token_ids
     )
+    set_tokenizer(target, tokenizer_settings)
     shards = _same_shards(tensors)
     if max_shard_bytes is not None:
         shards = _cut_shards(tensors, dtype, max_shard_bytes)

@@ -363,7 +363,7 @@ def test_an_unknown_template_is_answered_with_the_known_ones(tmp_path):
 
 def test_rows_of_another_format_are_asked_with_its_name(tmp_path):
     run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS["alpaca"]])
-    with pytest.raises(UserError, match=r"'instruction' is missing.*read as alpaca; --format"):
+    with pytest.raises(UserError, match=r"'instruction' is missing.*read as alpaca.*--format"):
         asked(run.words(), [chat_row()], tmp_path)
     [prompt] = asked(run.words(), [chat_row()], tmp_path, row_format="chat")
     own = own_prompt(run.words().tokenizer, [{"role": "user", "content": QUESTION}])
