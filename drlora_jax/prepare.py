@@ -61,13 +61,14 @@ class Job(NamedTuple):
     model_config: ModelConfig
     adapter: AdapterSpec
     policy: Policy
-    resolved: Resolved  # how rows were written, by which tokenizer, on which base
     loader: Loader
     eval_batches: list[Batch]
     mesh_sizes: tuple[int, ...]
     total_steps: int
     schedule_steps: int  # what the growth schedule is made for, fixed when the run is created
     lines: list[str]  # what to tell before step 1
+    # How rows were written, by which tokenizer, on which base; None where no data were read.
+    resolved: Resolved | None = None
 
 
 def prepare(config: TrainConfig) -> Job:

@@ -112,12 +112,15 @@ class RunDirectory:
         return hold_lock(self.path) if self._writes else contextlib.nullcontext()
 
     def has_checkpoint(self) -> bool:
-        return self.newest_step() > 0
+        return bool(self._steps())
 
     def newest_step(self) -> int:
         """Of the checkpoints; 0 if there is none."""
+        return max(self._steps(), default=0)
+
+    def _steps(self) -> list[int]:
         entries = [entry for entry in self.checkpoints.glob("*") if entry.is_dir()]
-        return max((int(e.name) for e in entries if e.name.isdecimal()), default=0)
+        return [int(entry.name) for entry in entries if entry.name.isdecimal()]
 
     def check_settings(self, stored: dict, config: TrainConfig) -> None:
         """Refuses to resume with settings that would make it another run; reads no data."""

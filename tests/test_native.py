@@ -48,11 +48,12 @@ def python(code: str, **environment) -> subprocess.CompletedProcess:
 WHY_NOT = "from drlora_jax.ops.native import library; print(library.why_not())"
 CHOICES = """
 import jax.numpy as jnp
-from drlora_jax.ops.attention import Call, choose_backend
-from drlora_jax.ops.backends import cannot_compute_experts, expert_backend
+from drlora_jax.ops import attention, backends
 float32 = jnp.dtype(jnp.float32)
-print(expert_backend("cpu"), choose_backend("cpu", Call(512, 64, 64, float32)))
-print(cannot_compute_experts("native", "cpu", {}, float32))
+experts = backends.Call("cpu", float32)
+of_attention = attention.choose_backend("cpu", attention.Call(512, 64, 64, float32))
+print(backends.choose_backend(experts), of_attention)
+print(backends.cannot("native", experts))
 """
 
 

@@ -33,6 +33,11 @@ def change(place, **values):
     file.write_text(json.dumps({key: value for key, value in stored.items() if value is not ...}))
 
 
+def resolved() -> dict:
+    """The block of a new run in this place."""
+    return prepare(tiny_config(pathlib.Path("."), "other")).resolved.to_json()
+
+
 def test_a_run_finds_its_base(place):
     source = find_run("run")
     assert source.step == 5 and source.directory == pathlib.Path("model")
@@ -43,7 +48,7 @@ def test_an_older_run_finds_its_base(place):
     older = legacy_fingerprint(place / "model")
     change(place, base_fingerprint=older)
     assert find_run("run").base_fingerprint == older  # as results before had it
-    change(place, resolved={})
+    change(place, resolved=resolved())
     with pytest.raises(UserError, match="model is not the base of run.*with --model-path"):
         find_run("run")
 
@@ -110,7 +115,7 @@ def test_a_hub_name_is_loaded_in_its_revision(place, monkeypatch):
     stored["config"]["model"]["path"] = "owner/name"
     change(place, **stored)
     assert find_run("run").step == 5
-    change(place, resolved={"model_revision": "a" * 40})
+    change(place, resolved=resolved() | {"model_revision": "a" * 40})
     assert find_run("run").step == 5
     assert asked == [("owner/name", None), ("owner/name", "a" * 40)]
 

@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from drlora_jax.data.tokenize import encode_prompt
-from drlora_jax.data.wording import Writer
+from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.scoring import Scorer
 from drlora_jax.generation import GREEDY, Generator, Sampling
@@ -43,7 +43,7 @@ class JaxLM(TemplateLM):
     Args:
       max_length: tokens that the model sees; None: what its config.json says.
       seed: of sampled answers; greedy ones do not depend on it.
-      writer: of chats; None: there are only plain prompts.
+      writer: of chats; None: in the tokenizer's own chat template.
       has_system: whether the user gave a system message, which is not to be left out.
     """
 
@@ -109,17 +109,21 @@ class JaxLM(TemplateLM):
         prompt the last turn is the beginning of the answer.
         """
         turns, begun = list(chat_history), ""
+        writer = self._writer or self._own_writer()
         if not add_generation_prompt:
-            begun = self._writer.as_is(turns.pop()["content"]).text
+            begun = writer.as_is(turns.pop()["content"]).text
         try:
-            prompt = self._writer.turns(turns)
+            prompt = writer.turns(turns)
         except UserError:
             others = [turn for turn in turns if turn["role"] != "system"]
             if len(others) == len(turns) or self._has_system:
                 raise
-            prompt = self._writer.turns(others)
+            prompt = writer.turns(others)
             self._say_once("the template writes no system message; those of the task are left out")
         return "".join(segment.text for segment in prompt.segments) + begun
+
+    def _own_writer(self) -> Writer:
+        return Writer(named_wording("tokenizer", self.tokenizer), self.tokenizer)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
