@@ -132,7 +132,8 @@ def test_the_tail_of_a_prompt_has_text_and_begins_with_a_character():
     assert tail == (long + [1] * 20)[-len(tail) :] and tail[0] not in SPECIAL
     assert prompt_tail(letters, [1, 2]) == [1, 2]
     split = [*b"x", *"\u20ac".encode(), *b"abcdefg"]  # eight tokens back: its last byte
-    assert prompt_tail(letters, split) == split
+    tail = prompt_tail(letters, split)
+    assert tail == split[-len(tail) :] and letters.decode(tail) == "\u20acabcdefg"
 
 
 def test_only_special_tokens_of_stop_strings_are_shown():

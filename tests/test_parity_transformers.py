@@ -172,7 +172,8 @@ def test_logits_equal_the_live_ones(tmp_path, oracle, variant):
     directory = copy_model(variant, layout, tmp_path)
     live_BTV = oracle.all_logits(oracle.load_model(directory), rows)
     stored_NV = load_arrays(variant)["logits"]
-    assert np.abs(live_BTV[stored_positions()] - stored_NV).max() <= 2e-5
+    # Made on another processor, whose f32 kernels round otherwise: by the bar of all logits.
+    assert_close(stored_NV, live_BTV[stored_positions()], f"{variant} stored")
     got_BTV = our_logits(directory, rows)
     for index, name in enumerate(ROW_NAMES):
         is_valid_T = rows.segments[index] > 0
