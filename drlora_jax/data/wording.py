@@ -8,6 +8,7 @@ the very text that training put in front of an answer.
 
 import dataclasses
 import datetime
+import difflib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -107,8 +108,12 @@ def named_wording(
     if template in ("none", AS_IS):
         return Wording(TEXT, AS_IS)
     if template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
-        known = ", ".join((*PROMPT_TEMPLATES, *CHAT_TEMPLATES))
-        raise UserError(f"--template {template}: there is no such template; known: {known}, none.")
+        known = (*PROMPT_TEMPLATES, *CHAT_TEMPLATES, "none")
+        near = difflib.get_close_matches(template, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"--template {template}: there is no such template; {hint}Known: {', '.join(known)}."
+        )
     row_format = "chat" if template in CHAT_TEMPLATES else "prompt_response"
     template = choose_template(template, row_format, tokenizer)
     date = _date(DataSection(), template, tokenizer, date)
@@ -128,11 +133,7 @@ class Writer:
 
     def __init__(self, wording: Wording, tokenizer):
         self.wording, self.tokenizer = wording, tokenizer
-        self._style = Style(wording.template, wording.special_tokens, wording.date)
-
-    @property
-    def style(self) -> Style:
-        return self._style
+        self.style = Style(wording.template, wording.special_tokens, wording.date)
 
     def documents(self, fields: dict) -> tuple[list[Written], Conversation]:
         """A training row as documents, usually one, and what was read of the row.
@@ -145,9 +146,9 @@ class Writer:
             text, unread = read_text(fields, names)
             return [Written([self.as_is(text, True)], False)], Conversation((), (), unread=unread)
         conversation = read_row(fields, row_format, names)
-        left = unwritten(conversation, self._style, self.tokenizer)
+        left = unwritten(conversation, self.style, self.tokenizer)
         conversation = conversation._replace(unread=(*conversation.unread, *left))
-        return write(conversation, self._style, self.tokenizer), conversation
+        return write(conversation, self.style, self.tokenizer), conversation
 
     def row_prompt(self, fields: dict, *, system: str | None = None) -> Prompt:
         """What stands before the answer of a row like those of training; an answer that the row
@@ -159,7 +160,7 @@ class Writer:
             conversation = _asked(text)._replace(unread=unread)
         else:
             conversation = read_row(fields, row_format, names, needs_answer=False)
-            left = unwritten(conversation, self._style, self.tokenizer)
+            left = unwritten(conversation, self.style, self.tokenizer)
             conversation = conversation._replace(unread=(*conversation.unread, *left))
         prompt = self.prompt(_with_system(conversation, system))
         return prompt._replace(unread=conversation.unread)
@@ -211,7 +212,7 @@ class Writer:
         if self.wording.is_as_is:
             return self._as_is(conversation)
         try:
-            return self._made(write_prompt(conversation, self._style, self.tokenizer))
+            return self._made(write_prompt(conversation, self.style, self.tokenizer))
         except BadRow as error:
             raise UserError(f"The prompt cannot be written: {error}.") from error
 
@@ -231,7 +232,7 @@ class Writer:
 
     def _pair(self, question: str, answer: str) -> list[Segment]:
         turns = tuple(_turns(question, answer))
-        [document] = write(Conversation(turns, (False, True)), self._style, self.tokenizer)
+        [document] = write(Conversation(turns, (False, True)), self.style, self.tokenizer)
         return document.segments
 
     def _made(self, segments: list[Segment]) -> Prompt:
