@@ -357,7 +357,7 @@ def test_options_that_a_task_does_not_read_are_refused(task, option, tmp_path):
 
 def test_an_unknown_template_is_answered_with_the_known_ones(tmp_path):
     run = Run(tmp_path, "smollm2", None, [LAYOUTS["pair"]])
-    with pytest.raises(UserError, match=r"--template nope: .*known: plain, .*none"):
+    with pytest.raises(UserError, match=r"--template nope: .*Known: plain, .*none"):
         generate.Asker(run.words(), arguments(template="nope"))
 
 
