@@ -21,6 +21,7 @@ from drlora_jax import resume
 from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
+from drlora_jax.interop.directories import is_run
 from drlora_jax.run_lock import hold_lock
 from drlora_jax.sinks import Sink
 from drlora_jax.units import format_bytes
@@ -58,7 +59,7 @@ class RunDirectory:
             stored = read_json(self.config_file)
         except UserError as error:
             raise UserError(f"{error} Mend it, or give a new run.dir.") from error
-        if not _is_run(stored):
+        if not is_run(stored):
             raise UserError(
                 f"run.dir={self.path} is not a run directory: its config.json is of something else "
                 "or damaged; give a new one."
@@ -248,18 +249,6 @@ def _is_empty(path: pathlib.Path) -> bool:
         return not any(path.iterdir())
     except OSError:  # no permission to look
         return False
-
-
-def _is_run(stored: dict) -> bool:
-    config, steps = stored.get("config"), stored.get("schedule_steps")
-    fingerprints = (stored.get("base_fingerprint"), stored.get("data_fingerprint"))
-    return (
-        isinstance(config, dict)
-        and all(isinstance(fields, dict) for fields in config.values())
-        and all(isinstance(value, str) for value in fingerprints)
-        and isinstance(steps, int)
-        and steps > 0
-    )
 
 
 def _is_kept(line: str, step: int) -> bool:
