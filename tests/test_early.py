@@ -160,7 +160,7 @@ def check_signal(tmp_path, module, arguments, number, delay) -> None:
     assert time.monotonic() - sent < 20, f"{number.name} after {delay} s"
 
 
-TRAIN = ("--config", "bundled:tiny", "run.dir=run")
+TRAIN = ("--config", "bundled:tiny", "run.dir=run", "mesh.data=1")
 linux = pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads /proc")
 
 
