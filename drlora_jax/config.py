@@ -22,7 +22,7 @@ from drlora_jax.config_sections import (
     RunSection,
     TrainSection,
 )
-from drlora_jax.config_sections.section import require
+from drlora_jax.config_sections.section import field_types, require
 from drlora_jax.config_types import parse, type_name
 from drlora_jax.errors import UserError
 from drlora_jax.files import FILE, check_local, kind_of, local_path
@@ -232,21 +232,21 @@ def all_fields() -> list[tuple[str, str, object]]:
 
 
 def _section_class(section: str) -> type:
-    classes = typing.get_type_hints(TrainConfig)
+    classes = field_types(TrainConfig)
     if section not in classes:
         raise UserError(f"Unknown config section {section!r}{_suggest(section, classes)}")
     return classes[section]
 
 
 def _field_type(section: str, name: str):
-    hints = typing.get_type_hints(_section_class(section))
+    hints = field_types(_section_class(section))
     if name not in hints:
         every = [
             row
             for row in (
                 f"{s}.{n}"
-                for s in typing.get_type_hints(TrainConfig)
-                for n in typing.get_type_hints(_section_class(s))
+                for s in field_types(TrainConfig)
+                for n in field_types(_section_class(s))
             )
         ]
         raise UserError(

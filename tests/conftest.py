@@ -6,12 +6,15 @@ tests start and for runs that are resumed: a directory for each worker, because 
 """
 
 import atexit
+import gc
 import importlib.metadata
 import os
 import shutil
 import tempfile
 
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+# Programs this small compile in less time in one piece, and there is one worker a core.
+FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Its older emitters compile in half the time; later versions do not have them any more.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -23,6 +26,9 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": KEPT,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
 }
+
+# jax keeps millions of objects; to look at all of them again and again was a twelfth of the time.
+gc.set_threshold(10_000, 20, 100)
 
 import jax  # noqa: E402  (the flags above must be set first)
 import pytest  # noqa: E402

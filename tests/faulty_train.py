@@ -1,7 +1,6 @@
 """`python faulty_train.py FAULT [arguments of drlora_jax.train]`: a training in which process 1
 goes wrong in its second step of this start.
 
-    none     nothing happens
     mask     one bit of its copy of the rank mask flips
     kill     it is killed
     apart    its run.dir is another directory
@@ -58,7 +57,7 @@ def send(number):
     return signal_self
 
 
-FAULTS = {"mask": flip_a_bit} | dict.fromkeys(("none", "apart", "heldout"), lambda state: state)
+FAULTS = {"mask": flip_a_bit} | dict.fromkeys(("apart", "heldout"), lambda state: state)
 FAULTS |= {"kill": send(signal.SIGKILL), "term": send(signal.SIGTERM)}
 
 ELSEWHERE = {"apart": "run.dir=elsewhere", "heldout": "data.eval_path=train.jsonl"}

@@ -1,7 +1,9 @@
 """Benchmarks that need a device run here at tiny sizes, so that they are ready for one."""
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -36,20 +38,44 @@ def run_gpu(tmp_path, *arguments: str):
     return done, [json.loads(line) for line in lines]
 
 
-def test_the_accelerator_benchmark_rehearses(tmp_path):
-    """Parts run in their order, from a directory where the package is not to be found."""
-    done, rows = run_gpu(
-        tmp_path, "--rehearse", "--parts", "attention,qwen3,grouped,kernels,event,bounds"
-    )
+@pytest.fixture
+def run_gpu_here(benchmark, monkeypatch, tmp_path):
+    """`gpu.py` with its parts in this process: importing jax takes as long as many of them."""
+    gpu = benchmark("gpu")
+
+    def rows_here(command, seconds, on_cpu):
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert gpu.main(command[2:]) == 0
+        lines = said.getvalue().splitlines()
+        yield from (json.loads(line[len(gpu.ROW) :]) for line in lines if gpu.ROW in line)
+
+    monkeypatch.setattr(gpu, "child_rows", rows_here)
+
+    def run(parts: str) -> list[dict]:
+        out = tmp_path / "rows.jsonl"
+        assert gpu.main(["--rehearse", "--parts", parts, "--out", str(out)]) == 0
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    return run
+
+
+def test_parts_run_in_their_order(tmp_path):
+    """In processes of their own, from a directory where the package is not to be found."""
+    done, (bounds, event) = run_gpu(tmp_path, "--rehearse", "--parts", "event,bounds")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    by_part = {}
-    for row in rows:
-        by_part.setdefault(row["part"], []).append(row)
-    assert list(by_part) == ["bounds", "kernels", "qwen3", "event", "grouped", "attention"]
-    (bounds,), (event,) = by_part["bounds"], by_part["event"]
+    assert (bounds["part"], event["part"]) == ("bounds", "event")
     assert bounds["matmul_tflops"] > 0 and bounds["copy_gb_s"] > 0
     assert event["ranks"][0] < event["ranks"][1]
     assert event["event_steps"] == pytest.approx(event["event_ms"] / event["step_ms"])
+
+
+def test_the_accelerator_benchmark_rehearses(run_gpu_here):
+    by_part = {}
+    for row in run_gpu_here("attention,qwen3,grouped,kernels,bounds"):
+        by_part.setdefault(row["part"], []).append(row)
+    assert list(by_part) == ["bounds", "kernels", "qwen3", "grouped", "attention"]
+    (bounds,) = by_part["bounds"]
     for row in by_part["grouped"]:
         assert row["of_measured_matmul"] == pytest.approx(row["tflops"] / bounds["matmul_tflops"])
         assert row["dense_expansions"]  # on a CPU
@@ -83,10 +109,8 @@ def test_ours_and_peft_with_the_same_weights(tmp_path):
     assert ratio["peak_gib"] == ours["peak_gib"] / peft["peak_gib"]
 
 
-def test_thin_products_and_the_largest_kernels(tmp_path):
-    done, rows = run_gpu(tmp_path, "--rehearse", "--parts", "thin,profile")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    *thin, profile = rows
+def test_thin_products_and_the_largest_kernels(run_gpu_here):
+    *thin, profile = run_gpu_here("thin,profile")
     directions = {"forward", "input_gradient", "weight_gradient"}
     for rank in (16, 32, 64):
         measured = [row for row in thin if row["rank"] == rank and row["backend"] == "ragged_dot"]

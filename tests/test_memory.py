@@ -31,10 +31,10 @@ def build(remat, *overrides):
         ("selective", 4, "native"),  # as shipped
         ("full", 16, "native"),
         ("selective", 4, "block"),
-        ("full", 4, "block"),
-        ("selective", 16, "block"),
-        ("full", 48, "block"),
         ("full", 16, "dense"),
+        pytest.param("full", 4, "block", marks=pytest.mark.slow),
+        pytest.param("selective", 16, "block", marks=pytest.mark.slow),
+        pytest.param("full", 48, "block", marks=pytest.mark.slow),
     ],
 )
 def test_forecast(remat, rows, experts):

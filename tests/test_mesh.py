@@ -1,12 +1,11 @@
 """Eight simulated devices: the numbers do not depend on the mesh.
 
-DRLORA_MESHES=all tries every factorisation of eight, some minutes; otherwise a selection in which
-every axis, and every pair of axes that share work, occurs.
+By default on a selection in which every axis occurs, and fsdp, expert and tensor together; `-m slow`
+tries every factorisation of eight.
 """
 
 import itertools
 import math
-import os
 
 import jax
 import numpy as np
@@ -26,8 +25,10 @@ STEPS = 20  # over the growth events after steps 5 and 11
 VALUES = OLMOE | {"hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
 VALUES |= {"num_experts": 8}
 EVERY = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
-SOME = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 2, 4), (1, 1, 1, 8), (1, 2, 2, 2)]
-MESHES = EVERY if os.environ.get("DRLORA_MESHES") == "all" else SOME
+SOME = [(8, 1, 1, 1), (1, 1, 1, 8), (1, 2, 2, 2)]
+MESHES = [
+    sizes if sizes in SOME else pytest.param(sizes, marks=pytest.mark.slow) for sizes in EVERY
+]
 
 
 def take_steps(folder, name, mesh):

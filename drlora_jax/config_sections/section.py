@@ -1,6 +1,7 @@
 """What every section of a config is: typed fields, checked where the section is made."""
 
 import dataclasses
+import functools
 import typing
 
 from drlora_jax.config_types import check_type
@@ -28,12 +29,18 @@ def fraction(section: str, values: dict[str, float]) -> None:
         require(0 <= value < 1, f"{section}.{name} must be in [0, 1), got {value}.")
 
 
+@functools.cache  # it takes longer than all checks together
+def field_types(cls: type) -> dict[str, typing.Any]:
+    """The types of a dataclass's fields by name."""
+    return typing.get_type_hints(cls)
+
+
 class Section:
     """A part of the config: types are checked first, then what `check` of the section says."""
 
     def __post_init__(self):
         section = type(self).__name__.removesuffix("Section").lower()
-        kinds = typing.get_type_hints(type(self))
+        kinds = field_types(type(self))
         for item in dataclasses.fields(self):
             check_type(f"{section}.{item.name}", getattr(self, item.name), kinds[item.name])
         self.check()

@@ -74,7 +74,6 @@ def test_it_generates_evaluates_and_exports(folder, capsys):
     assert json.loads(sample)["prompt"] == PROMPT
     rows.unlink()
     named = [*options, "--template", "tokenizer"]
-    assert evaluate.main(["--tasks", f"gsm8k={tasks}", *named, ONE]) == EXIT_DONE
     assert generate.main(["--prompt", QUESTION, *named]) == EXIT_DONE
     written = json.loads((pathlib.Path("run") / score["samples"]).read_text())["text"]
     assert capsys.readouterr().out.rstrip("\n").endswith(written)
