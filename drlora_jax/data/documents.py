@@ -67,7 +67,7 @@ def load_documents(
             "the first token of a row is never predicted."
         )
     check_tokenizer(tokenizer)
-    split = config.eval_split if evaluation else config.split
+    split = _splits(config)[evaluation]
     reader = _Reader(config, tokenizer, sequence_length, date, vocab_size, say)
     limit = None if evaluation else config.max_rows
     return reader.read(_files(config, paths, split), limit)
@@ -75,9 +75,17 @@ def load_documents(
 
 def check_paths(config: DataSection) -> None:
     """Finds everything that `path` and `eval_path` name, before any of it is read."""
-    for paths, split in ((config.path, config.split), (config.eval_path, config.eval_split)):
+    for paths, split in zip((config.path, config.eval_path), _splits(config), strict=True):
         for path in paths:
-            find_sources(split_task(path)[1] if config.format == CHOICE else path, split=split)
+            find_sources(split_task(path)[1] if config.format == CHOICE else path, **split)
+
+
+def _splits(config: DataSection) -> tuple[dict[str, str], dict[str, str]]:
+    """The split of `path` and that of `eval_path`, each with the field that says it."""
+    return (
+        {"split": config.split, "setting": "data.split"},
+        {"split": config.eval_split, "setting": "data.eval_split"},
+    )
 
 
 def digest(documents: list[Document]) -> str:
@@ -89,13 +97,13 @@ def digest(documents: list[Document]) -> str:
     return found.hexdigest()
 
 
-def _files(config: DataSection, paths, split: str) -> Iterator[tuple[str, str, Iterator[Row]]]:
+def _files(config: DataSection, paths, split: dict) -> Iterator[tuple[str, str, Iterator[Row]]]:
     """(multiple-choice task or "", file, rows) of every file."""
     if config.format != CHOICE:
-        yield from (("", *each) for each in read_paths(paths, split=split))
+        yield from (("", *each) for each in read_paths(paths, **split))
         return
     for task, path in [split_task(path) for path in paths]:  # all are checked before one is read
-        yield from ((task, *each) for each in read_paths((path,), split=split))
+        yield from ((task, *each) for each in read_paths((path,), **split))
 
 
 class _Reader:
