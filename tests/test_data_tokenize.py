@@ -348,6 +348,25 @@ def test_rows_of_two_formats_in_one_file(tmp_path):
         _load(tmp_path, rows, format="prompt_response")
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "way"),
+    [
+        (GOOD, {}, "set data.prompt_field=prompt for rows like this one"),
+        ({"text": "a"}, {}, "set data.format=auto for rows like this one"),
+        ({"question": "a", "answer": "b"}, {}, "set data.prompt_field=question data.response_f"),
+        ({"data": [GOOD]}, {}, "'data' is a list of rows: write its objects one a line"),
+        (GOOD, {"format": "text"}, "set data.format=auto data.prompt_field=prompt for rows"),
+    ],
+)
+def test_settings_for_other_rows(tmp_path, row, options, way):
+    """As when a config that was written for one data set is used with another."""
+    options = {"format": "prompt_response", "prompt_field": "query"} | options
+    with pytest.raises(UserError, match=f"jsonl:1: field .* is missing, .*; add it, or {way}"):
+        _load(tmp_path, [row], **options)
+    with pytest.raises(UserError, match=f"no row is left of 2: 2 missing field .*, or {way}"):
+        _load(tmp_path, [row] * 2, bad_rows="skip", **options)
+
+
 def test_nothing_left(tmp_path):
     with pytest.raises(UserError, match="no row is left of 2: 2 empty response"):
         _load(tmp_path, [GOOD | {"response": ""}] * 2, bad_rows="skip")

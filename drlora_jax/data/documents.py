@@ -13,7 +13,7 @@ from typing import NamedTuple
 from drlora_jax.config import DataSection
 from drlora_jax.data.choices import FORMAT as CHOICE
 from drlora_jax.data.choices import render_choice, split_task
-from drlora_jax.data.layouts import detect_format
+from drlora_jax.data.layouts import detect_format, other_settings
 from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, find_sources, read_paths
@@ -188,9 +188,15 @@ class _Reader:
         return written
 
     def _explained(self, error: BadRow, row: Row, part: PathReport) -> BadRow:
-        """The error, or that the row is not laid out like the first one of its file."""
-        if not part.is_detected or error.reason != "missing field":
+        """The error, or that the row is not laid out like the first one of its file, or that the
+        settings are for other rows than that first one.
+        """
+        if error.reason != "missing field":
             return error
+        if not part.is_detected:
+            names, is_first = part.wording.fields, part.rows_read == 1
+            way = other_settings(row.fields, names, part.wording.format) if is_first else ""
+            return BadRow(error.reason, f"{error}, or {way}") if way else error
         try:
             found, _ = detect_format(row.fields, field_names(self._config))
         except UserError:
