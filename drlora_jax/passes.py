@@ -22,7 +22,13 @@ def passes_lines(loader: Loader, section: TrainSection, total_steps: int) -> lis
         f"{epoch} {kind} per epoch; {total_steps} steps of {section.batch_size} rows are "
         f"{_number(passes)} passes{beside}"
     ]
-    if passes >= MANY_PASSES:
+    if passes >= MANY_PASSES and section.batch_size > epoch:
+        lines.append(
+            f"warning: train.batch_size={section.batch_size} is larger than the data ({epoch} rows "
+            f"per epoch), so each step repeats rows: {_number(passes)} passes in all; lower "
+            "train.batch_size"
+        )
+    elif passes >= MANY_PASSES:
         lines.append(
             f"warning: {_number(passes)} passes over the training data; is that meant? One pass is "
             f"train.epochs=1"

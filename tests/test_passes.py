@@ -50,6 +50,17 @@ def test_many_passes(pack, epochs):
     assert not [line for line in said(rows * 9 // 4, epochs=9, pack=pack) if "warning" in line]
 
 
+def test_a_batch_larger_than_the_data():
+    """One epoch is a step at least, so counting in epochs would not help."""
+    _, warning = said(5, lengths=(16,) * 4, batch_size=4)
+    assert warning == (
+        "warning: train.batch_size=4 is larger than the data (1 rows per epoch), so each step "
+        "repeats rows: 20 passes in all; lower train.batch_size"
+    )
+    _, warning = said(10, lengths=(64,) * 4, batch_size=4)
+    assert warning.endswith("is that meant? One pass is train.epochs=1")
+
+
 def test_rows_longer_than_the_positions_of_the_model():
     rows = loader((16, 60), sequence_length=64)
     assert length_lines(rows, None) == length_lines(rows, 64) == []
