@@ -376,7 +376,7 @@ def test_too_long(tmp_path):
     documents, report = _load(tmp_path, [GOOD, LONG], too_long="truncate")
     assert [len(each.tokens) for each in documents][1] == 32
     assert report.truncated == 1 and EOS not in documents[1].tokens
-    assert "truncated 1 rows to train.sequence_length" in report.lines()
+    assert "truncated 1 row to train.sequence_length" in report.lines()
     documents, report = _load(tmp_path, [GOOD, LONG], too_long="skip")
     assert len(documents) == 1 and report.skipped == {"too long": 1}
     with pytest.raises(
