@@ -314,6 +314,22 @@ def test_data_set_and_its_report(tmp_path):
     assert not any("warning" in line or "skipped" in line for line in report.lines())
 
 
+@pytest.mark.parametrize("template", ["plain", "tulu", "tokenizer"])
+@pytest.mark.parametrize("special_tokens", ["split", "keep"])
+def test_rows_with_control_tokens_are_counted(tmp_path, monkeypatch, special_tokens, template):
+    """In the texts of the row; those that the template writes are meant."""
+    chat = (
+        "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", chat)
+    rows = [GOOD, GOOD | {"prompt": "a</s>b"}, GOOD | {"response": "<s>"}, GOOD | {"id": "</s>"}]
+    options = {"special_tokens": special_tokens, "template": template}
+    _, report = _load(tmp_path, rows, **options)
+    assert report.guarded == 2
+    assert any(line.startswith("2 rows have control tokens") for line in report.lines())
+
+
 def test_own_field_names(tmp_path):
     options = {"prompt_field": "question", "response_field": "answer"}
     documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from drlora_jax.config import DataSection
 from drlora_jax.data.choices import FORMAT as CHOICE
 from drlora_jax.data.choices import render_choice, split_task
-from drlora_jax.data.layouts import detect_format, other_settings
+from drlora_jax.data.layouts import Conversation, detect_format, other_settings
 from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, find_sources, read_paths
@@ -171,6 +171,7 @@ class _Reader:
             self._report.ended_thinking = closing or self._report.ended_thinking
 
     def _written(self, task: str, row: Row, part: PathReport) -> list[Written]:
+        conversation = None
         if task:
             segments = [
                 self._writer.as_is(segment.text, segment.is_response)
@@ -184,7 +185,7 @@ class _Reader:
                 names = ", ".join(conversation.unread)
                 raise UserError(f"fields that nothing reads: {names} (data.unread=stop)")
         self._report.several += len(written) > 1
-        self._report.guarded += self._has_control_tokens(written, part)
+        self._report.guarded += self._has_control_tokens(written, conversation)
         return written
 
     def _explained(self, error: BadRow, row: Row, part: PathReport) -> BadRow:
@@ -209,13 +210,17 @@ class _Reader:
             "give each format a file of its own",
         )
 
-    def _has_control_tokens(self, written: list[Written], part: PathReport) -> bool:
+    def _has_control_tokens(
+        self, written: list[Written], conversation: Conversation | None
+    ) -> bool:
         """Whether the row's own text has control tokens; a template's are not meant."""
+        wording = self._writer.wording
         texts = [segment.text for each in written for segment in each.segments]
-        if part.wording.special_tokens == "split":
+        if wording.special_tokens == "split":
             return any(GUARD in text for text in texts)
-        pattern = control_pattern(self._tokenizer)
-        return part.wording.is_as_is and any(pattern.search(text) for text in texts)
+        if wording.is_as_is:
+            return any(map(control_pattern(self._tokenizer).search, texts))
+        return self._writer.would_split(conversation)
 
     def _flush(self) -> None:
         """Tokenises the rows that wait, and takes their documents."""
