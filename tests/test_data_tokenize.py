@@ -330,6 +330,23 @@ def test_rows_with_control_tokens_are_counted(tmp_path, monkeypatch, special_tok
     assert any(line.startswith("2 rows have control tokens") for line in report.lines())
 
 
+@pytest.mark.parametrize("end", ["", "</s>"])
+def test_answers_that_the_template_does_not_end(tmp_path, monkeypatch, end):
+    chat = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}END{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    ).replace("END", end)
+    monkeypatch.setattr(TOKENIZER, "chat_template", chat)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "four"}]
+    for count in (1, 2):
+        rows = [{"messages": turns * count}] * 2
+        _, report = _load(tmp_path, rows, template="tokenizer", length=100)
+        found = [line for line in report.lines() if "several answers" in line]
+        assert len(found) == (count == 2 and not end)
+        assert not found or found[0].startswith("2 rows with several answers: the template ends")
+
+
 def test_own_field_names(tmp_path):
     options = {"prompt_field": "question", "response_field": "answer"}
     documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)

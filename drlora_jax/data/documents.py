@@ -185,6 +185,7 @@ class _Reader:
                 names = ", ".join(conversation.unread)
                 raise UserError(f"fields that nothing reads: {names} (data.unread=stop)")
         self._report.several += len(written) > 1
+        self._report.unended += any(map(_has_open_answers, written))
         self._report.guarded += self._has_control_tokens(written, conversation)
         return written
 
@@ -260,6 +261,11 @@ class _Reader:
         if self._config.bad_rows == "stop" and error.reason != "too long":
             raise UserError(f"{message} (or set data.bad_rows=skip).") from error
         part.skip(error.reason, message)
+
+
+def _has_open_answers(written: Written) -> bool:
+    """Whether a document has several answers, and the template ends none of them."""
+    return not written.is_ended and sum(segment.is_response for segment in written.segments) > 1
 
 
 def _size(documents: list[Document]) -> int:

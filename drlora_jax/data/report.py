@@ -74,6 +74,7 @@ class Report:
     left_out: list[str] = dataclasses.field(default_factory=list)  # paths behind data.max_rows
     truncated: int = 0
     split: int = 0  # rows cut into windows
+    unended: int = 0  # rows of several answers, of which only the last one is taught an end
     several: int = 0  # rows that became a document for each answer
     guarded: int = 0  # rows with control tokens in their own text
     straddled: int = 0  # learned texts whose first characters lie in a token of the prompt
@@ -163,6 +164,11 @@ class Report:
             lines.append(
                 f"{counted(self.several, 'row')} became one document per answer: the chat template "
                 "rewrites earlier turns"
+            )
+        if self.unended:
+            lines.append(
+                f"{counted(self.unended, 'row')} with several answers: the template ends none with "
+                "a control token, so only the last answer of a row is taught to end"
             )
         if self.ended_thinking is not None:
             lines.append(
