@@ -33,7 +33,6 @@ from drlora_jax.optimizer import make_optimizer
 from drlora_jax.run_dir import RunDirectory
 from drlora_jax.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
 from drlora_jax.stop_signals import StopSignals
-from drlora_jax.units import counted
 
 
 class Domain(NamedTuple):
@@ -57,8 +56,7 @@ def main(argv=None) -> int:
     tx, schedule = make_optimizer(config.train, config.train.steps)
     params = init_params(model, config.run.seed)
     print(
-        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, "
-        f"{counted(len(domains), 'domain')}"
+        f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters, {len(domains)} domains"
     )
     run_dir, digest = RunDirectory(config.run.dir), hashlib.sha256(repr(model_config).encode())
     origin = {"base_fingerprint": digest.hexdigest(), "data_fingerprint": ""}

@@ -182,10 +182,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(folder, model, run_dir, tmp
         (["--model", str(model), "--tasks", "arc_easy", "--data-dir", "absent"], "no directory"),
         (["--model", str(model), "--tasks", "humaneval", *data], "--allow-code-execution"),
         (["--model", str(model), "--tasks", "loss"], "no data.eval_path; give a file"),
-        (
-            ["--model", str(model), "--tasks", f"loss={folder / 'data' / 'gsm8k'}"],
-            "no file of the split validation, only of test, train; set data.eval_split=test",
-        ),
+        (["--model", str(model), "--loss", str(train_file.parent)], "set data.eval_split=test, or"),
         (["--model", str(model), "--loss", "absent.txt"], "absent.txt cannot be read"),
         (["--model", str(model), "--tasks", "arc_easy", "--limit", "0", *data], "1 or more"),
         (["--model", str(model), "--tasks", "arc_easy", "train.steps=1"], "only mesh.field"),
