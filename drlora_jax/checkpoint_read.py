@@ -8,9 +8,11 @@ the checkpoint says of its step and run with where it lies. One that does not ho
 
 import contextlib
 import gc
+import inspect
 import math
 import pathlib
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -160,10 +162,22 @@ def _together(work: Callable[[], Any]) -> Any:
             reason = first_line(error)
         if reason:
             gc.collect()  # what Orbax has left behind, while nobody listens
+            _close_abandoned()
     reasons = [each for each in hosts.all_texts(reason) if each]
     if reasons:
         raise Damaged(reasons[0])
     return result
+
+
+def _close_abandoned() -> None:
+    """Closes coroutines that Orbax has made and, where a read failed, not begun. Whatever holds
+    their traceback, such as a log record, would else free them later, each with a warning. Nothing
+    is saved while something is read, so none of them is about to begin.
+    """
+    for each in gc.get_objects():
+        is_left = type(each) is types.CoroutineType and "orbax" in each.cr_code.co_filename
+        if is_left and inspect.getcoroutinestate(each) == inspect.CORO_CREATED:
+            each.close()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 
 import jax
@@ -159,7 +158,6 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if early.handler():  # this process is a command
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         sys.unraisablehook = without_closed_loops(sys.unraisablehook)
     try:
         _check_arguments(sys.argv[1:])  # of every command, whatever parses them

@@ -44,6 +44,7 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.output_dir import check_out, check_space, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.run_source import RunSource, find_run
+from drlora_jax.units import counted
 from drlora_jax.words import of_run
 
 FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
@@ -262,7 +263,7 @@ def _adapter_lines(adapter: peft_write.Adapter) -> list[str]:
 
 def _measured_lines(measured: Measured) -> list[str]:
     lines = [
-        f"checked  {measured.prompts} texts, {measured.tokens} tokens: KL "
+        f"checked  {counted(measured.prompts, 'text')}, {counted(measured.tokens, 'token')}: KL "
         f"{measured.exported.kl:.1e} a token (allowed {MAX_KL:g}); the adapter changes logits by "
         f"up to {measured.adapter_change:.3g}"
     ]

@@ -18,6 +18,9 @@ from drlora_jax.errors import UserError
 FILE, DIRECTORY, ABSENT = "a file", "a directory", "absent"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors takes about 100 MiB
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
+# With one slash, as a path library or a slip leaves it; of these schemes only, as C:/x is a path.
+_STORES = "gs|gcs|s3[an]?|hf|https?|ftps?|hdfs|abfss?|adl|az|wasbs?|oss|r2"
+_ONE_SLASH = re.compile(rf"({_STORES}):/", re.IGNORECASE)
 _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
 _POINTERS = (
     b"version https://git-lfs.github.com/spec/",
@@ -70,6 +73,8 @@ def local_path(text: str, option: str = "") -> pathlib.Path:
 def check_local(text: str, option: str = "") -> None:
     """Refuses an address (`gs://`, `https://`, ...): only paths of this machine are opened."""
     found = _ADDRESS.match(text)
+    if not found and kind_of(expand_user(text)) == ABSENT:  # a folder may have such a name
+        found = _ONE_SLASH.match(text)
     if not found or _FILE_ADDRESS.match(text):
         return
     scheme, rest = found[1].lower(), text[found.end() :]

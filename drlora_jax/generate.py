@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from drlora_jax import cli, early
 from drlora_jax.config import DataSection
 from drlora_jax.data.file_readers import read_stream
+from drlora_jax.data.report import by_rows
 from drlora_jax.data.segments import BadRow
 from drlora_jax.data.sources import read_rows
 from drlora_jax.data.templates import AS_IS
@@ -95,8 +96,8 @@ class Asker:
             note = system_note(self._words.resolved)
             notes += [note] if note else []
         if self._unread:
-            names = ", ".join(f"{name} ({rows} rows)" for name, rows in self._unread.most_common())
-            notes.append(f"{self._args.messages}: fields that are not read: {names}")
+            fields = by_rows(self._unread)
+            notes.append(f"{self._args.messages}: fields that are not read: {fields}")
         return notes
 
     def asked(self) -> list[tuple[Prompt, str]]:

@@ -23,7 +23,7 @@ from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_para
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
 from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.units import format_bytes
+from drlora_jax.units import counted, format_bytes
 
 
 def main(argv=None) -> int:
@@ -110,11 +110,10 @@ def _weight_lines(directory: pathlib.Path, config: ModelConfig) -> list[str]:
     match_keys(config, headers, abstract_params(Decoder(config, DecoderOptions())))
     dtypes = sorted({info.dtype for info in headers.values()})
     files = {info.file for info in headers.values()}
-    files_text = "1 file" if len(files) == 1 else f"{len(files)} files"
     size = sum(file.stat().st_size for file in files)
     return [
-        f"weights     {len(headers):,} tensors of {', '.join(dtypes)} in {files_text}, "
-        f"{format_bytes(size)}"
+        f"weights     {counted(f'{len(headers):,}', 'tensor')} of {', '.join(dtypes)} in "
+        f"{counted(len(files), 'file')}, {format_bytes(size)}"
     ]
 
 

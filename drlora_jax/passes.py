@@ -6,6 +6,7 @@ number of steps that was made for one document a row then trains on everything s
 
 from drlora_jax.config import TrainSection
 from drlora_jax.data.loader import Loader
+from drlora_jax.units import counted
 
 MANY_PASSES = 10
 MANY_PER_ROW = 2  # documents
@@ -15,23 +16,28 @@ def passes_lines(loader: Loader, section: TrainSection, total_steps: int) -> lis
     """Rows of an epoch and passes over them; a warning where they are likely not what was meant."""
     documents, epoch = len(loader.documents), len(loader.epoch_rows(0))
     rows = total_steps * section.batch_size
-    passes, unpacked = rows / epoch, rows / documents
-    kind = "packed rows" if loader.is_packed else "rows of one document"
+    passes, unpacked = counted(_number(rows / epoch), "pass", "passes"), rows / documents
+    kind = ("packed row",) if loader.is_packed else ("row of one document", "rows of one document")
     beside = f" ({_number(unpacked)} without packing)" if loader.is_packed else ""
     lines = [
-        f"{epoch} {kind} per epoch; {total_steps} steps of {section.batch_size} rows are "
-        f"{_number(passes)} passes{beside}"
+        f"{counted(epoch, *kind)} per epoch; {counted(total_steps, 'step')} of "
+        f"{counted(section.batch_size, 'row')}: {passes}{beside}"
     ]
-    if passes >= MANY_PASSES:
+    if rows >= MANY_PASSES * epoch and section.batch_size > epoch:
         lines.append(
-            f"warning: {_number(passes)} passes over the training data; is that meant? One pass is "
-            f"train.epochs=1"
+            f"warning: train.batch_size={section.batch_size} is larger than the data "
+            f"({counted(epoch, 'row')} per epoch), so each step repeats rows: {passes} in all; "
+            "lower train.batch_size"
+        )
+    elif rows >= MANY_PASSES * epoch:
+        lines.append(
+            f"warning: {passes} over the training data; is that meant? One pass is train.epochs=1"
         )
     # Who counts in epochs is told nothing new; less than one pass repeats nothing.
-    elif section.steps and passes > 1 and documents > MANY_PER_ROW * epoch:
+    elif section.steps and rows > epoch and documents > MANY_PER_ROW * epoch:
         lines.append(
             f"warning: packing puts {documents / epoch:.1f} documents into a row, so the steps are "
-            f"{_number(passes)} passes and not {_number(unpacked)}; set data.pack=false, or count "
+            f"{passes} and not {_number(unpacked)}; set data.pack=false, or count "
             "in train.epochs"
         )
     return lines
@@ -48,7 +54,7 @@ def length_lines(loader: Loader, positions: int | None) -> list[str]:
     return [
         f"{kind}: train.sequence_length={loader.sequence_length} is longer than the {positions} "
         "positions of the model (rope scaling counted); the longest document has "
-        f"{longest} tokens, {so}"
+        f"{counted(longest, 'token')}, {so}"
     ]
 
 

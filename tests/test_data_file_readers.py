@@ -159,10 +159,14 @@ def test_the_messages_of_one_row_are_no_rows(tmp_path):
 
 
 def test_a_list_is_chosen_by_nobody(tmp_path):
-    values = {"train": ROWS, "test": ROWS}
-    path = _write(tmp_path, "x.json", json.dumps(values, indent=1).encode())
-    with pytest.raises(UserError, match=r"one JSON object .* train \(list\), test \(list\)"):
-        list(read_rows(path))
+    for indent in (None, 1):
+        values = {"version": 1, "train": ROWS, "test": ROWS}
+        path = _write(tmp_path, "x.json", json.dumps(values, indent=indent).encode())
+        with pytest.raises(UserError, match="one JSON object; 'train', 'test' are lists of rows: "):
+            list(read_rows(path))
+    row = {"prompt": "a", "response": "b", "tools": [{"name": "t"}], "sources": [{"id": 1}]}
+    path = _write(tmp_path, "x.json", json.dumps(row).encode())
+    assert [each.fields for each in read_rows(path)] == [row]
 
 
 @pytest.mark.parametrize(("name", "dialect"), [("x.csv", "excel"), ("x.TSV", "excel-tab")])

@@ -7,7 +7,9 @@ import types
 
 import pytest
 
+from drlora_jax.config import DataSection
 from drlora_jax.data import sources
+from drlora_jax.data.documents import check_paths
 from drlora_jax.data.sources import find_sources, read_paths, read_rows
 from drlora_jax.errors import UserError
 
@@ -192,6 +194,17 @@ def test_folders_that_say_too_little(tmp_path, names, message):
         _files(tmp_path / "d", "validation")
 
 
+def test_only_the_field_that_chooses_a_split_is_named(tmp_path):
+    _shards(tmp_path / "d", "train.jsonl", "test.jsonl")
+    way = "only of test, train; name the file, such as .*/d/test.jsonl"
+    with pytest.raises(UserError, match=way):
+        find_sources(str(tmp_path / "d"), split="validation")
+    config = DataSection(path=(str(tmp_path / "d"),), eval_path=(str(tmp_path / "d"),))
+    way = "only of test, train; set data.eval_split=test, or name the file"
+    with pytest.raises(UserError, match=way):
+        check_paths(config)
+
+
 def test_a_folder_of_several_data_sets(tmp_path):
     _shards(tmp_path, "main/train.jsonl", "socratic/train.jsonl")
     card = "---\nconfigs:\n- config_name: main\n  data_files: x\n- config_name: 'socratic'\n---\n"
@@ -238,7 +251,7 @@ def test_saved_data_sets(tmp_path, shards):
     assert [row.where for row in found] == [f"{path} row {n}" for n in range(1, 10)]
     datasets.DatasetDict(train=made, test=made.select([4])).save_to_disk(tmp_path / "both")
     assert [row.fields for row in read_rows(f"{tmp_path}/both", split="test")] == expected[4:5]
-    with pytest.raises(UserError, match="no split validation; it has train, test"):
+    with pytest.raises(UserError, match="no split validation, only train, test; give .*/test"):
         find_sources(str(tmp_path / "both"), split="validation")
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="which state.json lists, is absent"):

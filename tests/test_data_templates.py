@@ -2,6 +2,7 @@
 
 import random
 
+import jinja2
 import pytest
 import tokenizers
 import transformers
@@ -58,6 +59,24 @@ def _render(fields, row_format, template, **options) -> str:
     tokenizer = make_tokenizer(**options)
     (document,) = write(read_row(fields, row_format), Style(template), tokenizer)
     return _marked(document.segments)
+
+
+@pytest.mark.parametrize("use", ["{{ bos_token }}", "{{ bos_token ~ '' }}", "{{ bos_token + '' }}"])
+def test_a_chat_template_with_a_token_that_is_not_there(use):
+    """As transformers: nothing where it is written, and refused where it is computed with."""
+    tokenizer = make_tokenizer(chat_template=use + OWN.removeprefix("{{ bos_token }}"))
+    tokenizer.bos_token = None
+    conversation = read_row({"messages": CHAT}, "chat")
+    if "+" in use:
+        with pytest.raises(jinja2.UndefinedError):
+            tokenizer.apply_chat_template(CHAT, tokenize=False)
+        way = "needs bos_token, which the tokenizer does not have; set bos_token in tokenizer_con"
+        with pytest.raises(BadRow, match=way):
+            write(conversation, Style("tokenizer"), tokenizer)
+        return
+    (document,) = write(conversation, Style("tokenizer"), tokenizer)
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert plain_text(document.segments) == expected.rstrip("\n")
 
 
 def test_prompt_templates():

@@ -314,6 +314,39 @@ def test_data_set_and_its_report(tmp_path):
     assert not any("warning" in line or "skipped" in line for line in report.lines())
 
 
+@pytest.mark.parametrize("template", ["plain", "tulu", "tokenizer"])
+@pytest.mark.parametrize("special_tokens", ["split", "keep"])
+def test_rows_with_control_tokens_are_counted(tmp_path, monkeypatch, special_tokens, template):
+    """In the texts of the row; those that the template writes are meant."""
+    chat = (
+        "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", chat)
+    rows = [GOOD, GOOD | {"prompt": "a</s>b"}, GOOD | {"response": "<s>"}, GOOD | {"id": "</s>"}]
+    options = {"special_tokens": special_tokens, "template": template}
+    _, report = _load(tmp_path, rows, **options)
+    assert report.guarded == 2
+    assert any(line.startswith("2 rows have control tokens") for line in report.lines())
+
+
+@pytest.mark.parametrize("end", ["", "</s>"])
+def test_answers_that_the_template_does_not_end(tmp_path, monkeypatch, end):
+    chat = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}END{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    ).replace("END", end)
+    monkeypatch.setattr(TOKENIZER, "chat_template", chat)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "four"}]
+    for count in (1, 2):
+        rows = [{"messages": turns * count}] * 2
+        _, report = _load(tmp_path, rows, template="tokenizer", length=100)
+        found = [line for line in report.lines() if "several answers" in line]
+        assert len(found) == (count == 2 and not end)
+        assert not found or found[0].startswith("2 rows with several answers: the template ends")
+
+
 def test_own_field_names(tmp_path):
     options = {"prompt_field": "question", "response_field": "answer"}
     documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)
@@ -348,6 +381,25 @@ def test_rows_of_two_formats_in_one_file(tmp_path):
         _load(tmp_path, rows, format="prompt_response")
 
 
+@pytest.mark.parametrize(
+    ("row", "options", "way"),
+    [
+        (GOOD, {}, "set data.prompt_field=prompt for rows like this one"),
+        ({"text": "a"}, {}, "set data.format=auto for rows like this one"),
+        ({"question": "a", "answer": "b"}, {}, "set data.prompt_field=question data.response_f"),
+        ({"data": [GOOD]}, {}, "'data' is a list of rows: write its objects one a line"),
+        (GOOD, {"format": "text"}, "set data.format=auto data.prompt_field=prompt for rows"),
+    ],
+)
+def test_settings_for_other_rows(tmp_path, row, options, way):
+    """As when a config that was written for one data set is used with another."""
+    options = {"format": "prompt_response", "prompt_field": "query"} | options
+    with pytest.raises(UserError, match=f"jsonl:1: field .* is missing, .*; add it, or {way}"):
+        _load(tmp_path, [row], **options)
+    with pytest.raises(UserError, match=f"no row is left of 2: 2 missing field .*, or {way}"):
+        _load(tmp_path, [row] * 2, bad_rows="skip", **options)
+
+
 def test_nothing_left(tmp_path):
     with pytest.raises(UserError, match="no row is left of 2: 2 empty response"):
         _load(tmp_path, [GOOD | {"response": ""}] * 2, bad_rows="skip")
@@ -357,7 +409,7 @@ def test_too_long(tmp_path):
     documents, report = _load(tmp_path, [GOOD, LONG], too_long="truncate")
     assert [len(each.tokens) for each in documents][1] == 32
     assert report.truncated == 1 and EOS not in documents[1].tokens
-    assert "truncated 1 rows to train.sequence_length" in report.lines()
+    assert "truncated 1 row to train.sequence_length" in report.lines()
     documents, report = _load(tmp_path, [GOOD, LONG], too_long="skip")
     assert len(documents) == 1 and report.skipped == {"too long": 1}
     with pytest.raises(

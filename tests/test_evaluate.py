@@ -135,6 +135,22 @@ def test_questions_are_asked_as_the_run_was_trained(run_dir, folder):
     )
 
 
+def test_auto_is_the_template_of_the_run(run_dir, folder):
+    arguments = ["--run", str(run_dir), "--tasks", "gsm8k", "--data-dir", str(folder / "data")]
+    assert evaluate.settings_of(evaluate._parse(arguments)).template is None
+    assert evaluate.settings_of(evaluate._parse([*arguments, "--template", "none"])).template
+    arguments += ["--template", "auto", "--max-new-tokens", "1", "--limit", "1", ONE]
+    assert evaluate.main(arguments) == EXIT_DONE
+    row = scores(run_dir)["gsm8k", "exact_match_strict", 12]
+    [sample] = lines(run_dir, row)
+    assert sample["prompt"].startswith("Question: ") and sample["prompt"].endswith("\nAnswer:")
+    # It is not an option of its own: tasks that read no template take it.
+    with pytest.raises(UserError, match="--system: arc_easy asks without a template; add --chat"):
+        evaluate.main([*arguments, "--tasks", "arc_easy", "--system", "s"])
+    with pytest.raises(UserError, match="--template: arc_easy asks without a template"):
+        evaluate.main([*arguments, "--tasks", "arc_easy", "--template", "tulu"])
+
+
 def test_loss_of_files_does_not_depend_on_the_mesh_or_rows(folder, model, tmp_path):
     """Windows of a text predict every token but the first once."""
     values = []
@@ -166,6 +182,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(folder, model, run_dir, tmp
         (["--model", str(model), "--tasks", "arc_easy", "--data-dir", "absent"], "no directory"),
         (["--model", str(model), "--tasks", "humaneval", *data], "--allow-code-execution"),
         (["--model", str(model), "--tasks", "loss"], "no data.eval_path; give a file"),
+        (["--model", str(model), "--loss", str(train_file.parent)], "set data.eval_split=test, or"),
         (["--model", str(model), "--loss", "absent.txt"], "absent.txt cannot be read"),
         (["--model", str(model), "--tasks", "arc_easy", "--limit", "0", *data], "1 or more"),
         (["--model", str(model), "--tasks", "arc_easy", "train.steps=1"], "only mesh.field"),

@@ -14,7 +14,7 @@ from drlora_jax.evaluation import code_tasks, files, generated, jobs, multiple_c
 from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Settings, text_hash
 from drlora_jax.evaluation.scoring import LogLikelihood
-from drlora_jax.evaluation.tasks import TASKS, chosen
+from drlora_jax.evaluation.tasks import TASKS, Work, chosen
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,20 @@ HUMANEVAL = {
     "entry_point": "two",
     "test": "def check(candidate):\n    assert candidate() == 2",
 }
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+@pytest.mark.parametrize("given", [{"chat": True}, {"system": "s"}, {"template": "tulu"}])
+def test_code_has_prompts_of_its_own(name, given):
+    way = f"{name} has prompts of its own; leave --{next(iter(given))} out"
+    with pytest.raises(UserError, match=way):
+        TASKS[name].items(Work("f", [], [], Settings(**given), texts=None))
+
+
+def test_no_chat_asks_for_what_code_does_anyway():
+    work = Work("f", [Row("r:1", HUMANEVAL)], [], Settings(chat=False), texts=None)
+    [item] = TASKS["humaneval"].items(work)
+    assert item.prompt == HUMANEVAL["prompt"]
 
 
 def test_humaneval_programs():

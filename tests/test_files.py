@@ -14,6 +14,15 @@ POINTERS = (
     "version https://hawser.github.com/spec/v1\noid sha256:0f1e\nsize 1234\n",
 )
 BUCKETS = ("gs://b/x", "S3://b/x", "hdfs://h:9000/x", "abfss://c@a.core/x", "memory://x")
+BUCKETS += ("gs:/b/x", "S3:/b/x", "abfss:/c@a.core/x")
+OTHERS = (
+    "https://h/x?a=b#c",
+    "HTTP://h",
+    "ftp://h/x",
+    "hf://datasets/a/b",
+    "https:/h/x",
+    "hf:/a/b",
+)
 
 
 @pytest.mark.parametrize("url", BUCKETS)
@@ -29,7 +38,7 @@ def test_buckets_are_refused_as_they_were_given(url, option, shown):
     assert "## Buckets" in (pathlib.Path(__file__).parents[1] / "launch/README.md").read_text()
 
 
-@pytest.mark.parametrize("url", ["https://h/x?a=b#c", "HTTP://h", "ftp://h/x", "hf://datasets/a/b"])
+@pytest.mark.parametrize("url", OTHERS)
 def test_other_addresses_are_refused(url):
     with pytest.raises(UserError, match="only local paths are opened; download it") as caught:
         local_path(url, "data.path")
@@ -61,6 +70,15 @@ def test_the_home_of_nobody_is_a_path_that_is_not_there():
     assert local_path("~/a") == pathlib.Path.home() / "a"
 
 
+def test_a_path_that_looks_like_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gs:" / "b").mkdir(parents=True)
+    assert local_path("gs:/b") == pathlib.Path("gs:/b")
+    for url in ("gs:/b/x", "gs://b"):
+        with pytest.raises(UserError, match=f"{url} is an address"):
+            local_path(url)
+
+
 FIELDS = {
     "run.dir": [],
     "model.path": [],
@@ -76,13 +94,14 @@ def test_no_field_is_forgotten():
     assert set(FIELDS) == set(PLACES)
 
 
+@pytest.mark.parametrize("url", ["gs://b/x", "gs:/b/x"])
 @pytest.mark.parametrize(("name", "more"), FIELDS.items())
-def test_every_field_that_names_a_path(tmp_path, name, more):
+def test_every_field_that_names_a_path(tmp_path, name, more, url):
     file = tmp_path / "c.py"
     file.write_text("from drlora_jax.config import *\ndef get_config(): return TrainConfig()\n")
-    with pytest.raises(UserError, match=f"{name}=gs://b/x is an address"):
-        load_config(str(file), [f"{name}=gs://b/x", *more])
-    assert apply_overrides(TrainConfig(), [f"{name}=gs://b/x", *more])  # a stored run may have it
+    with pytest.raises(UserError, match=f"{name}={url} is an address"):
+        load_config(str(file), [f"{name}={url}", *more])
+    assert apply_overrides(TrainConfig(), [f"{name}={url}", *more])  # a stored run may have it
 
 
 TINY = ("--model", "bundled:tiny_moe")
@@ -111,18 +130,20 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.parametrize("url", ["gs://b/x", "gs:/b/x"])
 @pytest.mark.parametrize(
     ("module", "argv", "option"),
     COMMANDS,
     ids=[f"{module.__name__.rpartition('.')[2]} {option}" for module, _, option in COMMANDS],
 )
-def test_every_option_that_names_a_path(module, argv, option, tmp_path, monkeypatch, capsys):
+def test_every_option_that_names_a_path(module, argv, option, url, tmp_path, monkeypatch, capsys):
+    argv, option = [each.replace("gs://b/x", url) for each in argv], option.replace("gs://b/x", url)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("drlora_jax.loaded.load_params", lambda *_, **__: pytest.fail("work"))
     with pytest.raises(SystemExit) as end:
         cli.run_and_exit(lambda: module.main(argv))
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and "gs://b/x is an address" in lines[-1], lines
+    assert end.value.code == 2 and f"{url} is an address" in lines[-1], lines
     assert option in lines[-1] and list(tmp_path.iterdir()) == []
 
 

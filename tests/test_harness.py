@@ -445,6 +445,19 @@ def test_chat(lm_eval, loaded, tasks):
             run_tasks(loaded, tasks, ["written"], Settings(chat=True))
 
 
+def test_without_chat_a_template_is_not_asked_for(lm_eval, loaded, tasks):
+    """Also where the run was trained with one: its words are for --chat."""
+    texts = SimpleNamespace(chat_writer=lambda: pytest.fail("the run's words were asked for"))
+    given = ["--run", "r", "--tasks", "written", "--task-path", str(tasks), "--limit", "1"]
+    with with_template(loaded.tokenizer, TEMPLATE):
+        prepared = evaluate._harness_tasks(["written"], evaluate._parse(given), texts)
+        [(samples, _)] = harness.run(prepared, loaded)
+    assert prepared.writer is None and "<user>" not in samples[0].fields["prompt"]
+    for option, value in (("--template", "tulu"), ("--system", "s")):
+        with pytest.raises(UserError, match=f"{option}: tasks of the harness ask .* add --chat"):
+            evaluate._harness_tasks(["written"], evaluate._parse([*given, option, value]), texts)
+
+
 def test_groups(lm_eval, loaded, tasks):
     found, scores = run_tasks(loaded, tasks, ["two"])
     parts = [scores["lm_eval:animals", "acc"], scores["lm_eval:other", "acc"]]

@@ -135,8 +135,8 @@ def test_stored_gradients_are_what_peft_computes(tmp_path, oracle, family):  # n
     case, roles = next(iter(lora_cases(family).items()))
     factors = oracle.case_factors(below(arrays, "factor/"), roles)
     loss, gradients = oracle.peft_gradients(directory, factors, make_rows())
-    assert abs(loss - arrays[f"{case}/loss"]) <= 1e-6 * loss
+    assert abs(loss - arrays[f"{case}/loss"]) <= 1e-9 * loss  # both computed in float64
     expected = below(arrays, f"{case}/gradient/")
     assert gradients.keys() == expected.keys()
     for key, want in expected.items():
-        assert np.linalg.norm(gradients[key] - want) <= 1e-5 * np.linalg.norm(want), key
+        assert np.linalg.norm(gradients[key] - want) <= 1e-6 * np.linalg.norm(want), key

@@ -24,6 +24,7 @@ from drlora_jax.ops import Ops
 from drlora_jax.ops.grouped import expert_mlp
 
 MAX_ABS, MAX_KL = 1e-4, 1e-5
+MAX_DRIFT = 4e-6  # of stored logits from live ones, both computed in float64: f32 of up to 32
 WEIGHTS = "model.safetensors"
 ROW_NAMES = ("plain", "padded", "packed")
 
@@ -170,10 +171,10 @@ def test_logits_equal_the_live_ones(tmp_path, oracle, variant):
     rows = make_rows()
     layout = "fused" if variant == "olmoe" else "experts"  # the library reads both
     directory = copy_model(variant, layout, tmp_path)
+    exact_NV = oracle.exact_logits(directory, rows)[stored_positions()]
+    assert np.abs(load_arrays(variant)["logits"] - exact_NV).max() <= MAX_DRIFT
+    # Like with like: one token of llama in their own float32 is 1.2e-4 from their float64.
     live_BTV = oracle.all_logits(oracle.load_model(directory), rows)
-    stored_NV = load_arrays(variant)["logits"]
-    # Made on another processor, whose f32 kernels round otherwise: by the bar of all logits.
-    assert_close(stored_NV, live_BTV[stored_positions()], f"{variant} stored")
     got_BTV = our_logits(directory, rows)
     for index, name in enumerate(ROW_NAMES):
         is_valid_T = rows.segments[index] > 0

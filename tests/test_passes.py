@@ -25,15 +25,17 @@ def said(steps, *, epochs=None, batch_size=4, lengths=(16,) * 40, pack=True):
 def test_rows_and_passes():
     (line,) = said(1, lengths=(40,) * 30)
     assert line == (
-        "30 packed rows per epoch; 1 steps of 4 rows are 0.13 passes (0.13 without packing)"
+        "30 packed rows per epoch; 1 step of 4 rows: 0.13 passes (0.13 without packing)"
     )
     (line,) = said(30, pack=False)
-    assert line == "40 rows of one document per epoch; 30 steps of 4 rows are 3 passes"
+    assert line == "40 rows of one document per epoch; 30 steps of 4 rows: 3 passes"
+    (line,) = said(1, lengths=(40,), batch_size=1)
+    assert line == "1 packed row per epoch; 1 step of 1 row: 1 pass (1 without packing)"
 
 
 def test_packed_rows_that_are_more_passes_than_was_meant():
     line, warning = said(20)
-    assert line.startswith("10 packed rows per epoch; 20 steps of 4 rows are 8 passes (2 without")
+    assert line.startswith("10 packed rows per epoch; 20 steps of 4 rows: 8 passes (2 without")
     assert warning.startswith("warning: packing puts 4.0 documents into a row")
     assert "8 passes and not 2" in warning and "data.pack=false" in warning
     assert len(said(20, epochs=8)) == 1  # who counts in epochs has said so
@@ -48,6 +50,17 @@ def test_many_passes(pack, epochs):
     _, warning = said(rows * 10 // 4, epochs=epochs, pack=pack)
     assert warning.startswith("warning: 10 passes over the training data")
     assert not [line for line in said(rows * 9 // 4, epochs=9, pack=pack) if "warning" in line]
+
+
+def test_a_batch_larger_than_the_data():
+    """One epoch is a step at least, so counting in epochs would not help."""
+    _, warning = said(5, lengths=(16,) * 4, batch_size=4)
+    assert warning == (
+        "warning: train.batch_size=4 is larger than the data (1 row per epoch), so each step "
+        "repeats rows: 20 passes in all; lower train.batch_size"
+    )
+    _, warning = said(10, lengths=(64,) * 4, batch_size=4)
+    assert warning.endswith("is that meant? One pass is train.epochs=1")
 
 
 def test_rows_longer_than_the_positions_of_the_model():

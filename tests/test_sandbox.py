@@ -22,6 +22,8 @@ LIMITS = Limits(
     file_bytes=1_000_000,
     disk_bytes=4_000_000,
 )
+# For programs that run into another limit, so that no load of the machine lets time end them first.
+PATIENT = LIMITS._replace(cpu_seconds=60, wall_seconds=60)
 
 
 def _why_not() -> str:
@@ -41,6 +43,11 @@ isolated = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def sandbox():
     return Sandbox(LIMITS)
+
+
+@pytest.fixture(scope="module")
+def patient():
+    return Sandbox(PATIENT)
 
 
 @pytest.fixture
@@ -65,6 +72,7 @@ def test_programs_run(sandbox):
 
 
 # What each is: a program, and what must come of it. A program that finds a way out ends normally.
+# Where no time limit is among the verdicts, the program has plenty of time.
 HOSTILE = {
     "fork bomb": ("import os\nwhile True: os.fork()", {"failed", "timed out", "limited"}),
     "fork bomb that waits": (
@@ -150,8 +158,9 @@ HOSTILE = {
 
 @isolated
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_programs(name, sandbox, outside):
+def test_hostile_programs(name, sandbox, patient, outside):
     program, verdicts = HOSTILE[name]
+    chosen = sandbox if "timed out" in verdicts else patient
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(1)
@@ -159,10 +168,11 @@ def test_hostile_programs(name, sandbox, outside):
         facts = (
             f"PORT, SECRET, PARENT = {server.getsockname()[1]}, {str(outside)!r}, {os.getpid()}\n"
         )
-        start = time.monotonic()
-        outcome = sandbox.run(facts + program)
+        outcome = chosen.run(facts + program)
         assert outcome.verdict in verdicts, outcome
-        assert time.monotonic() - start < LIMITS.wall_seconds + 4
+        # The supervisor has ended it, not we who would have waited longer for a lost supervisor.
+        ends = (f"after {LIMITS.wall_seconds} s", "out of processor time, or killed")
+        assert outcome.verdict != "timed out" or outcome.detail in ends, outcome
         with pytest.raises(OSError):
             server.accept()
 

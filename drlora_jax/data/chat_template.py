@@ -23,6 +23,7 @@ _PROBES = (
     [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}],
 )
 _DIRECTIVE = re.compile(r"%[-_^#0]?[A-Za-z%]")  # of strftime
+_NO_TOKEN = re.compile(r"'(\w+_token)' is undefined")  # as Jinja says it
 _CLOCK = re.compile(r"\bstrftime_now\b")
 _REASONING_MARK = re.compile(r"[<\[]/?[\w:|-]*(?:think|thought|reason)[\w:|-]*[>\]]", re.I)
 _OPENING_MARK = re.compile(r"\s*(?:<([\w:|-]+)>|\[([\w:|-]+)\])\s*")
@@ -179,10 +180,14 @@ def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
         ) from error
     except Exception as error:  # a template is a program in a sandbox: it may raise anything
         kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        needed = _NO_TOKEN.search(str(error))
+        what, way = f"refuses the messages: {kind}{error}", "fix them"
+        if needed:
+            what = f"needs {needed[1]}, which the tokenizer does not have"
+            way = f"set {needed[1]} in tokenizer_config.json"
         raise BadRow(
             "refused by the chat template",
-            f"the tokenizer's chat template refuses the messages: {kind}{error}; fix them, or set "
-            "data.template=chatml or tulu",
+            f"the tokenizer's chat template {what}; {way}, or set data.template=chatml or tulu",
         ) from error
     # `tojson(ensure_ascii=true)` writes the guard as an escape.
     return text.replace(json.dumps(GUARD)[1:-1], GUARD) if chat.is_guarded else text

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from drlora_jax.config import DataSection
 from drlora_jax.data.choices import FORMAT as CHOICE
 from drlora_jax.data.choices import render_choice, split_task
-from drlora_jax.data.layouts import detect_format
+from drlora_jax.data.layouts import Conversation, detect_format, other_settings
 from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, find_sources, read_paths
@@ -67,7 +67,7 @@ def load_documents(
             "the first token of a row is never predicted."
         )
     check_tokenizer(tokenizer)
-    split = config.eval_split if evaluation else config.split
+    split = _splits(config)[evaluation]
     reader = _Reader(config, tokenizer, sequence_length, date, vocab_size, say)
     limit = None if evaluation else config.max_rows
     return reader.read(_files(config, paths, split), limit)
@@ -75,9 +75,17 @@ def load_documents(
 
 def check_paths(config: DataSection) -> None:
     """Finds everything that `path` and `eval_path` name, before any of it is read."""
-    for paths, split in ((config.path, config.split), (config.eval_path, config.eval_split)):
+    for paths, split in zip((config.path, config.eval_path), _splits(config), strict=True):
         for path in paths:
-            find_sources(split_task(path)[1] if config.format == CHOICE else path, split=split)
+            find_sources(split_task(path)[1] if config.format == CHOICE else path, **split)
+
+
+def _splits(config: DataSection) -> tuple[dict[str, str], dict[str, str]]:
+    """The split of `path` and that of `eval_path`, each with the field that says it."""
+    return (
+        {"split": config.split, "setting": "data.split"},
+        {"split": config.eval_split, "setting": "data.eval_split"},
+    )
 
 
 def digest(documents: list[Document]) -> str:
@@ -89,13 +97,13 @@ def digest(documents: list[Document]) -> str:
     return found.hexdigest()
 
 
-def _files(config: DataSection, paths, split: str) -> Iterator[tuple[str, str, Iterator[Row]]]:
+def _files(config: DataSection, paths, split: dict) -> Iterator[tuple[str, str, Iterator[Row]]]:
     """(multiple-choice task or "", file, rows) of every file."""
     if config.format != CHOICE:
-        yield from (("", *each) for each in read_paths(paths, split=split))
+        yield from (("", *each) for each in read_paths(paths, **split))
         return
     for task, path in [split_task(path) for path in paths]:  # all are checked before one is read
-        yield from ((task, *each) for each in read_paths((path,), split=split))
+        yield from ((task, *each) for each in read_paths((path,), **split))
 
 
 class _Reader:
@@ -163,6 +171,7 @@ class _Reader:
             self._report.ended_thinking = closing or self._report.ended_thinking
 
     def _written(self, task: str, row: Row, part: PathReport) -> list[Written]:
+        conversation = None
         if task:
             segments = [
                 self._writer.as_is(segment.text, segment.is_response)
@@ -176,13 +185,20 @@ class _Reader:
                 names = ", ".join(conversation.unread)
                 raise UserError(f"fields that nothing reads: {names} (data.unread=stop)")
         self._report.several += len(written) > 1
-        self._report.guarded += self._has_control_tokens(written, part)
+        self._report.unended += any(map(_has_open_answers, written))
+        self._report.guarded += self._has_control_tokens(written, conversation)
         return written
 
     def _explained(self, error: BadRow, row: Row, part: PathReport) -> BadRow:
-        """The error, or that the row is not laid out like the first one of its file."""
-        if not part.is_detected or error.reason != "missing field":
+        """The error, or that the row is not laid out like the first one of its file, or that the
+        settings are for other rows than that first one.
+        """
+        if error.reason != "missing field":
             return error
+        if not part.is_detected:
+            names, is_first = part.wording.fields, part.rows_read == 1
+            way = other_settings(row.fields, names, part.wording.format) if is_first else ""
+            return BadRow(error.reason, f"{error}, or {way}") if way else error
         try:
             found, _ = detect_format(row.fields, field_names(self._config))
         except UserError:
@@ -195,13 +211,17 @@ class _Reader:
             "give each format a file of its own",
         )
 
-    def _has_control_tokens(self, written: list[Written], part: PathReport) -> bool:
+    def _has_control_tokens(
+        self, written: list[Written], conversation: Conversation | None
+    ) -> bool:
         """Whether the row's own text has control tokens; a template's are not meant."""
+        wording = self._writer.wording
         texts = [segment.text for each in written for segment in each.segments]
-        if part.wording.special_tokens == "split":
+        if wording.special_tokens == "split":
             return any(GUARD in text for text in texts)
-        pattern = control_pattern(self._tokenizer)
-        return part.wording.is_as_is and any(pattern.search(text) for text in texts)
+        if wording.is_as_is:
+            return any(map(control_pattern(self._tokenizer).search, texts))
+        return self._writer.would_split(conversation)
 
     def _flush(self) -> None:
         """Tokenises the rows that wait, and takes their documents."""
@@ -241,6 +261,11 @@ class _Reader:
         if self._config.bad_rows == "stop" and error.reason != "too long":
             raise UserError(f"{message} (or set data.bad_rows=skip).") from error
         part.skip(error.reason, message)
+
+
+def _has_open_answers(written: Written) -> bool:
+    """Whether a document has several answers, and the template ends none of them."""
+    return not written.is_ended and sum(segment.is_response for segment in written.segments) > 1
 
 
 def _size(documents: list[Document]) -> int:

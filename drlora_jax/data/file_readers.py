@@ -130,9 +130,11 @@ def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:
         yield from rows_of(name, _parse(_decode(content, name, first_line=1), name, first_line=1))
         return
     whole = _one_object(start)
-    key = _list_of_rows(whole) if whole else None
-    if key is not None:
-        yield from rows_of(f"{name} {key}", whole[key])
+    keys = lists_of_rows(whole) if whole else []
+    if len(keys) == 1:
+        yield from rows_of(f"{name} {keys[0]}", whole[keys[0]])
+    elif len(keys) > 1 and not _is_row(whole):
+        raise UserError(f"{name}: the file is one JSON object; {several_lists(keys)}.")
     elif whole is not None and b"\n" in start.strip():
         raise UserError(
             f"{name}: one JSON object over several lines; wrap it in [ ] if it is a row, or write "
@@ -151,16 +153,29 @@ def _one_object(content: bytes) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def _list_of_rows(whole: dict) -> str | None:
-    """The key of the only list of objects, unless they are the messages of a single row."""
+def lists_of_rows(whole: dict) -> list[str]:
+    """The keys of all lists of objects; none if one has the messages of a single row."""
     lists = [
         key
         for key, value in whole.items()
         if isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
     ]
-    if len(lists) != 1 or any(_is_message(each) for each in whole[lists[0]]):
-        return None
-    return lists[0]
+    has_messages = any(_is_message(each) for key in lists for each in whole[key])
+    return [] if has_messages else lists
+
+
+def one_list(key: str) -> str:
+    return f"{key!r} is a list of rows: write its objects one a line, or name the file .json"
+
+
+def several_lists(keys: list[str]) -> str:
+    names = ", ".join(map(repr, keys))
+    return f"{names} are lists of rows: write the one that you mean into a file of its own"
+
+
+def _is_row(whole: dict) -> bool:
+    """Whether an object has the texts of a row, beside lists such as its tools."""
+    return any(isinstance(value, str) and value.strip() for value in whole.values())
 
 
 def _is_message(value: dict) -> bool:

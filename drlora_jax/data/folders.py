@@ -49,8 +49,14 @@ def data_files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(f"{folder} can not be listed: {error.strerror}.") from error
 
 
-def choose_shards(name: str, folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-    """The data files of a folder, of one split where their names say splits."""
+def choose_shards(
+    name: str, folder: pathlib.Path, split: str, setting: str = ""
+) -> list[pathlib.Path]:
+    """The data files of a folder, of one split where their names say splits.
+
+    Args:
+      setting: the field that chooses the split, for a message; "" where none does.
+    """
     files = data_files(folder)
     if not files:
         raise UserError(f"{name} is a directory without data files.{_why_nothing(name, folder)}")
@@ -67,11 +73,18 @@ def choose_shards(name: str, folder: pathlib.Path, split: str) -> list[pathlib.P
             f"as {by_split[None][0].relative_to(folder)}; name the files you mean, or give a glob."
         )
     if wanted not in by_split:
+        other = min(by_split)
+        example = f"{name.rstrip('/')}/{by_split[other][0].relative_to(folder)}"
         raise UserError(
-            f"{name} has no file of the split {split}, only of {_listed(by_split)}; set the split "
-            "(data.split, data.eval_split), or name the files."
+            f"{name} has no file of the split {split}, only of {_listed(by_split)}; "
+            f"{way_to_split(setting, other)}name the file, such as {example}."
         )
     return by_split[wanted]
+
+
+def way_to_split(setting: str, split: str) -> str:
+    """What else than naming files chooses a split, for a message that goes on."""
+    return f"set {setting}={split}, or " if setting else ""
 
 
 def split_of(file: pathlib.PurePath) -> str | None:

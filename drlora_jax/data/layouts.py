@@ -7,6 +7,7 @@ Formats: `chat` (a list of turns, or a prompt and a completion of turns), `promp
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from drlora_jax.data.file_readers import lists_of_rows, one_list, several_lists
 from drlora_jax.data.messages import (
     Turn,
     checked_text,
@@ -87,8 +88,30 @@ def detect_format(fields: dict, names: FieldNames = DEFAULT_NAMES) -> tuple[str,
     raise UserError(
         f"data.format=auto cannot tell the format of a row with the fields {got}; it looks for "
         f"{names.messages}, or {names.prompt} and {names.response}, or instruction and output, or "
-        f"{names.text}. {_way_out(fields)}"
+        f"{names.text}. {_sentence(_way_out(fields))}"
     )
+
+
+def other_settings(fields: dict, names: FieldNames, row_format: str) -> str:
+    """What to set for rows like this one, which lacks a field that the settings name; goes on in a
+    sentence.
+    """
+    try:
+        found_format, found = detect_format(fields)
+    except UserError:
+        return _way_out(fields)
+    given, wanted = names._asdict(), found._asdict()
+    settings = [] if found_format == row_format else ["data.format=auto"]
+    settings += [
+        f"data.{kind}_field={name}"
+        for kind, name in wanted.items()
+        if name in fields and name != given[kind]
+    ]
+    return f"set {' '.join(settings)} for rows like this one" if settings else ""
+
+
+def _sentence(clause: str) -> str:
+    return f"{clause[:1].upper()}{clause[1:]}."
 
 
 def _resolved(fields: dict, names: FieldNames) -> FieldNames:
@@ -103,16 +126,19 @@ def _resolved(fields: dict, names: FieldNames) -> FieldNames:
 
 
 def _way_out(fields: dict) -> str:
-    """The settings that would read such a row."""
+    """The settings that would read such a row, or what the file is instead."""
     for name, value in fields.items():
         if _turns(parsed(value)):
-            return f"Set data.messages_field={name} to read its turns."
+            return f"set data.messages_field={name} to read its turns"
     for prompt, response in _USUAL_PAIRS:
         if isinstance(fields.get(prompt), str) and isinstance(fields.get(response), str):
-            return f"Set data.prompt_field={prompt} data.response_field={response} to read these."
+            return f"set data.prompt_field={prompt} data.response_field={response} to read these"
+    lists = lists_of_rows(fields)
+    if lists and sum(isinstance(value, str) for value in fields.values()) < 2:
+        return several_lists(lists) if len(lists) > 1 else one_list(lists[0])
     return (
-        "Set data.prompt_field and data.response_field to your names of two texts, or "
-        "data.messages_field to your name of a list of turns."
+        "set data.prompt_field and data.response_field to your names of two texts, or "
+        "data.messages_field to your name of a list of turns"
     )
 
 

@@ -7,8 +7,14 @@ from collections import Counter
 
 from drlora_jax.data.layouts import Conversation
 from drlora_jax.data.wording import Wording
+from drlora_jax.units import counted
 
 WARN_FRACTION = 0.01  # of rows skipped
+_OWN_TOKENS = (
+    "row has control tokens in its own text",
+    "rows have control tokens in their own text",
+)
+_INSIDE = ("answer begins inside a token of its prompt", "answers begin inside a token of theirs")
 
 
 @dataclasses.dataclass
@@ -68,6 +74,7 @@ class Report:
     left_out: list[str] = dataclasses.field(default_factory=list)  # paths behind data.max_rows
     truncated: int = 0
     split: int = 0  # rows cut into windows
+    unended: int = 0  # rows of several answers, of which only the last one is taught an end
     several: int = 0  # rows that became a document for each answer
     guarded: int = 0  # rows with control tokens in their own text
     straddled: int = 0  # learned texts whose first characters lie in a token of the prompt
@@ -102,8 +109,9 @@ class Report:
         """The report as text, warnings last."""
         lines = [f"{title}: {', '.join(part.path for part in self.parts)}", *self._wording_lines()]
         lines.append(
-            f"{self.rows_read} rows read, {self.rows_kept} kept, {self.documents} documents, "
-            f"{self.tokens} tokens, {self.target_tokens} target tokens"
+            f"{counted(self.rows_read, 'row')} read, {self.rows_kept} kept, "
+            f"{counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
+            f"{counted(self.target_tokens, 'target token')}"
         )
         return [*lines, *self.remarks()]
 
@@ -118,7 +126,8 @@ class Report:
         if skipped.total() > WARN_FRACTION * self.rows_read:
             share = 100 * skipped.total() / self.rows_read
             lines.append(
-                f"warning: {skipped.total()} of {self.rows_read} rows ({share:.1f} %) were skipped"
+                f"warning: {skipped.total()} of {counted(self.rows_read, 'row')} ({share:.1f} %) "
+                f"{'was' if skipped.total() == 1 else 'were'} skipped"
             )
         return lines
 
@@ -128,38 +137,38 @@ class Report:
         if len(texts) == 1:
             return list(texts)
         return [
-            f"  {part.path}: {part.wording_text()}; {part.rows_read} rows read, "
+            f"  {part.path}: {part.wording_text()}; {counted(part.rows_read, 'row')} read, "
             f"{part.rows_kept} kept"
             for part in self.parts
         ]
+
+    def _system_line(self) -> str:
+        texts = set().union(*(part.system_texts for part in self.parts))
+        what = f"the same: {shortened(next(iter(texts)))}" if len(texts) == 1 else "they differ"
+        of = counted(self.rows_read, "row")
+        return f"system message in {self.total('system_rows')} of {of} ({what})"
 
     def _counted_lines(self) -> list[str]:
         lines = []
         unread = sum((part.unread for part in self.parts), Counter())
         if unread:
-            names = ", ".join(f"{name} ({count} rows)" for name, count in unread.most_common())
-            lines.append(f"fields that are not read: {names}")
-        system, texts = (
-            self.total("system_rows"),
-            set().union(*(p.system_texts for p in self.parts)),
-        )
-        if system:
-            what = f"the same: {shortened(next(iter(texts)))}" if len(texts) == 1 else "they differ"
-            lines.append(f"system message in {system} of {self.rows_read} rows ({what})")
+            lines.append(f"fields that are not read: {by_rows(unread)}")
+        if self.total("system_rows"):
+            lines.append(self._system_line())
         if self.guarded:
-            how = (
-                "tokenized as ordinary text"
-                if self.special_tokens == "split"
-                else "kept as control tokens"
-            )
-            lines.append(
-                f"{self.guarded} rows have control tokens in their own text: {how} "
-                f"(data.special_tokens={self.special_tokens})"
-            )
+            is_split = self.special_tokens == "split"
+            how = "tokenized as ordinary text" if is_split else "kept as control tokens"
+            setting = f"data.special_tokens={self.special_tokens}"
+            lines.append(f"{counted(self.guarded, *_OWN_TOKENS)}: {how} ({setting})")
         if self.several:
             lines.append(
-                f"{self.several} rows became one document per answer: the chat template rewrites "
-                "earlier turns"
+                f"{counted(self.several, 'row')} became one document per answer: the chat template "
+                "rewrites earlier turns"
+            )
+        if self.unended:
+            lines.append(
+                f"{counted(self.unended, 'row')} with several answers: the template ends none with "
+                "a control token, so only the last answer of a row is taught to end"
             )
         if self.ended_thinking is not None:
             lines.append(
@@ -167,19 +176,23 @@ class Report:
                 f"at once ({self.ended_thinking!r})"
             )
         if self.straddled:
-            lines.append(
-                f"{self.straddled} answers begin inside a token of their prompt; that token is not "
-                "learned"
-            )
+            lines.append(f"{counted(self.straddled, *_INSIDE)}; that token is not learned")
         if self.truncated:
-            lines.append(f"truncated {self.truncated} rows to train.sequence_length")
+            lines.append(f"truncated {counted(self.truncated, 'row')} to train.sequence_length")
         if self.split:
-            lines.append(f"split {self.split} rows into windows of train.sequence_length")
+            lines.append(
+                f"split {counted(self.split, 'row')} into windows of train.sequence_length"
+            )
         if self.left_out:
             lines.append(
                 f"not read: {', '.join(self.left_out)} (data.max_rows={self.max_rows} was reached)"
             )
         return lines
+
+
+def by_rows(fields: Counter) -> str:
+    """Fields with the number of rows that have them."""
+    return ", ".join(f"{name} ({counted(rows, 'row')})" for name, rows in fields.most_common())
 
 
 def shortened(text: str, length: int = 60) -> str:

@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from drlora_jax.data.file_readers import KNOWN, Row, ending_of, read_arrow, read_file, rows_of
-from drlora_jax.data.folders import SAVED_SET, SAVED_SETS, choose_shards, data_files, is_data
+from drlora_jax.data.folders import (
+    SAVED_SET,
+    SAVED_SETS,
+    choose_shards,
+    data_files,
+    is_data,
+    way_to_split,
+)
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
 from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
@@ -44,14 +51,15 @@ def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Ro
 
 
 def read_paths(
-    paths: str | Sequence[str], *, split: str = "train"
+    paths: str | Sequence[str], *, split: str = "train", setting: str = ""
 ) -> Iterator[tuple[str, Iterator[Row]]]:
     """(name, rows) of each file that the paths mean, all found before the first is read.
 
     A file without rows is passed over where it is one of several that a path means.
     """
     names = [paths] if isinstance(paths, str) else paths
-    for name, sources in [(name, find_sources(name, split=split)) for name in names]:
+    found = [(name, find_sources(name, split=split, setting=setting)) for name in names]
+    for name, sources in found:
         is_empty = True
         for source in sources:
             rows = source.read()
@@ -63,23 +71,28 @@ def read_paths(
             raise UserError(f"{name} has no rows: it is empty. Give a file with at least one row.")
 
 
-def find_sources(name: str, *, split: str = "train") -> list[Source]:
-    """What a path means, without reading it: at least one source."""
+def find_sources(name: str, *, split: str = "train", setting: str = "") -> list[Source]:
+    """What a path means, without reading it: at least one source.
+
+    Args:
+      split: see `read_rows`.
+      setting: the field that chooses the split, for a message; "" where none does.
+    """
     if name.startswith("bundled:"):
         return [_file_source(name, _bundled_file(name))]
     path = local_path(name)
     kind = kind_of(path)
     if kind == ABSENT and _PATTERN & set(name):
-        return _in_glob(name, path, split)
+        return _in_glob(name, path, split, setting)
     if kind == ABSENT and not _is_missing_file(name):
         return [Source(name, functools.partial(_read_dataset, name, split))]
-    return _at_path(name, path, split)
+    return _at_path(name, path, split, setting)
 
 
-def _at_path(name: str, path: pathlib.Path, split: str) -> list[Source]:
+def _at_path(name: str, path: pathlib.Path, split: str, setting: str) -> list[Source]:
     kind = kind_of(path)
     if kind == DIRECTORY:
-        return _in_folder(name, path, split)
+        return _in_folder(name, path, split, setting)
     if kind == ABSENT:
         raise UserError(_missing_message(path))
     if kind != FILE:
@@ -102,19 +115,20 @@ def _unknown_kind(file: pathlib.Path) -> str:
     return f"unknown kind of file; known are {KNOWN}."
 
 
-def _in_folder(name: str, folder: pathlib.Path, split: str) -> list[Source]:
+def _in_folder(name: str, folder: pathlib.Path, split: str, setting: str) -> list[Source]:
     """The shards of a folder, or the one data set that `save_to_disk` wrote there."""
     if kind_of(folder / SAVED_SETS) == FILE:
-        splits = read_json(folder / SAVED_SETS).get("splits") or []
+        splits = list(map(str, read_json(folder / SAVED_SETS).get("splits") or []))
         if split not in splits:
+            other = min(splits, default="SPLIT")
             raise UserError(
-                f"{name} has no split {split}; it has {', '.join(map(str, splits))}. Set the split "
-                f"(data.split, data.eval_split), or give {name.rstrip('/')}/SPLIT."
+                f"{name} has no split {split}, only {', '.join(splits) or 'none'}; "
+                f"{way_to_split(setting, other)}give {name.rstrip('/')}/{other}."
             )
         name, folder = f"{name.rstrip('/')}/{split}", folder / split
     if kind_of(folder / SAVED_SET) == FILE:
         return [Source(name, functools.partial(_read_saved, name, folder))]
-    shards = choose_shards(name, folder, split)
+    shards = choose_shards(name, folder, split, setting)
     base = name.rstrip("/") or "/"
     return [_file_source(f"{base}/{shard.relative_to(folder)}", shard) for shard in shards]
 
@@ -141,7 +155,7 @@ def _read_saved(name: str, folder: pathlib.Path) -> Iterator[Row]:
             yield row
 
 
-def _in_glob(name: str, pattern: pathlib.Path, split: str) -> list[Source]:
+def _in_glob(name: str, pattern: pathlib.Path, split: str, setting: str) -> list[Source]:
     found = [pathlib.Path(each) for each in sorted(glob.glob(str(pattern), recursive=True))]
     is_deep = "**" in name  # which matches the folders as well as what is in them
     kept = [each for each in found if kind_of(each) == FILE and is_data(each)]
@@ -155,7 +169,9 @@ def _in_glob(name: str, pattern: pathlib.Path, split: str) -> list[Source]:
     if not kept and not folders:
         raise UserError(f"{name} matches no data file; known are {KNOWN}.")
     return [
-        source for each in sorted(kept + folders) for source in _at_path(str(each), each, split)
+        source
+        for each in sorted(kept + folders)
+        for source in _at_path(str(each), each, split, setting)
     ]
 
 

@@ -9,7 +9,7 @@ the very text that training put in front of an answer.
 import dataclasses
 import datetime
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from drlora_jax.config import DataSection
@@ -20,7 +20,15 @@ from drlora_jax.data.layouts import (
     read_row,
     read_text,
 )
-from drlora_jax.data.segments import BadRow, Segment, Written, guard, plain_text
+from drlora_jax.data.segments import (
+    GUARD,
+    BadRow,
+    Segment,
+    Written,
+    control_pattern,
+    guard,
+    plain_text,
+)
 from drlora_jax.data.templates import (
     AS_IS,
     CHAT_TEMPLATES,
@@ -150,6 +158,19 @@ class Writer:
         conversation = conversation._replace(unread=(*conversation.unread, *left))
         return write(conversation, self.style, self.tokenizer), conversation
 
+    def would_split(self, conversation: Conversation) -> bool:
+        """Whether `special_tokens=split` would find control tokens in a conversation's own text."""
+        pattern = control_pattern(self.tokenizer)
+        if not any(map(pattern.search, _texts(conversation))):
+            return False  # of nearly every row, without writing it once more
+        try:
+            written = write(
+                conversation, self.style._replace(special_tokens="split"), self.tokenizer
+            )
+        except BadRow:  # it holds the guard itself
+            return True
+        return any(GUARD in segment.text for each in written for segment in each.segments)
+
     def row_prompt(self, fields: dict, *, system: str | None = None) -> Prompt:
         """What stands before the answer of a row like those of training; an answer that the row
         has already is left out.
@@ -237,6 +258,17 @@ class Writer:
 
     def _made(self, segments: list[Segment]) -> Prompt:
         return Prompt(plain_text(segments), segments, encode_prompt(segments, self.tokenizer))
+
+
+def _texts(value) -> Iterator[str]:
+    """All texts in nested tuples, lists and objects, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts(tuple(value.items()))
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _texts(each)
 
 
 BLANK_LINE = Segment("\n\n", False)  # between answered examples

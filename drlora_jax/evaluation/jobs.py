@@ -26,6 +26,7 @@ from drlora_jax.generation import Generator
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
 from drlora_jax.resolved import asked_wording
+from drlora_jax.units import counted
 from drlora_jax.words import Words
 
 HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
@@ -155,7 +156,9 @@ def _shots(task: Task, data: files.Data, settings: Settings) -> list[Row]:
             f"file, {data.name}; evaluate other rows."
         )
     if len(found.rows) < settings.shots:
-        raise UserError(f"--shots {settings.shots}: {found.name} has {len(found.rows)} rows.")
+        raise UserError(
+            f"--shots {settings.shots}: {found.name} has {counted(len(found.rows), 'row')}."
+        )
     return found.rows[: settings.shots]
 
 

@@ -24,6 +24,7 @@ from drlora_jax.interop.export_check import MAX_KL
 from drlora_jax.interop.exported_files import adapter_shapes
 from drlora_jax.interop.hf_files import HEAD, read_headers
 from drlora_jax.interop.verify import TEXTS, token_kl
+from drlora_jax.units import counted
 
 MERGED = open_export.MERGED
 PROMPTS, PROMPT_LENGTH = 3, 16
@@ -90,7 +91,10 @@ def judge_answer(export: Export, answer: dict, logits: list[np.ndarray]) -> list
             f"opened with {with_what}, the export computes something else: KL {kl:.3g} nats per "
             f"token, at most {MAX_KL:g} is allowed."
         )
-    return [f"opened   with {with_what}: {len(kls)} prompts, KL {kl:.1e} per token", *notes]
+    return [
+        f"opened   with {with_what}: {counted(len(kls), 'prompt')}, KL {kl:.1e} per token",
+        *notes,
+    ]
 
 
 def _judge_merged(export: Export, answer: dict) -> list[str]:

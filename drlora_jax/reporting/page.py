@@ -17,6 +17,7 @@ from collections.abc import Callable
 from drlora_jax.reporting import maps, tables
 from drlora_jax.reporting.charts import Chart, Series, draw
 from drlora_jax.reporting.read import RunLog, budgets, curve, frames, read_run, total_steps
+from drlora_jax.units import counted
 
 FOLDER = pathlib.Path(__file__).parent
 GIB = 2.0**30
@@ -92,7 +93,7 @@ def _head(runs: list[RunLog], names: list[str]) -> str:
     parts = [html.escape(str(each)) for each in what if each]
     parts += [f"last logged {run.last_logged}"] if run.last_logged else []
     if run.skipped_lines:
-        parts.append(f"{run.skipped_lines} log lines could not be read")
+        parts.append(f"{counted(run.skipped_lines, 'log line')} could not be read")
     return (
         f'<header><h1>{html.escape(names[0])}</h1><p class="quiet">{" · ".join(parts)}</p></header>'
     )

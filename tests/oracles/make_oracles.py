@@ -19,6 +19,7 @@ import tempfile
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -114,6 +115,33 @@ def all_logits(model, rows: Rows) -> np.ndarray:
     return np.stack([row_logits(model, rows, index).float().numpy() for index in range(3)])
 
 
+class _Float64(TorchFunctionMode):
+    """Inside, what asks for float32 gets float64.
+
+    A model in float64 still has its softmax, its norms and its rotary angles in float32. Not only
+    is their rounding that of the processor: the mask of such a model is the smallest float64, which
+    in float32 is minus infinity, and a padding token whose window holds nothing but padding takes
+    the softmax of infinities alone. Its NaN reaches every token in the next layer (0 * NaN).
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        def widened(value):
+            return torch.float64 if value is torch.float32 else value
+
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        kwargs = {name: widened(value) for name, value in (kwargs or {}).items()}
+        return function(*map(widened, args), **kwargs)
+
+
+@torch.no_grad()
+def exact_logits(directory: pathlib.Path, rows: Rows) -> np.ndarray:
+    """Logits f64 [3, T, V], the same on every processor far beyond float32."""
+    with _Float64():
+        model = load_model(directory, torch.float64)
+        return np.stack([row_logits(model, rows, index).numpy() for index in range(3)])
+
+
 def bfloat16_kl(directory: pathlib.Path, rows: Rows) -> np.ndarray:
     """KL of the model in bfloat16 from itself in f32, f32 [valid tokens] in nats."""
     exact, half = (
@@ -154,7 +182,11 @@ def peft_name(key: str) -> str:
     return key.replace(".default.", ".")  # the adapter's name is in the module tree, not in files
 
 
-def peft_model(directory: pathlib.Path, factors: dict[str, np.ndarray] | None = None):
+def peft_model(
+    directory: pathlib.Path,
+    factors: dict[str, np.ndarray] | None = None,
+    dtype: torch.dtype = torch.float32,
+):
     """The model with LoRA on q and v, and on both expert matrices or on the dense FFN.
 
     An expert matrix is one 3-D parameter to peft. Of A [E * r, in] the experts' rows follow each
@@ -163,7 +195,7 @@ def peft_model(directory: pathlib.Path, factors: dict[str, np.ndarray] | None = 
     """
     from peft import LoraConfig, get_peft_model
 
-    model = load_model(directory)
+    model = load_model(directory, dtype)
     is_dense = model.config.model_type in DENSE_FAMILIES
     ffn = ["gate_proj", "up_proj", "down_proj"] if is_dense else []
     fused = [] if is_dense else ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -217,8 +249,15 @@ def case_factors(factors: dict[str, np.ndarray], roles: tuple[str, ...]) -> dict
 
 
 def peft_gradients(directory: pathlib.Path, factors: dict, rows: Rows):
-    """(loss, gradients by key): summed NLL over the number of targets of all rows."""
-    model, trained = peft_model(directory, factors)
+    """(loss, gradients f64 by key): summed NLL over the number of targets of all rows."""
+    with _Float64():
+        model, trained = peft_model(directory, factors, torch.float64)
+        loss = mean_nll(model, rows)
+        loss.backward()
+    return loss.item(), {key: value.grad.numpy() for key, value in trained.items()}
+
+
+def mean_nll(model, rows: Rows) -> torch.Tensor:
     total = torch.zeros(())
     for index in range(3):
         nll = torch.nn.functional.cross_entropy(
@@ -227,9 +266,7 @@ def peft_gradients(directory: pathlib.Path, factors: dict, rows: Rows):
             reduction="none",
         )
         total = total + (nll * torch.tensor(rows.target_mask[index])).sum()
-    loss = total / float(rows.target_mask.sum())
-    loss.backward()
-    return loss.item(), {key: value.grad.numpy() for key, value in trained.items()}
+    return total / float(rows.target_mask.sum())
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -304,7 +341,9 @@ def write_lora(family: str, rows: Rows, folder: pathlib.Path) -> None:
         loss, gradients = peft_gradients(directory, in_case, rows)
         print(f"{family} {case}: loss {loss:.6f}, seed {seed}, margin {margin:.1e}")
         arrays[f"{case}/loss"] = np.float64(loss)
-        arrays |= {f"{case}/gradient/{key}": value for key, value in gradients.items()}
+        arrays |= {
+            f"{case}/gradient/{key}": value.astype(np.float32) for key, value in gradients.items()
+        }
     np.savez_compressed(DATA / f"{family}_lora.npz", **arrays)
 
 
@@ -323,11 +362,11 @@ def main() -> None:
                 change = effect(variant, option, value, folder, rows)
                 print(f"{variant}: {option} changes logits by {change:.2f}")
                 assert change > MIN_EFFECT
-            model = load_model(copy_model(variant, "experts", folder / variant))
+            directory = copy_model(variant, "experts", folder / variant)
             np.savez_compressed(
                 DATA / f"{variant}.npz",
-                logits=all_logits(model, rows)[positions],
-                bfloat16_kl=bfloat16_kl(folder / variant, rows),
+                logits=exact_logits(directory, rows)[positions].astype(np.float32),
+                bfloat16_kl=bfloat16_kl(directory, rows),
             )
     print(f"{sum(file.stat().st_size for file in DATA.rglob('*.*')):,} bytes")
 

@@ -4,9 +4,10 @@ Read without torch. `make_oracles.py` writes everything under `data/`:
 
     data/{family}/        a Hugging Face directory, one tensor an expert (as on the hub)
     data/{family}_fused/  the same weights of a MoE, one 3-D tensor a layer
-    data/{variant}.npz    logits of a variant of a family at some positions of every row, and the KL
-                          at every valid position of the model in bfloat16 from itself in f32
-    data/{family}_lora.npz  LoRA factors, loss and gradients
+    data/{variant}.npz    logits of a variant of a family at some positions of every row, computed
+                          in float64, and the KL at every valid position of the model in bfloat16
+                          from itself in f32
+    data/{family}_lora.npz  LoRA factors, loss and gradients, computed in float64
 
 No size of these models equals another one (but for OLMoE, whose q and o are square by definition),
 so a transposed or exchanged matrix shows.

@@ -329,7 +329,7 @@ def test_a_loss_says_what_was_left_out(tmp_path, capsys):
     texts = jobs.make_texts(Settings(), config, run.words())
     TASKS["loss"].items(Work(str(file), [], [], Settings(), texts))
     said = capsys.readouterr().err
-    assert "fields that are not read: id (1 rows)" in said
+    assert "fields that are not read: id (1 row)" in said
     assert "skipped 1: empty response" in said
 
 
@@ -415,7 +415,7 @@ def test_control_tokens_come_from_the_template_only(kind, tmp_path):
     tokens, is_target, *_ = run.documents[0]
     assert np.flatnonzero(tokens == tokenizer.eos_token_id).tolist() == [len(tokens) - 1]
     assert is_target[-1]
-    assert any("1 rows have control tokens" in line for line in run.report.lines())
+    assert any("1 row has control tokens" in line for line in run.report.lines())
     assert generate.Asker(run.words(), arguments()).question(row["prompt"]).ids == run.prefix()
     kept = Run(tmp_path / "kept", kind, None, [row], special_tokens="keep")
     count = int((kept.documents[0].tokens == tokenizer.eos_token_id).sum())
