@@ -244,9 +244,7 @@ def _field_type(section: str, name: str):
         every = [
             row
             for row in (
-                f"{s}.{n}"
-                for s in field_types(TrainConfig)
-                for n in field_types(_section_class(s))
+                f"{s}.{n}" for s in field_types(TrainConfig) for n in field_types(_section_class(s))
             )
         ]
         raise UserError(

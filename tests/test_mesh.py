@@ -1,7 +1,7 @@
 """Eight simulated devices: the numbers do not depend on the mesh.
 
-By default on a selection in which every axis occurs, and fsdp, expert and tensor together; `-m slow`
-tries every factorisation of eight.
+By default on a selection in which every axis occurs, and fsdp, expert and tensor together; with
+`-m slow` on every factorisation of eight.
 """
 
 import itertools

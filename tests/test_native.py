@@ -46,7 +46,28 @@ def python(code: str, **environment) -> subprocess.CompletedProcess:
 # ---------------------------------------------------------------------------------------- building
 
 WHY_NOT = "from drlora_jax.ops.native import library; print(library.why_not())"
-QUICK = "-O0"  # how fast the kernels are does not matter where they are only built
+# A compiler that makes each source once for all tests here: they are about what is kept where.
+COMPILER = """#!{python}
+import pathlib, shutil, subprocess, sys
+arguments = sys.argv[1:]
+if "-c" not in arguments:
+    raise SystemExit(subprocess.call(["c++", *arguments]))
+made = pathlib.Path(arguments[-1])
+kept = pathlib.Path(__file__).with_name(made.name)
+if not kept.exists():
+    subprocess.run(["c++", "-O0", *arguments[:-1], str(kept)], check=True)
+shutil.copy(kept, made)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(COMPILER.format(python=sys.executable))
+    script.chmod(0o700)
+    return {"CXX": str(script)}
+
+
 CHOICES = """
 import jax.numpy as jnp
 from drlora_jax.ops import attention, backends
@@ -62,9 +83,9 @@ def kept_in(folder) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("*.so")}
 
 
-def test_built_once_and_kept(tmp_path):
+def test_built_once_and_kept(tmp_path, compiler):
     """The second process finds what the first has built; other options are another library."""
-    home = {"XDG_CACHE_HOME": str(tmp_path), "DRLORA_CXXFLAGS": QUICK}
+    home = {"XDG_CACHE_HOME": str(tmp_path), **compiler}
     assert python(WHY_NOT, **home).stdout == "None\n"
     first = kept_in(tmp_path)
     assert len(first) == 1
@@ -72,7 +93,7 @@ def test_built_once_and_kept(tmp_path):
     assert [path.suffix for path in files] == [".so"]
     assert python(WHY_NOT, **home).stdout == "None\n"
     assert kept_in(tmp_path) == first
-    assert python(WHY_NOT, **(home | {"DRLORA_CXXFLAGS": f"{QUICK} -DX"})).stdout == "None\n"
+    assert python(WHY_NOT, **home, DRLORA_CXXFLAGS="-DX").stdout == "None\n"
     assert len(kept_in(tmp_path)) == 2
     # One that is damaged is built again.
     for path in files:
@@ -92,7 +113,7 @@ def test_a_compiler_that_fails(tmp_path):
 
 
 @pytest.mark.parametrize("home", ["a file", "missing", "of everybody"])
-def test_a_cache_that_is_not_ones_own(tmp_path, home):
+def test_a_cache_that_is_not_ones_own(tmp_path, home, compiler):
     """The kernels are built for this process alone, and what others could write is not loaded."""
     place = tmp_path / "cache"
     if home == "a file":
@@ -103,7 +124,7 @@ def test_a_cache_that_is_not_ones_own(tmp_path, home):
         folder.chmod(0o777)
     else:
         place = "/proc/nowhere"
-    result = python(WHY_NOT, XDG_CACHE_HOME=str(place), DRLORA_CXXFLAGS=QUICK)
+    result = python(WHY_NOT, XDG_CACHE_HOME=str(place), **compiler)
     assert result.stdout == "None\n", result.stderr
     assert not kept_in(tmp_path)
 
