@@ -347,6 +347,29 @@ def test_answers_that_the_template_does_not_end(tmp_path, monkeypatch, end):
         assert not found or found[0].startswith("2 rows with several answers: the template ends")
 
 
+TURN = "{% for m in messages %}{{ m.role + ':' + m.content + '</s>' }}{% endfor %}"
+ASKING = "{% if add_generation_prompt %}assistant:THE_OPENING{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        (TURN + ASKING.replace("THE_OPENING", ""), None),
+        (TURN, "assistant:"),
+        (TURN + ASKING.replace("THE_OPENING", "<think>\n"), "\n</think>\n\n"),
+    ],
+    ids=["complete", "no generation prompt", "opens thinking"],
+)
+def test_words_that_answers_learn_to_begin_with_are_said(tmp_path, template, opening):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "four"}))
+    config = DataSection(path=(str(tmp_path / "rows.jsonl"),), template="tokenizer")
+    tokenizer = make_tokenizer(chat_template=template)
+    [document], report = load_documents(config, tokenizer, 64)
+    assert tokenizer.decode(document.tokens[document.is_target]) == f"{opening or ''}four</s>"
+    said = [line for line in report.lines() if "learn to begin" in line]
+    assert [repr(opening) in line for line in said] == [True] * (opening is not None)
+
+
 def test_own_field_names(tmp_path):
     options = {"prompt_field": "question", "response_field": "answer"}
     documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)

@@ -78,7 +78,7 @@ class Report:
     several: int = 0  # rows that became a document for each answer
     guarded: int = 0  # rows with control tokens in their own text
     straddled: int = 0  # learned texts whose first characters lie in a token of the prompt
-    ended_thinking: str | None = None  # what a row without reasoning learns to close at once
+    ended_thinking: str | None = None  # what rows without reasoning learn in front of answers
     max_rows: int | None = None
     special_tokens: str = "keep"
     documents: int = 0
@@ -172,8 +172,8 @@ class Report:
             )
         if self.ended_thinking is not None:
             lines.append(
-                "the template opens a thinking block; answers without reasoning learn to close it "
-                f"at once ({self.ended_thinking!r})"
+                f"answers without reasoning learn to begin with {self.ended_thinking!r}: the chat "
+                "template writes it in front of them, but not in its generation prompt"
             )
         if self.straddled:
             lines.append(f"{counted(self.straddled, *_INSIDE)}; that token is not learned")
