@@ -16,7 +16,12 @@ from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.expert_trees import expert_roles
 from drlora_jax.memory import Layout
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.transformer import (
+    Decoder,
+    DecoderOptions,
+    abstract_lora,
+    abstract_params,
+)
 from drlora_jax.ops.grouped import READS_STACKS
 from drlora_jax.optimizer import make_optimizer
 from drlora_jax.parallel import mesh as mesh_lib
@@ -86,7 +91,7 @@ def build(job: Job, devices=None) -> Run:
     )
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
-    state = jax.eval_shape(lambda: initial_state(job, model, tx))
+    state = jax.eval_shape(lambda lora: initial_state(job, tx, lora), abstract_lora(model))
     state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
     layout = memory_layout(job, mesh, experts)
     ratio = config.allocation.warmup_ratio
@@ -129,8 +134,8 @@ def build(job: Job, devices=None) -> Run:
     )
 
 
-def initial_state(job: Job, model: Decoder, tx) -> TrainState:
-    lora = init_lora(model, jax.random.key(job.config.run.seed))
+def initial_state(job: Job, tx, lora: dict) -> TrainState:
+    """The state before step 1 around the factors that `first_lora` makes."""
     mask_LER = jnp.asarray(masks_from_ranks(job.policy.init().ranks_LE, job.adapter.max_rank))
     return TrainState(
         jnp.zeros((), jnp.int32), lora, tx.init(lora), mask_LER, job.policy.init_stats()

@@ -23,7 +23,12 @@ from drlora_jax.data.tokenize import check_vocabulary
 from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.transformer import (
+    Decoder,
+    DecoderOptions,
+    abstract_lora,
+    abstract_params,
+)
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.fit import check_model_divides
@@ -31,7 +36,6 @@ from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.plan import checked_expert_backend, experts_line
 from drlora_jax.precision import resolve_dtype
 from drlora_jax.run_source import RunSource, find_run
-from drlora_jax.step import init_lora
 from drlora_jax.words import Words, of_base, of_run
 
 
@@ -134,7 +138,7 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSo
     the source with the step that they are of, where the first was damaged.
     """
     model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
-    lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
+    lora = abstract_lora(model)
     lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
     routing = source.model_config.routing
     shape = (len(source.model_config.moe_layers), routing.num_experts if routing else 0)

@@ -53,7 +53,7 @@ class Checkpoint(NamedTuple):
 def start(run: Run) -> Position:
     """The state before step 1, made on its shardings."""
     make = jax.jit(
-        lambda: initial_state(run.job, run.model, run.tx),
+        lambda: initial_state(run.job, run.tx, run.first_lora()),
         out_shardings=shardings_of(run.abstract_state),
     )
     return Position(make(), run.job.policy.init(), 0)

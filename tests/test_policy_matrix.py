@@ -121,7 +121,7 @@ class World:
         run = train.build(prepare(self.config("uniform", placement)))
         params = load_params(run.job.model_config, run.job.directory, run.abstract_params)
         make = jax.jit(
-            lambda: initial_state(run.job, run.model, run.tx),
+            lambda: initial_state(run.job, run.tx, run.first_lora()),
             out_shardings=jax.tree.map(lambda leaf: leaf.sharding, run.abstract_state),
         )
         state = make()

@@ -214,15 +214,28 @@ _PLAIN_OPS = Ops(
 
 def init_variables(model: Decoder, key: jax.Array) -> dict:
     """Fresh collections of a model; what of them is not used is never computed under jit."""
-    # Neither tokens, mesh nor device matter for them: one short row, operations that ask for none.
-    model = model.clone(options=replace(model.options, ops=_PLAIN_OPS))
     tokens_BT = jnp.zeros((1, 8), jnp.int32)
-    return model.init(key, tokens_BT, tokens_BT, tokens_BT)
+    return _anywhere(model).init(key, tokens_BT, tokens_BT, tokens_BT)
+
+
+def _anywhere(model: Decoder) -> Decoder:
+    """Neither tokens, mesh nor device matter for its variables: operations that ask for none."""
+    return model.clone(options=replace(model.options, ops=_PLAIN_OPS))
 
 
 def abstract_params(model: Decoder) -> dict:
     """Shapes and dtypes of `params`, without making them."""
-    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0))["params"])
+    return _abstract_variables(_anywhere(model))["params"]
+
+
+def abstract_lora(model: Decoder) -> dict:
+    """Shapes and dtypes of `lora`, without making them."""
+    return _abstract_variables(_anywhere(model)).get("lora", {})
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes a second; a start asks several times
+def _abstract_variables(model: Decoder) -> dict:
+    return jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
 
 
 def head_weights(config: ModelConfig, params: dict) -> jax.Array:
