@@ -8,7 +8,6 @@ the checkpoint says of its step and run with where it lies. One that does not ho
 
 import contextlib
 import gc
-import inspect
 import math
 import pathlib
 import sys
@@ -153,7 +152,7 @@ def read(
 def _together(work: Callable[[], Any]) -> Any:
     """What `work` returns; raises Damaged on all processes if it fails on one."""
     result, reason = None, ""
-    with _quietly():
+    with _quietly(), _kept_young():
         try:
             result = work()
         except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
@@ -161,7 +160,7 @@ def _together(work: Callable[[], Any]) -> Any:
                 raise
             reason = first_line(error)
         if reason:
-            gc.collect()  # what Orbax has left behind, while nobody listens
+            gc.collect(0)  # what Orbax has left behind, while nobody listens
             _close_abandoned()
     reasons = [each for each in hosts.all_texts(reason) if each]
     if reasons:
@@ -170,14 +169,29 @@ def _together(work: Callable[[], Any]) -> Any:
 
 
 def _close_abandoned() -> None:
-    """Closes coroutines that Orbax has made and, where a read failed, not begun. Whatever holds
+    """Closes coroutines that Orbax has made and, where a read failed, not ended. Whatever holds
     their traceback, such as a log record, would else free them later, each with a warning. Nothing
-    is saved while something is read, so none of them is about to begin.
+    is saved while something is read, so none of them is about to go on.
     """
-    for each in gc.get_objects():
-        is_left = type(each) is types.CoroutineType and "orbax" in each.cr_code.co_filename
-        if is_left and inspect.getcoroutinestate(each) == inspect.CORO_CREATED:
-            each.close()
+    for generation in (0, 1):
+        for each in gc.get_objects(generation):
+            if type(each) is types.CoroutineType and "orbax" in each.cr_code.co_filename:
+                with contextlib.suppress(Exception):  # its own, or that it is running
+                    each.close()
+
+
+@contextlib.contextmanager
+def _kept_young() -> Iterator[None]:
+    """Inside, nothing is collected, so that all that is made stays in the youngest generation: to
+    look through the others takes seconds in a process that has compiled much.
+    """
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()
 
 
 @contextlib.contextmanager
