@@ -389,6 +389,19 @@ def test_system_messages_are_counted_and_missed(tmp_path):
     assert asker.question(QUESTION).ids == run.prefix()
 
 
+@pytest.mark.parametrize("settings", [Settings(system="s"), Settings(chat=False), Settings()])
+def test_an_evaluation_says_once_that_system_messages_are_missed(settings, tmp_path, capsys):
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [chat_row("You are a pirate.")])
+    texts = jobs.make_texts(settings, None, run.words())
+    assert capsys.readouterr().err == ""  # not before a prompt is written
+    for _ in range(2):
+        texts.writer(settings, "plain")
+    is_missed = settings == Settings()
+    found = capsys.readouterr().err
+    assert found.count("1 of 1 training rows began with a system message") == is_missed
+    assert found.startswith("note: ") == is_missed
+
+
 def test_another_template_is_said(tmp_path):
     run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS["pair"]])
     asker = generate.Asker(run.words(), arguments(template="tokenizer"))
