@@ -156,6 +156,11 @@ CASES = (
         _added_token,
     ),
     _chat("a syntax error", "chat template is no valid Jinja", "{% if %}"),
+    _chat(
+        "words that it draws",
+        "rows.jsonl:1: .* writes other text each time it is used .the Jinja filter random",
+        "{{ ['a', 'b'] | random }}" + TURNS,
+    ),
     _chat("an exception", "refuses the messages: no", "{{ raise_exception('no') }}"),
     _chat("a division by zero", "refuses the messages: ZeroDivisionError", "{{ 1 / 0 }}"),
     _chat("a sum of text and number", "refuses the messages: TypeError", "{{ 'a' + 1 }}"),
