@@ -284,6 +284,23 @@ def test_control_tokens_without_an_embedding():
     assert caught.value.reason == "token without an embedding"
 
 
+@pytest.mark.parametrize("special", ["auto", "keep"])
+def test_a_template_that_writes_a_token_without_an_embedding(tmp_path, special):
+    """No setting of the row's own text helps there."""
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "the", "response": "answer"}\n')
+    config = DataSection(path=(str(path),), template="chatml", special_tokens=special)
+    token = rf"the token <\|im_end\|> \({size}\), but the model has {size} embedding rows; "
+    message = f"data.template=chatml writes {token}use .* or another data.template"
+    if special == "keep":  # then the text may have it, too
+        message = f"the text has {token}take it out, or set data.special_tokens=split"
+    with pytest.raises(UserError, match=message):
+        load_documents(config, tokenizer, 64, vocab_size=size)
+
+
 def test_an_end_without_an_embedding_is_refused():
     tokenizer = make_tokenizer()
     size = len(tokenizer)
