@@ -364,6 +364,23 @@ def test_answers_that_the_template_does_not_end(tmp_path, monkeypatch, end):
         assert not found or found[0].startswith("2 rows with several answers: the template ends")
 
 
+@pytest.mark.parametrize("template", ["tulu", "chatml", "auto", "tokenizer", "plain"])
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_chat_template_that_is_passed_over_is_said(tmp_path, template, has_own):
+    if template == "tokenizer" and not has_own:
+        return
+    own = "{% for m in messages %}{{ m.content }}{% endfor %}" if has_own else None
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    config = DataSection(path=(str(path),), template=template, format="prompt_response")
+    report = load_documents(config, make_tokenizer(chat_template=own), 64).report
+    said = " (the tokenizer has a chat template of its own: data.template=tokenizer)"
+    is_said = has_own and template in ("tulu", "chatml")
+    assert report.lines()[1].endswith(said) == is_said
+    if is_said:
+        assert report.lines()[1] == f"format prompt_response, template {template}{said}"
+
+
 def test_own_field_names(tmp_path):
     options = {"prompt_field": "question", "response_field": "answer"}
     documents, report = _load(tmp_path, [{"question": "a", "answer": "b"}], **options)

@@ -164,6 +164,7 @@ class _Reader:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         part.is_detected = self._config.format == "auto"
+        part.has_own_template = bool(getattr(self._tokenizer, "chat_template", None))
         self._writer = Writer(part.wording, self._tokenizer)
         self._report.special_tokens = part.wording.special_tokens
         if not part.wording.is_as_is:
