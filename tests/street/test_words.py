@@ -463,6 +463,22 @@ def test_changed_ids_are_refused(tmp_path):
         run.words(change)
 
 
+def test_control_tokens_that_came_later_are_said_and_not_used(tmp_path):
+    """As where someone adds a token for padding: all ids of the training are as they were."""
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
+    pad = load_tokenizer(run.base).pad_token
+    change = edited(
+        run.base, tmp_path, "tokenizer_config.json", lambda v: v.update(pad_token="[P]")
+    )
+    words = run.words(change)
+    [note] = words.notes
+    assert "the token [P] (" in note
+    assert note.endswith("added since the training of runs/it, and not used by it")
+    assert words.tokenizer.pad_token == pad
+    [prompt] = asked(words, [chat_row()], tmp_path)
+    assert prompt.ids == run.prefix()
+
+
 def test_a_changed_template_is_said_and_the_stored_one_used(tmp_path):
     run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
     other = edited(
