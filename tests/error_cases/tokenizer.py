@@ -6,7 +6,7 @@ import pathlib
 import sys
 from unittest import mock
 
-from error_cases.case import HACKED, Case
+from error_cases.case import HACKED, PAGE, Case
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
@@ -119,6 +119,11 @@ CASES = (
         "a tokenizer.json that git-lfs has not fetched",
         "tokenizer.json is a git-lfs pointer, not the file itself: run `git lfs pull`",
         _file("tokenizer.json", POINTER),
+    ),
+    _case(
+        "a web page as tokenizer.json",
+        "tokenizer.json is a web page .HTML., not the file itself: download it again",
+        _file("tokenizer.json", PAGE),
     ),
     _case(
         "a chat template that git-lfs has not fetched",
