@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from drlora_jax import checksums
 from drlora_jax.checksums import leaf_name
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.files import check_not_pointer, read_json
+from drlora_jax.files import check_downloaded, read_json
 from drlora_jax.identity import find_difference, identity_of
 from drlora_jax.parallel import hosts
 
@@ -106,7 +106,7 @@ def first_good(
             damaged[step] = str(error)  # not the error: its traceback would hold on to the arrays
     first, *others = steps
     for file in sorted((directory / str(first)).rglob("*")):
-        check_not_pointer(file)
+        check_downloaded(file)
     more = f"; so are the older ones ({', '.join(map(str, others))})" if others else ""
     raise RunError(
         f"Checkpoint {first} of {directory} is damaged or not whole: {damaged[first]}{more}. Put "

@@ -3,7 +3,8 @@
 A path may be anything: an address, absent, a directory where a file is wanted, a named pipe that
 would block for ever, a name too long for the file system. `local_path` refuses addresses, whatever
 option has them; `kind_of` says in words what is at a path, without raising. JSON that decides what
-a run is (`config.json`, a weight index) is read by `read_json`.
+a run is (`config.json`, a weight index) is read by `read_json`. What a failed download left in the
+place of a file is named by `check_downloaded`.
 """
 
 import json
@@ -26,6 +27,22 @@ _POINTERS = (
     b"version https://git-lfs.github.com/spec/",
     b"version https://hawser.github.com/spec/",
 )
+# What servers answer with where a file was asked for, and a download kept as the file.
+_PAGE = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?:!doctype html|html)\b",
+    re.I | re.S,
+)
+_XML_ERROR = re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<Error>.*</Error>\s*", re.S)
+_ERROR_WORDS = re.compile(
+    rb"\s*(?:\d{3}:? ?)?(?:(?:entry |repository |file )?not found|access (?:denied|to model .*)|"
+    rb"forbidden|unauthorized|invalid username or password)\.?\s*",
+    re.I,
+)
+_ERROR_KEYS = frozenset(
+    "error errors message msg status code detail details type success documentation_url path "
+    "timestamp request_id requestId".split()
+)
+_ERROR_BYTES = 4096  # longer answers that are no web page are files
 _OTHER = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -94,13 +111,18 @@ def given(option: str, text: str) -> str:
     return f"{option}{'=' if '.' in option else ' '}{text}" if option else text
 
 
-def check_not_pointer(file: pathlib.Path) -> None:
-    """Refuses the few lines that git leaves in the place of a file kept in git-lfs."""
+def check_downloaded(file: pathlib.Path, *, takes_pages: bool = False) -> None:
+    """Refuses what stands in the place of a file that did not come: the few lines of git-lfs, or a
+    server's web page or error.
+
+    Args:
+      takes_pages: a web page may be what is meant.
+    """
     if kind_of(file) != FILE:
         return  # a named pipe would block
     try:
         with open(file, "rb") as stream:
-            head = stream.read(max(map(len, _POINTERS)))
+            head = stream.read(_ERROR_BYTES + 1)
     except OSError:
         return  # whoever reads it says why
     if head.startswith(_POINTERS):
@@ -108,6 +130,39 @@ def check_not_pointer(file: pathlib.Path) -> None:
             f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in "
             f"{file.parent}, or download the file again."
         )
+    what = None if takes_pages else _answer_of_a_server(head)
+    if what:
+        raise UserError(
+            f"{file} is {what}, not the file itself: download it again, with an address that gives "
+            "the file (and logged in where that is needed)."
+        )
+
+
+def _answer_of_a_server(head: bytes) -> str | None:
+    """In words, the web page or error that a file begins with, if it is one."""
+    if _PAGE.match(head):
+        return "a web page (HTML)"
+    if len(head) > _ERROR_BYTES:
+        return None
+    is_error = _XML_ERROR.fullmatch(head) or _ERROR_WORDS.fullmatch(head) or _is_json_error(head)
+    text = " ".join(head.decode("utf-8", "replace").split())
+    return f"the error of a server ({text[:100]!r})" if is_error else None
+
+
+def _is_json_error(content: bytes) -> bool:
+    """Whether all of it is one object of an error, and of what stands beside one."""
+    if not content.lstrip().startswith(b"{"):
+        return False
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    # A message alone may be a row.
+    told = (
+        values.keys() & {"error", "errors", "documentation_url"}
+        or len(values.keys() & {"message", "status"}) == 2
+    )
+    return bool(told) and values.keys() <= _ERROR_KEYS
 
 
 def read_json(file: pathlib.Path) -> dict:
@@ -115,7 +170,7 @@ def read_json(file: pathlib.Path) -> dict:
     kind = kind_of(file)
     if kind != FILE:
         raise UserError(f"{file} must be a file with a JSON object, but it is {kind}.")
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{file} has more than {MAX_JSON_BYTES >> 20} MiB: not such a file.")

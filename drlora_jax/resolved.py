@@ -16,8 +16,8 @@ from drlora_jax.data.documents import digest, load_documents
 from drlora_jax.data.layouts import FieldNames
 from drlora_jax.data.report import Report, shortened
 from drlora_jax.data.templates import AS_IS, CHAT_TEMPLATES, choose_template, turn_end
-from drlora_jax.data.tokenize import end_token_ids, tokenizer_identity
-from drlora_jax.data.tokenizer_identity import template_identity
+from drlora_jax.data.tokenize import end_token_ids, token_names, tokenizer_identity
+from drlora_jax.data.tokenizer_identity import added_since, template_identity
 from drlora_jax.data.wording import CHOICE, TEXT, Wording, Writer, field_names, named_wording
 from drlora_jax.errors import UserError
 
@@ -141,47 +141,71 @@ def as_trained(
     Raises:
       UserError: when it makes other token ids than the run was trained with.
     """
-    now, then, notes = tokenizer_identity(tokenizer, directory), resolved.tokenizer, []
-    changed = {name for name in then if now.get(name) != then[name]}
-    for name in ("vocabulary", "probe"):
+    now, then = tokenizer_identity(tokenizer, directory), resolved.tokenizer
+    changed, notes = _without_additions(tokenizer, directory, run_dir, now, then)
+    for name, what in (("vocabulary", "vocabulary"), ("probe", "way to cut texts")):
         if name in changed:
-            what = "vocabulary" if name == "vocabulary" else "way to cut texts"
             raise UserError(
                 f"The tokenizer of {directory} is not the one that {run_dir} was trained with: its "
-                f"{what} has changed (sha256 {then[name][:12]}, got {now[name][:12]}), so the same "
-                "words have other token ids. Put the tokenizer files of the training back."
+                f"{what} has changed (sha256 {then[name][:12]}, got {now[name][:12]}), so texts "
+                "may have other token ids. Put the tokenizer files of the training back."
             )
     if "normalizer" in changed:
         notes.append(
             f"the tokenizer files of {directory} are written otherwise than at the training; the "
             "token ids of a probe are the same"
         )
-    if "template" in changed and resolved.chat_template is not None:
-        notes.append(
-            f"the chat template of {directory} is not the one that {run_dir} was trained with; the "
-            "run's own is used"
-        )
-    if resolved.chat_template is not None:
-        tokenizer.chat_template = resolved.chat_template
-    elif "template" in changed and _had_no_chat_template(resolved, then["template"]):
-        notes.append(
-            f"{directory} has a chat template now and had none when {run_dir} was trained, which "
-            "goes on without one"
-        )
-        tokenizer.chat_template = None
-    end = resolved.end_token_ids[0] if resolved.end_token_ids else None
+    notes += _restore_template(tokenizer, resolved, "template" in changed, directory, run_dir)
     if "ends" in changed:
         notes.append(
             f"the end tokens of {directory} have changed since the training; answers end at those "
             f"of {run_dir} (ids {', '.join(map(str, resolved.end_token_ids))})"
         )
+        end = resolved.end_token_ids[0] if resolved.end_token_ids else None
         if end is not None and tokenizer.eos_token_id != end:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     return tokenizer, notes
 
 
-def _had_no_chat_template(resolved: Resolved, then: str) -> bool:
+def _without_additions(
+    tokenizer, directory: pathlib.Path, run_dir, now: dict, then: dict
+) -> tuple[set[str], list[str]]:
+    """Which parts have changed otherwise than by control tokens that were added since, such as one
+    for padding, and what to say of those; the padding is set back.
+    """
+    changed = {name for name in then if now.get(name) != then[name]}
+    added = added_since(tokenizer, directory, then) if "vocabulary" in changed else None
+    if added is None:
+        return changed, []
+    if added.ends_are_same:
+        tokenizer.pad_token = added.pad_token
+        changed -= {"ends"}
+    note = (
+        f"{directory}: {token_names(added.tokens)} added since the training of {run_dir}, and not "
+        "used by it"
+    )
+    return changed - {"vocabulary", "probe"}, [note]
+
+
+def _restore_template(
+    tokenizer, resolved: Resolved, has_changed: bool, directory: pathlib.Path, run_dir
+) -> list[str]:
+    if resolved.chat_template is not None:
+        tokenizer.chat_template = resolved.chat_template
+        what = f"the chat template of {directory} is not the one that {run_dir} was trained with"
+        return [f"{what}; the run's own is used"] if has_changed else []
+    if has_changed and _had_no_chat_template(resolved):
+        tokenizer.chat_template = None
+        return [
+            f"{directory} has a chat template now and had none when {run_dir} was trained, which "
+            "goes on without one"
+        ]
+    return []
+
+
+def _had_no_chat_template(resolved: Resolved) -> bool:
     """Whether rows of turns were written without one: `auto` would take the new one for them."""
+    then = resolved.tokenizer["template"]
     wordings = [wording for _, wording in resolved.wordings]
     return then == template_identity(None) and any(each.format == "chat" for each in wordings)
 

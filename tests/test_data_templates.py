@@ -61,6 +61,17 @@ def _render(fields, row_format, template, **options) -> str:
     return _marked(document.segments)
 
 
+@pytest.mark.parametrize("use", ["['a', 'b'] | random", "(range(9)|list)|\n random()"])
+def test_a_chat_template_that_draws_its_words_is_refused(use):
+    conversation = read_row({"messages": CHAT}, "chat")
+    tokenizer = make_tokenizer(chat_template=f"{{{{ {use} }}}}" + OWN)
+    with pytest.raises(UserError, match="writes other text each time .*the Jinja filter random"):
+        write(conversation, Style("tokenizer"), tokenizer)
+    assert write_prompt(conversation._replace(messages=tuple(CHAT[:2])), Style("chatml"), tokenizer)
+    harmless = f"{{# {use} #}}| random{{{{ 'a | random' }}}}"
+    assert write(conversation, Style("tokenizer"), make_tokenizer(chat_template=harmless + OWN))
+
+
 @pytest.mark.parametrize("use", ["{{ bos_token }}", "{{ bos_token ~ '' }}", "{{ bos_token + '' }}"])
 def test_a_chat_template_with_a_token_that_is_not_there(use):
     """As transformers: nothing where it is written, and refused where it is computed with."""

@@ -284,6 +284,23 @@ def test_control_tokens_without_an_embedding():
     assert caught.value.reason == "token without an embedding"
 
 
+@pytest.mark.parametrize("special", ["auto", "keep"])
+def test_a_template_that_writes_a_token_without_an_embedding(tmp_path, special):
+    """No setting of the row's own text helps there."""
+    tokenizer = make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "the", "response": "answer"}\n')
+    config = DataSection(path=(str(path),), template="chatml", special_tokens=special)
+    token = rf"the token <\|im_end\|> \({size}\), but the model has {size} embedding rows; "
+    message = f"data.template=chatml writes {token}use .* or another data.template"
+    if special == "keep":  # then the text may have it, too
+        message = f"the text has {token}take it out, or set data.special_tokens=split"
+    with pytest.raises(UserError, match=message):
+        load_documents(config, tokenizer, 64, vocab_size=size)
+
+
 def test_an_end_without_an_embedding_is_refused():
     tokenizer = make_tokenizer()
     size = len(tokenizer)
@@ -368,6 +385,23 @@ def test_words_that_answers_learn_to_begin_with_are_said(tmp_path, template, ope
     assert tokenizer.decode(document.tokens[document.is_target]) == f"{opening or ''}four</s>"
     said = [line for line in report.lines() if "learn to begin" in line]
     assert [repr(opening) in line for line in said] == [True] * (opening is not None)
+
+
+@pytest.mark.parametrize("template", ["tulu", "chatml", "auto", "tokenizer", "plain"])
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_chat_template_that_is_passed_over_is_said(tmp_path, template, has_own):
+    if template == "tokenizer" and not has_own:
+        return
+    own = "{% for m in messages %}{{ m.content }}{% endfor %}" if has_own else None
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    config = DataSection(path=(str(path),), template=template, format="prompt_response")
+    report = load_documents(config, make_tokenizer(chat_template=own), 64).report
+    said = " (the tokenizer has a chat template of its own: data.template=tokenizer)"
+    is_said = has_own and template in ("tulu", "chatml")
+    assert report.lines()[1].endswith(said) == is_said
+    if is_said:
+        assert report.lines()[1] == f"format prompt_response, template {template}{said}"
 
 
 def test_own_field_names(tmp_path):

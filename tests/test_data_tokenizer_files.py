@@ -12,7 +12,7 @@ from street.made import directory, tokenizer_json
 from tokenizers import Tokenizer
 
 from drlora_jax.data.tokenizer_files import end_token_ids, load_tokenizer
-from drlora_jax.data.tokenizer_identity import tokenizer_identity
+from drlora_jax.data.tokenizer_identity import added_since, tokenizer_identity
 from drlora_jax.errors import UserError
 
 BUNDLED = pathlib.Path(__file__).parents[1] / "drlora_jax" / "bundled"
@@ -275,6 +275,62 @@ def test_identity_of_changed_files(tmp_path):
     file.write_text(original)
     _change(folder / "tokenizer_config.json", pad_token="[PAD]")
     assert {"vocabulary", "ends"} <= _differing(folder, first)
+
+
+def _added(*contents, special=True):
+    """Changes tokenizer.json: tokens behind all others."""
+
+    def change(folder):
+        file = folder / "tokenizer.json"
+        values = json.loads(file.read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        last = max(Tokenizer.from_file(str(file)).get_vocab().values())
+        for index, content in enumerate(contents, start=last + 1):
+            token = {"id": index, "content": content, "special": special}
+            values["added_tokens"].append(token | flags)
+        file.write_text(json.dumps(values))
+
+    return change
+
+
+def _swapped(folder):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    words = values["model"]["vocab"]
+    words["Ġthe"], words["Ġand"] = words["Ġand"], words["Ġthe"]
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+def _settings(**changes):
+    return lambda folder: _change(folder / "tokenizer_config.json", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "ends_are_same"),
+    [
+        ([_added("[P]")], ["[P]"], True),
+        ([_added("[P]", "[Q]"), _settings(pad_token="[Q]")], ["[P]", "[Q]"], True),
+        ([_settings(pad_token="[P]")], ["[P]"], True),
+        ([_added("[P]"), _settings(pad_token="[P]", eos_token="<|padding|>")], ["[P]"], False),
+        ([_added("[P]", special=False)], None, None),
+        ([_added("[P]"), _swapped], None, None),
+        ([_added("[P]"), _lower_case], None, None),
+        ([_added(" has")], None, None),  # which the probe has
+        ([_swapped], None, None),
+    ],
+)
+def test_control_tokens_that_came_on_top(tmp_path, changes, tokens, ends_are_same):
+    folder = directory(tmp_path, "gpt_neox")
+    loaded = load_tokenizer(folder)
+    before = tokenizer_identity(loaded, folder)
+    for change in changes:
+        change(folder)
+    found = added_since(load_tokenizer(folder), folder, before)
+    if tokens is None:
+        assert found is None
+        return
+    assert list(found.tokens.values()) == tokens and min(found.tokens) == len(loaded)
+    assert found.ends_are_same == ends_are_same
+    assert found.pad_token == (loaded.pad_token if ends_are_same else None)
 
 
 def test_identity_of_a_tokenizer_without_a_file(tmp_path, monkeypatch):

@@ -147,8 +147,8 @@ def test_description():
 REFUSED = {
     "no_event_fits": (
         {"total_steps": 150},
-        "no growth event fits: warm-up ends at step 4, the last event must be 200 steps before the "
-        "end, and there are 150"
+        "no growth event fits: warm-up ends at step 4, the last event comes 200 steps before "
+        "the end, which would be before step 1 of 150"
         r".*allocation\.interval \(200\)",
     ),
     "last_event_in_warm_up": (

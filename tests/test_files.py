@@ -1,4 +1,4 @@
-"""Paths that users name: addresses, pointers of git-lfs."""
+"""Paths that users name: addresses, and files that did not come."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ import pytest
 from drlora_jax import alpha, cli, evaluate, export, generate, inspect, report
 from drlora_jax.config import PLACES, TrainConfig, apply_overrides, load_config
 from drlora_jax.errors import UserError
-from drlora_jax.files import check_not_pointer, kind_of, local_path, read_json
+from drlora_jax.files import check_downloaded, kind_of, local_path, read_json
 
 POINTERS = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:0f1e\nsize 1234\n",
@@ -151,10 +151,53 @@ def test_every_option_that_names_a_path(module, argv, option, url, tmp_path, mon
 def test_pointers_of_git_lfs(tmp_path, pointer):
     file = tmp_path / "config.json"
     file.write_text(pointer)
-    for look in (check_not_pointer, read_json):
+    for look in (check_downloaded, read_json):
         with pytest.raises(UserError, match=f"{file} is a git-lfs pointer.*git lfs pull. in "):
             look(file)
     file.write_text('{"version": "https://git-lfs.github.com/spec/v1"}')
-    check_not_pointer(file)
-    check_not_pointer(tmp_path / "absent")
-    check_not_pointer(tmp_path)
+    check_downloaded(file)
+    check_downloaded(tmp_path / "absent")
+    check_downloaded(tmp_path)
+
+
+PAGES = ("<!DOCTYPE html>\n<title>Sign in</title>", "\ufeff\n<html lang=en>" + "a" * 9999)
+PAGES += ("<!-- a --><!--b-->\n<!doctype HTML>", '<?xml version="1.0"?><!DOCTYPE html><html/>')
+ERRORS = (
+    '<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code><Message>No</Message></Error>\n',
+    '{"error": "Repository not found"}',
+    '{"message": "Not Found", "documentation_url": "https://x", "status": "404"}',
+    "404: Not Found",
+    "Entry not found\n",
+    "Access to model a/b is restricted and you are not in the authorized list.",
+    "Invalid username or password.",
+)
+FILES = (
+    '{"error": "x", "prompt": "why?", "response": "so"}',
+    '{"message": "a text"}',
+    '{"model_type": "olmoe", "status": "x"}',
+    '["error"]',
+    "{",
+    "",
+    "<|im_start|>{{ html }}",
+    "<h1>A</h1>",
+    "prompt,response\nnot found,why\n",
+    "<!-- " * 900,
+    '{"error": "' + "a" * 5000 + '"}',
+)
+
+
+@pytest.mark.parametrize("content", [*PAGES, *ERRORS])
+def test_answers_of_servers_are_no_files(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    what = r"a web page \(HTML\)" if content in PAGES else "the error of a server .'.*'."
+    for look in (check_downloaded, read_json):
+        with pytest.raises(UserError, match=f"{file} is {what}, not the .*: download it again"):
+            look(file)
+    check_downloaded(file, takes_pages=True)
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_files_that_look_a_little_like_such_answers(tmp_path, content):
+    (tmp_path / "a").write_text(content)
+    check_downloaded(tmp_path / "a")

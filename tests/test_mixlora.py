@@ -391,7 +391,8 @@ def test_the_load_of_experts(folder, tmp_path, capsys):
 
 def test_export_says_why_not(folder, capsys):
     out = str(folder / "out")
-    with pytest.raises(
-        UserError, match="lose the routing. tools/mixlora_conv.* writes it for MoE-PEFT"
-    ):
+    way = (
+        f"For MoE-PEFT: python tools/mixlora_convert.py export --run {folder / 'run'} --out DIR, in"
+    )
+    with pytest.raises(UserError, match=f"lose the routing. {way} the repository"):
         export.main(["--run", str(folder / "run"), "--out", out, "--format", "merged"])

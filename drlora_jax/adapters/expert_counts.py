@@ -12,7 +12,7 @@ import re
 
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, check_not_pointer, kind_of, local_path
+from drlora_jax.files import FILE, check_downloaded, kind_of, local_path
 
 QUARTERS = 4
 MOST_EXPERTS = 1024  # of a layer; more can only be a slip
@@ -68,7 +68,7 @@ def _read_file(path: str) -> list[int]:
             f"such as 2,4,4, or the FILE.json that drlora_jax.alpha wrote (this is "
             f"{kind_of(file)})."
         )
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         layers = json.loads(file.read_text(encoding="utf-8"))["layers"]
         by_layer = {int(each["layer"]): each["experts"] for each in layers}

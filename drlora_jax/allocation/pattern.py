@@ -10,7 +10,7 @@ import numpy as np
 
 from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, check_not_pointer, kind_of, local_path
+from drlora_jax.files import FILE, check_downloaded, kind_of, local_path
 
 
 def pattern(
@@ -56,7 +56,7 @@ def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
             f"allocation.pattern={path} is {kind_of(file)}; give a JSON file of ranks [layers]"
             "[experts] or a run's ranks.jsonl."
         )
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         lines = file.read_text(encoding="utf-8").strip().splitlines() or [""]
         value = json.loads(lines[-1] if file.suffix == ".jsonl" else "\n".join(lines))

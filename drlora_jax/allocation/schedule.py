@@ -23,4 +23,7 @@ def last_event_words(last: int, total_steps: int, interval: int) -> str:
     """Where the last event may be, for the message that none fits."""
     if last > 0:
         return f"the last event may be at step {last} of {total_steps}"
-    return f"the last event must be {interval} steps before the end, and there are {total_steps}"
+    return (
+        f"the last event comes {interval} steps before the end, which would be before step 1 of "
+        f"{total_steps}"
+    )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from drlora_jax.data.chat_template import (
     SENTINEL,
     Chat,
+    check_chance,
     opening,
     render_chat,
     turn_end,
@@ -41,6 +42,7 @@ class _Span(NamedTuple):
 
 def write_chat(chat: Chat, is_learned: tuple[bool, ...]) -> list[Written]:
     """Writes a conversation with the tokenizer's chat template."""
+    check_chance(chat)
     learned = [place for place, is_one in enumerate(is_learned) if is_one]
     whole = render_chat(chat, chat.messages[: learned[-1] + 1], answering=False)
     writer = _Writer(chat, learned, whole)

@@ -7,6 +7,7 @@ clock stands still, and a template that raises anything is a bad row.
 import copy
 import datetime
 import functools
+import itertools
 import json
 import re
 import weakref
@@ -113,6 +114,29 @@ def check_texts(tokenizer) -> None:
 def reads_clock(tokenizer) -> bool:
     """Whether the rendering depends on the date."""
     return any(map(_CLOCK.search, template_texts(tokenizer)))
+
+
+def check_chance(chat: Chat) -> None:
+    """Refuses a template that draws its words: no later prompt could be the one of training."""
+    if _uses_chance(chat.template):
+        raise UserError(
+            "the tokenizer's chat template writes other text each time it is used (the Jinja "
+            "filter random), so the prompts of training and generation would differ; take that "
+            "out of the template, or set data.template=chatml or tulu."
+        )
+
+
+@functools.cache
+def _uses_chance(template: str) -> bool:
+    if "random" not in template:  # true of nearly all
+        return False
+    jinja2 = load_package("jinja2", "The tokenizer's chat template")
+    try:  # tokens, so that neither text nor comments count
+        tokens = [each[1:] for each in jinja2.Environment().lex(template)]
+    except jinja2.TemplateSyntaxError:
+        return False  # the rendering says so
+    tokens = [each for each in tokens if each[0] != "whitespace"]
+    return (("operator", "|"), ("name", "random")) in itertools.pairwise(tokens)
 
 
 # ---------------------------------------------------------------------------------------- render

@@ -164,6 +164,7 @@ class _Reader:
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         part.is_detected = self._config.format == "auto"
+        part.has_own_template = bool(getattr(self._tokenizer, "chat_template", None))
         self._writer = Writer(part.wording, self._tokenizer)
         self._report.special_tokens = part.wording.special_tokens
         if not part.wording.is_as_is:
@@ -240,8 +241,10 @@ class _Reader:
     def _keep(self, row: Row, part: PathReport, whole: list[Document]) -> None:
         try:
             if self._vocab_size is not None:
+                is_split = part.wording.special_tokens == "split" and not part.wording.is_as_is
+                template = part.wording.template if is_split else ""
                 for each in whole:
-                    check_row_tokens(each.tokens, self._tokenizer, self._vocab_size)
+                    check_row_tokens(each.tokens, self._tokenizer, self._vocab_size, template)
             fitted = [piece for each in whole for piece in _fit(each, self._config, self._length)]
             _check_targets(whole, fitted, self._length)
         except BadRow as error:

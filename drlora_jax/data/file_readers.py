@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
-from drlora_jax.files import check_not_pointer
+from drlora_jax.files import check_downloaded
 
 MAX_LINE_BYTES = 64 << 20  # of a row; a long book is 3 MiB
 MAX_LIST_BYTES = 1 << 30  # of a .json list, which is read as a whole
@@ -43,7 +43,7 @@ def read_file(name: str, file: pathlib.Path) -> Iterator[Row]:
     Args:
       name: how messages call it.
     """
-    check_not_pointer(file)
+    check_downloaded(file)
     ending = ending_of(file.name)
     if ending == ".parquet":
         return _read_parquet(name, file)
@@ -247,7 +247,7 @@ def read_arrow(name: str, file: pathlib.Path, *, first: int = 0) -> Iterator[Row
       first: rows of the same data set in earlier files.
     """
     arrow = load_package("pyarrow", f"Reading {name}")
-    check_not_pointer(file)
+    check_downloaded(file)
     with _arrow_errors(name, "Arrow"), arrow.memory_map(str(file)) as source:
         if source.read(6) == b"ARROW1":
             table = arrow.ipc.open_file(source)

@@ -24,6 +24,7 @@ class PathReport:
     path: str
     wording: Wording | None = None  # None until its first row was seen
     is_detected: bool = False  # the format, from that row's fields
+    has_own_template: bool = False  # the tokenizer
     rows_read: int = 0
     rows_kept: int = 0
     system_rows: int = 0
@@ -58,6 +59,9 @@ class PathReport:
             return "no row was read"
         found = " (found from the first row)" if self.is_detected else ""
         text = f"format {self.wording.format}{found}, template {self.wording.template}"
+        if self.has_own_template and self.wording.template in ("chatml", "tulu"):
+            # A config file may have set it, and the model may know another format.
+            text += " (the tokenizer has a chat template of its own: data.template=tokenizer)"
         if self.wording.date:
             text += f", date {self.wording.date} (the template reads the clock)"
         return text

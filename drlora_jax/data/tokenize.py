@@ -59,23 +59,37 @@ def check_vocabulary(tokenizer, vocab_size: int) -> str | None:
     needed = set(beyond) - special
     needed |= {tokenizer.eos_token_id, *_bos([], tokenizer)} & set(beyond)
     if needed:
-        names = _names({index: beyond[index] for index in sorted(needed)})
+        names = token_names({index: beyond[index] for index in sorted(needed)})
         raise UserError(
             f"The model has {vocab_size} embedding rows, none for {names} of its tokenizer: use "
             "the model's own tokenizer files, without tokens that were added for another model."
         )
     unused = pad_token(tokenizer, vocab_size) != pad_token(tokenizer)
     padding = f"; rows are padded with {tokenizer.eos_token}" if unused else ""
-    return f"no embedding row for {_names(beyond)} of the tokenizer{padding}"
+    return f"no embedding row for {token_names(beyond)} of the tokenizer{padding}"
 
 
-def check_row_tokens(tokens: Sequence[int] | np.ndarray, tokenizer, vocab_size: int) -> None:
-    """Raises BadRow for ids that the embedding table does not have."""
+def check_row_tokens(
+    tokens: Sequence[int] | np.ndarray, tokenizer, vocab_size: int, template: str = ""
+) -> None:
+    """Raises BadRow for ids that the embedding table does not have.
+
+    Args:
+      template: what has written the row's control tokens, where the row's own text has none.
+    """
     ids = np.asarray(tokens)
     if ids.size == 0 or ids.max() < vocab_size:
         return
     beyond = _beyond(tokenizer, vocab_size)
-    names = _names({index: beyond.get(index, "?") for index in np.unique(ids[ids >= vocab_size])})
+    names = token_names(
+        {index: beyond.get(index, "?") for index in np.unique(ids[ids >= vocab_size])}
+    )
+    if template:
+        raise BadRow(
+            "token without an embedding",
+            f"data.template={template} writes {names}, but the model has {vocab_size} embedding "
+            "rows; use the model's own tokenizer files, or another data.template",
+        )
     raise BadRow(
         "token without an embedding",
         f"the text has {names}, but the model has {vocab_size} embedding rows; take it out, or set "
@@ -88,7 +102,8 @@ def _beyond(tokenizer, vocab_size: int) -> dict[int, str]:
     return dict(sorted(pair for pair in pairs if pair[0] >= vocab_size))
 
 
-def _names(tokens: dict[int, str]) -> str:
+def token_names(tokens: dict[int, str]) -> str:
+    """Tokens with their ids, for a message."""
     named = [f"{token} ({index})" for index, token in list(tokens.items())[:_NAMED]]
     more = f" and {len(tokens) - _NAMED} more" if len(tokens) > _NAMED else ""
     return f"the token{'s' if len(tokens) > 1 else ''} {', '.join(named)}{more}"

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from drlora_jax.data.packages import load_package
 from drlora_jax.data.tokenizer_probe import first_difference, sentencepiece_difference
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, check_not_pointer, kind_of, read_json
+from drlora_jax.files import ABSENT, check_downloaded, kind_of, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -111,7 +111,7 @@ def _check_files(folder: pathlib.Path) -> None:
         )
     templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     for file in [folder / name for name in (*_VOCABULARY_FILES, *_TEXT_FILES)] + templates:
-        check_not_pointer(file)
+        check_downloaded(file)
     for name in _SETTINGS_FILES:
         if kind_of(folder / name) != ABSENT:
             read_json(folder / name)

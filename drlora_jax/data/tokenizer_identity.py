@@ -9,6 +9,7 @@ that shows. `template` and `ends` can change while ids stay.
 import hashlib
 import json
 import pathlib
+from typing import NamedTuple
 
 from drlora_jax.data.packages import load_package
 from drlora_jax.data.tokenizer_files import TOKENIZER_FILE, end_token_ids
@@ -16,6 +17,15 @@ from drlora_jax.data.tokenizer_probe import decoded, probe_texts
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
+_MOST_ADDED = 100  # each number of tokens is tried
+
+
+class Added(NamedTuple):
+    """Control tokens that a tokenizer has on top of those that an identity is of."""
+
+    tokens: dict[int, str]
+    ends_are_same: bool  # but for a padding token among the new ones
+    pad_token: str | None  # of then, where `ends_are_same`
 
 
 def tokenizer_identity(tokenizer, directory: str | pathlib.Path) -> dict[str, str]:
@@ -27,14 +37,64 @@ def tokenizer_identity(tokenizer, directory: str | pathlib.Path) -> dict[str, st
     """
     directory = pathlib.Path(directory)
     pipeline, vocabulary = _described(tokenizer, directory / TOKENIZER_FILE)
-    start_and_padding = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return {
         "vocabulary": _digest(vocabulary),
         "normalizer": _digest(pipeline),
-        "probe": _digest(_behaviour(tokenizer)),
+        "probe": _digest(_behaviour(tokenizer, tokenizer.added_tokens_decoder)),
         "template": template_identity(getattr(tokenizer, "chat_template", None)),
-        "ends": _digest([start_and_padding, end_token_ids(tokenizer, directory)]),
+        "ends": _ends(tokenizer, tokenizer.pad_token_id, end_token_ids(tokenizer, directory)),
     }
+
+
+def added_since(tokenizer, directory: str | pathlib.Path, before: dict[str, str]) -> Added | None:
+    """What came on top of the vocabulary of an identity; None if anything else has changed.
+
+    Only control tokens: an added word would change the ids of texts that have it.
+    """
+    directory = pathlib.Path(directory)
+    pipeline, vocabulary = _described(tokenizer, directory / TOKENIZER_FILE)
+    if len(vocabulary) != 4 or _digest(pipeline) != before["normalizer"]:
+        return None
+    now = tokenizer.added_tokens_decoder
+    last_first = []
+    for index in sorted((each[0] for part in vocabulary[2:] for each in part), reverse=True):
+        if index < len(vocabulary[0]) or index not in now or not now[index].special:
+            break
+        last_first.append(index)
+    new = _new_ids(vocabulary, last_first, before["vocabulary"])
+    old = {index: token for index, token in now.items() if index not in new}
+    if not new or _digest(_behaviour(tokenizer, old)) != before["probe"]:
+        return None
+    tokens = {index: now[index].content for index in sorted(new)}
+    return Added(tokens, *_padding(tokenizer, directory, before["ends"], old))
+
+
+def _new_ids(vocabulary: list, last_first: list[int], before: str) -> set[int]:
+    """The last ids of a vocabulary without which it has a digest; none if that does not help."""
+    start = hashlib.sha256(json.dumps(vocabulary[:2], sort_keys=True)[:-1].encode())
+    for count in range(1, min(len(last_first), _MOST_ADDED) + 1):
+        new = set(last_first[:count])
+        digest = start.copy()  # words and merges of a large vocabulary take a second
+        for part in vocabulary[2:]:
+            kept = [each for each in part if each[0] not in new]
+            digest.update(f", {json.dumps(kept, sort_keys=True)}".encode())
+        digest.update(b"]")
+        if digest.hexdigest() == before:
+            return new
+    return set()
+
+
+def _padding(tokenizer, directory: pathlib.Path, ends: str, old: dict) -> tuple[bool, str | None]:
+    """The padding token with which a tokenizer has the ends of an identity, if there is one."""
+    last = end_token_ids(tokenizer, directory)
+    for index in (tokenizer.pad_token_id, None, *old):
+        if _ends(tokenizer, index, last) == ends:
+            return True, None if index is None else tokenizer.convert_ids_to_tokens(index)
+    return False, None
+
+
+def _ends(tokenizer, pad_id: int | None, end_ids: tuple[int, ...]) -> str:
+    return _digest([(tokenizer.bos_token_id, tokenizer.eos_token_id, pad_id), end_ids])
 
 
 def template_identity(template: str | dict | None) -> str:
@@ -69,8 +129,8 @@ def _added(tokenizer) -> list:
     return sorted((i, str(t), t.special) for i, t in tokenizer.added_tokens_decoder.items())
 
 
-def _behaviour(tokenizer) -> list:
-    texts = probe_texts(tokenizer.added_tokens_decoder)
+def _behaviour(tokenizer, added: dict) -> list:
+    texts = probe_texts(added)
     plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     around = tokenizer(texts, add_special_tokens=True, verbose=False)["input_ids"]
     ids = [list(map(int, each)) for each in (*plain, *around)]

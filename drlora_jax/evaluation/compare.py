@@ -10,7 +10,7 @@ import json
 from drlora_jax import cli
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import statistics
-from drlora_jax.files import check_not_pointer, local_path
+from drlora_jax.files import check_downloaded, local_path
 
 
 def main(argv=None) -> int:
@@ -29,7 +29,7 @@ def main(argv=None) -> int:
 def read_samples(file: str) -> dict[str, dict]:
     """The lines of a file of samples, by id."""
     path = local_path(file)
-    check_not_pointer(path)
+    check_downloaded(path)
     try:
         content = path.read_text(encoding="utf-8")
         lines = [json.loads(line) for line in content.splitlines()]

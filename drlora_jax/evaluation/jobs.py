@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from drlora_jax.files import local_path
 from drlora_jax.generation import Generator
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
-from drlora_jax.resolved import asked_wording
+from drlora_jax.resolved import asked_wording, system_note
 from drlora_jax.units import counted
 from drlora_jax.words import Words
 
@@ -105,7 +106,14 @@ def make_texts(
     section = known.data
     if words.is_run and words.resolved is None and section.special_tokens == "auto":
         section = dataclasses.replace(section, special_tokens="keep")  # as it was read then
-    find_own = functools.cache(lambda: own_writer(settings, words, row_format))
+
+    @functools.cache  # so that what is missed is said once
+    def find_own() -> Writer | None:
+        writer = own_writer(settings, words, row_format)
+        if writer is not None and not writer.wording.is_as_is and settings.system is None:
+            _tell(system_note(words.resolved))
+        return writer
+
     return Texts(words.tokenizer, find_own, section, length, date)
 
 
@@ -118,6 +126,11 @@ def own_writer(settings: Settings, words: Words, row_format: str | None) -> Writ
     if settings.template is None and (wording.is_as_is or wording.format == CHOICE):
         return None
     return Writer(wording, words.tokenizer)
+
+
+def _tell(note: str | None) -> None:
+    if note and hosts.is_main():
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _heldout(config: TrainConfig | None) -> tuple[str, ...]:

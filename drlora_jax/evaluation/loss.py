@@ -26,7 +26,7 @@ from drlora_jax.data.tokenize import Document, encode_document, pad_token
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.records import Sample
 from drlora_jax.evaluation.scoring import CHUNK, jit_score
-from drlora_jax.files import check_not_pointer, local_path
+from drlora_jax.files import check_downloaded, local_path
 from drlora_jax.loaded import Loaded
 from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
@@ -120,7 +120,7 @@ def _sample(item: Item, nll: float) -> Sample:
 
 def _read_text(path: str) -> str:
     file = local_path(path, "--loss")
-    check_not_pointer(file)
+    check_downloaded(file, takes_pages=True)
     try:
         content = gzip.decompress(file.read_bytes()) if path.endswith(".gz") else file.read_bytes()
         text = content.decode("utf-8-sig")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, check_not_pointer, kind_of, local_path
+from drlora_jax.files import FILE, check_downloaded, kind_of, local_path
 from drlora_jax.interop.hf_files import fingerprint, same_base
 from drlora_jax.interop.spectra_read import fit_layers, open_cache, with_progress
 from drlora_jax.models.architecture import ModelConfig
@@ -63,7 +63,7 @@ def _from_file(path: str, directory: pathlib.Path, layers: int, estimator: str) 
     kind = kind_of(file)
     if kind != FILE:
         raise _refused(path, f"it is {kind}")
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         found = [

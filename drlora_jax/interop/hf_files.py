@@ -20,7 +20,7 @@ from drlora_jax.files import (
     ABSENT,
     DIRECTORY,
     FILE,
-    check_not_pointer,
+    check_downloaded,
     given,
     kind_of,
     local_path,
@@ -284,7 +284,7 @@ def _other_kind(file: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def open_weights(file: pathlib.Path) -> Iterator:
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         with safe_open(file, framework="numpy") as handle:
             yield handle

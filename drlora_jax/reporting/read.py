@@ -12,7 +12,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, FILE, check_not_pointer, kind_of
+from drlora_jax.files import ABSENT, FILE, check_downloaded, kind_of
 from drlora_jax.interop.directories import why_no_run
 
 Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
@@ -65,7 +65,7 @@ def _read_config(directory: pathlib.Path) -> dict:
     if not directory.is_dir():
         what = "is a file" if directory.exists() else "no such directory"
         raise UserError(f"{directory}: {what}; give the run.dir of a training run.")
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -85,7 +85,7 @@ def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
         return [], 0
     if kind != FILE:  # a pipe or a device could be read for ever
         raise UserError(f"{file} is {kind}; a run's log is a regular file.")
-    check_not_pointer(file)
+    check_downloaded(file)
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

@@ -35,6 +35,8 @@ def get_config():
     )
 """
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f1e2d\nsize 1234\n"
+PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
+DENIED = b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>'
 HACKED = "hacked"  # the file that hostile content tries to make
 # Python's own names of what code from a model or a data set could do.
 HOSTILE_EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen")

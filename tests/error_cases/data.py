@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 
-from error_cases.case import HACKED, POINTER, Case
+from error_cases.case import HACKED, PAGE, POINTER, Case
 
 GOOD = {"prompt": "a", "response": "b"}
 TULU = "data.template=tulu"
@@ -147,6 +147,7 @@ FILES = (
     _file("blank lines only", "rows.jsonl has no rows", b"\n \n\n"),
     _file("an empty list", "x.json has no rows", b"[]", "x.json"),
     _file("a pointer of git-lfs", "rows.jsonl is a git-lfs pointer", POINTER),
+    _file("a web page", "rows.jsonl is a web page .HTML., not the file itself: download", PAGE),
     _file(
         "one object over several lines",
         "x.json: one JSON object over several lines; wrap it in",

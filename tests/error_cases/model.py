@@ -8,7 +8,7 @@ import struct
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from error_cases.case import HACKED, POINTER, Case
+from error_cases.case import DENIED, HACKED, PAGE, POINTER, Case
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PAYLOAD = b"cos\nsystem\n(S'touch %s'\ntR." % HACKED.encode()  # a pickle that runs a command
@@ -242,6 +242,12 @@ CONFIGS = (
     _values("an unknown model_type", "model_type 'mamba' is not supported", model_type="mamba"),
     _values("no model_type", "config.json does not name a model_type", model_type=...),
     _text("a pointer of git-lfs", "config.json is a git-lfs pointer", POINTER),
+    _text("a web page", "config.json is a web page .HTML., not the file itself: download", PAGE),
+    _text(
+        "an error of the hub",
+        "config.json is the error of a server .*Repository not found.*, not the file itself",
+        b'{"error":"Repository not found"}',
+    ),
     _values("a list as model_type", "is not supported", model_type=["olmoe"]),
     _values("a path as model_type", "is not supported", model_type="../../etc/passwd"),
     _values(
@@ -338,6 +344,12 @@ WEIGHT_FILES = (
         "a pointer of git-lfs",
         "model.safetensors is a git-lfs pointer",
         _bytes(lambda content: POINTER),
+    ),
+    _case("a web page", "model.safetensors is a web page", _bytes(lambda content: PAGE)),
+    _case(
+        "an error of a bucket",
+        "model.safetensors is the error of a server .*AccessDenied.*: download it again",
+        _bytes(lambda content: DENIED),
     ),
     _case(
         "an adapter's weights alone",

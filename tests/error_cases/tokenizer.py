@@ -6,7 +6,7 @@ import pathlib
 import sys
 from unittest import mock
 
-from error_cases.case import HACKED, Case
+from error_cases.case import HACKED, PAGE, Case
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
@@ -121,6 +121,11 @@ CASES = (
         _file("tokenizer.json", POINTER),
     ),
     _case(
+        "a web page as tokenizer.json",
+        "tokenizer.json is a web page .HTML., not the file itself: download it again",
+        _file("tokenizer.json", PAGE),
+    ),
+    _case(
         "a chat template that git-lfs has not fetched",
         "chat_template.jinja is a git-lfs pointer",
         _file("chat_template.jinja", POINTER),
@@ -156,6 +161,11 @@ CASES = (
         _added_token,
     ),
     _chat("a syntax error", "chat template is no valid Jinja", "{% if %}"),
+    _chat(
+        "words that it draws",
+        "rows.jsonl:1: .* writes other text each time it is used .the Jinja filter random",
+        "{{ ['a', 'b'] | random }}" + TURNS,
+    ),
     _chat("an exception", "refuses the messages: no", "{{ raise_exception('no') }}"),
     _chat("a division by zero", "refuses the messages: ZeroDivisionError", "{{ 1 / 0 }}"),
     _chat("a sum of text and number", "refuses the messages: TypeError", "{{ 'a' + 1 }}"),

@@ -389,6 +389,19 @@ def test_system_messages_are_counted_and_missed(tmp_path):
     assert asker.question(QUESTION).ids == run.prefix()
 
 
+@pytest.mark.parametrize("settings", [Settings(system="s"), Settings(chat=False), Settings()])
+def test_an_evaluation_says_once_that_system_messages_are_missed(settings, tmp_path, capsys):
+    run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [chat_row("You are a pirate.")])
+    texts = jobs.make_texts(settings, None, run.words())
+    assert capsys.readouterr().err == ""  # not before a prompt is written
+    for _ in range(2):
+        texts.writer(settings, "plain")
+    is_missed = settings == Settings()
+    found = capsys.readouterr().err
+    assert found.count("1 of 1 training rows began with a system message") == is_missed
+    assert found.startswith("note: ") == is_missed
+
+
 def test_another_template_is_said(tmp_path):
     run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, [LAYOUTS["pair"]])
     asker = generate.Asker(run.words(), arguments(template="tokenizer"))
@@ -448,6 +461,22 @@ def test_changed_ids_are_refused(tmp_path):
     change = edited(run.base, tmp_path, "tokenizer.json", lambda v: v.update(normalizer=lower))
     with pytest.raises(UserError, match="way to cut texts has changed"):
         run.words(change)
+
+
+def test_control_tokens_that_came_later_are_said_and_not_used(tmp_path):
+    """As where someone adds a token for padding: all ids of the training are as they were."""
+    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
+    pad = load_tokenizer(run.base).pad_token
+    change = edited(
+        run.base, tmp_path, "tokenizer_config.json", lambda v: v.update(pad_token="[P]")
+    )
+    words = run.words(change)
+    [note] = words.notes
+    assert "the token [P] (" in note
+    assert note.endswith("added since the training of runs/it, and not used by it")
+    assert words.tokenizer.pad_token == pad
+    [prompt] = asked(words, [chat_row()], tmp_path)
+    assert prompt.ids == run.prefix()
 
 
 def test_a_changed_template_is_said_and_the_stored_one_used(tmp_path):
