@@ -20,9 +20,9 @@ from collections.abc import Callable
 import numpy as np
 
 from drlora_jax.allocation.alphalora import allocate_experts
+from drlora_jax.allocation.spectra import ESTIMATORS, eigenvalues, fit_tail
 from drlora_jax.interop.hf_files import find_model, read_model_config
 from drlora_jax.interop.spectra_read import find_matrices, read_matrix
-from drlora_jax.spectra import ESTIMATORS, eigenvalues, fit_tail
 
 
 def singular(dtype) -> Callable:

@@ -41,9 +41,9 @@ from drlora_jax import train  # noqa: E402
 from drlora_jax.cli import run_and_exit  # noqa: E402
 from drlora_jax.config import load_config  # noqa: E402
 from drlora_jax.errors import RunError, UserError  # noqa: E402
-from drlora_jax.memory import compiled_bytes  # noqa: E402
 from drlora_jax.ops.cross_entropy import CHUNK_TOKENS  # noqa: E402
-from drlora_jax.plan import flops_per_token  # noqa: E402
+from drlora_jax.training.costs import flops_per_token  # noqa: E402
+from drlora_jax.training.memory import compiled_bytes  # noqa: E402
 
 HERE = "--compile-here"  # in the process that compiles
 NICE = 5

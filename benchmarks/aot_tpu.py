@@ -34,11 +34,11 @@ from drlora_jax import train
 from drlora_jax.cli import run_and_exit
 from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.memory import compiled_bytes
-from drlora_jax.ops import grouped_tokamax
+from drlora_jax.ops.experts import tokamax
 from drlora_jax.parallel.mesh import EXPERTS, shards_of
-from drlora_jax.plan import flops_per_token
-from drlora_jax.units import format_bytes
+from drlora_jax.system.units import format_bytes
+from drlora_jax.training.costs import flops_per_token
+from drlora_jax.training.memory import compiled_bytes
 
 ORIGIN_PARTS = 4  # of an operation's name, from its end
 CHIP_GIB = {"v5p": 95, "v6e": 32, "v5e": 16, "v4": 32}
@@ -50,7 +50,7 @@ def main(argv=None) -> int:
     devices = _devices(args.topology, args.slices)
     run = train.build(abstract_job(config, model_values(args.model, config), len(devices)), devices)
     uses_tokamax = config.model.experts == "tokamax"
-    with grouped_tokamax.compiling_elsewhere() if uses_tokamax else contextlib.nullcontext():
+    with tokamax.compiling_elsewhere() if uses_tokamax else contextlib.nullcontext():
         compiled, seconds = train.compile_step(run)
     text = compiled.as_text()
     if args.text:

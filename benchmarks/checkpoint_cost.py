@@ -17,8 +17,8 @@ from unittest import mock
 import jax
 import numpy as np
 
-from drlora_jax import checkpoint_read, checksums
-from drlora_jax.checkpoint import Checkpoints
+from drlora_jax.runs import checkpoint_read, checksums
+from drlora_jax.runs.checkpoint import Checkpoints
 
 LEAF_MIB = 4
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from drlora_jax.generation import Generator
-from drlora_jax.loaded import load_base
+from drlora_jax.inference.generation import Generator
+from drlora_jax.inference.model import load_base
 
 TEXTS = (
     "The capital of France is",

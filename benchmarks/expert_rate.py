@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from timing import in_turns
 
-from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
-from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.ops.grouped_parts import ExpertSpec, RoleLora
+from drlora_jax.ops.experts.api import expert_mlp
+from drlora_jax.ops.experts.shared import ExpertSpec, RoleLora
+from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
 
 TOKENS, EXPERTS, PER_TOKEN, WIDTH, HIDDEN, RANK = 2048, 64, 8, 512, 256, 16
 SLOTS = TOKENS * PER_TOKEN

@@ -11,7 +11,7 @@ import numpy as np
 from gpu_setting import Setting, attempt, rate_shares
 from timing import median_seconds
 
-from drlora_jax.ops.attention import Call, attend, cannot, choose_backend
+from drlora_jax.ops.attention.api import Call, attend, cannot, choose_backend
 
 BACKENDS = ("xla", "native", "chunked", "cudnn", "splash")
 OWN_PLATFORM = {"cudnn": "gpu", "splash": "tpu"}  # elsewhere they are interpreted, or missing

@@ -18,9 +18,10 @@ from expansions import dense_expansions
 from gpu_setting import Setting, attempt, rate_shares
 from timing import median_seconds
 
-from drlora_jax.ops import grouped_mosaic, grouped_tokamax
-from drlora_jax.ops.backends import Call, cannot
-from drlora_jax.ops.grouped_ragged import ragged_dot
+from drlora_jax.ops.experts import mosaic
+from drlora_jax.ops.experts import tokamax as tokamax_lib
+from drlora_jax.ops.experts.backends import Call, cannot
+from drlora_jax.ops.experts.ragged import ragged_dot
 
 RANKS = {"olmoe": (16, 32, 64), "qwen3": (32,), "tiny": (16, 32, 64)}
 CHECKED_ROWS = 16
@@ -57,9 +58,9 @@ def products(dtype, shape: Shape) -> Iterator[Product]:
     """What a program can be given for a grouped product here."""
     device = jax.devices()[0]
     if cannot("mosaic", Call(device.platform, dtype, (shape.width, shape.hidden), device)) is None:
-        yield Product("mosaic", grouped_mosaic.product)
+        yield Product("mosaic", mosaic.product)
     yield Product("ragged_dot", ragged_dot, takes_many_rows=device.platform == "tpu")
-    if grouped_tokamax.is_installed() and jax.default_backend() == "gpu":
+    if tokamax_lib.is_installed() and jax.default_backend() == "gpu":
         import tokamax
 
         for implementation in ("mosaic", "triton"):
@@ -163,7 +164,7 @@ def thin(setting: Setting, case: str):
         for rank in RANKS[name]:
             row = {"shape": name, "rank": rank}
             product, *_ = products(setting.dtype, shape)
-            wide = -(-rank // grouped_mosaic.TILE) * grouped_mosaic.TILE
+            wide = -(-rank // mosaic.TILE) * mosaic.TILE
             wide = wide if product.name == "mosaic" else rank
             sides = {"into ranks": (shape.width, wide), "out of ranks": (wide, shape.hidden)}
             for side, (width, hidden) in sides.items():

@@ -15,10 +15,10 @@ import numpy as np
 from gpu_setting import Setting, attempt, rate_shares
 from timing import median_seconds
 
-from drlora_jax.ops import grouped_mosaic
-from drlora_jax.ops.backends import Call, cannot
-from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.ops.grouped_parts import ExpertSpec, RoleLora
+from drlora_jax.ops.experts import mosaic
+from drlora_jax.ops.experts.api import expert_mlp
+from drlora_jax.ops.experts.backends import Call, cannot
+from drlora_jax.ops.experts.shared import ExpertSpec, RoleLora
 
 ROUNDING = 0.006  # of products of bfloat16 numbers
 AGREEMENT = 0.02  # of a layer's results in bfloat16 by two ways
@@ -58,7 +58,7 @@ def _why_not(widths: tuple[int, ...]) -> str | None:
     device = jax.devices()[0]
     if device.platform != "cpu":
         return cannot("mosaic", Call(device.platform, jnp.bfloat16, widths, device))
-    if grouped_mosaic.jax_version() < grouped_mosaic.OLDEST_JAX:
+    if mosaic.jax_version() < mosaic.OLDEST_JAX:
         return f"no interpreter in jax {jax.__version__}"
     return None
 
@@ -85,7 +85,7 @@ def _errors(sizes, rows: int, widths: tuple[int, int], is_transposed: bool) -> d
     @jax.jit
     def all_of(x_PI, weights, dy_PO):
         def product(x_PI, weights):
-            return grouped_mosaic.product(x_PI, weights, jnp.asarray(size_E), is_transposed)
+            return mosaic.product(x_PI, weights, jnp.asarray(size_E), is_transposed)
 
         out, pull = jax.vjp(product, x_PI, weights)
         return out, *pull(dy_PO)

@@ -15,7 +15,7 @@ import numpy as np
 from gpu_setting import GIB, Setting, attempt
 from shapes import OLMOE, TINY
 
-from drlora_jax.metrics import peak_memory
+from drlora_jax.reporting.progress import peak_memory
 
 RANK, ALPHA, RATE, ROWS = 16, 32, 1e-4, 2
 WARMUP = 2

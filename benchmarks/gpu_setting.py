@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 from timing import copy_bound, first_line, matmul_bound, median_seconds
 
-from drlora_jax.metrics import peak_flops, peak_memory
+from drlora_jax.reporting.progress import peak_flops, peak_memory
 
 GIB = 2**30
 

@@ -20,7 +20,6 @@ from timing import median_seconds, seconds_of
 
 from drlora_jax import train
 from drlora_jax.allocation import CapacityState
-from drlora_jax.build import Run, shardings_of
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -28,9 +27,10 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.memory import compiled_bytes
-from drlora_jax.plan import flops_per_token
-from drlora_jax.position import place_mask
+from drlora_jax.training.costs import flops_per_token
+from drlora_jax.training.memory import compiled_bytes
+from drlora_jax.training.program import Run, shardings_of
+from drlora_jax.training.state import place_mask
 
 RANK = 32  # allocated
 QWEN3 = MODELS / "Qwen3-30B-A3B-shape.json"

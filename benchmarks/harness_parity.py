@@ -28,8 +28,8 @@ from drlora_jax.evaluation import harness
 from drlora_jax.evaluation.harness_model import JaxLM
 from drlora_jax.evaluation.questions import read_question
 from drlora_jax.evaluation.records import Settings
-from drlora_jax.generation import Generator
-from drlora_jax.loaded import load_base
+from drlora_jax.inference.generation import Generator
+from drlora_jax.inference.model import load_base
 
 HEAD = """
 task: {name}

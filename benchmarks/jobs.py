@@ -7,20 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax import prepare, resolve, train
+from drlora_jax import train
 from drlora_jax.allocation import make_policy
-from drlora_jax.build import memory_layout
 from drlora_jax.config import TrainConfig
 from drlora_jax.data.loader import Batch
 from drlora_jax.errors import UserError
-from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_files import find_model
-from drlora_jax.memory import bytes_on_one_device, predicted_step_bytes
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
-from drlora_jax.parallel.fit import check_mesh
-from drlora_jax.position import start
+from drlora_jax.parallel.mesh_checks import check_mesh
+from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
+from drlora_jax.training import job, resolve
+from drlora_jax.training.memory import bytes_on_one_device, predicted_step_bytes
+from drlora_jax.training.program import memory_layout
+from drlora_jax.training.state import start
 
 MODELS = pathlib.Path(__file__).parent / "models"
 
@@ -40,7 +41,7 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
     return json.loads(file.read_text())
 
 
-def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepare.Job:
+def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Job:
     """The job of a config without files: no data, weights, tokenizer or run directory."""
     model_config = resolve.with_adapter_experts(parse_config(values), config.adapter)
     adapter = resolve.make_adapter(config, model_config)
@@ -50,7 +51,7 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> prepar
     if steps is None:
         raise UserError("Set train.steps: without data there are no epochs to count.")
     shapes = resolve.capacity_shapes(config, model_config, adapter)
-    return prepare.Job(
+    return job.Job(
         config=config,
         run_dir=None,
         is_new=True,

@@ -25,7 +25,7 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.ops import expert_deltas
+from drlora_jax.ops import lora_deltas
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def compare_ways(values: dict, experts: list[int], rounds: int) -> None:
-    """MixLoRA sorted and side by side (ops/expert_deltas.py), by number of experts."""
+    """MixLoRA sorted and side by side (ops/lora_deltas.py), by number of experts."""
     params = None
     for number in experts:
         adapter = AdapterSection(
@@ -80,7 +80,7 @@ def compare_ways(values: dict, experts: list[int], rounds: int) -> None:
         )
         variants = {}
         for name, limit in (("side by side", sys.maxsize), ("sorted", 0)):
-            expert_deltas.SORTED_FROM = limit
+            lora_deltas.SORTED_FROM = limit
             variants[name] = make_step(values, adapter, 16, params)
             params = variants[name].params
         print(f"{number} experts of rank 16: ", end="")

@@ -34,7 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROWS, LENGTH, RANK = 4, 512, 16
-ATTENTION_BLOCK = 128  # of drlora_jax.ops.attention_chunked
+ATTENTION_BLOCK = 128  # of drlora_jax.ops.attention.chunked
 TOGETHER = 8
 CONFIG = {
     "vocab_size": 8192,
@@ -175,7 +175,7 @@ def run_products(directory: str, steps: int) -> dict:
     import jax.numpy as jnp
     from timing import median_seconds
 
-    from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
+    from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
 
     run_on_calling_thread()
     keep_freed_memory("cpu")  # as in our step: fresh memory is no part of a product
@@ -219,12 +219,12 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     from drlora_jax.allocation.uniform import uniform
     from drlora_jax.config import ModelSection, TrainSection
     from drlora_jax.data.loader import Batch, split_micro_batches
-    from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
     from drlora_jax.interop.hf_files import read_model_config
     from drlora_jax.interop.hf_read import load_model
     from drlora_jax.ops import ops_for
-    from drlora_jax.optimizer import make_optimizer
-    from drlora_jax.step import StepOptions, TrainState, init_lora, make_train_step
+    from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
+    from drlora_jax.training.optimizer import make_optimizer
+    from drlora_jax.training.step import StepOptions, TrainState, init_lora, make_train_step
 
     run_on_calling_thread()
     keep_freed_memory("cpu")

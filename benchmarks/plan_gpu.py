@@ -20,12 +20,12 @@ os.environ |= {
 from jobs import abstract_job, model_values  # noqa: E402
 
 from drlora_jax import train  # noqa: E402
-from drlora_jax.build import memory_layout  # noqa: E402
 from drlora_jax.cli import run_and_exit  # noqa: E402
 from drlora_jax.config import load_config  # noqa: E402
-from drlora_jax.memory import bytes_on_one_device  # noqa: E402
-from drlora_jax.plan import memory_forecast  # noqa: E402
-from drlora_jax.units import format_bytes  # noqa: E402
+from drlora_jax.system.units import format_bytes  # noqa: E402
+from drlora_jax.training.costs import memory_forecast  # noqa: E402
+from drlora_jax.training.memory import bytes_on_one_device  # noqa: E402
+from drlora_jax.training.program import memory_layout  # noqa: E402
 
 
 def main(argv=None) -> int:

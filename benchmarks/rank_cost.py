@@ -35,8 +35,8 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.ops.grouped_parts import ExpertSpec, RoleLora
+from drlora_jax.ops.experts.api import expert_mlp
+from drlora_jax.ops.experts.shared import ExpertSpec, RoleLora
 
 RANK, ROWS, LENGTH = 16, 4, 512
 MODEL = pathlib.Path(drlora_jax.__file__).parent / "bundled" / "tiny_moe" / "config.json"

@@ -30,7 +30,6 @@ from jobs import Step
 from shapes import OLMOE, SMALL, TINY
 from timing import copy_bound, first_line, in_turns, matmul_bound, ratio
 
-from drlora_jax.build import memory_layout
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -39,8 +38,9 @@ from drlora_jax.config import (
     TrainConfig,
     TrainSection,
 )
-from drlora_jax.memory import bytes_on_one_device, compiled_bytes, predicted_step_bytes
-from drlora_jax.plan import flops_per_token
+from drlora_jax.training.costs import flops_per_token
+from drlora_jax.training.memory import bytes_on_one_device, compiled_bytes, predicted_step_bytes
+from drlora_jax.training.program import memory_layout
 
 RANK = 16
 MATMUL, COPY = "matmul", "copy"

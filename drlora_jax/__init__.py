@@ -15,6 +15,6 @@ def _end(number, _):
 if sys.argv[:1] == ["-m"] and any("drlora_jax." in each for each in sys.orig_argv[1:]):
     for _number in (_signal.SIGINT, _signal.SIGTERM):
         _signal.signal(_number, _end)
-    from drlora_jax import early
+    from drlora_jax.system import early
 
     early.install()

@@ -26,8 +26,8 @@ import numpy as np
 
 from drlora_jax import cli
 from drlora_jax.allocation.alphalora import ROUNDINGS, allocate_experts
+from drlora_jax.allocation.spectra import ESTIMATORS
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
 from drlora_jax.interop.spectra_read import (
     LayerFit,
@@ -38,7 +38,7 @@ from drlora_jax.interop.spectra_read import (
 )
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.reporting.alpha_chart import draw_layers
-from drlora_jax.spectra import ESTIMATORS
+from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path
 
 LONGEST_BAR = 40  # characters
 _ESTIMATOR_TEXTS = {

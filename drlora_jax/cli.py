@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import jax
 
 from drlora_jax import config as config_lib
-from drlora_jax import early
-from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.errors import EXIT_FAILED, EXIT_RESUMABLE, EXIT_USER_MISTAKE, RunError, UserError
-from drlora_jax.parallel import hosts
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.mesh import count_devices
+from drlora_jax.system import early
+from drlora_jax.system.compilation import keep_compiled_programs
 
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
@@ -119,8 +119,8 @@ def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = N
     Args:
       words: of `open_words`, if they are there already.
     """
-    from drlora_jax.loaded import load_base, load_run
-    from drlora_jax.words import open_words
+    from drlora_jax.inference.model import load_base, load_run
+    from drlora_jax.inference.words import open_words
 
     count_devices()  # a mistake in the environment is said in one line
     keep_compiled_programs(jax.default_backend())  # before anything is compiled
@@ -129,7 +129,7 @@ def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = N
         loaded = load_base(args.model, dtype=args.dtype, mesh=mesh, words=words)
     else:
         loaded = load_run(args.run, base_only=args.base, dtype=args.dtype, mesh=mesh, words=words)
-    if hosts.is_main():
+    if processes.is_main():
         print(loaded.computed, file=sys.stderr)
     return loaded
 
@@ -179,7 +179,7 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
     if code in (EXIT_FAILED, EXIT_USER_MISTAKE):
         code += failure_offset()
         if jax.distributed.is_initialized():
-            hosts.leave(code)
+            processes.leave(code)
     sys.exit(code)
 
 

@@ -30,14 +30,14 @@ from drlora_jax.evaluation import harness, results
 from drlora_jax.evaluation import jobs as jobs_lib
 from drlora_jax.evaluation.records import Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
-from drlora_jax.files import local_path
+from drlora_jax.inference.model import Loaded
+from drlora_jax.inference.words import Words, open_words
 from drlora_jax.interop.hf_files import fingerprint
-from drlora_jax.loaded import Loaded
-from drlora_jax.parallel import hosts
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.mesh import count_devices
 from drlora_jax.parallel.watchdog import Watchdog
-from drlora_jax.provenance import versions
-from drlora_jax.words import Words, open_words
+from drlora_jax.runs.provenance import versions
+from drlora_jax.system.paths import local_path
 
 OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
 # Options that may differ by host; what is found there is compared.
@@ -47,7 +47,7 @@ PLACES = ("run", "model", "model_path", "tasks", "loss", "data_dir", "task_path"
 def main(argv=None) -> int:
     args = _parse(argv)
     limits = RunSection()
-    hosts.join(limits.heartbeat_timeout, hears_sigterm=False)
+    processes.join(limits.heartbeat_timeout, hears_sigterm=False)
     count_devices()  # a mistake in the environment is said before any work
     with Watchdog(limits.stall_timeout) as watchdog:
         return _run(args, watchdog)
@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace, watchdog: Watchdog) -> int:
     watchdog.beat("evaluating")
     scores = _evaluate(jobs, settings, loaded, sandbox, folder) if jobs else []
     scores += _evaluate_harness(prepared, loaded, folder)
-    if hosts.is_main():
+    if processes.is_main():
         print("\n".join([results.table(scores), *results.chance_lines(scores)]))
         if folder:
             results.write_scores(folder, scores)
@@ -88,14 +88,14 @@ def _check_processes_agree(args, source: "_Source", jobs, others) -> None:
     settings = {name: value for name, value in vars(args).items() if name not in PLACES}
     prompts = (text for job in jobs for item in job.items for text in job.task.strings(item))
     fields = {
-        "settings": hosts.digest(json.dumps([settings, others], sort_keys=True)),
-        "run": hosts.digest(source.run_digest),
-        "step": hosts.digest(str(source.step)),
-        "base": hosts.digest(fingerprint(source.words.directory)),
-        "data": hosts.digest(*(job.data_fingerprint for job in jobs), text_hash(prompts)),
-        "versions": hosts.digest(json.dumps(versions())),
+        "settings": processes.digest(json.dumps([settings, others], sort_keys=True)),
+        "run": processes.digest(source.run_digest),
+        "step": processes.digest(str(source.step)),
+        "base": processes.digest(fingerprint(source.words.directory)),
+        "data": processes.digest(*(job.data_fingerprint for job in jobs), text_hash(prompts)),
+        "versions": processes.digest(json.dumps(versions())),
     }
-    hosts.check_agreement("on what to evaluate", fields, {})
+    processes.check_agreement("on what to evaluate", fields, {})
 
 
 def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list[Score]:
@@ -104,7 +104,7 @@ def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list
     found = []
     for job in jobs:
         samples, scores = jobs_lib.run_job(job, tools, digest)
-        if folder and hosts.is_main():
+        if folder and processes.is_main():
             results.write_samples(folder, scores[0].samples, samples)
         found += scores
     return found
@@ -128,7 +128,7 @@ def _evaluate_harness(prepared: harness.Prepared | None, loaded: Loaded, folder)
         return []
     found, digest = [], jobs_lib.adapter_digest(loaded)
     for samples, scores in harness.run(prepared, loaded, adapter_fingerprint=digest):
-        if folder and samples and hosts.is_main():
+        if folder and samples and processes.is_main():
             results.write_samples(folder, scores[0].samples, samples)
         found += scores
     return found
@@ -151,7 +151,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _tell(notes) -> None:
-    if hosts.is_main():
+    if processes.is_main():
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
 
@@ -174,7 +174,7 @@ def _source(args) -> _Source:
         config = apply_overrides(TrainConfig(), given) if given else None
         return _Source(config, words)
     config = apply_overrides(found.config, _only(args, "data."))
-    digest = hosts.digest(json.dumps(to_dict(found.config)))
+    digest = processes.digest(json.dumps(to_dict(found.config)))
     return _Source(config, words, None if args.base else found.step, digest)
 
 

@@ -29,23 +29,23 @@ import drlora_jax
 from drlora_jax import cli
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import EXIT_DONE, UserError
+from drlora_jax.inference.model import rank_gates, read_factors
+from drlora_jax.inference.words import of_run
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import MAX_KL, Measured, Trained, judge, measure
 from drlora_jax.interop.exported_files import check_adapter, check_merged, text_ids
-from drlora_jax.interop.factors import layer_factors
 from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.interop.hf_write import cast, rewrite_model, rewritten_bytes
 from drlora_jax.interop.layer_reader import LayerReader
+from drlora_jax.interop.lora_tables import layer_factors
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
 from drlora_jax.interop.opened import MERGED, Export, check_opened
 from drlora_jax.interop.verify import make_prompts
-from drlora_jax.loaded import rank_gates, read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
-from drlora_jax.output_dir import check_out, check_space, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
-from drlora_jax.run_source import RunSource, find_run
-from drlora_jax.units import counted
-from drlora_jax.words import of_run
+from drlora_jax.runs.source import RunSource, find_run
+from drlora_jax.system.output_dir import check_out, check_space, new_directory
+from drlora_jax.system.units import counted
 
 FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

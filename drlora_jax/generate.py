@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from drlora_jax import cli, early
+from drlora_jax import cli
 from drlora_jax.config import DataSection
 from drlora_jax.data.file_readers import read_stream
 from drlora_jax.data.report import by_rows
@@ -20,9 +20,10 @@ from drlora_jax.data.sources import read_rows
 from drlora_jax.data.templates import AS_IS
 from drlora_jax.data.wording import Prompt, Wording, Writer, named_wording, resolve_wording
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.generation import Generation, Generator, Sampling
-from drlora_jax.resolved import asked_wording, system_note
-from drlora_jax.words import Words, open_words
+from drlora_jax.inference.generation import Generation, Generator, Sampling
+from drlora_jax.inference.words import Words, open_words
+from drlora_jax.runs.resolved import asked_wording, system_note
+from drlora_jax.system import early
 
 STANDARD_INPUT = "-"
 

@@ -15,15 +15,15 @@ from drlora_jax import cli
 from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.files import ABSENT, kind_of, local_path
 from drlora_jax.interop.hf_files import find_model, has_weights, read_headers, read_model_config
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
-from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.units import counted, format_bytes
+from drlora_jax.system.paths import ABSENT, kind_of, local_path
+from drlora_jax.system.units import counted, format_bytes
+from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 
 
 def main(argv=None) -> int:

@@ -18,21 +18,21 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from drlora_jax import cli
-from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.config import DataSection, MeshSection, TrainConfig, load_config
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import Batch, Loader, count_tokens, eval_batches, split_micro_batches
 from drlora_jax.data.tokenize import load_tokenizer, pad_token
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
-from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_files import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
-from drlora_jax.metrics import Throughput
 from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
-from drlora_jax.optimizer import make_optimizer
-from drlora_jax.run_dir import RunDirectory
-from drlora_jax.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
-from drlora_jax.stop_signals import StopSignals
+from drlora_jax.reporting.progress import Throughput
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
+from drlora_jax.system.stop_signals import StopSignals
+from drlora_jax.training.optimizer import make_optimizer
+from drlora_jax.training.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
 
 
 class Domain(NamedTuple):

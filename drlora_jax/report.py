@@ -11,8 +11,8 @@ import pathlib
 
 from drlora_jax import cli
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.files import local_path
 from drlora_jax.reporting.page import write_report
+from drlora_jax.system.paths import local_path
 
 
 def main(argv=None) -> int:

@@ -14,41 +14,41 @@ import jax
 import numpy as np
 
 from drlora_jax import cli
-from drlora_jax.build import Run, build, compile_step
-from drlora_jax.checkpoint import Checkpoints
-from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.config import load_config
 from drlora_jax.data.prefetch import made_ahead
 from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
-from drlora_jax.events import grow, start_profiled
-from drlora_jax.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.interop.hf_read import load_params
-from drlora_jax.metrics import Progress, Throughput, describe_ranks
-from drlora_jax.optimizer import rate_at
-from drlora_jax.parallel import hosts
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.watchdog import Watchdog
-from drlora_jax.plan import (
+from drlora_jax.reporting.progress import Progress, Throughput, describe_ranks
+from drlora_jax.reporting.writer import ReportWriter
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.runs.provenance import made_with
+from drlora_jax.runs.resume import rate_line
+from drlora_jax.runs.sinks import check_sinks, open_sinks
+from drlora_jax.system.compilation import keep_compiled_programs
+from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
+from drlora_jax.system.stop_signals import StopSignals
+from drlora_jax.training.costs import (
     checkpoint_bytes,
     flops_per_token,
     memory_lines,
 )
-from drlora_jax.position import (
+from drlora_jax.training.growth import grow, start_profiled
+from drlora_jax.training.job import Job, prepare
+from drlora_jax.training.metrics_rows import RowWriter, require_finite, require_finite_base, routing
+from drlora_jax.training.optimizer import rate_at
+from drlora_jax.training.program import Run, build, compile_step
+from drlora_jax.training.state import (
     Position,
     check_processes_agree,
     check_run_dir_is_shared,
     restore_newest,
     save,
 )
-from drlora_jax.prepare import Job, prepare
-from drlora_jax.provenance import made_with
-from drlora_jax.reporting.writer import ReportWriter
-from drlora_jax.resume import rate_line
-from drlora_jax.rows import RowWriter, require_finite, require_finite_base, routing
-from drlora_jax.sinks import check_sinks, open_sinks
-from drlora_jax.step import TrainState
-from drlora_jax.stop_signals import StopSignals
+from drlora_jax.training.step import TrainState
 
 COMPILING = "compiling the train step; this takes seconds to minutes ..."
 
@@ -57,7 +57,7 @@ def main(argv=None) -> int:
     args = cli.parse_arguments("python -m drlora_jax.train", __doc__, argv)
     config = load_config(args.config, args.overrides)
     run_on_calling_thread()
-    hosts.join(config.run.heartbeat_timeout)
+    processes.join(config.run.heartbeat_timeout)
     check_sinks(config.run)
     job = prepare(config)
     print("\n".join(job.lines), flush=True)
@@ -126,7 +126,7 @@ def _train(run: Run, watchdog: Watchdog) -> int:
         facts["resolved"] = job.resolved.to_json()
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
     check_run_dir_is_shared(run)
-    with hosts.leaving_with_peers(lambda: None):
+    with processes.leaving_with_peers(lambda: None):
         watchdog.beat("restoring")
         position, done = restore_newest(run, checkpoints) or (None, 0)
     if done >= job.total_steps:
@@ -142,17 +142,17 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
     watchdog.beat("loading the base")
     params = load_params(job.model_config, job.directory, run.abstract_params, done=watchdog.again)
-    with hosts.leaving_with_peers(lambda: None):
+    with processes.leaving_with_peers(lambda: None):
         position = position or start_profiled(run, params, done=watchdog.again)
-    if hosts.is_main():
+    if processes.is_main():
         job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
     with (
         StopSignals() as stop,  # before this there was nothing to save, and a signal ends at once
-        ReportWriter(job.run_dir.path, writes=hosts.is_main()) as report,
+        ReportWriter(job.run_dir.path, writes=processes.is_main()) as report,
         Progress(job.total_steps, done) as progress,
     ):
         try:
-            with hosts.leaving_with_peers(progress.close):
+            with processes.leaving_with_peers(progress.close):
                 around = Around(checkpoints, stop, report, progress, watchdog)
                 return _loop(run, compiled, params, position, around)
         finally:
@@ -281,7 +281,7 @@ def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lam
     rows = mesh_lib.rows(run.mesh)
     nll, targets = 0.0, 0.0
     for batch in run.job.eval_batches:
-        batch = hosts.place(batch, rows)
+        batch = processes.place(batch, rows)
         measured = run.eval_step(params, state.lora, state.mask_LER, batch)
         nll, targets = nll + float(measured[0]), targets + float(measured[1])
         done()

@@ -15,7 +15,7 @@ import statistics
 import numpy as np
 
 from drlora_jax.evaluation.statistics import mutual_information
-from drlora_jax.files import read_json
+from drlora_jax.system.paths import read_json
 from experiments import analyse, plots
 from experiments.results import read_results
 from experiments.study import Study, load_study

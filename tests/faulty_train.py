@@ -16,7 +16,8 @@ import time
 import jax
 import numpy as np
 
-from drlora_jax import cli, position, train
+from drlora_jax import cli, train
+from drlora_jax.training import state as state_lib
 
 BAD_STEP, BAD_PROCESS = 2, 1
 compile_step = train.compile_step
@@ -66,7 +67,7 @@ if __name__ == "__main__":
     fault = sys.argv.pop(1)
     if fault in ELSEWHERE and os.environ["JAX_PROCESS_ID"] == str(BAD_PROCESS):
         sys.argv.append(ELSEWHERE[fault])
-    position.SHARED_WITHIN = 2
+    state_lib.SHARED_WITHIN = 2
     train.compile_step = compile_faulty
     train.memory_lines = lambda *_: []  # the step is a function here, not a compiled program
     cli.run_and_exit(train.main)

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from drlora_jax.config import AllocationSection, RunSection, TrainConfig, TrainSection
-from drlora_jax.run_dir import RunDirectory
+from drlora_jax.runs.directory import RunDirectory
 
 LAYERS = (1, 2, 4)  # a model whose layers 0 and 3 are dense
 EXPERTS, R_INIT, R_TARGET, R_MAX = 5, 2, 4, 8

@@ -13,12 +13,12 @@ from tiny import tiny_config
 from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes, CapacityState
 from drlora_jax.allocation.adalora import Stats, adalora, keep_best
-from drlora_jax.build import abstract_batch
-from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import UserError
-from drlora_jax.metrics import describe_ranks
-from drlora_jax.position import place_mask, reordered, restore
-from drlora_jax.prepare import prepare
+from drlora_jax.reporting.progress import describe_ranks
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.training.job import prepare
+from drlora_jax.training.program import abstract_batch
+from drlora_jax.training.state import place_mask, reordered, restore
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
 DEFAULTS = {

@@ -20,13 +20,14 @@ from safetensors.numpy import load_file, save_file
 from test_parity_transformers import WEIGHTS
 from tiny import MIXTRAL, write_tiny_model
 
-from drlora_jax import alpha, cli, spectra
+from drlora_jax import alpha, cli
+from drlora_jax.allocation import spectra
 from drlora_jax.allocation.alphalora import allocate_experts
+from drlora_jax.allocation.spectra import ESTIMATORS, eigenvalues, fit_tail
 from drlora_jax.errors import UserError
 from drlora_jax.interop import spectra_read
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.interop.spectra_read import find_matrices, fit_layers, read_matrix
-from drlora_jax.spectra import ESTIMATORS, eigenvalues, fit_tail
 
 # Exponents of layers as the MoLA paper prints them (NAACL 2025, appendix H).
 LLAMA_2_7B = (

@@ -2,8 +2,8 @@
 
 import pytest
 
-from drlora_jax.answer_text import Answer, AnswerText, shown_tokens
 from drlora_jax.data.decoding import prompt_tail
+from drlora_jax.inference.answer_text import Answer, AnswerText, shown_tokens
 
 SPECIAL = {0: "<end>", 1: "<user>", 2: "<sep>"}
 

@@ -15,7 +15,7 @@ from drlora_jax.models.architecture import (
     SegmentConfig,
 )
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
-from drlora_jax.ops.attention import attend, attend_cached
+from drlora_jax.ops.attention.api import attend, attend_cached
 
 SCALE = 0.4
 # Two documents and padding; one document; three documents that fill the row.

@@ -12,9 +12,9 @@ import pytest
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.remat import keep, rematerialised
-from drlora_jax.ops import attention
-from drlora_jax.ops.attention import Call, attend, cannot, choose_backend
-from drlora_jax.plan import attention_backends
+from drlora_jax.ops.attention import api
+from drlora_jax.ops.attention.api import Call, attend, cannot, choose_backend
+from drlora_jax.training.costs import attention_backends
 
 LENGTH, HEADS, WIDTH = 256, 4, 8
 # Documents that begin and end inside blocks, two of them within one block, and padding.
@@ -104,7 +104,7 @@ def test_the_mask_given_to_cudnn():
     """jax's own computation with what the kernel would be given."""
     inputs = make_inputs()
     packed = (jnp.asarray(SEGMENTS), jnp.asarray(POSITIONS))
-    got = attention._attend_cudnn(*inputs, *packed, 0.3, None, implementation="xla")
+    got = api._attend_cudnn(*inputs, *packed, 0.3, None, implementation="xla")
     expected, _ = whole_rows("plain")
     real = SEGMENTS > 0
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=1e-5)

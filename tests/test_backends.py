@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import pytest
 from tiny import tiny_config
 
-from drlora_jax import build, plan
-from drlora_jax.compilation import keep_compiled_programs
 from drlora_jax.ops import ops_for
 from drlora_jax.parallel.mesh import make_mesh, platform_of
-from drlora_jax.prepare import prepare
+from drlora_jax.system.compilation import keep_compiled_programs
+from drlora_jax.training import costs, program
+from drlora_jax.training.job import prepare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -89,12 +89,12 @@ def test_what_only_looks_like_an_expansion():
 
 def test_a_step_that_became_dense_is_named(tmp_path, monkeypatch):
     """On CPU `lax.ragged_dot` multiplies every row with every expert."""
-    monkeypatch.setattr(plan.backends, "cannot", lambda backend, call: None)
+    monkeypatch.setattr(costs.backends, "cannot", lambda backend, call: None)
     for experts in ("ragged", "block"):
         config = tiny_config(tmp_path)
         model = dataclasses.replace(config.model, experts=experts)
-        run = build.build(prepare(dataclasses.replace(config, model=model)), jax.devices()[:1])
-        compiled, _ = build.compile_step(run)
+        run = program.build(prepare(dataclasses.replace(config, model=model)), jax.devices()[:1])
+        compiled, _ = program.compile_step(run)
         found = expansions().step_expansions(run, compiled.as_text())
         assert bool(found) == (experts == "ragged")
 

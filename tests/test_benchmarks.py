@@ -235,7 +235,7 @@ def test_short_calls_are_timed_together(benchmark, monkeypatch):
 def test_the_bare_products_of_the_step_beside_peft(benchmark):
     """Four operations for every active weight and token, six for every active one of factors."""
     from drlora_jax.models.families import parse_config
-    from drlora_jax.plan import active_parameters
+    from drlora_jax.training.costs import active_parameters
 
     peers = benchmark("peers_cpu")
     products = peers.bare_products()

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from drlora_jax import cli
-from drlora_jax.checkpoint import Checkpoints
-from drlora_jax.checkpoint_read import choose_steps, saved_steps
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.parallel import hosts
+from drlora_jax.parallel import processes
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.runs.checkpoint_read import choose_steps, saved_steps
 
 MANY = 1000  # of the slow test
 STATE = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "step": np.int32(3)}
@@ -91,7 +91,7 @@ def test_a_failed_save_names_its_own_step(tmp_path):
 def test_a_lost_peer_is_no_failed_write(checkpoints, monkeypatch):
     """Whoever saves leaves with the others then, and can be started again."""
     error = RuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
-    monkeypatch.setattr(hosts, "is_lost_peer", lambda found: found is error)
+    monkeypatch.setattr(processes, "is_lost_peer", lambda found: found is error)
 
     def fail(*_, **__):
         raise error

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from drlora_jax import checksums
-from drlora_jax.parallel import hosts
+from drlora_jax.parallel import processes
+from drlora_jax.runs import checksums
 
 SHAPE = (4, 8, 2)
 MESHES = [(1, 1), (8, 1), (1, 8), (2, 2), (4, 2), (2, 4)]
@@ -78,7 +78,9 @@ def test_an_array_that_has_to_be_gathered(monkeypatch):
     """As where some process holds a part of a saved part only."""
     gathered = []
     monkeypatch.setattr(checksums, "_cuts_a_block", lambda *_: True)
-    monkeypatch.setattr(hosts, "to_host", lambda leaf: gathered.append(leaf) or np.asarray(leaf))
+    monkeypatch.setattr(
+        processes, "to_host", lambda leaf: gathered.append(leaf) or np.asarray(leaf)
+    )
     digests = checksums.hash_arrays({"x": place(VALUES, (1, 1), ())})
     assert checksums.find_mismatch({"x": place(VALUES, (8, 1), (None, "a"))}, digests) is None
     assert len(gathered) == 1

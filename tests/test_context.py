@@ -7,12 +7,12 @@ import pytest
 from tiny import OLMOE, write_tiny_model
 
 from drlora_jax.config import MeshSection
-from drlora_jax.context import warn_beyond
 from drlora_jax.data.tokenize import Document
 from drlora_jax.evaluation import loss
-from drlora_jax.evaluation.scoring import Scorer
+from drlora_jax.inference.context import warn_beyond
+from drlora_jax.inference.model import load_base
+from drlora_jax.inference.scoring import Scorer
 from drlora_jax.interop.hf_files import longest_positions
-from drlora_jax.loaded import load_base
 
 ORIGINAL = "original_max_position_embeddings"
 

@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from drlora_jax import checkpoint_read, cli
+from drlora_jax import cli
 from drlora_jax import train as train_lib
-from drlora_jax.checkpoint_read import saved_steps
 from drlora_jax.errors import EXIT_DONE, RunError, UserError
-from drlora_jax.loaded import read_factors
+from drlora_jax.inference.model import read_factors
 from drlora_jax.parallel import mesh as mesh_lib
-from drlora_jax.position import restore
-from drlora_jax.prepare import prepare
-from drlora_jax.run_dir import RunDirectory
-from drlora_jax.run_source import find_run
+from drlora_jax.runs import checkpoint_read
+from drlora_jax.runs.checkpoint_read import saved_steps
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.runs.source import find_run
+from drlora_jax.training.job import prepare
+from drlora_jax.training.state import restore
 
 FLIPS, FAULTS = 200, 60  # of the slow tests
 SETTINGS = {"keep_last": 3}

@@ -10,9 +10,9 @@ from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import train
 from drlora_jax.config import MeshSection
-from drlora_jax.loaded import load_run
+from drlora_jax.inference.model import load_run
 from drlora_jax.models.transformer import unroll
-from drlora_jax.prepare import prepare
+from drlora_jax.training.job import prepare
 
 LLAMA = OLMOE | {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 3}
 SECTIONS = dict(

@@ -7,10 +7,10 @@ import pytest
 from tiny import OLMOE
 
 from drlora_jax.errors import UserError
+from drlora_jax.inference.words import of_base
 from drlora_jax.interop.directories import describe, is_run, read_run
 from drlora_jax.interop.hf_files import find_model, read_model_config
 from drlora_jax.reporting.read import read_run as read_log
-from drlora_jax.words import of_base
 
 RUN = {
     "config": {"model": {"path": "owner/base"}, "run": {"dir": "r"}},

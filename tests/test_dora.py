@@ -18,17 +18,17 @@ from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import AdapterSection
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import UserError
+from drlora_jax.inference.model import load_run
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import Trained, judge, measure, trained_variant
-from drlora_jax.interop.factors import layer_factors
 from drlora_jax.interop.hf_read import load_model
 from drlora_jax.interop.layer_reader import LayerReader
+from drlora_jax.interop.lora_tables import layer_factors
 from drlora_jax.interop.verify import make_prompts, run_variants
-from drlora_jax.loaded import load_run
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
-from drlora_jax.prepare import prepare
-from drlora_jax.step import init_lora
+from drlora_jax.training.job import prepare
+from drlora_jax.training.step import init_lora
 
 TARGETS = ("gate", "down", "q", "v")
 

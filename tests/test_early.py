@@ -23,7 +23,7 @@ def run_code(code: str, **more) -> subprocess.CompletedProcess:
     """Runs Python that has the handlers, `kill(number)` and no jax."""
     head = """
         import contextlib, gc, hashlib, os, signal, sys, threading, time
-        from drlora_jax import early
+        from drlora_jax.system import early
         early.install()
         def kill(number=signal.SIGINT): os.kill(os.getpid(), number)
     """
@@ -109,7 +109,7 @@ def test_where_a_question_is_asked_ctrl_c_is_an_exception():
 
 def test_a_run_notes_the_first_and_ends_at_the_second():
     done = run_code("""
-        from drlora_jax.stop_signals import StopSignals
+        from drlora_jax.system.stop_signals import StopSignals
         with StopSignals() as stop:
             assert not stop.reached(0)
             kill(signal.SIGTERM)

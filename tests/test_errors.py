@@ -18,7 +18,7 @@ from error_cases.model import PAYLOAD
 
 from drlora_jax import cli
 from drlora_jax.config import load_config
-from drlora_jax.prepare import prepare
+from drlora_jax.training.job import prepare
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "errors.md"
 

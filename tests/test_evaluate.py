@@ -10,7 +10,7 @@ from tiny import tiny_config, write_tiny_model
 from drlora_jax import evaluate, train
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import compare
-from drlora_jax.prepare import prepare
+from drlora_jax.training.job import prepare
 
 ONE = "mesh.data=1"  # device: sharded programs take longer to compile
 ARC = [

@@ -10,11 +10,11 @@ from drlora_jax.data.file_readers import KNOWN, Row
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.evaluation import code_tasks, files, generated, jobs, multiple_choice
+from drlora_jax.evaluation import code_tasks, generated, jobs, multiple_choice, sources
 from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Settings, text_hash
-from drlora_jax.evaluation.scoring import LogLikelihood
 from drlora_jax.evaluation.tasks import TASKS, Work, chosen
+from drlora_jax.inference.scoring import LogLikelihood
 
 
 @pytest.fixture(scope="module")
@@ -248,38 +248,38 @@ def test_files_of_a_folder_are_found_by_name(tmp_path):
     (tmp_path / "commonsense").mkdir()
     row = json.dumps({"question": "q", "answer": True}) + "\n"
     (tmp_path / "commonsense" / "boolq_test.jsonl").write_text(row)
-    found = files.read_source("boolq", source, None, str(tmp_path))
+    found = sources.read_source("boolq", source, None, str(tmp_path))
     assert found.name == str(tmp_path / "commonsense" / "boolq_test.jsonl")
     (tmp_path / "boolq_val.json").write_text(row)
-    nearer = files.read_source("boolq", source, None, str(tmp_path))
+    nearer = sources.read_source("boolq", source, None, str(tmp_path))
     (tmp_path / "boolq_val.json").rename(tmp_path / "boolq_val.JSONL")
-    assert files.read_source("boolq", source, None, str(tmp_path)).name.endswith(".JSONL")
+    assert sources.read_source("boolq", source, None, str(tmp_path)).name.endswith(".JSONL")
     assert nearer.name.endswith("boolq_val.json") and nearer.fingerprint == found.fingerprint
 
 
 def test_without_data_the_places_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as caught:
-        files.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path))
+        sources.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path))
     for part in (str(tmp_path), "piqa_val.jsonl", KNOWN, "baber/piqa", "--tasks piqa=FILE"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="is no directory"):
-        files.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path / "absent"))
+        sources.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path / "absent"))
 
 
 def test_examples_are_in_the_package(monkeypatch):
     """Also without a network; and a data set that can not be reached is no traceback."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = files.read_source("gsm8k", TASKS["gsm8k"].shots, None, None)
+    found = sources.read_source("gsm8k", TASKS["gsm8k"].shots, None, None)
     assert found.name == "bundled:gsm8k/train.jsonl" and len(found.rows) == 1000
     monkeypatch.delenv("HF_HUB_OFFLINE")
 
     def unreachable(path, *, split):
         raise UserError("it does not load: no network.")
 
-    monkeypatch.setattr(files, "read_rows", unreachable)
+    monkeypatch.setattr(sources, "read_rows", unreachable)
     with pytest.raises(UserError, match="No data for piqa: there is no --data-dir.*no network"):
-        files.read_source("piqa", TASKS["piqa"].source, None, None)
+        sources.read_source("piqa", TASKS["piqa"].source, None, None)
 
 
 def test_names_become_requests(monkeypatch):

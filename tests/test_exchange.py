@@ -8,7 +8,7 @@ import pytest
 from test_grouped import choose, make_inputs, random_like, relative_error
 
 from drlora_jax.ops import Ops
-from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec
+from drlora_jax.ops.experts.shared import Dropout, ExpertSpec
 from drlora_jax.parallel.exchange import choose_exchange
 from drlora_jax.parallel.mesh import make_mesh
 from drlora_jax.parallel.sharded_ops import sharded_ops

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drlora_jax.ops import expert_deltas
-from drlora_jax.ops.expert_deltas import SideBySide, Sorted, deltas_of, sort_slots
-from drlora_jax.ops.grouped_parts import RoleLora
+from drlora_jax.ops import lora_deltas
+from drlora_jax.ops.experts.shared import RoleLora
+from drlora_jax.ops.lora_deltas import SideBySide, Sorted, deltas_of, sort_slots
 
 WIDTH, FEATURES, RANK, SCALE = 6, 5, 3, 1.5
 
@@ -95,5 +95,5 @@ def test_the_way_depends_on_experts_and_ranks(monkeypatch):
 
     assert way(8, 16) is SideBySide
     assert way(64, 64) is Sorted
-    monkeypatch.setattr(expert_deltas, "SORTED_FROM", 0)
+    monkeypatch.setattr(lora_deltas, "SORTED_FROM", 0)
     assert way(8, 16) is Sorted

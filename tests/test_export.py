@@ -24,11 +24,11 @@ from drlora_jax.interop.export_check import (
     measure,
     trained_variant,
 )
-from drlora_jax.interop.factors import Pair, layer_factors
 from drlora_jax.interop.hf_files import read_headers
 from drlora_jax.interop.hf_read import load_model
 from drlora_jax.interop.hf_write import rewrite_model
 from drlora_jax.interop.layer_reader import LayerReader
+from drlora_jax.interop.lora_tables import Pair, layer_factors
 from drlora_jax.interop.verify import make_prompts, run_variants
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
 

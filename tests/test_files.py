@@ -7,7 +7,7 @@ import pytest
 from drlora_jax import alpha, cli, evaluate, export, generate, inspect, report
 from drlora_jax.config import PLACES, TrainConfig, apply_overrides, load_config
 from drlora_jax.errors import UserError
-from drlora_jax.files import check_downloaded, kind_of, local_path, read_json
+from drlora_jax.system.paths import check_downloaded, kind_of, local_path, read_json
 
 POINTERS = (
     "version https://git-lfs.github.com/spec/v1\noid sha256:0f1e\nsize 1234\n",
@@ -139,7 +139,9 @@ COMMANDS = [
 def test_every_option_that_names_a_path(module, argv, option, url, tmp_path, monkeypatch, capsys):
     argv, option = [each.replace("gs://b/x", url) for each in argv], option.replace("gs://b/x", url)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("drlora_jax.loaded.load_params", lambda *_, **__: pytest.fail("work"))
+    monkeypatch.setattr(
+        "drlora_jax.inference.model.load_params", lambda *_, **__: pytest.fail("work")
+    )
     with pytest.raises(SystemExit) as end:
         cli.run_and_exit(lambda: module.main(argv))
     lines = capsys.readouterr().err.splitlines()

@@ -15,10 +15,17 @@ from drlora_jax import train
 from drlora_jax.config import MeshSection
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import UserError
-from drlora_jax.generation import GREEDY, Generator, RowState, Sampling, make_decode_step, restrict
-from drlora_jax.loaded import load_base, load_run
+from drlora_jax.inference.generation import (
+    GREEDY,
+    Generator,
+    RowState,
+    Sampling,
+    make_decode_step,
+    restrict,
+)
+from drlora_jax.inference.model import load_base, load_run
 from drlora_jax.models.transformer import DecoderOptions, logits
-from drlora_jax.prepare import prepare
+from drlora_jax.training.job import prepare
 
 LLAMA = OLMOE | {"model_type": "llama", "tie_word_embeddings": True, "num_hidden_layers": 3}
 MODELS = {

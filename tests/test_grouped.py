@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import print_saved_residuals
 
-from drlora_jax.ops import grouped_block
-from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.ops.grouped_parts import Dropout, ExpertSpec, RoleLora
+from drlora_jax.ops.experts import block
+from drlora_jax.ops.experts.api import expert_mlp
+from drlora_jax.ops.experts.shared import Dropout, ExpertSpec, RoleLora
 
 BACKENDS = ("native", "block", "dense")
 REPEATING = ("native", "block")  # the dense one leaves it to jax
@@ -494,7 +494,7 @@ def test_what_a_policy_may_keep(backend, capsys):
         lines = capsys.readouterr().out.splitlines()
         return [line.split()[0] for line in lines if "moe_gu" in line]
 
-    tail = grouped_block.block_rows(40 * 2, 3)[1] if backend == "block" else 0
+    tail = block.block_rows(40 * 2, 3)[1] if backend == "block" else 0
     rows = 40 * 2 + tail
     assert saved(SPEC) == [f"f32[{rows},{inputs[3].shape[2]}]"]
     assert saved(SPEC._replace(repeats=True)) == []
@@ -513,6 +513,6 @@ def test_auto_is_native_on_cpu_or_block():
 @pytest.mark.parametrize("num_experts", [7, 2**28])  # packed into one number, and as pairs
 def test_slots_are_sorted_by_expert_and_number(num_experts):
     expert_P = np.random.default_rng(0).integers(0, 8, 1000).astype(np.int32)
-    order_P = grouped_block._order(jnp.asarray(expert_P), num_experts)
+    order_P = block._order(jnp.asarray(expert_P), num_experts)
     assert order_P.dtype == jnp.int32
     assert order_P.tolist() == sorted(range(1000), key=lambda slot: (expert_P[slot], slot))

@@ -24,11 +24,12 @@ from test_grouped import (
 
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
-from drlora_jax.ops import backends, grouped_mosaic
-from drlora_jax.ops.grouped_parts import Dropout
-from drlora_jax.plan import backend_line, checked_expert_backend
+from drlora_jax.ops.experts import backends
+from drlora_jax.ops.experts import mosaic as mosaic_lib
+from drlora_jax.ops.experts.shared import Dropout
+from drlora_jax.training.costs import backend_line, checked_expert_backend
 
-HAS_KERNELS = grouped_mosaic.jax_version() >= grouped_mosaic.OLDEST_JAX
+HAS_KERNELS = mosaic_lib.jax_version() >= mosaic_lib.OLDEST_JAX
 needs_kernels = pytest.mark.skipif(not HAS_KERNELS, reason="jax is older than its kernels")
 ROUNDING = 0.006  # of a product of bfloat16 numbers, norm of the error to that of the result
 
@@ -42,7 +43,7 @@ def relative_error(got, wanted) -> float:
 def interpreted(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu
 
-    monkeypatch.setattr(grouped_mosaic, "CORES", 4)  # the interpreter takes time for each
+    monkeypatch.setattr(mosaic_lib, "CORES", 4)  # the interpreter takes time for each
     with mosaic_gpu.force_gpu_interpret_mode(), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -90,9 +91,7 @@ def test_a_product_and_its_gradients(name, is_transposed):
     # What comes back is masked, as are rows of an MLP's second product.
     dy = dy * (jnp.arange(count) < taken)[:, None].astype(dy.dtype)
     out, pull = jax.vjp(
-        lambda rows, weights: grouped_mosaic.product(
-            rows, weights, jnp.asarray(size_E), is_transposed
-        ),
+        lambda rows, weights: mosaic_lib.product(rows, weights, jnp.asarray(size_E), is_transposed),
         rows,
         weights,
     )
@@ -207,8 +206,8 @@ def call(device=H200, dtype=jnp.bfloat16, widths=(2048, 1024)):
 
 @pytest.fixture
 def new_jax(monkeypatch):
-    monkeypatch.setattr(grouped_mosaic, "jax_version", lambda: (0, 11, 2))
-    monkeypatch.setattr(grouped_mosaic, "_lacks_kernels", lambda: None)
+    monkeypatch.setattr(mosaic_lib, "jax_version", lambda: (0, 11, 2))
+    monkeypatch.setattr(mosaic_lib, "_lacks_kernels", lambda: None)
 
 
 @pytest.mark.usefixtures("new_jax")
@@ -233,7 +232,7 @@ def test_where_it_is_taken(asked, reason):
 
 
 def test_older_versions_of_jax_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(grouped_mosaic, "_lacks_kernels", lambda: None)
+    monkeypatch.setattr(mosaic_lib, "_lacks_kernels", lambda: None)
     for version, is_taken in (("0.10.2", False), ("0.11.1", False), ("0.11.2", True)):
         monkeypatch.setattr(jax, "__version__", version)
         found = backends.cannot("mosaic", call())
@@ -260,13 +259,13 @@ def test_a_later_jax_without_these_kernels(monkeypatch):
     def ragged_dot(lhs, rhs, *, group_sizes, tile):
         return lhs
 
-    monkeypatch.setattr(grouped_mosaic, "jax_version", lambda: (1, 0, 0))
+    monkeypatch.setattr(mosaic_lib, "jax_version", lambda: (1, 0, 0))
     for kernel, reason in ((gone, "does not bring its kernels"), (lambda: ragged_dot, "another")):
-        monkeypatch.setattr(grouped_mosaic, "_row_kernel", kernel)
-        grouped_mosaic._lacks_kernels.cache_clear()
+        monkeypatch.setattr(mosaic_lib, "_row_kernel", kernel)
+        mosaic_lib._lacks_kernels.cache_clear()
         assert reason in backends.cannot("mosaic", call())
         assert backends.choose_backend(call()) == "dense"
-    grouped_mosaic._lacks_kernels.cache_clear()
+    mosaic_lib._lacks_kernels.cache_clear()
 
 
 OLMOE = {

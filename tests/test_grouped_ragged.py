@@ -18,8 +18,8 @@ from test_grouped import (
     value_and_pull,
 )
 
-from drlora_jax.ops import grouped_ragged
-from drlora_jax.ops.grouped_parts import Dropout
+from drlora_jax.ops.experts import ragged as ragged_lib
+from drlora_jax.ops.experts.shared import Dropout
 
 
 def ragged(inputs, dy, spec, dropout=None):
@@ -77,7 +77,7 @@ def test_undefined_rows_do_not_leak(monkeypatch):
         lambda is_tail, cotangent: (cotangent, None),
     )
     expected = ragged(inputs, dy, TRAINED)
-    monkeypatch.setattr(grouped_ragged.lax, "ragged_dot", leaves_nan)
+    monkeypatch.setattr(ragged_lib.lax, "ragged_dot", leaves_nan)
     got = value_and_pull.__wrapped__(inputs, dy, TRAINED, "ragged")
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert relative_error(one, other) <= 1e-6

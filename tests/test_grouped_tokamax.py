@@ -28,8 +28,9 @@ from drlora_jax import train
 from drlora_jax.config import load_config
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import find_model
-from drlora_jax.ops import backends, grouped_tokamax, ops_for
-from drlora_jax.plan import checked_expert_backend
+from drlora_jax.ops import ops_for
+from drlora_jax.ops.experts import backends, tokamax
+from drlora_jax.training.costs import checked_expert_backend
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 needs_tokamax = pytest.mark.skipif(
@@ -107,7 +108,7 @@ def test_which_products_it_computes(monkeypatch, platform, implementation, taken
     """On TPU no thin ones and no odd numbers of rows; what it does not take is computed, too."""
     package = Asked([])
     monkeypatch.setitem(sys.modules, "tokamax", package)
-    product = jax.jit(grouped_tokamax.product_for(platform))
+    product = jax.jit(tokamax.product_for(platform))
     shapes = [((256, 128), (2, 128, 256)), ((256, 128), (2, 128, 16)), ((200, 128), (2, 128, 128))]
     for rows, weights in shapes:
         out = product(jnp.ones(rows), jnp.ones(weights), jnp.array([100, 28], jnp.int32))
@@ -171,7 +172,7 @@ def test_choices_by_platform(monkeypatch):
     for experts in ("native", "block"):
         assert "for CPUs, not for tpu" in cannot(experts, call("tpu"))
     assert "in float32, not in bfloat16" in cannot("native", call("cpu"))
-    monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: True)
+    monkeypatch.setattr(tokamax, "is_installed", lambda: True)
     assert cannot("tokamax", call("tpu", "TPU v5 lite")) is None
     assert "v5 and later" in cannot("tokamax", call("tpu", "TPU v4"))
 
@@ -187,7 +188,7 @@ def test_a_gpu_is_tried_first(monkeypatch):
         if hidden < 128:
             raise NotImplementedError("no such tile\nmore")
 
-    monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: True)
+    monkeypatch.setattr(tokamax, "is_installed", lambda: True)
     monkeypatch.setattr(backends, "_compile_product", compile_product)
     asked = call("gpu", "NVIDIA X")
     reason = backends.cannot("tokamax", asked)
@@ -214,6 +215,6 @@ def test_what_can_not_be_used_is_refused(monkeypatch, tiny_run):
         with pytest.raises(UserError, match=f"model.experts={experts} can not .*: {reason}"):
             tiny_run(f"model.experts={experts}")
     config = tiny_run().job.model_config
-    monkeypatch.setattr(grouped_tokamax, "is_installed", lambda: False)
+    monkeypatch.setattr(tokamax, "is_installed", lambda: False)
     with pytest.raises(UserError, match="it is not installed; with Python 3.12 or newer: pip"):
         checked_expert_backend(config, jnp.bfloat16, Device("tpu"), "tokamax")

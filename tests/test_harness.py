@@ -19,8 +19,8 @@ from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation import harness
 from drlora_jax.evaluation.records import Settings
-from drlora_jax.generation import Sampling
-from drlora_jax.loaded import load_base
+from drlora_jax.inference.generation import Sampling
+from drlora_jax.inference.model import load_base
 from drlora_jax.models.transformer import logits
 
 WORDS = "the cat sat on a mat and saw two old dogs run over green hills in rain".split()

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from drlora_jax import host_memory
+from drlora_jax.system import host_memory
 
 SCRIPT = """
 import resource, statistics, sys
 import jax, jax.numpy as jnp
-from drlora_jax import host_memory
+from drlora_jax.system import host_memory
 
 if sys.argv[1] == "keep":
     host_memory.run_on_calling_thread()

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from drlora_jax.errors import EXIT_RESUMABLE, UserError
-from drlora_jax.parallel import hosts
+from drlora_jax.parallel import processes as processes_lib
 from drlora_jax.parallel.mesh import make_mesh
 
 EXPLICIT = {
@@ -46,7 +46,7 @@ SLURM = BATCH | {"SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "node[1-2]"}
     ],
 )
 def test_peers_are_found_in_the_environment(environment, expected):
-    assert hosts.cluster_arguments(environment | {"JAX_PLATFORMS": "cpu"}) == expected
+    assert processes_lib.cluster_arguments(environment | {"JAX_PLATFORMS": "cpu"}) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,16 @@ def test_peers_are_found_in_the_environment(environment, expected):
 )
 def test_half_an_address_is_refused(environment, message):
     with pytest.raises(UserError, match=message):
-        hosts.cluster_arguments(environment)
+        processes_lib.cluster_arguments(environment)
 
 
 def test_the_process_that_differs_is_named():
     same = {"step": "aa", "mask": "bb"}
-    assert hosts.disagreements([same, same], {"mask": "bb"}) == []
+    assert processes_lib.disagreements([same, same], {"mask": "bb"}) == []
     other = same | {"mask": "cc"}
     # Of two, nobody is in the majority: what the mask must be says who is wrong.
-    assert hosts.disagreements([other, same], {"mask": "bb"}) == ["mask of process 0"]
-    assert hosts.disagreements([same, other, same | {"step": "dd"}, same], {}) == [
+    assert processes_lib.disagreements([other, same], {"mask": "bb"}) == ["mask of process 0"]
+    assert processes_lib.disagreements([same, other, same | {"step": "dd"}, same], {}) == [
         "step of process 2",
         "mask of process 1",
     ]
@@ -78,8 +78,8 @@ def test_one_wrong_bit_on_one_device_is_seen():
     mesh = make_mesh((2, 1, 4, 1))
     mask_LER = (np.arange(2 * 8 * 3).reshape(2, 8, 3) % 2).astype(np.float32)
     sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "expert"))
-    good = hosts.place(mask_LER, sharding)
-    assert hosts.digest_on_devices(good, mask_LER) == hosts.digest(mask_LER)
+    good = processes_lib.place(mask_LER, sharding)
+    assert processes_lib.digest_on_devices(good, mask_LER) == processes_lib.digest(mask_LER)
     parts = [np.array(shard.data) for shard in good.addressable_shards]
     parts[5][1, 0, 2] = 1 - parts[5][1, 0, 2]
     placed = [
@@ -87,25 +87,25 @@ def test_one_wrong_bit_on_one_device_is_seen():
         for part, shard in zip(parts, good.addressable_shards, strict=True)
     ]
     bad = jax.make_array_from_single_device_arrays(good.shape, sharding, placed)
-    assert hosts.digest_on_devices(bad, mask_LER) != hosts.digest(mask_LER)
+    assert processes_lib.digest_on_devices(bad, mask_LER) != processes_lib.digest(mask_LER)
 
 
 def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):
     gone = ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [::1]:80")
-    assert not hosts.is_lost_peer(gone)  # there are no peers
+    assert not processes_lib.is_lost_peer(gone)  # there are no peers
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert hosts.is_lost_peer(gone)
-    assert not hosts.is_lost_peer(ValueError("the connection of peer and Gloo"))
-    assert not hosts.is_lost_peer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert processes_lib.is_lost_peer(gone)
+    assert not processes_lib.is_lost_peer(ValueError("the connection of peer and Gloo"))
+    assert not processes_lib.is_lost_peer(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
 
 
 STUCK = """
 import time
 import jax
-from drlora_jax.parallel import hosts
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.watchdog import Watchdog
 
-hosts.join(heartbeat_timeout=20)
+processes.join(heartbeat_timeout=20)
 with Watchdog(timeout=2) as watchdog:
     for step in range(3):
         watchdog.beat(f"step {step}")

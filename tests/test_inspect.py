@@ -14,7 +14,7 @@ from tiny import BUNDLED, MIXTRAL, write_tiny_model
 from drlora_jax import cli, inspect
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.models.families import parse_config
-from drlora_jax.plan import active_parameters, flops_per_token
+from drlora_jax.training.costs import active_parameters, flops_per_token
 
 MODEL = BUNDLED / "tiny_moe"
 

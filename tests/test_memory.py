@@ -8,11 +8,16 @@ import jax
 import pytest
 
 from drlora_jax import train
-from drlora_jax.build import abstract_batch, memory_layout
 from drlora_jax.config import load_config
 from drlora_jax.interop.hf_files import find_model
-from drlora_jax.memory import Layout, bytes_on_one_device, compiled_bytes, predicted_step_bytes
 from drlora_jax.models.families import parse_config
+from drlora_jax.training.memory import (
+    Layout,
+    bytes_on_one_device,
+    compiled_bytes,
+    predicted_step_bytes,
+)
+from drlora_jax.training.program import abstract_batch, memory_layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 abstract_job = runpy.run_path(ROOT / "benchmarks" / "jobs.py")["abstract_job"]

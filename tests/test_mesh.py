@@ -17,8 +17,8 @@ from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
-from drlora_jax.position import start
-from drlora_jax.prepare import prepare
+from drlora_jax.training.job import prepare
+from drlora_jax.training.state import start
 
 STEPS = 20  # over the growth events after steps 5 and 11
 # tensor=8 is more than the key-value heads there are.

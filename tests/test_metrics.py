@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from drlora_jax.metrics import Progress, peak_memory
-from drlora_jax.palette import shade
-from drlora_jax.terminal import MAX_COLUMNS, MAX_ROWS, RAMP, group_means, heat_map
+from drlora_jax.reporting.palette import shade
+from drlora_jax.reporting.progress import Progress, peak_memory
+from drlora_jax.reporting.terminal import MAX_COLUMNS, MAX_ROWS, RAMP, group_means, heat_map
 
 SHAPES = [(1, 1), (4, 8), (16, 64), (27, 66), (48, 128), (61, 256), (94, 160)]
 
@@ -111,7 +111,7 @@ def test_a_process_looks_at_its_own_output(environment, tmp_path):
     set.
     """
     (tmp_path / "steps.py").write_text(
-        "import numpy as np\nfrom drlora_jax.metrics import Progress\n"
+        "import numpy as np\nfrom drlora_jax.reporting.progress import Progress\n"
         "with Progress(4, 0) as progress:\n"
         "    progress.show_ranks(np.full((2, 4), 3), 8, (0, 1))\n"
         "    progress.show({'step': 2, 'eval_loss': 1.25})\n"

@@ -13,19 +13,19 @@ import pytest
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import export, train
+from drlora_jax.adapters.mixlora import MixtureFfn
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
 from drlora_jax.errors import UserError
-from drlora_jax.loaded import load_run
+from drlora_jax.inference.model import load_run
 from drlora_jax.models.architecture import DenseFfnConfig, RoutingConfig
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.routing import choose_experts
 from drlora_jax.models.transformer import Decoder, DecoderOptions
-from drlora_jax.ops import expert_deltas
-from drlora_jax.prepare import prepare
-from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
+from drlora_jax.ops import lora_deltas
+from drlora_jax.training.job import prepare
+from drlora_jax.training.resolve import make_adapter, with_adapter_experts
+from drlora_jax.training.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
 
 LLAMA = {
     "model_type": "llama",
@@ -140,7 +140,7 @@ def largest_error(got, expected) -> float:
 @pytest.mark.parametrize("sorted_from", [0, 1000], ids=["sorted", "side_by_side"])
 @pytest.mark.parametrize("roles", [("gate", "up", "down"), ("up",), ("gate", "down")])
 def test_equals_a_loop_over_tokens_and_experts(monkeypatch, roles, sorted_from):
-    monkeypatch.setattr(expert_deltas, "SORTED_FROM", sorted_from)
+    monkeypatch.setattr(lora_deltas, "SORTED_FROM", sorted_from)
     module, variables, x_BTD, segments_BT = make_ffn(roles)
     weights_BTD = jax.random.normal(jax.random.key(5), x_BTD.shape)
 

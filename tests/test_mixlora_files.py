@@ -14,8 +14,8 @@ from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params, logits
-from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.step import init_variables
+from drlora_jax.training.resolve import make_adapter, with_adapter_experts
+from drlora_jax.training.step import init_variables
 
 
 @pytest.fixture(scope="module")

@@ -18,17 +18,17 @@ from drlora_jax.adapters.targets import coverage, resolve_targets
 from drlora_jax.allocation import CapacityShapes, make_policy
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
 from drlora_jax.errors import UserError
-from drlora_jax.expert_trees import expert_roles, gates_tree
-from drlora_jax.generation import Generator
-from drlora_jax.loaded import load_run
+from drlora_jax.inference.generation import Generator
+from drlora_jax.inference.model import load_run
 from drlora_jax.models.architecture import DenseFfnConfig, RoutingConfig
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, DenseFfn
-from drlora_jax.ops.attention import attend
-from drlora_jax.prepare import prepare
-from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.step import AuxiliaryWeights, batch_loss, init_lora
+from drlora_jax.ops.attention.api import attend
+from drlora_jax.training.job import prepare
+from drlora_jax.training.rank_trees import expert_roles, gates_tree
+from drlora_jax.training.resolve import make_adapter, with_adapter_experts
+from drlora_jax.training.step import AuxiliaryWeights, batch_loss, init_lora
 
 WIDTH, HIDDEN, EXPERTS, RANK, SCALE = 12, 20, 5, 3, 2.0
 RANKS_E = np.array([2, 0, 3, 1, 0])  # experts 1 and 4 are closed

@@ -29,8 +29,8 @@ from test_grouped import (
     value_and_pull,
 )
 
-from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.ops.grouped_parts import Dropout
+from drlora_jax.ops.experts.api import expert_mlp
+from drlora_jax.ops.experts.shared import Dropout
 from drlora_jax.ops.native import library
 
 TESTS = pathlib.Path(__file__).parent
@@ -70,7 +70,8 @@ def compiler(tmp_path_factory):
 
 CHOICES = """
 import jax.numpy as jnp
-from drlora_jax.ops import attention, backends
+from drlora_jax.ops.attention import api as attention
+from drlora_jax.ops.experts import backends
 float32 = jnp.dtype(jnp.float32)
 experts = backends.Call("cpu", float32)
 of_attention = attention.choose_backend("cpu", attention.Call(512, 64, 64, float32))

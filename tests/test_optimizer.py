@@ -8,7 +8,7 @@ import pytest
 from test_step import Stepper, expert_leaves
 
 from drlora_jax.config import TrainSection
-from drlora_jax.optimizer import (
+from drlora_jax.training.optimizer import (
     RankAdamState,
     label_leaves,
     make_optimizer,

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from drlora_jax import output_dir
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.output_dir import check_out, check_space, new_directory
+from drlora_jax.system import output_dir
+from drlora_jax.system.output_dir import check_out, check_space, new_directory
 
 FILES = {"config.json": "{}", "model.safetensors": "weights", "templates/tool.jinja": "{{ x }}"}
 
@@ -129,7 +129,7 @@ def can_mount() -> bool:
 
 IN_A_MOUNT = """
 import pathlib, sys
-from drlora_jax.output_dir import check_out, new_directory
+from drlora_jax.system.output_dir import check_out, new_directory
 with new_directory(check_out(sys.argv[1])) as draft:
     (draft / "config.json").write_text("{}")
 print([file.name for file in pathlib.Path(sys.argv[1]).iterdir()])

@@ -24,8 +24,8 @@ from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.data.loader import Batch
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.ops import Ops
-from drlora_jax.ops.grouped import expert_mlp
-from drlora_jax.step import AuxiliaryWeights, batch_loss
+from drlora_jax.ops.experts.api import expert_mlp
+from drlora_jax.training.step import AuxiliaryWeights, batch_loss
 
 MAX_RELATIVE = 1e-4
 LAYER = "segment_0/layer_0"

@@ -21,7 +21,7 @@ from drlora_jax.interop.hf_files import find_model, read_model_config
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params, logits
 from drlora_jax.ops import Ops
-from drlora_jax.ops.grouped import expert_mlp
+from drlora_jax.ops.experts.api import expert_mlp
 
 MAX_ABS, MAX_KL = 1e-4, 1e-5
 MAX_DRIFT = 4e-6  # of stored logits from live ones, both computed in float64: f32 of up to 32

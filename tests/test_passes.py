@@ -6,7 +6,7 @@ import pytest
 from drlora_jax.config import TrainSection
 from drlora_jax.data.loader import Loader
 from drlora_jax.data.tokenize import Document
-from drlora_jax.passes import length_lines, passes_lines
+from drlora_jax.training.passes import length_lines, passes_lines
 
 
 def loader(lengths, *, pack=True, sequence_length=64) -> Loader:

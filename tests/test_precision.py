@@ -7,8 +7,8 @@ from test_step import Stepper
 from tiny import tiny_config
 
 from drlora_jax.models import layers, moe
-from drlora_jax.precision import resolve_dtype
-from drlora_jax.prepare import prepare
+from drlora_jax.system.precision import resolve_dtype
+from drlora_jax.training.job import prepare
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])

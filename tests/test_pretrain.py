@@ -9,7 +9,7 @@ from tiny import OLMOE, write_tiny_model
 from drlora_jax import pretrain
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
 from drlora_jax.interop.hf_read import load_model
-from drlora_jax.run_dir import RunDirectory
+from drlora_jax.runs.directory import RunDirectory
 
 CONFIG = """
 from drlora_jax.config import *

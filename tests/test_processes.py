@@ -24,11 +24,11 @@ from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import evaluate
 from drlora_jax import train as train_lib
-from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.errors import EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE
 from drlora_jax.parallel.mesh import AXES
-from drlora_jax.position import restore
-from drlora_jax.prepare import prepare
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.training.job import prepare
+from drlora_jax.training.state import restore
 
 ROOT = Path(__file__).parents[1]
 VALUES = OLMOE | {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8}

@@ -7,11 +7,11 @@ import shutil
 import pytest
 from tiny import tiny_config, write_rows
 
-from drlora_jax import resume
 from drlora_jax.config import TrainConfig, TrainSection, all_fields, apply_overrides, to_dict
 from drlora_jax.errors import UserError
-from drlora_jax.optimizer import make_schedule
-from drlora_jax.prepare import prepare
+from drlora_jax.runs import resume
+from drlora_jax.training.job import prepare
+from drlora_jax.training.optimizer import make_schedule
 
 # Every setting that may change, as an override.
 FREE = {
@@ -240,7 +240,7 @@ def test_settings_are_compared_before_rows_are_read(begun, monkeypatch):
     def never(*_, **__):
         raise AssertionError("rows were read")
 
-    monkeypatch.setattr("drlora_jax.prepare.load_documents", never)
+    monkeypatch.setattr("drlora_jax.training.job.load_documents", never)
     with pytest.raises(UserError, match="made with allocation.gamma=1.2, got 2.0"):
         prepare(tiny_config(begun, allocation=dict(gamma=2.0)))
     with pytest.raises(UserError, match="no growth event fits"):

@@ -13,11 +13,11 @@ import pytest
 from tiny import tiny_config
 
 from drlora_jax import train as train_lib
-from drlora_jax.metrics import Throughput
-from drlora_jax.optimizer import make_schedule, rate_at
-from drlora_jax.position import start
-from drlora_jax.prepare import prepare
-from drlora_jax.run_dir import RunDirectory
+from drlora_jax.reporting.progress import Throughput
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.training.job import prepare
+from drlora_jax.training.optimizer import make_schedule, rate_at
+from drlora_jax.training.state import start
 
 SECONDS, BETWEEN = 4.0, 1000.0  # of a step; of every event, evaluation and checkpoint
 

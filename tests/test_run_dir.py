@@ -7,7 +7,7 @@ import pytest
 
 from drlora_jax import train
 from drlora_jax.errors import UserError
-from drlora_jax.run_dir import WRITTEN, RunDirectory
+from drlora_jax.runs.directory import WRITTEN, RunDirectory
 
 STRAY = ("train.log", "slurm-123.out", ".DS_Store", ".nfs0001", "notes.txt", "run.lock", "a.jsonl")
 STRAY += ("config.json.tmp", "metrics.jsonl.tmp", "model.safetensors")
@@ -47,7 +47,7 @@ def test_the_place_of_a_new_directory_is_looked_at_before_anything_else(tmp_path
     def never(*_, **__):
         raise AssertionError("the model was looked for")
 
-    monkeypatch.setattr("drlora_jax.prepare.find_model", never)
+    monkeypatch.setattr("drlora_jax.training.job.find_model", never)
     (tmp_path / "file").write_text("")
     for name, message in (("file", "is a file"), ("file/run", "file is a file; give another")):
         with pytest.raises(UserError, match=message):

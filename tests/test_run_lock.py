@@ -10,10 +10,10 @@ import sys
 import pytest
 from error_cases.run import locked_by_another_process
 
-from drlora_jax import run_lock
 from drlora_jax.errors import UserError
-from drlora_jax.run_dir import RunDirectory
-from drlora_jax.run_lock import LOCK_NAME, hold_lock
+from drlora_jax.runs import lock
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.runs.lock import LOCK_NAME, hold_lock
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def without_kernel_locks(monkeypatch):
     def refuse(descriptor, how):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    monkeypatch.setattr(run_lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(lock.fcntl, "flock", refuse)
 
 
 def _leave(directory, **changes):
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
-    owner["started"] = run_lock._start_time(os.getpid())
+    owner["started"] = lock._start_time(os.getpid())
     (directory / LOCK_NAME).write_text(json.dumps(owner | changes))
 
 

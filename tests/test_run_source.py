@@ -9,9 +9,9 @@ from tiny import tiny_config
 
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import fingerprint, legacy_fingerprint
-from drlora_jax.prepare import prepare
-from drlora_jax.run_dir import RunDirectory
-from drlora_jax.run_source import find_run, read_stored
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.runs.source import find_run, read_stored
+from drlora_jax.training.job import prepare
 
 
 @pytest.fixture

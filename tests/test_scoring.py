@@ -7,8 +7,8 @@ import pytest
 from tiny import MIXTRAL, write_tiny_model
 
 from drlora_jax.config import MeshSection
-from drlora_jax.evaluation.scoring import Scorer, score_continuations
-from drlora_jax.loaded import load_base
+from drlora_jax.inference.model import load_base
+from drlora_jax.inference.scoring import Scorer, score_continuations
 from drlora_jax.models.transformer import logits
 
 LONGEST = 512  # tokens of a pair

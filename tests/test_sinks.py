@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from run_logs import EVENTS, logged, write_run
 
-from drlora_jax import sinks
 from drlora_jax.config import RunSection
 from drlora_jax.errors import UserError
-from drlora_jax.palette import shade
+from drlora_jax.reporting.palette import shade
+from drlora_jax.runs import sinks
 
 
 class Kept:

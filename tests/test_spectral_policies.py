@@ -12,7 +12,7 @@ from test_dr_lora import RANKS_LE, SHAPES, make_policy, make_stats, stated_salie
 from test_mixlora import TINY
 from tiny import tiny_config, write_tiny_model
 
-from drlora_jax import alpha, prepare
+from drlora_jax import alpha
 from drlora_jax.allocation import CapacityShapes, CapacityState
 from drlora_jax.allocation.alphalora import (
     allocate_experts,
@@ -23,10 +23,11 @@ from drlora_jax.allocation.alphalora import (
     spectral_start,
 )
 from drlora_jax.allocation.dr_lora import dr_lora
+from drlora_jax.allocation.spectra import fit_tail
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
 from drlora_jax.interop.hf_files import legacy_fingerprint, read_model_config
-from drlora_jax.spectra import fit_tail
+from drlora_jax.training import job as job_lib
 
 EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
 
@@ -295,14 +296,14 @@ def test_an_expert_that_starts_with_most_does_not_stop_growth():
 def test_jobs_have_the_ranks_of_their_exponents(folder):
     found = exponents_of(folder / "model")
     section = dict(kind="alphalora", r_target=3, r_max=8, alpha_beta=1.5)
-    job = prepare.prepare(tiny_config(folder, allocation=section))
+    job = job_lib.prepare(tiny_config(folder, allocation=section))
     weight_LE = found.expert_LE**1.5
     share_LE = 24 * weight_LE / weight_LE.sum()
     assert np.abs(job.policy.init().ranks_LE - share_LE).max() < 1
     assert job.adapter.max_rank == 8
-    grown = prepare.prepare(tiny_config(folder, allocation=dict(spectral_prior=1.0)))
+    grown = job_lib.prepare(tiny_config(folder, allocation=dict(spectral_prior=1.0)))
     assert "spectral prior" in grown.policy.describe
-    started = prepare.prepare(tiny_config(folder, allocation=dict(spectral_start=True)))
+    started = job_lib.prepare(tiny_config(folder, allocation=dict(spectral_start=True)))
     expected_LE = spectral_start(found.expert_LE, 1, beta=2.5, most=4)
     assert started.policy.init().ranks_LE.tolist() == expected_LE.tolist()
     dense = dict(kind="alphalora", experts=7, alpha_file=str(folder / "dense.json"))
@@ -312,7 +313,7 @@ def test_jobs_have_the_ranks_of_their_exponents(folder):
         adapter=dict(kind="mixlora", num_experts=4),
         allocation=dense,
     )
-    job = prepare.prepare(config)
+    job = job_lib.prepare(config)
     written = json.loads((folder / "dense.json").read_text())
     expected = allocate_experts([layer["alpha"] for layer in written["layers"]], 7)
     assert (job.policy.init().ranks_LE == 2).sum(axis=1).tolist() == expected.tolist()
@@ -350,7 +351,7 @@ MIXLORA = dict(kind="mixlora", num_experts=4)
 def test_what_can_not_be_is_refused_before_the_analysis(
     folder, monkeypatch, allocation, adapter, message
 ):
-    monkeypatch.setattr(prepare, "read_exponents", lambda *_, **__: pytest.fail("not refused"))
+    monkeypatch.setattr(job_lib, "read_exponents", lambda *_, **__: pytest.fail("not refused"))
     model = dict(path=str(folder / ("dense" if adapter else "model")))
     with pytest.raises(UserError, match=message):
-        prepare.prepare(tiny_config(folder, model=model, adapter=adapter, allocation=allocation))
+        job_lib.prepare(tiny_config(folder, model=model, adapter=adapter, allocation=allocation))

@@ -12,9 +12,9 @@ from drlora_jax.allocation.moe_sieve import moe_sieve, sieve
 from drlora_jax.allocation.pattern import pattern
 from drlora_jax.allocation.prilora import prilora
 from drlora_jax.errors import UserError
-from drlora_jax.events import profile
-from drlora_jax.position import start
-from drlora_jax.prepare import prepare
+from drlora_jax.training.growth import profile
+from drlora_jax.training.job import prepare
+from drlora_jax.training.state import start
 
 SHAPES = CapacityShapes(layers=2, projections=2, experts=5, max_rank=8)
 RANKS_LE = [[0, 1, 2, 3, 4], [8, 0, 0, 1, 1]]

@@ -23,7 +23,7 @@ from drlora_jax.models.architecture import (
 )
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.step import init_lora
+from drlora_jax.training.step import init_lora
 
 LAYER = "segment_0/layer_0"
 

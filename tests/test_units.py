@@ -1,6 +1,6 @@
 """Numbers as people read them."""
 
-from drlora_jax.units import counted, format_bytes
+from drlora_jax.system.units import counted, format_bytes
 
 
 def test_counts_agree_with_their_nouns():

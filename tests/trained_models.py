@@ -11,15 +11,15 @@ from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.allocation import CapacityState, masks_from_ranks
-from drlora_jax.checkpoint import Checkpoints
-from drlora_jax.expert_trees import expert_roles, gates_tree
 from drlora_jax.interop.export_check import Trained
-from drlora_jax.interop.factors import layer_factors
 from drlora_jax.interop.hf_files import read_model_config
+from drlora_jax.interop.lora_tables import layer_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
-from drlora_jax.position import start
-from drlora_jax.prepare import prepare
-from drlora_jax.step import init_lora
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.training.job import prepare
+from drlora_jax.training.rank_trees import expert_roles, gates_tree
+from drlora_jax.training.state import start
+from drlora_jax.training.step import init_lora
 
 # No expert matrix is square, fused ones neither: width 24, experts 20 wide, fused 40.
 SIZES = {"hidden_size": 24, "intermediate_size": 20}

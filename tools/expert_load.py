@@ -21,7 +21,7 @@ from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import eval_batches
 from drlora_jax.data.tokenize import pad_token
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.loaded import Loaded, load_run
+from drlora_jax.inference.model import Loaded, load_run
 from drlora_jax.parallel import mesh as mesh_lib
 
 

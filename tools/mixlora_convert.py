@@ -37,7 +37,6 @@ from safetensors.numpy import load_file, save_file
 from drlora_jax import cli
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.targets import resolve_targets
-from drlora_jax.checkpoint import Checkpoints
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -46,19 +45,20 @@ from drlora_jax.config import (
     RunSection,
     TrainConfig,
 )
-from drlora_jax.data.packages import load_package
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.files import local_path, read_json
+from drlora_jax.inference.model import read_factors
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
-from drlora_jax.loaded import read_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
-from drlora_jax.output_dir import check_out, new_directory
 from drlora_jax.parallel import mesh as mesh_lib
-from drlora_jax.resolve import make_adapter, with_adapter_experts
-from drlora_jax.run_dir import RunDirectory
-from drlora_jax.run_source import find_run
-from drlora_jax.step import init_lora
+from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.runs.source import find_run
+from drlora_jax.system.imports import load_package
+from drlora_jax.system.output_dir import check_out, new_directory
+from drlora_jax.system.paths import local_path, read_json
+from drlora_jax.training.resolve import make_adapter, with_adapter_experts
+from drlora_jax.training.step import init_lora
 
 
 def main(argv=None) -> int:

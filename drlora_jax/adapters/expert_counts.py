@@ -12,7 +12,7 @@ import re
 
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, check_downloaded, kind_of, local_path
+from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 
 QUARTERS = 4
 MOST_EXPERTS = 1024  # of a layer; more can only be a slip

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import AdapterSpec, init_a
-from drlora_jax.ops.grouped_parts import RoleLora
+from drlora_jax.ops.experts.shared import RoleLora
 
 
 class ExpertLora(nn.Module):

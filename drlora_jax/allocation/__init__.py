@@ -18,14 +18,14 @@ from drlora_jax.allocation.base import (
     StepStats,
     masks_from_ranks,
 )
+from drlora_jax.allocation.by_expert_count import for_counts
 from drlora_jax.allocation.dr_lora import dr_lora
 from drlora_jax.allocation.moe_sieve import moe_sieve
 from drlora_jax.allocation.pattern import pattern
 from drlora_jax.allocation.prilora import prilora
-from drlora_jax.allocation.unequal import for_counts
+from drlora_jax.allocation.spectra import Exponents
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import TrainConfig
-from drlora_jax.spectra import Exponents
 
 __all__ = [
     "CapacityShapes",

@@ -1,7 +1,7 @@
 """AlphaLoRA (arXiv 2410.10054): how many LoRA experts a layer gets, from the exponents of its
 pretrained weights and without training.
 
-With the exponent alpha_l of layer l (the mean over its matrices, `drlora_jax.spectra`) and a
+With the exponent alpha_l of layer l (the mean over its matrices, `allocation/spectra.py`) and a
 total of T experts, layer l is due
 
     f_l = T alpha_l^beta / sum_k alpha_k^beta                                                  (1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, check_downloaded, kind_of, local_path
+from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 
 
 def pattern(

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.data.packages import load_package
 from drlora_jax.data.segments import GUARD, Segment, control_pattern, unguard
+from drlora_jax.system.imports import load_package
 
 _FIRST_ALIAS = 0xF0000  # a private-use character between two guards: user text holds no guard
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()

@@ -14,9 +14,9 @@ import weakref
 from typing import NamedTuple
 
 from drlora_jax.data.messages import parsed
-from drlora_jax.data.packages import load_package
 from drlora_jax.data.segments import GUARD, BadRow, control_pattern, guard
 from drlora_jax.errors import UserError
+from drlora_jax.system.imports import load_package
 
 SENTINEL = "7Qz4answer4zQ7"  # stands for an answer where the template is probed
 _PROBES = (

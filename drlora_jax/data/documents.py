@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from drlora_jax.config import DataSection
-from drlora_jax.data.choices import FORMAT as CHOICE
-from drlora_jax.data.choices import render_choice, split_task
 from drlora_jax.data.layouts import Conversation, detect_format, other_settings
+from drlora_jax.data.multiple_choice import FORMAT as CHOICE
+from drlora_jax.data.multiple_choice import render_choice, split_task
 from drlora_jax.data.report import PathReport, Report
 from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
 from drlora_jax.data.sources import Row, find_sources, read_paths

@@ -12,9 +12,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
-from drlora_jax.files import check_downloaded
+from drlora_jax.system.imports import load_package
+from drlora_jax.system.paths import check_downloaded
 
 MAX_LINE_BYTES = 64 << 20  # of a row; a long book is 3 MiB
 MAX_LIST_BYTES = 1 << 30  # of a .json list, which is read as a whole

@@ -9,7 +9,7 @@ import re
 
 from drlora_jax.data.file_readers import KNOWN, ending_of
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, kind_of
+from drlora_jax.system.paths import FILE, kind_of
 
 SAVED_SET, SAVED_SETS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes
 SPLIT_WORDS = {

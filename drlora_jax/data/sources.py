@@ -23,9 +23,9 @@ from drlora_jax.data.folders import (
     is_data,
     way_to_split,
 )
-from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
+from drlora_jax.system.imports import load_package
+from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
 
 BUNDLED = pathlib.Path(__file__).parent.parent / "bundled"
 _PATTERN = frozenset("*?[")

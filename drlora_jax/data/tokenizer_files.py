@@ -16,10 +16,10 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from drlora_jax.data.packages import load_package
 from drlora_jax.data.tokenizer_probe import first_difference, sentencepiece_difference
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, check_downloaded, kind_of, read_json
+from drlora_jax.system.imports import load_package
+from drlora_jax.system.paths import ABSENT, check_downloaded, kind_of, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")

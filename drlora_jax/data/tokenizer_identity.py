@@ -11,9 +11,9 @@ import json
 import pathlib
 from typing import NamedTuple
 
-from drlora_jax.data.packages import load_package
 from drlora_jax.data.tokenizer_files import TOKENIZER_FILE, end_token_ids
 from drlora_jax.data.tokenizer_probe import decoded, probe_texts
+from drlora_jax.system.imports import load_package
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")

@@ -10,7 +10,7 @@ import json
 from drlora_jax import cli
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import statistics
-from drlora_jax.files import check_downloaded, local_path
+from drlora_jax.system.paths import check_downloaded, local_path
 
 
 def main(argv=None) -> int:

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from drlora_jax.data.packages import load_package
 from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import harness_scores, results
 from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
 from drlora_jax.evaluation.tasks import chosen
-from drlora_jax.files import local_path
-from drlora_jax.loaded import Loaded
+from drlora_jax.inference.model import Loaded
+from drlora_jax.system.imports import load_package
+from drlora_jax.system.paths import local_path
 
 INSTALL = "'drlora-jax[eval]'"
 PREFIX = "lm_eval:"  # of a task's name in scores: our own arc_easy is another task

@@ -19,9 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.evaluation.scoring import Scorer
-from drlora_jax.generation import GREEDY, Generator, Sampling
-from drlora_jax.loaded import Loaded
+from drlora_jax.inference.generation import GREEDY, Generator, Sampling
+from drlora_jax.inference.model import Loaded
+from drlora_jax.inference.scoring import Scorer
 
 DEFAULT_LENGTH = 2048  # tokens, of a model that names no longest context
 NO_LIMIT = 10**9  # a tokenizer's model_max_length above this means that it knows none

@@ -17,18 +17,18 @@ from drlora_jax.data.sources import BUNDLED, Row
 from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.data.wording import CHOICE, Writer
 from drlora_jax.errors import UserError
-from drlora_jax.evaluation import files, results
+from drlora_jax.evaluation import results, sources
 from drlora_jax.evaluation.records import Sample, Score, Settings, text_hash
 from drlora_jax.evaluation.sandbox import Sandbox
-from drlora_jax.evaluation.scoring import score_continuations
 from drlora_jax.evaluation.tasks import TASKS, Task, Texts, Tools, Work, suggest
-from drlora_jax.files import local_path
-from drlora_jax.generation import Generator
-from drlora_jax.loaded import Loaded
-from drlora_jax.parallel import hosts
-from drlora_jax.resolved import asked_wording, system_note
-from drlora_jax.units import counted
-from drlora_jax.words import Words
+from drlora_jax.inference.generation import Generator
+from drlora_jax.inference.model import Loaded
+from drlora_jax.inference.scoring import score_continuations
+from drlora_jax.inference.words import Words
+from drlora_jax.parallel import processes
+from drlora_jax.runs.resolved import asked_wording, system_note
+from drlora_jax.system.paths import local_path
+from drlora_jax.system.units import counted
 
 HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
 MAX_LENGTH = 2048  # tokens that a model sees of context and answer
@@ -129,7 +129,7 @@ def own_writer(settings: Settings, words: Words, row_format: str | None) -> Writ
 
 
 def _tell(note: str | None) -> None:
-    if note and hosts.is_main():
+    if note and processes.is_main():
         print(f"note: {note}", file=sys.stderr)
 
 
@@ -144,9 +144,9 @@ def _job(request: Request, settings: Settings, texts: Texts) -> Job:
     if task.shots is None:
         settings = settings._replace(shots=0)
     if task.reads_itself:
-        data = files.Data(request.file, [], _file_digest(request.file))
+        data = sources.Data(request.file, [], _file_digest(request.file))
     else:
-        data = files.read_source(task.name, task.source, request.file, settings.data_dir)
+        data = sources.read_source(task.name, task.source, request.file, settings.data_dir)
     work = Work(data.name, data.rows, _shots(task, data, settings), settings, texts)
     items = task.items(work)
     if not items:
@@ -158,11 +158,11 @@ def _job(request: Request, settings: Settings, texts: Texts) -> Job:
     return Job(task, label, work, items, data.fingerprint)
 
 
-def _shots(task: Task, data: files.Data, settings: Settings) -> list[Row]:
+def _shots(task: Task, data: sources.Data, settings: Settings) -> list[Row]:
     """The first rows of the task's file of examples."""
     if not settings.shots:
         return []
-    found = files.read_source(task.name, task.shots, None, settings.data_dir)
+    found = sources.read_source(task.name, task.shots, None, settings.data_dir)
     if found.fingerprint == data.fingerprint:
         raise UserError(
             f"--shots {settings.shots}: the examples and the questions of {task.name} are the same "
@@ -236,5 +236,5 @@ def adapter_digest(loaded: Loaded) -> str | None:
     """Of factors and ranks, the same on any mesh; None for a base."""
     if not loaded.is_adapted:
         return None
-    leaves = map(hosts.to_host, jax.tree.leaves(loaded.variables["lora"]))
-    return hosts.digest(*leaves, loaded.ranks_LE)[:16]
+    leaves = map(processes.to_host, jax.tree.leaves(loaded.variables["lora"]))
+    return processes.digest(*leaves, loaded.ranks_LE)[:16]

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from drlora_jax.config import DataSection
-from drlora_jax.context import warn_beyond
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.loader import stack_rows
 from drlora_jax.data.packing import pack
@@ -25,11 +24,12 @@ from drlora_jax.data.segments import Segment
 from drlora_jax.data.tokenize import Document, encode_document, pad_token
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation.records import Sample
-from drlora_jax.evaluation.scoring import CHUNK, jit_score
-from drlora_jax.files import check_downloaded, local_path
-from drlora_jax.loaded import Loaded
-from drlora_jax.parallel import hosts
+from drlora_jax.inference.context import warn_beyond
+from drlora_jax.inference.model import Loaded
+from drlora_jax.inference.scoring import CHUNK, jit_score
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
+from drlora_jax.system.paths import check_downloaded, local_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
 
@@ -60,7 +60,7 @@ def read_items(
         section = dataclasses.replace(section, eval_path=(path,))
         found = load_documents(section, tokenizer, length, evaluation=True, date=date)
         documents = found.documents
-        if hosts.is_main():  # rows that are left out or cut change the loss
+        if processes.is_main():  # rows that are left out or cut change the loss
             for remark in found.report.remarks():
                 print(f"note: {path}: {remark}", file=sys.stderr)
     return [Item(str(number), document) for number, document in enumerate(documents, 1)]
@@ -94,7 +94,7 @@ def answer_items(
         batch = stack_rows(documents, filled, length, pad_id)
         at_N = np.zeros(size, np.int32)
         at_N[:count] = np.flatnonzero(batch.target_mask_BT)
-        placed = hosts.place(batch, mesh_lib.rows(loaded.mesh))
+        placed = processes.place(batch, mesh_lib.rows(loaded.mesh))
         log_p_N, _ = jax.device_get(score(loaded.variables, placed, at_N))
         loaded.on_batch()
         # Positions come row by row, and in a row document by document.

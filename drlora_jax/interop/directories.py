@@ -4,7 +4,7 @@ import pathlib
 from typing import NamedTuple
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, DIRECTORY, FILE, kind_of, read_json
+from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 MOST_LOOKED_AT = 1000  # entries of a folder

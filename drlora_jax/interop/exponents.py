@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from drlora_jax.allocation.spectra import Estimator, Exponents
 from drlora_jax.errors import UserError
-from drlora_jax.files import FILE, check_downloaded, kind_of, local_path
 from drlora_jax.interop.hf_files import fingerprint, same_base
 from drlora_jax.interop.spectra_read import fit_layers, open_cache, with_progress
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.spectra import Estimator, Exponents
+from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 
 Found = list[tuple[int | None, float]]  # of a layer's matrices: whose expert's, and the exponent
 

@@ -20,10 +20,10 @@ import numpy as np
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.errors import RunError
-from drlora_jax.interop.factors import LayerFactors, Pair, Place
 from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.interop.hf_write import NUMPY_DTYPES
 from drlora_jax.interop.layer_reader import LayerReader
+from drlora_jax.interop.lora_tables import LayerFactors, Pair, Place
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_layer
 from drlora_jax.interop.peft_read import PeftFiles
 from drlora_jax.interop.verify import (

@@ -11,7 +11,6 @@ import pathlib
 
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import RunError
-from drlora_jax.files import read_json
 from drlora_jax.interop.hf_files import (
     HEAD,
     open_weights,
@@ -22,6 +21,7 @@ from drlora_jax.interop.hf_files import (
 from drlora_jax.interop.peft_read import CONFIG, PREFIX, SUFFIXES, WEIGHTS, WRAPPER
 from drlora_jax.interop.verify import TEXTS
 from drlora_jax.models.families import parse_config
+from drlora_jax.system.paths import read_json
 
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 

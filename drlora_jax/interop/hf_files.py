@@ -14,9 +14,12 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from drlora_jax.data.packages import load_package
 from drlora_jax.errors import UserError
-from drlora_jax.files import (
+from drlora_jax.interop.directories import describe
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.families import parse_config
+from drlora_jax.system.imports import load_package
+from drlora_jax.system.paths import (
     ABSENT,
     DIRECTORY,
     FILE,
@@ -26,9 +29,6 @@ from drlora_jax.files import (
     local_path,
     read_json,
 )
-from drlora_jax.interop.directories import describe
-from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.models.families import parse_config
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
 HEAD = "lm_head.weight"

@@ -30,7 +30,7 @@ from drlora_jax.interop.name_hints import explain_names
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.parallel.hosts import place
+from drlora_jax.parallel.processes import place
 
 READABLE_DTYPES = ("F32", "BF16", "F16")
 

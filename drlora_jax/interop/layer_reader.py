@@ -8,9 +8,9 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.interop.factors import Place
 from drlora_jax.interop.hf_files import open_weights, read_headers
 from drlora_jax.interop.hf_read import disk_view, leaf_at, match_keys
+from drlora_jax.interop.lora_tables import Place
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params

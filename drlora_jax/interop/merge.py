@@ -3,7 +3,7 @@
 import numpy as np
 
 from drlora_jax.adapters.lora import SMALLEST_NORM
-from drlora_jax.interop.factors import ROUTER, LayerFactors, Pair, expert_pair
+from drlora_jax.interop.lora_tables import ROUTER, LayerFactors, Pair, expert_pair
 from drlora_jax.models.families import Slot
 
 GATE_UP, DOWN = "moe/gate_up", "moe/down"

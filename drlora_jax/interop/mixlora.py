@@ -20,7 +20,7 @@ import numpy as np
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
-from drlora_jax.interop.factors import places
+from drlora_jax.interop.lora_tables import places
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
 

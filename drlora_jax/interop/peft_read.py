@@ -19,11 +19,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from drlora_jax.errors import RunError
-from drlora_jax.files import read_json
-from drlora_jax.interop.factors import Place
 from drlora_jax.interop.hf_read import disk_view, leaf_at
+from drlora_jax.interop.lora_tables import Place
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
+from drlora_jax.system.paths import read_json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

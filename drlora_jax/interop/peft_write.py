@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from drlora_jax.interop.factors import LayerFactors, Pair, expert_pair, fused_pair
+from drlora_jax.interop.lora_tables import LayerFactors, Pair, expert_pair, fused_pair
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table
 

@@ -24,9 +24,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from drlora_jax.allocation.spectra import Estimator, TailFit, eigenvalues, fit_tail
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.files import expand_user, local_path
-from drlora_jax.interop.factors import places
 from drlora_jax.interop.hf_files import (
     TensorInfo,
     fingerprint,
@@ -35,10 +34,11 @@ from drlora_jax.interop.hf_files import (
     read_headers,
 )
 from drlora_jax.interop.hf_read import match_keys
+from drlora_jax.interop.lora_tables import places
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
-from drlora_jax.spectra import Estimator, TailFit, eigenvalues, fit_tail
+from drlora_jax.system.paths import expand_user, local_path
 
 METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
 HALVES = ("gate", "up")  # rows of a fused tensor, in this order

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
-from drlora_jax.interop.factors import Place, places
+from drlora_jax.interop.lora_tables import Place, places
 from drlora_jax.models.architecture import LayerConfig, ModelConfig
 from drlora_jax.models.layers import rms_norm
 from drlora_jax.models.transformer import Block, DecoderOptions, logits

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.mola import routed_projection
 from drlora_jax.models.architecture import AttentionConfig, RoutingConfig
 from drlora_jax.models.layers import RmsNorm, rotate
-from drlora_jax.models.linear_experts import routed_projection
 from drlora_jax.models.remat import keep
 from drlora_jax.models.routing import RoutingStats
-from drlora_jax.ops.attention import attend_cached
+from drlora_jax.ops.attention.api import attend_cached
 
 
 class Attention(nn.Module):

@@ -12,7 +12,7 @@ from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.models.architecture import MoeConfig
 from drlora_jax.models.layers import kernel_init
 from drlora_jax.models.routing import RoutingStats, choose_experts, routing_stats
-from drlora_jax.ops.grouped_parts import ROLES, Dropout, ExpertSpec
+from drlora_jax.ops.experts.shared import ROLES, Dropout, ExpertSpec
 
 
 class ExpertStack(NamedTuple):

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
+from drlora_jax.adapters.mixlora import MixtureFfn
+from drlora_jax.adapters.mola import routed_projection
 from drlora_jax.models.architecture import (
     DenseFfnConfig,
     LayerConfig,
@@ -26,13 +28,11 @@ from drlora_jax.models.architecture import (
 )
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.layers import RmsNorm, kernel_init
-from drlora_jax.models.linear_experts import routed_projection
-from drlora_jax.models.mixture import MixtureFfn
 from drlora_jax.models.moe import ExpertStack, Moe
 from drlora_jax.models.remat import Remat, keep, rematerialised
 from drlora_jax.models.routing import RoutingStats, mean_stats
 from drlora_jax.ops import Ops, attend, expert_mlp
-from drlora_jax.ops.grouped_parts import ACTIVATIONS
+from drlora_jax.ops.experts.shared import ACTIVATIONS
 
 
 @dataclass(frozen=True)

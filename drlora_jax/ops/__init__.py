@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from drlora_jax.ops.attention import Backend, attend
-from drlora_jax.ops.backends import Call, Experts, choose_backend
+from drlora_jax.ops.attention.api import Backend, attend
 from drlora_jax.ops.cross_entropy import summed_nll
-from drlora_jax.ops.expert_deltas import deltas_of
-from drlora_jax.ops.grouped import READS_STACKS, expert_mlp
+from drlora_jax.ops.experts.api import READS_STACKS, expert_mlp
+from drlora_jax.ops.experts.backends import Call, Experts, choose_backend
+from drlora_jax.ops.lora_deltas import deltas_of
 
 
 def look_up(table_VD, tokens_BT):

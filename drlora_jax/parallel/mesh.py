@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
-from drlora_jax.units import format_bytes
+from drlora_jax.system.units import format_bytes
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")

@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from drlora_jax.ops import Ops, ops_for
-from drlora_jax.ops.attention import Backend
-from drlora_jax.ops.backends import Experts
-from drlora_jax.ops.expert_deltas import side_by_side
-from drlora_jax.ops.grouped_parts import Dropout
+from drlora_jax.ops.attention.api import Backend
+from drlora_jax.ops.experts.backends import Experts
+from drlora_jax.ops.experts.shared import Dropout
+from drlora_jax.ops.lora_deltas import side_by_side
 from drlora_jax.parallel.exchange import GATHER, choose_exchange, exchange, plan_dispatch
 from drlora_jax.parallel.mesh import (
     EXPERTS,

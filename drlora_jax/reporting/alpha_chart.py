@@ -5,8 +5,8 @@ they were given below.
 import html
 from collections.abc import Sequence
 
-from drlora_jax.palette import shade
 from drlora_jax.reporting.charts import Axis, distinct_labels, nice_ticks
+from drlora_jax.reporting.palette import shade
 
 WIDTH, PANEL = 640, 150  # pixels
 LEFT, RIGHT, TOP, GAP, BOTTOM = 46, 12, 30, 34, 36

@@ -5,7 +5,7 @@ the last ranks as a table of numbers.
 import html
 from typing import NamedTuple
 
-from drlora_jax.palette import shade
+from drlora_jax.reporting.palette import shade
 from drlora_jax.reporting.read import Frame, RunLog, budgets, frames, is_matrix, layer_indices
 
 MOST_CELLS = 400_000  # of one map over all its steps; what is more is left out evenly

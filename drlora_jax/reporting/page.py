@@ -17,7 +17,7 @@ from collections.abc import Callable
 from drlora_jax.reporting import maps, tables
 from drlora_jax.reporting.charts import Chart, Series, draw
 from drlora_jax.reporting.read import RunLog, budgets, curve, frames, read_run, total_steps
-from drlora_jax.units import counted
+from drlora_jax.system.units import counted
 
 FOLDER = pathlib.Path(__file__).parent
 GIB = 2.0**30

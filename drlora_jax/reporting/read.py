@@ -12,8 +12,8 @@ import pathlib
 from typing import Any, NamedTuple
 
 from drlora_jax.errors import UserError
-from drlora_jax.files import ABSENT, FILE, check_downloaded, kind_of
 from drlora_jax.interop.directories import why_no_run
+from drlora_jax.system.paths import ABSENT, FILE, check_downloaded, kind_of
 
 Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
 

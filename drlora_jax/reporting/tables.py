@@ -17,7 +17,7 @@ from drlora_jax.reporting.read import (
     last_step,
     total_steps,
 )
-from drlora_jax.units import format_bytes
+from drlora_jax.system.units import format_bytes
 
 
 class Figure(NamedTuple):

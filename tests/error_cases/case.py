@@ -14,9 +14,10 @@ from unittest import mock
 import jax
 from tiny import OLMOE, write_rows, write_tiny_model
 
-from drlora_jax import cli, prepare, train
+from drlora_jax import cli, train
 from drlora_jax.models.transformer import abstract_params
 from drlora_jax.ops.native import library
+from drlora_jax.training import job
 
 CONFIG = """
 from drlora_jax.config import *
@@ -97,7 +98,7 @@ def run_command(folder: pathlib.Path, argv: list[str], around=None) -> Outcome:
         stack.enter_context(contextlib.redirect_stderr(err))
         compilation = mock.Mock(side_effect=AssertionError("the mistake was not refused"))
         stack.enter_context(mock.patch.object(train, "compile_step", compilation))
-        stack.enter_context(mock.patch.object(prepare, "abstract_params", _abstract_params))
+        stack.enter_context(mock.patch.object(job, "abstract_params", _abstract_params))
         if around:
             stack.enter_context(around())
         events = stack.enter_context(watching())

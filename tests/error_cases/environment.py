@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from drlora_jax import train
-from drlora_jax.run_dir import RunDirectory
+from drlora_jax.runs.directory import RunDirectory
 from error_cases.case import Case
 from error_cases.run import IN_USE
 
@@ -65,7 +65,7 @@ def _no_room():
 def _built():
     """The run of the good folder, once; the current directory is one of its copies."""
     from drlora_jax.config import load_config
-    from drlora_jax.prepare import prepare
+    from drlora_jax.training.job import prepare
 
     return train.build(prepare(load_config("config.py")))
 

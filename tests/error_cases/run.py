@@ -29,7 +29,7 @@ def _begun(**changes):
 
     def make(folder: pathlib.Path) -> None:
         from drlora_jax.config import load_config
-        from drlora_jax.prepare import prepare
+        from drlora_jax.training.job import prepare
 
         with contextlib.chdir(folder):
             job = prepare(load_config("config.py"))
@@ -88,7 +88,7 @@ def _file_as_checkpoints(folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def locked_by_another_process():
     """The lock of ./run, held by a process of this host."""
-    hold = "import sys; from drlora_jax.run_lock import hold_lock; import pathlib\n"
+    hold = "import sys; from drlora_jax.runs.lock import hold_lock; import pathlib\n"
     hold += "with hold_lock(pathlib.Path('run')): print('held', flush=True); sys.stdin.read()\n"
     root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen(

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from drlora_jax.inference.model import load_run
 from drlora_jax.interop.verify import make_prompts
-from drlora_jax.loaded import load_run
 from drlora_jax.models.transformer import logits
 
 

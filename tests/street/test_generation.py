@@ -17,7 +17,6 @@ from test_sandbox import isolated
 from tiny import OLMOE, write_tiny_model
 from tokenizers import Tokenizer
 
-from drlora_jax.answer_text import AnswerText
 from drlora_jax.config import MeshSection
 from drlora_jax.data.sources import Row
 from drlora_jax.data.tokenize import encode_prompt, end_token_ids, load_tokenizer
@@ -26,8 +25,9 @@ from drlora_jax.evaluation import code_tasks
 from drlora_jax.evaluation.jobs import make_tools
 from drlora_jax.evaluation.records import Settings
 from drlora_jax.evaluation.sandbox import Limits, Sandbox
-from drlora_jax.generation import Generator
-from drlora_jax.loaded import load_base
+from drlora_jax.inference.answer_text import AnswerText
+from drlora_jax.inference.generation import Generator
+from drlora_jax.inference.model import load_base
 from street import made
 
 ONE = MeshSection(data=1)

@@ -13,8 +13,8 @@ import pytest
 
 from drlora_jax import evaluate, export, generate, train
 from drlora_jax.errors import EXIT_DONE, UserError
-from drlora_jax.run_source import find_run
-from drlora_jax.words import of_run
+from drlora_jax.inference.words import of_run
+from drlora_jax.runs.source import find_run
 
 STORED = pathlib.Path(__file__).with_name("old_run.tar.gz")
 TRAIN = (

@@ -25,8 +25,8 @@ from drlora_jax.errors import UserError
 from drlora_jax.evaluation import jobs
 from drlora_jax.evaluation.records import Settings
 from drlora_jax.evaluation.tasks import TASKS, Work
-from drlora_jax.resolved import Resolved, as_trained, resolve
-from drlora_jax.words import Words
+from drlora_jax.inference.words import Words
+from drlora_jax.runs.resolved import Resolved, as_trained, resolve
 from street import made
 from street.chat_templates import KINDS
 

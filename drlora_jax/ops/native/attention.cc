@@ -5,7 +5,7 @@
 // one head of one row, backward one key-value head with all its query heads, so sums have one
 // order.
 //
-// Equations are those of ops/attention_chunked.py. B rows, T positions, N heads, G key-value heads.
+// Equations are those of ops/attention/chunked.py. B rows, T positions, N heads, G key-value heads.
 
 #include <algorithm>
 #include <cmath>

@@ -7,7 +7,7 @@
 // active ranks, and results depend on the number of parts only. An expert that parts share has
 // partial gradients, which are added up in the order of the parts.
 //
-// Equations and letters are those of ops/grouped.py and ops/grouped_block.py.
+// Equations and letters are those of ops/experts/api.py and ops/experts/block.py.
 
 #include "experts.h"
 

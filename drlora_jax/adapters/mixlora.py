@@ -1,0 +1,90 @@
+"""MixLoRA: E LoRA experts on the shared, frozen FFN of a dense model, with a router of their own.
+
+Expert e of a token x computes the whole FFN with its own factors,
+
+    h_e = act(W1 x + s B1_e A1_e x) * (W3 x + s B3_e A3_e x)
+    y_e = W2 h_e + s B2_e A2_e h_e            y = sum_k w_k y_{e_k}
+
+with w the renormalised softmax of the best K, so that an adapter with B = 0 is its base. W1 and W3
+are shared and linear in x: once per token. W2 is shared and linear in h: once per token, after the
+hidden vectors are combined. What the experts add is in `ops.expert_deltas`.
+
+Dropout draws one mask for a projection's input, shared by the experts (one for every slot on the
+down projection, whose input differs by slot). Letters as in `models.layers`.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from drlora_jax.adapters.expert_lora import ExpertLora
+from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec, drop_in_training
+from drlora_jax.models.architecture import DenseFfnConfig
+from drlora_jax.models.layers import Projection
+from drlora_jax.models.remat import keep
+from drlora_jax.models.routing import RoutingStats, choose_open, open_experts, routing_stats
+from drlora_jax.ops.experts.shared import ACTIVATIONS
+from drlora_jax.ops.lora_deltas import deltas_of
+
+ROLES = ("gate", "up", "down")
+ROUTER_INIT = 0.02  # standard deviation
+
+
+class MixtureFfn(nn.Module):
+    config: DenseFfnConfig
+    location: str
+    dtype: jnp.dtype
+    adapter: AdapterSpec
+    expert_deltas: Callable = deltas_of  # of `Ops`
+
+    @nn.compact
+    def __call__(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, RoutingStats]:
+        width, hidden, routing = x_BTD.shape[-1], self.config.hidden_dim, self.config.routing
+        x_TD, is_valid_T = x_BTD.reshape(-1, width), segment_ids_BT.reshape(-1) > 0
+        router_DE = self.variable("lora", "router", self._init_router, width).value
+        shapes = {role: (width, hidden) for role in ("gate", "up")} | {"down": (hidden, width)}
+        lora = {
+            role: ExpertLora(
+                routing.num_experts, *shapes[role], self.adapter, name=f"{role}_lora"
+            )()
+            for role in ROLES
+            if f"{self.location}/{role}" in self.adapter.paths
+        }
+        any_lora = next(iter(lora.values()))
+        is_open_E = open_experts(any_lora.gate_ER)  # ranks are a layer's
+        logits_TE = x_TD.astype(jnp.float32) @ router_DE
+        logits_TE, chosen = choose_open(logits_TE, is_open_E, routing)
+        stats = routing_stats(logits_TE, chosen, is_valid_T)
+        scale = self.adapter.of_experts.scale
+        deltas = self.expert_deltas(chosen.expert_TK, any_lora, scale)
+
+        def base(role, features, rows_TX):
+            place = f"{self.location}/{role}"
+            return Projection(features, place, self.dtype, NO_ADAPTER, name=role)(rows_TX)
+
+        hidden_TF = {role: keep(base(role, hidden, x_TD), "mlp_gu") for role in ("gate", "up")}
+        slots = chosen.expert_TK.shape[1]
+        added = {
+            role: deltas.of_tokens(self._drop(x_TD), lora[role]) if role in lora else [0.0] * slots
+            for role in hidden_TF
+        }
+        rows, h_TF = [], jnp.zeros((x_TD.shape[0], hidden), jnp.float32)
+        for slot in range(slots):
+            gate_TF, up_TF = (hidden_TF[role] + added[role][slot] for role in hidden_TF)
+            slot_TF = ACTIVATIONS[self.config.activation](gate_TF) * up_TF
+            h_TF = h_TF + chosen.weight_TK[:, slot, None] * slot_TF
+            rows.append(slot_TF)
+        y_TD = base("down", width, h_TF.astype(x_TD.dtype))
+        if "down" in lora:
+            rows = [self._drop(slot_TF) for slot_TF in rows]
+            y_TD = y_TD + deltas.of_slots(rows, chosen.weight_TK, lora["down"])
+        return y_TD.reshape(x_BTD.shape), stats
+
+    def _drop(self, rows_TX):
+        return drop_in_training(self, rows_TX, self.adapter.of_experts.dropout)
+
+    def _init_router(self, width: int):
+        shape = (width, self.config.routing.num_experts)
+        return ROUTER_INIT * jax.random.normal(self.make_rng("params"), shape)

@@ -1,0 +1,197 @@
+"""A model to be used: a run's base with its adapter at a checkpoint, or a base alone.
+
+What evaluation, generation and export start from. Only factors and ranks are read from a
+checkpoint, never the optimizer's state, and they are placed on whatever mesh there is now. Nothing
+in the run directory is executed or changed.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
+from drlora_jax.allocation import masks_from_ranks
+from drlora_jax.config import MeshSection, TrainConfig
+from drlora_jax.data.tokenize import check_vocabulary
+from drlora_jax.inference.words import Words, of_base, of_run
+from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
+from drlora_jax.interop.hf_read import load_params, match_keys
+from drlora_jax.models.transformer import (
+    Decoder,
+    DecoderOptions,
+    abstract_lora,
+    abstract_params,
+)
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
+from drlora_jax.parallel.mesh_checks import check_model_divides
+from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.runs.checkpoint_read import read_newest
+from drlora_jax.runs.source import RunSource, find_run
+from drlora_jax.system.precision import resolve_dtype
+from drlora_jax.training.costs import checked_expert_backend, experts_line
+from drlora_jax.training.rank_trees import expert_roles, gates_tree
+
+
+class Loaded(NamedTuple):
+    """A model in memory. `model.apply(variables, tokens, segment_ids, positions)` runs it."""
+
+    model: Decoder
+    variables: dict  # params; with an adapter also lora and rank_mask
+    tokenizer: Any
+    end_token_ids: tuple[int, ...]  # each of them ends an answer
+    directory: pathlib.Path  # of the base
+    base_fingerprint: str
+    mesh: Mesh
+    experts: str  # how experts are computed
+    config: TrainConfig | None = None  # of the run; None for a base given by its path
+    run_dir: pathlib.Path | None = None
+    step: int | None = None  # of the checkpoint; None for a base alone
+    ranks_LE: np.ndarray | None = None  # i32, active ranks of the routed experts
+    on_batch: Callable[[], None] = lambda: None  # called when a batch, or a token, is computed
+
+    @property
+    def is_adapted(self) -> bool:
+        return self.step is not None
+
+    @property
+    def computed(self) -> str:
+        """How experts are computed, and where."""
+        device, dtype = self.mesh.devices.flat[0], self.model.options.dtype
+        return experts_line(self.model.config, self.experts, device, dtype)
+
+    def base(self) -> "Loaded":
+        """The same model without its adapter."""
+        options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
+        return self._replace(
+            # A dense layer with routing and no adapter is a dense layer.
+            model=self.model.clone(options=options),
+            variables={"params": self.variables["params"]},
+            step=None,
+            ranks_LE=None,
+        )
+
+
+def load_base(
+    path: str,
+    *,
+    dtype: str | None = None,
+    mesh: MeshSection | None = None,
+    words: Words | None = None,
+) -> Loaded:
+    """A base model: a directory, a hub name or `bundled:NAME`; dtype None: `auto`.
+
+    Args:
+      words: of that path, if they are there already.
+    """
+    words = words or of_base(find_model(path, option="--model"))
+    return _load(words, dtype or "auto", NO_ADAPTER, mesh or MeshSection())
+
+
+def load_run(
+    run_dir: str,
+    *,
+    step: str | Sequence[int] = "latest",
+    base_only: bool = False,
+    model_path: str | None = None,
+    dtype: str | None = None,
+    mesh: MeshSection | None = None,
+    words: Words | None = None,
+) -> Loaded:
+    """A run's model at a checkpoint.
+
+    Args:
+      step: `latest`, `best` (smallest held-out loss), a step number that was kept, or steps of
+        which the first that is not damaged is taken.
+      base_only: the base as the run started from it.
+      model_path: where the base is now, if it has moved; the same weights, checked by fingerprint.
+      dtype: of base weights and activations; None: the run's.
+      mesh: None spreads rows over all devices.
+      words: of that run and step, if they are there already.
+    """
+    if words is None:
+        step = "latest" if base_only else step
+        words = of_run(find_run(run_dir, step=step, model_path=model_path))
+    source = words.source
+    adapter = NO_ADAPTER if base_only else source.adapter
+    loaded = _load(
+        words,
+        dtype or source.config.model.dtype,
+        adapter,
+        mesh or MeshSection(),
+        source.base_fingerprint,
+    )
+    if not base_only:
+        loaded = loaded._replace(model=loaded.model.clone(config=source.model_config))
+    loaded = loaded._replace(config=source.config, run_dir=source.run_dir)
+    return loaded if base_only else _with_adapter(loaded, source)
+
+
+def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSource]:
+    """The `lora` collection on the mesh, and the ranks i32 [L, E], of the source's checkpoint; and
+    the source with the step that they are of, where the first was damaged.
+    """
+    model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
+    lora = abstract_lora(model)
+    lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
+    routing = source.model_config.routing
+    shape = (len(source.model_config.moe_layers), routing.num_experts if routing else 0)
+    ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
+    wanted = {"lora": lora, "ranks_LE": ranks}
+    found = read_newest(source.checkpoints, source.steps, wanted)
+    used = source._replace(steps=(found.step,))
+    return found.state["lora"], np.array(found.state["ranks_LE"]), used
+
+
+def _load(
+    words: Words, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None
+) -> Loaded:
+    directory = words.directory
+    model_config = read_model_config(directory)
+    sizes = mesh_lib.resolve_sizes(section, mesh_lib.count_devices(), jax.process_count())
+    check_model_divides(model_config, sizes)
+    plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
+    abstract = abstract_params(plain)
+    match_keys(model_config, read_headers(directory), abstract)
+    check_vocabulary(words.tokenizer, model_config.vocab_size)
+    mesh = mesh_lib.make_mesh(sizes)
+    dtype = plain.options.dtype
+    experts = checked_expert_backend(model_config, dtype, mesh.devices.flat[0], "auto")
+    ops = sharded_ops(mesh, experts=experts)
+    options = dataclasses.replace(plain.options, adapter=adapter, ops=ops)
+    abstract = mesh_lib.with_shardings(abstract, mesh_lib.shardings_for(mesh, abstract, "params"))
+    params = load_params(model_config, directory, abstract)
+    digest = digest or fingerprint(directory)
+    return Loaded(
+        model=Decoder(model_config, options),
+        variables={"params": params},
+        tokenizer=words.tokenizer,
+        end_token_ids=words.end_token_ids,
+        directory=directory,
+        base_fingerprint=digest,
+        mesh=mesh,
+        experts=experts,
+    )
+
+
+def _with_adapter(loaded: Loaded, source: RunSource) -> Loaded:
+    lora, ranks_LE, source = read_factors(source, loaded.mesh)
+    gates = rank_gates(loaded.model, ranks_LE, loaded.mesh)
+    variables = loaded.variables | {"lora": lora, "rank_mask": gates}
+    return loaded._replace(variables=variables, step=source.step, ranks_LE=ranks_LE)
+
+
+def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh) -> dict:
+    """The `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
+    adapter = model.options.adapter
+    mask_LER = masks_from_ranks(ranks_LE, adapter.max_rank)
+    mask_LER = processes.place(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
+    roles = expert_roles(adapter)
+    shape = (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
+    return gates_tree(model.config, roles, jnp.broadcast_to(mask_LER[:, None], shape))

@@ -1,0 +1,106 @@
+"""Gated expert MLPs over ragged groups of tokens, with LoRA, rank gates and dropout inside.
+
+One call computes, for every token t and each of its K experts e with combine weight p,
+
+    gu = x [W_gate | W_up] + s * (gate_r * (drop(x) A_r^T)) B_r      for each input role r
+    h  = p * act(gu_gate) * gu_up
+    y  = h W_down + s * (gate_down * (drop(h) A_down^T)) B_down      summed over the K experts
+
+The combine weight is folded into h, so the sum over experts is a plain sum and the weight's
+gradient needs no stored expert output. The base weights are frozen unless `base_grad`. The
+cotangent of a rank gate is sum_rows z * dz: with a gate of one it is DR-LoRA's per-rank importance
+before the absolute value (sum_j A_kj dA_kj = sum_i B_ik dB_ik).
+
+Backends with the same numbers, each in a file of its own:
+
+    native   CPU: sorted slots, in compiled code for frozen float32 weights
+    block    CPU: sorted slots, each group walked in blocks of rows
+    ragged   TPU: sorted slots, `lax.ragged_dot`
+    mosaic   NVIDIA Hopper: the same with kernels that jax brings
+    tokamax  the same with the grouped products of that package, where one asks for them
+    dense    every expert on every token, E / K times the work
+
+Letters: T tokens, K experts per token, P = T * K slots, E experts, D model, F expert hidden, R
+  ranks.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from drlora_jax.ops.experts import block, dense, mosaic, native, ragged, tokamax
+from drlora_jax.ops.experts.shared import Dropout, ExpertSpec, RoleLora
+
+READS_STACKS = ("native", "block")  # backends that take the weights of all layers
+
+
+def expert_mlp(
+    x_TD: jax.Array,
+    expert_TK: jax.Array,
+    weight_TK: jax.Array,
+    w_gate_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    lora: dict[str, RoleLora],
+    spec: ExpertSpec,
+    *,
+    dropout: Dropout | None = None,
+    backend: str = "auto",
+    platform: str | None = None,
+    keeps_hidden: bool = True,
+    layer: jax.Array | None = None,
+) -> jax.Array:
+    """Sum over the K experts of each token of the LoRA-adapted gated MLP.
+
+    Args:
+      x_TD: tokens, f32 or bf16 [T, D].
+      expert_TK: i32 [T, K]; an index outside [0, E) means: not computed here (padding, an expert of
+        another device).
+      weight_TK: combine weights, f32 [T, K].
+      w_gate_up_EDF: [E, D, 2F], gate columns first. w_down_EFD: [E, F, D].
+      lora: role -> factors; roles `gate`, `up` (or `gate_up`) and `down`; may be empty. B is zero
+        where a gate is.
+      spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
+      backend: native | block | ragged | mosaic | tokamax | dense | auto (on CPU native where it
+        can, or block; else dense).
+      platform: what the program is compiled for; by default what this process computes on.
+      keeps_hidden: gives `models.remat` the chance to keep pre-activations (by the names `moe_gu`,
+        `moe_z`): right where most slots are computed here, wrong on an expert shard, where most
+        rows of these arrays belong to others.
+      layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, of which this one
+        is meant. `native` and `block` read them expert by expert and copy no layer.
+
+    Returns:
+      y_TD in the dtype of x_TD.
+    """
+    platform = platform or jax.default_backend()
+    if backend == "native" or (backend == "auto" and platform == "cpu"):
+        kinds = [array.dtype for array in (x_TD, w_gate_up_EDF, w_down_EFD)]
+        other = next((kind for kind in kinds if kind != jnp.float32), jnp.float32)
+        reason = native.cannot(platform, other, spec.base_grad)
+        if backend == "native" and reason:
+            raise ValueError(f"expert backend native: {reason}.")
+        backend = "block" if reason else "native"
+    elif backend == "auto":
+        backend = "dense"
+    if not spec.base_grad:
+        w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
+    if dropout is None:
+        spec, dropout = spec._replace(dropout=0.0), Dropout(jax.random.key(0))
+    weights, weight_TK = (w_gate_up_EDF, w_down_EFD), weight_TK.astype(jnp.float32)
+    if backend in READS_STACKS and layer is None:
+        weights, layer = (w_gate_up_EDF[None], w_down_EFD[None]), 0
+    elif backend not in READS_STACKS and layer is not None:
+        weights = (w_gate_up_EDF[layer], w_down_EFD[layer])
+    spec = spec._replace(repeats=spec.repeats or not keeps_hidden)
+    arguments = (spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
+    if backend in READS_STACKS:
+        module = native if backend == "native" else block
+        return module.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
+    if backend == "ragged":
+        return ragged.expert_mlp(*arguments, keeps_hidden)
+    if backend == "mosaic":
+        return mosaic.expert_mlp(*arguments, keeps_hidden)
+    if backend == "tokamax":
+        product = tokamax.product_for(platform)
+        return ragged.expert_mlp(*arguments, keeps_hidden, product)
+    return dense.expert_mlp(*arguments)

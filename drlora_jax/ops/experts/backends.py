@@ -1,0 +1,85 @@
+"""Which implementation of the experts a device runs.
+
+The choice is by the device that a program is compiled for, which need not be one of this process:
+a step for a TPU or a GPU can be compiled ahead of time on a machine without one. `lax.ragged_dot`
+is a grouped matrix product on TPU; on NVIDIA and on CPU it multiplies every row with every expert.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from drlora_jax.ops.experts import mosaic, native, tokamax
+
+Experts = Literal["auto", "native", "block", "ragged", "mosaic", "dense", "tokamax"]
+PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # as of an expert, and as of its factors
+
+
+class Call(NamedTuple):
+    """What decides which backend can do it."""
+
+    platform: str
+    dtype: Any = jnp.float32  # of activations
+    widths: tuple[int, ...] = ()  # of tokens, and of an expert's hidden vectors
+    device: Any = None  # that the program is compiled for
+
+
+def choose_backend(call: Call) -> Experts:
+    """What `auto` means for experts with a frozen base; never tokamax."""
+    if call.platform == "cpu":
+        return "block" if cannot("native", call) else "native"
+    if call.platform == "tpu":
+        return "ragged"
+    return "dense" if cannot("mosaic", call) else "mosaic"
+
+
+def cannot(backend: Experts, call: Call) -> str | None:
+    """Why a backend can not do this, or should not, or None."""
+    if backend == "native":
+        return native.cannot(call.platform, call.dtype)
+    if backend == "block" and call.platform != "cpu":
+        return f"it walks blocks of rows one by one, which is for CPUs, not for {call.platform}"
+    if backend == "ragged" and call.platform != "tpu":
+        dtype = jnp.dtype(call.dtype).name
+        where = f"for {dtype} on {call.platform}"
+        return f"{where} it is no kernel, but multiplies rows with every expert"
+    if backend == "mosaic":
+        return mosaic.cannot(call)
+    return _cannot_use_tokamax(call) if backend == "tokamax" else None
+
+
+def _cannot_use_tokamax(call: Call) -> str | None:
+    """On a GPU a small case is compiled to find out; on TPU the generation decides."""
+    if call.platform not in ("tpu", "gpu"):
+        return f"it has kernels for TPU and NVIDIA, not for {call.platform}"
+    if not tokamax.is_installed():
+        return "it is not installed; with Python 3.12 or newer: pip install 'drlora-jax[tokamax]'"
+    kind = "" if call.device is None else call.device.device_kind
+    if kind.startswith(("TPU v2", "TPU v3", "TPU v4")):
+        return f"its kernels are for TPU v5 and later, not for {kind}"
+    if call.platform == "tpu":
+        return None
+    try:
+        for hidden in (PROBE_HIDDEN, THIN_HIDDEN):
+            _compile_product(tokamax.product_for("gpu"), call.dtype, call.device, hidden)
+    except Exception as error:  # of several kinds, by what its kernel misses
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"a small case does not compile for {kind}: {lines[0][:200]}"
+    return None
+
+
+def _compile_product(product, dtype, device, hidden: int) -> None:
+    """A small grouped product with its gradients."""
+    experts, rows, width = 5, 384, 128
+    sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
+
+    def both(x_PD, w_EDF, sizes_E):
+        out, pull = jax.vjp(lambda *args: product(*args, sizes_E), x_PD, w_EDF)
+        return pull(out)
+
+    shapes = (((rows, width), dtype), ((experts, width, hidden), dtype), ((experts,), "int32"))
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.dtype(kind), sharding=sharding) for shape, kind in shapes
+    ]
+    jax.jit(both).lower(*inputs).compile()

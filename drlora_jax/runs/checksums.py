@@ -1,0 +1,168 @@
+"""Checksums of a checkpoint: made of the values that are written, compared with those restored.
+
+An array is saved in blocks, one for each part that the mesh cuts it into, and each block has the
+xxh3_128 of its bytes under the index range that it covers. The ranges, not the mesh, say what was
+hashed, so any other mesh and number of processes can compare: what a process holds of an array is
+cut, or put together, to the saved blocks. Where that leaves some process with a part of a block,
+the array is gathered to all hosts first.
+
+The small values beside the arrays are sealed: one more checksum over all of them, the checksums of
+the arrays included. All this finds faults of disks and memory, not attackers.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from drlora_jax.parallel import processes
+
+SEAL = "xxh3_128"
+Ranges = tuple[tuple[int, int], ...]  # (start, stop) by axis
+
+
+def leaf_name(path) -> str:
+    """A leaf's path as text, the same for dicts, tuples and named tuples."""
+    return "/".join(
+        str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
+        for part in path
+    )
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON values with their own checksum added."""
+    return {**values, SEAL: _hash_json(values)}
+
+
+def is_sealed(values: Mapping[str, Any]) -> bool:
+    """Whether the values have a checksum and it is theirs."""
+    rest = {name: value for name, value in values.items() if name != SEAL}
+    return values.get(SEAL) == _hash_json(rest)
+
+
+def hash_arrays(tree: Any) -> dict[str, dict[str, str]]:
+    """Checksums of all blocks of all arrays, the same on every process: {leaf: {ranges: digest}}.
+
+    A block that several devices hold is hashed once, where Orbax writes it from.
+    """
+    own = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        own[leaf_name(path)] = {
+            _key(_ranges(shard.index, leaf.shape)): _hash(np.asarray(shard.data))
+            for shard in leaf.addressable_shards
+            if shard.replica_id == 0
+        }
+    merged: dict[str, dict[str, str]] = {name: {} for name in own}
+    for text in processes.all_texts(json.dumps(own)):
+        for name, blocks in json.loads(text).items():
+            merged[name] |= blocks
+    return merged
+
+
+def find_mismatch(tree: Any, saved: Mapping[str, Mapping[str, str]]) -> str | None:
+    """The first array of which this process holds something else than was saved; None if none.
+
+    To be called on all processes: arrays are gathered where the meshes make it necessary.
+    """
+    wrong = []  # no early return: the others would wait for this process
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        name = leaf_name(path)
+        blocks = {_parse(key): digest for key, digest in saved.get(name, {}).items()}
+        if sum(map(_size, blocks)) != leaf.size:
+            wrong.append(name)
+            continue
+        held = _held(leaf, blocks)
+        if not all(_is_intact(held, block, digest) for block, digest in blocks.items()):
+            wrong.append(name)
+    return wrong[0] if wrong else None
+
+
+def _held(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> list[tuple[Ranges, Any]]:
+    """What this process has of an array, by ranges; all of it if it had to be gathered."""
+    if _cuts_a_block(leaf, blocks):
+        return [(tuple((0, size) for size in leaf.shape), processes.to_host(leaf))]
+    return [(_ranges(shard.index, leaf.shape), shard.data) for shard in leaf.addressable_shards]
+
+
+def _cuts_a_block(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> bool:
+    """Whether some process holds a part of a block, but not all of it; on all processes the same.
+
+    Parts on different devices are equal or disjoint.
+    """
+    if leaf.sharding.is_fully_addressable:
+        return False
+    parts: dict[int, set[Ranges]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        parts.setdefault(device.process_index, set()).add(_ranges(index, leaf.shape))
+    return any(
+        sum(_size(_overlap(part, block)) for part in own) not in (0, _size(block))
+        for own, block in itertools.product(parts.values(), blocks)
+        if block not in own
+    )
+
+
+def _is_intact(held: list[tuple[Ranges, Any]], block: Ranges, digest: str) -> bool:
+    """Whether every copy of a block that is held here has its checksum."""
+    copies = [
+        np.asarray(data)[_slices(block, ranges)]
+        for ranges, data in held
+        if _overlap(ranges, block) == block
+    ]
+    return all(_hash(copy) == digest for copy in copies or _put_together(held, block))
+
+
+def _put_together(held: list[tuple[Ranges, Any]], block: Ranges) -> Iterator[np.ndarray]:
+    """The block from its parts on several devices; nothing if none is here."""
+    parts = [(_overlap(ranges, block), ranges, data) for ranges, data in held]
+    parts = [part for part in parts if _size(part[0])]
+    if parts:
+        whole = np.empty([stop - start for start, stop in block], parts[0][2].dtype)
+        for common, ranges, data in parts:
+            whole[_slices(common, block)] = np.asarray(data)[_slices(common, ranges)]
+        yield whole
+
+
+def _hash(array: np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def _hash_json(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+# ------------------------------------------------------------------------------------------ ranges
+
+
+def _ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> Ranges:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _overlap(one: Ranges, other: Ranges) -> Ranges:
+    pairs = zip(one, other, strict=True)
+    return tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in pairs)
+
+
+def _size(ranges: Ranges) -> int:
+    return math.prod(max(stop - start, 0) for start, stop in ranges)
+
+
+def _slices(ranges: Ranges, within: Ranges) -> tuple[slice, ...]:
+    """An index of what `within` covers that takes `ranges` out of it."""
+    pairs = zip(ranges, within, strict=True)
+    return tuple(slice(own[0] - outer[0], own[1] - outer[0]) for own, outer in pairs)
+
+
+def _key(ranges: Ranges) -> str:
+    return ",".join(f"{start}:{stop}" for start, stop in ranges)
+
+
+def _parse(key: str) -> Ranges:
+    if not key:  # of a scalar
+        return ()
+    pairs = (part.partition(":") for part in key.split(","))
+    return tuple((int(start), int(stop)) for start, _, stop in pairs)

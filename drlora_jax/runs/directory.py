@@ -1,0 +1,278 @@
+"""The files of a run directory that are not checkpoints: config.json, metrics.jsonl, ranks.jsonl.
+
+The logs are append-only, one JSON object a line, readable after a kill at any moment. On resume
+they are cut back to the restored step, so that a resumed run leaves the same lines as an
+uninterrupted one.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import shutil
+from collections.abc import Sequence
+
+import numpy as np
+
+import drlora_jax
+from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.interop.directories import is_run
+from drlora_jax.runs import resume
+from drlora_jax.runs.lock import hold_lock
+from drlora_jax.runs.sinks import Sink
+from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
+from drlora_jax.system.units import format_bytes
+
+# What a run writes besides config.json, and would write over or mix with.
+WRITTEN = ("metrics.jsonl", "ranks.jsonl", "checkpoints", "report.html", "eval.json", "tensorboard")
+
+
+class RunDirectory:
+    """Reads and writes the files of a run.
+
+    Args:
+      writes: whether this process is the one that does; in the others what would write does
+        nothing.
+    """
+
+    def __init__(self, path: str, *, writes: bool = True):
+        self.path = local_path(path, "run.dir")
+        self._writes = writes
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.ranks_file = self.path / "ranks.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.sinks: list[Sink] = []  # get copies of the rows
+
+    def stored(self) -> dict | None:
+        """The content of config.json, if a run was created here."""
+        kind = kind_of(self.path)
+        if kind not in (ABSENT, DIRECTORY):
+            raise UserError(f"run.dir={self.path} is {kind}; give a directory, or a new name.")
+        if kind_of(self.config_file) == ABSENT:
+            self._check_unused()
+            return None
+        try:
+            stored = read_json(self.config_file)
+        except UserError as error:
+            raise UserError(f"{error} Mend it, or give a new run.dir.") from error
+        if not is_run(stored):
+            raise UserError(
+                f"run.dir={self.path} is not a run directory: its config.json is of something else "
+                "or damaged; give a new one."
+            )
+        if kind_of(self.checkpoints) not in (ABSENT, DIRECTORY):
+            raise UserError(f"{self.checkpoints} must be a directory; give a new run.dir.")
+        # A run that was ended before its first checkpoint has nothing to be continued with.
+        return stored if self.has_checkpoint() else None
+
+    def _check_unused(self) -> None:
+        """Refuses files that a new run would write over. Whatever else is there may stay: logs of
+        the launcher, what a file system or a desktop leaves behind.
+        """
+        found = [name for name in WRITTEN if not _is_empty(self.path / name)]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise UserError(
+                f"run.dir={self.path} holds {', '.join(found[:3])}{more} of something else and no "
+                "config.json; give a new directory, or move them away."
+            )
+
+    def check_place(self) -> None:
+        """Refuses a place that can not be written."""
+        place = self._place()
+        kind, is_open = kind_of(place), os.access(place, os.W_OK | os.X_OK)
+        if kind != DIRECTORY or not is_open:
+            reason = "no permission" if kind == DIRECTORY else f"{place} is {kind}"
+            raise UserError(f"run.dir={self.path} can not be written: {reason}; give another.")
+
+    def check_room(self, checkpoint_bytes: int, keep_last: int) -> None:
+        """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
+        being written.
+        """
+        present = sum(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+        count = max(keep_last + 2 - present, 1)
+        free, needed = shutil.disk_usage(self._place()).free, count * checkpoint_bytes
+        if free < needed:
+            raise UserError(
+                f"run.dir={self.path} has {format_bytes(free)} of free space, but the run needs "
+                f"{format_bytes(needed)}: {count} checkpoints of "
+                f"{format_bytes(checkpoint_bytes)}. Make room, lower run.keep_last or give "
+                "another run.dir."
+            )
+
+    def _place(self) -> pathlib.Path:
+        """The directory, or the nearest one above it that is there."""
+        return next(each for each in (self.path, *self.path.parents) if kind_of(each) != ABSENT)
+
+    def locked(self) -> contextlib.AbstractContextManager:
+        """For whoever writes here: refuses while another live process does."""
+        return hold_lock(self.path) if self._writes else contextlib.nullcontext()
+
+    def has_checkpoint(self) -> bool:
+        return bool(self._steps())
+
+    def newest_step(self) -> int:
+        """Of the checkpoints; 0 if there is none."""
+        return max(self._steps(), default=0)
+
+    def _steps(self) -> list[int]:
+        entries = [entry for entry in self.checkpoints.glob("*") if entry.is_dir()]
+        return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+
+    def check_settings(self, stored: dict, config: TrainConfig) -> None:
+        """Refuses to resume with settings that would make it another run; reads no data."""
+        resume.check_settings(self.path, stored, config)
+
+    def check_first_ranks(self, stored: dict, config: TrainConfig, ranks_LE: np.ndarray) -> None:
+        """Refuses to resume with a file of ranks or exponents that gives other first ranks."""
+        resume.check_first_ranks(self.path, stored, config, ranks_LE.tolist())
+
+    def check_same(
+        self,
+        stored: dict,
+        config: TrainConfig,
+        origin: dict[str, str],
+        devices: dict | None = None,
+    ) -> list[str]:
+        """Refuses to resume a run of another config, base or data; what to tell of changes that are
+        allowed.
+        """
+        resume.check_settings(self.path, stored, config)
+        resume.check_content(self.path, stored, config, origin)
+        return resume.changed_lines(stored, config, origin, devices)
+
+    def last_rate(self, step: int) -> tuple[int, float] | None:
+        """The newest step up to `step` whose learning rate is logged, and the rate."""
+        with contextlib.suppress(OSError):
+            if kind_of(self.metrics_file) == FILE:
+                text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
+                for line in reversed(text.splitlines()):
+                    if _is_kept(line, step) and "learning_rate" in (row := json.loads(line)):
+                        return row["step"], float(row["learning_rate"])
+        return None
+
+    def create(
+        self,
+        config: TrainConfig,
+        origin: dict[str, str],
+        schedule_steps: int,
+        made_with: dict | None = None,
+    ) -> None:
+        """Writes config.json; `schedule_steps` fixes the growth schedule for good, `made_with` is
+        for the record.
+        """
+        if not self._writes:
+            return
+        values = {
+            "config": to_dict(config),
+            **origin,
+            "run_id": secrets.token_hex(8),  # checkpoints of other runs are told apart by it
+            "schedule_steps": schedule_steps,
+            "version": drlora_jax.__version__,
+            **(made_with or {}),
+        }
+        if self.has_checkpoint():  # made after we had looked
+            raise UserError(
+                f"run.dir={self.path} was started by another process meanwhile; the same command "
+                "goes on from its checkpoint."
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(values, indent=2) + "\n"
+            # A list of numbers is one line; a line end is never inside a JSON string.
+            text = re.sub(r"\[\n[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
+            _write_atomically(self.config_file, text)
+        except OSError as error:
+            raise UserError(f"run.dir={self.path} can not be written: {error.strerror}.") from error
+
+    def cut_back(self, step: int) -> None:
+        """Drops the lines of both logs that are later than `step`; all of them for a start at 0."""
+        if not self._writes:
+            return
+        last = step if step else -1
+        for file in (self.metrics_file, self.ranks_file):
+            kind = kind_of(file)
+            if kind == ABSENT:
+                continue
+            if kind != FILE:  # a device could be read for ever
+                raise RunError(f"{file} must be a file, but it is {kind}; give a new run.dir.")
+            try:
+                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if _is_kept(line, last)]
+                _write_atomically(file, "".join(line + "\n" for line in kept))
+            except OSError as error:
+                message = f"{file} can not be cut back to step {step}: {error.strerror}."
+                raise RunError(message) from error
+
+    def log_metrics(self, values: dict) -> None:
+        if not self._writes:
+            return
+        _append(self.metrics_file, values)
+        for sink in self.sinks:
+            sink.metrics(values)
+
+    def log_ranks(
+        self,
+        step: int,
+        layers,
+        ranks_LE: np.ndarray,
+        saliency_LE: np.ndarray,
+        budget: int | Sequence[int],
+        more: dict | None = None,
+    ) -> None:
+        """A row of ranks.jsonl; `more` is added to it as it stands."""
+        if not self._writes:
+            return
+        values = {
+            "step": step,
+            "layers": list(layers),
+            "ranks": ranks_LE.tolist(),
+            "saliency": [[float(f"{value:.6g}") for value in row] for row in saliency_LE],
+            "budget": budget,
+            **(more or {}),
+        }
+        _append(self.ranks_file, values)
+        for sink in self.sinks:
+            sink.ranks(values)
+
+
+def _is_empty(path: pathlib.Path) -> bool:
+    """Whether nothing is there, or what a run leaves that is killed before it writes its config."""
+    kind = kind_of(path)
+    if kind != DIRECTORY:
+        return kind == ABSENT
+    try:
+        return not any(path.iterdir())
+    except OSError:  # no permission to look
+        return False
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    # The line that a kill cut short, or one that was never ours.
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _append(file: pathlib.Path, values: dict) -> None:
+    try:
+        with file.open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(values, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunError(f"{file} can not be written: {error.strerror}.") from error
+
+
+def _write_atomically(file: pathlib.Path, text: str) -> None:
+    draft = file.with_suffix(file.suffix + ".tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # half a file on a full disk helps nobody
+        raise

@@ -1,0 +1,52 @@
+"""Which run a checkpoint is of: the run's id, and a digest of its stored config.
+
+The digest is of config.json as it is in the run directory, without what may change on a resume. The
+names that are left out are kept beside it, because versions differ in what may change.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import xxhash
+
+from drlora_jax.runs.resume import free_names
+from drlora_jax.system.paths import ABSENT, kind_of, read_json
+
+
+def identity_of(run_dir: pathlib.Path) -> dict[str, Any]:
+    """What a checkpoint keeps to tell whose it is; empty without a config.json."""
+    stored = _stored(run_dir)
+    if stored is None:
+        return {}
+    names = free_names()
+    config = {"digest": _digest(stored["config"], names), "without": names}
+    return {"run_id": stored.get("run_id"), "config": config}
+
+
+def find_difference(run_dir: pathlib.Path, found: Mapping[str, Any]) -> str | None:
+    """Why a checkpoint that keeps the identity `found` is not of this run; None if it is."""
+    stored = _stored(run_dir)
+    if stored is None or "config" not in found:
+        return None
+    if found["run_id"] != stored.get("run_id"):
+        return "it is of another run"
+    if found["config"]["digest"] != _digest(stored["config"], found["config"]["without"]):
+        return f"it was saved under another config than {run_dir / 'config.json'} has"
+    return None
+
+
+def _stored(run_dir: pathlib.Path) -> dict | None:
+    file = run_dir / "config.json"
+    return None if kind_of(file) == ABSENT else read_json(file)
+
+
+def _digest(config: Mapping[str, Mapping[str, Any]], without: Iterable[str]) -> str:
+    kept = {
+        f"{section}.{name}": value
+        for section, fields in config.items()
+        for name, value in fields.items()
+        if f"{section}.{name}" not in without
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())

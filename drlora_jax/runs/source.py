@@ -1,0 +1,97 @@
+"""A run on disk: config, base, what it resolved, and a checkpoint; nothing is in memory yet."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.config import TrainConfig, from_dict
+from drlora_jax.errors import UserError
+from drlora_jax.interop.directories import read_run
+from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config, same_base
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.runs.checkpoint_read import choose_steps
+from drlora_jax.runs.directory import RunDirectory
+from drlora_jax.runs.resolved import Resolved
+from drlora_jax.system.paths import ABSENT, DIRECTORY, kind_of, local_path
+from drlora_jax.training.resolve import make_adapter, with_adapter_experts
+
+
+class RunSource(NamedTuple):
+    """What a run's model is made of, found and checked; nothing is read into memory yet."""
+
+    run_dir: pathlib.Path
+    config: TrainConfig
+    directory: pathlib.Path  # of the base
+    base_fingerprint: str
+    model_config: ModelConfig
+    adapter: AdapterSpec
+    checkpoints: pathlib.Path
+    steps: tuple[int, ...]  # the first that is not damaged is taken
+    data_fingerprint: str
+    resolved: Resolved | None  # None: the run was made by a version that did not keep it
+
+    @property
+    def step(self) -> int:
+        return self.steps[0]
+
+
+def find_run(
+    run_dir: str, *, step: str | Sequence[int] = "latest", model_path: str | None = None
+) -> RunSource:
+    """A run and its base; refuses another base than the one it was trained with."""
+    stored = read_stored(run_dir)
+    config = from_dict(stored["config"])
+    resolved = Resolved.from_json(stored["resolved"]) if "resolved" in stored else None
+    directory = _find_base(run_dir, resolved, config.model.path, model_path)
+    if not same_base(stored, directory):
+        raise UserError(
+            f"{directory} is not the base of {run_dir}: the run's base has fingerprint "
+            f"{stored['base_fingerprint'][:12]}, this one {fingerprint(directory)[:12]}. Give the "
+            "right directory with --model-path."
+        )
+    checkpoints = RunDirectory(run_dir).checkpoints
+    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
+    return RunSource(
+        run_dir=local_path(run_dir, "--run"),
+        config=config,
+        directory=directory,
+        base_fingerprint=stored["base_fingerprint"],
+        model_config=model_config,
+        adapter=make_adapter(config, model_config),
+        checkpoints=checkpoints,
+        steps=choose_steps(checkpoints, step),
+        data_fingerprint=stored["data_fingerprint"],
+        resolved=resolved,
+    )
+
+
+def _find_base(
+    run_dir: str, resolved: Resolved | None, path: str, model_path: str | None
+) -> pathlib.Path:
+    """The base that a run names, in the revision it had, or the one of `--model-path`."""
+    if model_path is not None:
+        return find_model(model_path, option="--model-path")
+    try:
+        return find_model(path, revision=resolved.model_revision if resolved else None)
+    except UserError as error:
+        is_relative = not pathlib.PurePath(path).is_absolute() and ":" not in path
+        where = ", relative to the folder it was started in" if is_relative else ""
+        raise UserError(
+            f"{error} This is the base as the training of {run_dir} was given it{where}; say where "
+            "it is now with --model-path."
+        ) from error
+
+
+def read_stored(run_dir: str) -> dict:
+    """The content of a run's config.json; says what a directory is that is no run."""
+    directory = local_path(run_dir, "--run")
+    stored = read_run(directory, f"--run {run_dir}")
+    run = RunDirectory(str(directory))
+    if kind_of(run.checkpoints) not in (ABSENT, DIRECTORY):
+        raise UserError(f"{run.checkpoints} must be a directory of checkpoints; is it damaged?")
+    if not run.has_checkpoint():
+        raise UserError(
+            f"{run_dir} has no finished checkpoint; give the run.dir of a training that saved one."
+        )
+    return stored

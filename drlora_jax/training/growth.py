@@ -1,0 +1,75 @@
+"""What changes ranks: events between steps, and a look at the task before the first one.
+
+A policy decides on the host, in process 0; the others get what it decided. The step sees new values
+of its mask, never new shapes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from drlora_jax.allocation import CapacityState, Event
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
+from drlora_jax.training.program import Run, shardings_of
+from drlora_jax.training.state import Position, check_processes_agree, place_mask, reordered, start
+from drlora_jax.training.step import TrainState
+
+
+def start_profiled(run: Run, params, done: Callable[[], None] = lambda: None) -> Position:
+    """Where a new run starts: as initialised, or as a policy decides that first sees how the base
+    routes the task.
+    """
+    position, policy = start(run), run.job.policy
+    if policy.start is None:
+        return position
+    capacity, event = policy.start(profile(run, params, position.state, done))
+    log_event(run, 0, capacity, event)
+    state = position.state._replace(mask_LER=place_mask(run, capacity))
+    return Position(state, capacity, 0)
+
+
+def profile(
+    run: Run, params, state: TrainState, done: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """How often the valid tokens of the first `profile_rows` training rows (whole batches) choose
+    each expert, [L, E]. The factors are still zero, so it is the base that chooses. `done` is
+    called after each batch.
+    """
+    section, total_LE = run.job.config.train, 0.0
+    rows = section.batch_size // section.micro_batches
+    for first in range(0, run.job.policy.profile_rows, rows):
+        batch = run.job.loader.batch(first)
+        micro = jax.tree.map(lambda array: array[:rows], batch)
+        micro = processes.place(micro, mesh_lib.rows(run.mesh))
+        _, _, stats = run.eval_step(params, state.lora, state.mask_LER, micro)
+        total_LE = total_LE + np.asarray(stats.count_E, np.float64)
+        done()
+    return total_LE
+
+
+def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
+    """An event: statistics to the host, new ranks, new mask values back.
+
+    All processes see the same statistics; process 0 decides.
+    """
+    job, state = run.job, position.state
+    check_processes_agree(run, f"at the event after step {step}", step, position)
+    stats = processes.to_host(state.stats)
+    decided = processes.from_main(job.policy.update(position.capacity, stats, step))
+    capacity, stats, event = decided
+    log_event(run, step, capacity, event, routing)
+    stats = processes.place(stats, shardings_of(run.abstract_state.stats))
+    mask_LER = place_mask(run, capacity)
+    if event.order_LER is not None:
+        state = reordered(run, state, event.order_LER, mask_LER)
+    state = state._replace(mask_LER=mask_LER, stats=stats)
+    return Position(state, capacity, position.tokens)
+
+
+def log_event(
+    run: Run, step: int, capacity: CapacityState, event: Event, routing: dict | None = None
+) -> None:
+    layers, budget = run.job.model_config.moe_layers, run.job.policy.budget
+    run.job.run_dir.log_ranks(step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing)

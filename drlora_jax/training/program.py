@@ -1,0 +1,203 @@
+"""A job on its mesh: model, optimizer, jitted functions, and shapes and places of all arrays.
+
+Nothing is read or allocated here, so a step can be compiled for devices that are not there.
+"""
+
+import functools
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from drlora_jax.adapters.targets import linear_inputs
+from drlora_jax.allocation import masks_from_ranks
+from drlora_jax.data.loader import BATCH_DTYPES, Batch
+from drlora_jax.models.transformer import (
+    Decoder,
+    DecoderOptions,
+    abstract_lora,
+    abstract_params,
+)
+from drlora_jax.ops.experts.api import READS_STACKS
+from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel.sharded_ops import sharded_ops
+from drlora_jax.training.costs import (
+    attention_backends,
+    backend_line,
+    checked_expert_backend,
+    memory_forecast,
+)
+from drlora_jax.training.job import Job
+from drlora_jax.training.memory import Layout
+from drlora_jax.training.optimizer import make_optimizer
+from drlora_jax.training.rank_trees import expert_roles
+from drlora_jax.training.reorder import reorder_ranks
+from drlora_jax.training.step import (
+    AuxiliaryWeights,
+    StepOptions,
+    TrainState,
+    init_lora,
+    make_eval_step,
+    make_train_step,
+)
+
+
+class Run(NamedTuple):
+    """A job on its mesh: functions and abstract values, nothing allocated yet."""
+
+    job: Job
+    mesh: Any
+    model: Decoder
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    step: Any  # jitted
+    eval_step: Any  # jitted
+    first_lora: Any  # jitted: the factors before step 1
+    reorder: Any  # jitted: `reorder_ranks` of this model
+    abstract_params: dict
+    abstract_state: TrainState
+    experts: str  # how experts are computed
+    backends: str  # a line that says which implementations were chosen
+    forecast: str  # a line on what the step will take
+
+
+def build(job: Job, devices=None) -> Run:
+    """Mesh, model, optimizer and jitted functions of a job, for this process's devices or others.
+
+    Nothing is read or allocated: of a job only config, model, adapter, policy and counts are used.
+    """
+    config = job.config
+    mesh = mesh_lib.make_mesh(job.mesh_sizes, devices)
+    device, dtype = mesh.devices.flat[0], jnp.dtype(config.model.dtype)
+    wanted, length = config.model.attention, config.train.sequence_length
+    attention = attention_backends(job.model_config, length, dtype, device.platform, wanted)
+    experts = checked_expert_backend(job.model_config, dtype, device, config.model.experts)
+    options = DecoderOptions(
+        dtype=dtype,
+        adapter=job.adapter,
+        ops=sharded_ops(mesh, attention=wanted, experts=experts, exchange=config.mesh.exchange),
+        remat=config.model.remat,
+    )
+    model = Decoder(job.model_config, options)
+    has_router = job.adapter.train_router or config.adapter.makes_experts
+    router_rate = config.adapter.router_learning_rate if has_router else None
+    tx, schedule = make_optimizer(
+        config.train,
+        job.total_steps,
+        first_total=job.schedule_steps,
+        router_learning_rate=router_rate,
+    )
+    params = abstract_params(model)
+    params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
+    state = jax.eval_shape(lambda lora: initial_state(job, tx, lora), abstract_lora(model))
+    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    layout = memory_layout(job, mesh, experts)
+    ratio = config.allocation.warmup_ratio
+    ratio = config.train.warmup_ratio if ratio is None else ratio
+    step_options = StepOptions(
+        auxiliary=AuxiliaryWeights(
+            config.train.balance_loss, config.train.z_loss, config.train.balance_form
+        ),
+        freeze_idle_experts=config.adapter.freeze_idle_experts,
+        freeze_a=config.adapter.freeze_a,
+        router_start=int(ratio * job.schedule_steps),
+        seed=config.run.seed,
+    )
+    return Run(
+        job=job,
+        mesh=mesh,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        step=jax.jit(
+            make_train_step(model, tx, job.policy, step_options),
+            donate_argnums=1,
+            out_shardings=(shardings_of(state), mesh_lib.replicated(mesh)),
+        ),
+        eval_step=jax.jit(make_eval_step(model), out_shardings=mesh_lib.replicated(mesh)),
+        first_lora=jax.jit(
+            lambda: init_lora(model, jax.random.key(config.run.seed)),
+            out_shardings=shardings_of(state.lora),
+        ),
+        reorder=jax.jit(
+            functools.partial(reorder_ranks, model.config, tx),
+            donate_argnums=(0, 1),
+            out_shardings=(shardings_of(state.lora), shardings_of(state.opt_state)),
+        ),
+        abstract_params=params,
+        abstract_state=state,
+        experts=experts,
+        backends=backend_line(job.model_config, attention, experts, device, dtype),
+        forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
+    )
+
+
+def initial_state(job: Job, tx, lora: dict) -> TrainState:
+    """The state before step 1 around the factors that `first_lora` makes."""
+    mask_LER = jnp.asarray(masks_from_ranks(job.policy.init().ranks_LE, job.adapter.max_rank))
+    return TrainState(
+        jnp.zeros((), jnp.int32), lora, tx.init(lora), mask_LER, job.policy.init_stats()
+    )
+
+
+def state_shardings(mesh, tx, state: TrainState) -> TrainState:
+    """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
+    lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
+    opt_state = optax.tree.map_params(
+        tx,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        lora,
+        transform_non_params=lambda _: mesh_lib.replicated(mesh),
+    )
+    return TrainState(
+        step=mesh_lib.replicated(mesh),
+        lora=lora,
+        opt_state=opt_state,
+        mask_LER=mesh_lib.shardings_for(mesh, state.mask_LER, "mask_LER"),
+        stats=mesh_lib.shardings_for(mesh, state.stats, "stats"),
+    )
+
+
+def shardings_of(tree):
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def compile_step(run: Run):
+    """The train step compiled ahead of time, and the seconds it took."""
+    start = time.perf_counter()
+    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
+    return run.step.lower(*inputs).compile(), time.perf_counter() - start
+
+
+def memory_layout(job: Job, mesh, experts: str) -> Layout:
+    """What of a run decides what a step takes."""
+    section, shape = job.config.train, mesh.shape
+    platform = mesh.devices.flat[0].platform
+    rows = section.batch_size // section.micro_batches
+    shards = shape["data"] * shape["fsdp"] * shape["expert"]
+    return Layout(
+        tokens=rows * section.sequence_length // shards,
+        item=jnp.dtype(job.config.model.dtype).itemsize,
+        experts=experts,
+        expert_shards=shape["expert"],
+        fsdp=shape["fsdp"],
+        tensor=shape["tensor"],
+        max_rank=job.adapter.max_rank,
+        roles=len(expert_roles(job.adapter)),
+        slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
+        linear_inputs=linear_inputs(job.model_config, job.adapter),
+        drops=job.adapter.dropout > 0,
+        reads_stacks=experts in READS_STACKS and mesh.size == 1,
+    )
+
+
+def abstract_batch(run: Run) -> Batch:
+    """What a step's batch [M, B, T] is, on its shardings."""
+    section = run.job.config.train
+    micro, length = section.batch_size // section.micro_batches, section.sequence_length
+    rows = mesh_lib.rows(run.mesh, leading=1)
+    shape = (section.micro_batches, micro, length)
+    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in BATCH_DTYPES))

@@ -1,0 +1,324 @@
+"""One optimizer step, as pure functions: loss, gradients, importance of every rank, masked update,
+statistics.
+
+    step = make_train_step(model, tx, policy, ...)        build once state, metrics =
+    jax.jit(step)(params, state, batch)   params are frozen, the mask is an array of the state
+
+The rank mask enters multiplied with a gate of ones, and the gradient with respect to that gate is
+the importance of every rank, measured in the same backward pass. A growth event only replaces the
+values of `state.mask_LER`, so the step compiles once. The loss is sum of NLL / number of target
+tokens over the whole batch, in nats; micro-batches and devices add up to exactly that. Letters: M
+micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from drlora_jax.allocation.base import Policy, StepStats
+from drlora_jax.data.loader import Batch
+from drlora_jax.models.routing import RoutingStats
+from drlora_jax.models.transformer import (
+    Decoder,
+    head_weights,
+    init_variables,
+)
+from drlora_jax.training.rank_trees import (
+    elementwise_importance,
+    expert_roles,
+    gates_tree,
+    lora_like,
+    probe_importance,
+    with_probe,
+)
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes. `params` are apart: frozen, not donated, not saved."""
+
+    step: jax.Array  # i32, optimizer steps done
+    lora: Any
+    opt_state: Any
+    mask_LER: jax.Array  # f32, derived from the ranks on the host
+    stats: Any  # the policy's
+
+
+class LossTerms(NamedTuple):
+    nll: jax.Array  # summed over target tokens
+    auxiliary: jax.Array  # balance and z loss, weighted
+
+
+class AuxiliaryWeights(NamedTuple):
+    balance: float = 0.0
+    z: float = 0.0
+    balance_form: str = "pooled"  # over all layers at once, per_layer and averaged, or switch
+
+
+def init_lora(model: Decoder, key: jax.Array) -> dict:
+    """The `lora` collection before the first step: random A, zero B, zero router deltas."""
+    return init_variables(model, key).get("lora", {})
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def batch_loss(
+    model: Decoder,
+    variables: dict,
+    batch: Batch,
+    weights: AuxiliaryWeights,
+    *,
+    key=None,
+    head_grad=False,
+):
+    """(sum of NLL, auxiliary loss a token) and the routing statistics of one micro-batch [B, T].
+
+    Args:
+      variables: `params`, and `lora` and `rank_mask` of an adapted model.
+      key: of dropout; None evaluates.
+      head_grad: whether embedding and head are trained (pretraining).
+    """
+    rngs = None if key is None else {"dropout": key}
+    hidden_BTD, stats = model.apply(
+        variables, batch.tokens_BT, batch.segment_ids_BT, batch.positions_BT, rngs=rngs
+    )
+    config = model.config
+    nll = model.options.ops.summed_nll(
+        hidden_BTD.reshape(-1, config.width),
+        head_weights(config, variables["params"]),
+        batch.targets_BT.reshape(-1),
+        batch.target_mask_BT.reshape(-1),
+        soft_cap=config.logit_soft_cap,
+        head_grad=head_grad,
+    )
+    tokens = jnp.maximum(jnp.sum(batch.segment_ids_BT > 0), 1).astype(jnp.float32)
+    return LossTerms(nll, auxiliary_loss(stats, tokens, weights)), stats
+
+
+def auxiliary_loss(
+    stats: RoutingStats | None, tokens: jax.Array, weights: AuxiliaryWeights
+) -> jax.Array:
+    """Load-balance and z loss of one micro-batch.
+
+    balance = E * sum_e (C_e / n) (P_e / n) with choices C_e and softmax probabilities P_e of n
+    valid tokens. `pooled` sums both over all MoE layers first, as transformers does: one layer's
+    idle expert can hide behind another layer's busy one. `per_layer` averages the layers' own
+    losses. Perfect balance gives the experts per token. `switch` is per layer with first choices
+    only (perfect balance: 1). E are the experts of the layer that can be chosen; where every
+    matrix has a router (MoLA), a layer's C_e and P_e are the means over them. z = mean
+    logsumexp(logits) ** 2.
+    """
+    if stats is None or not (weights.balance or weights.z):
+        return jnp.zeros(())
+    choices_LE = stats.first_E if weights.balance_form == "switch" else stats.count_E
+    chosen_LE = jax.lax.stop_gradient(choices_LE) / tokens
+    probable_LE = stats.probability_E / tokens
+    if weights.balance_form == "pooled":
+        chosen_LE, probable_LE = (
+            jnp.mean(x, axis=0, keepdims=True) for x in (chosen_LE, probable_LE)
+        )
+    balance = jnp.mean(stats.experts * jnp.sum(chosen_LE * probable_LE, axis=1))
+    return weights.balance * balance + weights.z * jnp.mean(stats.log_z_squared) / tokens
+
+
+# ---------------------------------------------------------------------------------------------
+# optimizer
+
+
+class Hold(NamedTuple):
+    """Trees like `lora` of booleans: what an update may change, and which rows it may move."""
+
+    trains: Any  # False: parameter and moments stay as they are
+    active: Any  # False: the update is exactly zero
+
+
+def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: Hold):
+    """`tx.update` and `apply_updates` that leave held leaves alone, moments included. Returns
+    (lora, opt_state).
+    """
+    # What does not train must not enter the clipped norm either.
+    grads = jax.tree.map(lambda grad, trains: jnp.where(trains, grad, 0), grads, hold.trains)
+    updates, new_state = tx.update(grads, opt_state, lora)
+    keep = optax.tree.map_params(
+        tx,
+        lambda _, trains: trains,
+        new_state,
+        hold.trains,
+        transform_non_params=lambda _: jnp.asarray(True),
+    )
+    opt_state = jax.tree.map(jnp.where, keep, new_state, opt_state)
+    updates = jax.tree.map(
+        lambda update, trains, active: jnp.where(trains & active, update, 0),
+        updates,
+        hold.trains,
+        hold.active,
+    )
+    return optax.apply_updates(lora, updates), opt_state
+
+
+# ---------------------------------------------------------------------------------------------
+# steps
+
+
+class StepOptions(NamedTuple):
+    auxiliary: AuxiliaryWeights = AuxiliaryWeights()
+    freeze_idle_experts: bool = True
+    freeze_a: bool = False
+    router_start: int = 0  # steps before a trained router moves
+    seed: int = 0  # of dropout
+
+
+def make_train_step(
+    model: Decoder, tx: optax.GradientTransformation, policy: Policy, options: StepOptions
+) -> Callable:
+    """A pure `step(params, state, batch [M, B, T]) -> (state, metrics)` for fine-tuning."""
+    config, adapter = model.config, model.options.adapter
+    roles = expert_roles(adapter)
+
+    def micro_batch(params, state, key, batch, share, targets):
+        """Gradients of this micro-batch's part of the loss, and what it measured."""
+
+        def loss_fn(lora, gate_LPER):
+            mask_LER = state.mask_LER
+            if policy.needs_probe:
+                mask_LER = with_probe(config, mask_LER)
+            masked_LPER = gate_LPER * mask_LER[:, None]
+            variables = {
+                "params": params,
+                "lora": lora,
+                "rank_mask": gates_tree(config, roles, masked_LPER),
+            }
+            terms, stats = batch_loss(model, variables, batch, options.auxiliary, key=key)
+            return terms.nll / targets + share * terms.auxiliary, (terms, stats)
+
+        layers, experts, ranks = state.mask_LER.shape
+        ones_LPER = jnp.ones((layers, len(roles), experts, ranks), jnp.float32)
+        (_, measured), grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
+            state.lora, ones_LPER
+        )
+        return grads, measured
+
+    def step(params, state: TrainState, batch: Batch):
+        tokens_M = jnp.sum(batch.segment_ids_BT > 0, axis=(1, 2)).astype(jnp.float32)
+        targets = jnp.maximum(jnp.sum(batch.target_mask_BT), 1.0)
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)
+
+        def accumulate(total, inputs):
+            index, micro, share = inputs
+            micro_key = jax.random.fold_in(key, index)
+            (grads, gate_grad), (terms, stats) = micro_batch(
+                params, state, micro_key, micro, share, targets
+            )
+            return jax.tree.map(jnp.add, total, grads), (gate_grad, terms, stats)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.lora)
+        shares_M = tokens_M / jnp.maximum(jnp.sum(tokens_M), 1.0)
+        inputs = (jnp.arange(tokens_M.size), batch, shares_M)
+        grads, (gate_grad_MLPER, terms_M, stats_ML) = jax.lax.scan(accumulate, zeros, inputs)
+
+        measured = None
+        is_used_LE = jnp.ones(state.mask_LER.shape[:2], bool)
+        stats = state.stats
+        if stats_ML is not None:
+            elementwise = (
+                elementwise_importance(config, roles, state.lora, grads)
+                if policy.needs_elementwise
+                else None
+            )
+            probe = (
+                probe_importance(config, roles, grads, state.mask_LER)
+                if policy.needs_probe
+                else None
+            )
+            measured = StepStats(
+                gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M, probe
+            )
+            stats = policy.accumulate(state.stats, measured)
+            if options.freeze_idle_experts:
+                is_used_LE = jnp.sum(measured.count_MLE, axis=0) > 0
+        moves_router = state.step >= options.router_start
+        every_rank = jnp.ones_like(state.mask_LER)
+        trains = lora_like(config, state.lora, is_used_LE, every_rank, moves_router)
+        if options.freeze_a:
+            trains = jax.tree.map_with_path(lambda path, leaf: leaf & (path[-1].key != "a"), trains)
+        hold = Hold(
+            trains=trains,
+            active=lora_like(
+                config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
+            ),
+        )
+        if policy.needs_probe:  # a probe is looked at, not trained
+            grads = jax.tree.map(lambda grad, on: jnp.where(on, grad, 0), grads, hold.active)
+        lora, opt_state = held_update(tx, grads, state.opt_state, state.lora, hold)
+        metrics = {
+            "loss": jnp.sum(terms_M.nll) / targets,
+            "auxiliary_loss": jnp.sum(terms_M.auxiliary * shares_M),
+            "grad_norm": optax.tree.norm(grads),
+            "weight_LE": None,
+            "load_LE": None,
+        }
+        if measured is not None:
+            count_LE = jnp.sum(measured.count_MLE, axis=0)
+            metrics["weight_LE"] = jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M)
+            choices_L1 = jnp.sum(count_LE, axis=1, keepdims=True)
+            metrics["load_LE"] = count_LE / jnp.maximum(choices_L1, 1.0)
+        new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats)
+        return new_state, metrics
+
+    return step
+
+
+def make_eval_step(model: Decoder) -> Callable:
+    """A pure `step(params, lora, mask_LER, batch [B, T]) -> (sum of NLL, target tokens, routing
+    statistics)`.
+    """
+    config = model.config
+    roles = expert_roles(model.options.adapter)
+
+    def step(params, lora, mask_LER, batch: Batch):
+        gate_LPER = jnp.broadcast_to(
+            mask_LER[:, None], (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
+        )
+        variables = {
+            "params": params,
+            "lora": lora,
+            "rank_mask": gates_tree(config, roles, gate_LPER),
+        }
+        terms, stats = batch_loss(model, variables, batch, AuxiliaryWeights())
+        return terms.nll, jnp.sum(batch.target_mask_BT), stats
+
+    return step
+
+
+def make_pretrain_step(
+    model: Decoder, tx: optax.GradientTransformation, auxiliary: AuxiliaryWeights
+) -> Callable:
+    """A pure `step(params, opt_state, batch [M, B, T]) -> (params, opt_state, metrics)` that trains
+    all of `params`.
+    """
+
+    def step(params, opt_state, batch: Batch):
+        targets = jnp.maximum(jnp.sum(batch.target_mask_BT), 1.0)
+        micro_batches = batch.tokens_BT.shape[0]
+
+        def accumulate(total, micro):
+            def loss_fn(params):
+                terms, _ = batch_loss(model, {"params": params}, micro, auxiliary, head_grad=True)
+                return terms.nll / targets + terms.auxiliary / micro_batches, terms
+
+            (_, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+            return jax.tree.map(jnp.add, total, grads), terms
+
+        grads, terms_M = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        metrics = {
+            "loss": jnp.sum(terms_M.nll) / targets,
+            "auxiliary_loss": jnp.mean(terms_M.auxiliary),
+            "grad_norm": optax.tree.norm(grads),
+        }
+        return optax.apply_updates(params, updates), opt_state, metrics
+
+    return step
