@@ -24,9 +24,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from drlora_jax.data.sources import read_rows
+from drlora_jax.data.task_questions import read_question
 from drlora_jax.evaluation import harness
 from drlora_jax.evaluation.harness_model import JaxLM
-from drlora_jax.evaluation.questions import read_question
 from drlora_jax.evaluation.records import Settings
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_base

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import train
+from drlora_jax.adapters import resolve
 from drlora_jax.allocation import make_policy
 from drlora_jax.config import TrainConfig
 from drlora_jax.data.loader import Batch
@@ -18,7 +19,7 @@ from drlora_jax.models.transformer import init_variables
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel.mesh_checks import check_mesh
 from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
-from drlora_jax.training import job, resolve
+from drlora_jax.training import job
 from drlora_jax.training.memory import bytes_on_one_device, predicted_step_bytes
 from drlora_jax.training.program import memory_layout
 from drlora_jax.training.state import start

@@ -12,6 +12,7 @@ import statistics
 from typing import NamedTuple
 
 from drlora_jax import cli
+from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import EXIT_DONE, UserError
@@ -23,7 +24,6 @@ from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, re
 from drlora_jax.reporting.tables import figures
 from drlora_jax.system.paths import ABSENT, kind_of, local_path
 from drlora_jax.system.units import counted, format_bytes
-from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 
 
 def main(argv=None) -> int:

@@ -8,10 +8,10 @@ from test_step import Stepper, expert_leaves, leaves
 from tiny import OLMOE, random_params
 
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.rank_trees import elementwise_importance, expert_roles, gates_tree
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
-from drlora_jax.training.rank_trees import elementwise_importance, expert_roles, gates_tree
 from drlora_jax.training.step import init_lora
 
 

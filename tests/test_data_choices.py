@@ -9,10 +9,10 @@ from tiny import BUNDLED
 from drlora_jax.config import DataSection
 from drlora_jax.data.documents import load_documents
 from drlora_jax.data.sources import read_rows
+from drlora_jax.data.task_questions import read_question
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.multiple_choice import label_item, likelihood_item
-from drlora_jax.evaluation.questions import read_question
 
 LABELLED = {"text": ["salt", "a loud bell", "rain"], "label": ["A", "B", "C"]}
 ROWS = {

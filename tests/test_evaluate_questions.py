@@ -3,9 +3,9 @@
 import pytest
 
 from drlora_jax.data.sources import Row
+from drlora_jax.data.task_prompts import label_prompt, likelihood_choices
+from drlora_jax.data.task_questions import Question, instruction_options, read_question
 from drlora_jax.errors import UserError
-from drlora_jax.evaluation.prompts import label_prompt, likelihood_choices
-from drlora_jax.evaluation.questions import Question, instruction_options, read_question
 
 
 def read(dataset, **fields):

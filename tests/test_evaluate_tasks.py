@@ -7,11 +7,11 @@ import pytest
 from tiny import BUNDLED
 
 from drlora_jax.data.file_readers import KNOWN, Row
+from drlora_jax.data.task_questions import Question
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.evaluation import code_tasks, generated, jobs, multiple_choice, sources
-from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Settings, text_hash
 from drlora_jax.evaluation.tasks import TASKS, Work, chosen
 from drlora_jax.inference.scoring import LogLikelihood

@@ -14,6 +14,7 @@ from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import export, train
 from drlora_jax.adapters.mixlora import MixtureFfn
+from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
 from drlora_jax.errors import UserError
@@ -24,7 +25,6 @@ from drlora_jax.models.routing import choose_experts
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.ops import lora_deltas
 from drlora_jax.training.job import prepare
-from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 from drlora_jax.training.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
 
 LLAMA = {

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from oracles.stored import DATA, load_arrays
 
+from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.config import AllocationSection, TrainConfig
 from drlora_jax.errors import UserError
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params, logits
-from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 from drlora_jax.training.step import init_variables
 
 

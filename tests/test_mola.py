@@ -13,10 +13,12 @@ from test_mixlora import ALL, LLAMA, LLAMA_2_7B, TINY, count, largest_error, log
 from tiny import OLMOE, random_params, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import alpha, export, inspect, train
-from drlora_jax.adapters.expert_counts import resolve_counts
+from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
+from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage, resolve_targets
 from drlora_jax.allocation import CapacityShapes, make_policy
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
+from drlora_jax.config.expert_counts import resolve_counts
 from drlora_jax.errors import UserError
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_run
@@ -26,8 +28,6 @@ from drlora_jax.models.families import parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, DenseFfn
 from drlora_jax.ops.attention.api import attend
 from drlora_jax.training.job import prepare
-from drlora_jax.training.rank_trees import expert_roles, gates_tree
-from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 from drlora_jax.training.step import AuxiliaryWeights, batch_loss, init_lora
 
 WIDTH, HIDDEN, EXPERTS, RANK, SCALE = 12, 20, 5, 3, 2.0

@@ -19,6 +19,7 @@ from test_mixlora import TINY
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import alpha, train
+from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.allocation import CapacityState, StepStats, masks_from_ranks
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
@@ -27,7 +28,6 @@ from drlora_jax.interop.hf_read import load_params
 from drlora_jax.training.growth import grow
 from drlora_jax.training.job import prepare
 from drlora_jax.training.program import initial_state
-from drlora_jax.training.rank_trees import expert_roles
 from drlora_jax.training.step import TrainState
 
 METHODS = pathlib.Path(__file__).parents[1] / "docs" / "methods.md"

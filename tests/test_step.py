@@ -9,13 +9,13 @@ from tiny import OLMOE, tiny_config, write_tiny_model
 
 from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import NO_ADAPTER
+from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.models.routing import RoutingStats
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.training.growth import grow, start_profiled
 from drlora_jax.training.job import prepare
-from drlora_jax.training.rank_trees import expert_roles, gates_tree
 from drlora_jax.training.step import (
     AuxiliaryWeights,
     auxiliary_loss,

@@ -9,6 +9,7 @@ from tiny import MIXTRAL, OLMOE, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import train as train_lib
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.interop.export_check import Trained
@@ -17,7 +18,6 @@ from drlora_jax.interop.lora_tables import layer_factors
 from drlora_jax.models.transformer import Decoder, DecoderOptions
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.training.job import prepare
-from drlora_jax.training.rank_trees import expert_roles, gates_tree
 from drlora_jax.training.state import start
 from drlora_jax.training.step import init_lora
 

@@ -36,6 +36,7 @@ from safetensors.numpy import load_file, save_file
 
 from drlora_jax import cli
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import (
     AdapterSection,
@@ -57,7 +58,6 @@ from drlora_jax.runs.source import find_run
 from drlora_jax.system.imports import load_package
 from drlora_jax.system.output_dir import check_out, new_directory
 from drlora_jax.system.paths import local_path, read_json
-from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 from drlora_jax.training.step import init_lora
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from drlora_jax.data.segments import BadRow, Segment
 from drlora_jax.data.sources import Row, read_rows
+from drlora_jax.data.task_prompts import label_prompt, likelihood_choices
+from drlora_jax.data.task_questions import DATASETS, read_question
 from drlora_jax.errors import UserError
-from drlora_jax.evaluation.prompts import label_prompt, likelihood_choices
-from drlora_jax.evaluation.questions import DATASETS, read_question
 
 FORMAT = "choice"
 PROTOCOLS = ("", "mixlora")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from drlora_jax.data.sources import Row
+from drlora_jax.data.task_questions import instruction_options
 from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation.answers import last_number, option_of, strict_number, without_notes
-from drlora_jax.evaluation.questions import instruction_options
 from drlora_jax.evaluation.records import Sample
 
 # Prompts as texts or token ids, stop strings, tokens at most -> what was written, with `.text` and

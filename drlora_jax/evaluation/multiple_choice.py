@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from drlora_jax.data.segments import Segment
+from drlora_jax.data.task_prompts import Choice, label_prompt, likelihood_choices
+from drlora_jax.data.task_questions import Question
 from drlora_jax.data.tokenize import encode_document, encode_prompt
 from drlora_jax.data.wording import Prompt, Writer
 from drlora_jax.errors import RunError, UserError
-from drlora_jax.evaluation.prompts import Choice, label_prompt, likelihood_choices
-from drlora_jax.evaluation.questions import Question
 from drlora_jax.evaluation.records import Sample
 
 Score = Callable[[Sequence[tuple[list[int], list[int]]]], Sequence]  # pairs -> LogLikelihoods

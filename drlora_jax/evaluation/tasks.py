@@ -14,10 +14,10 @@ import numpy as np
 
 from drlora_jax.config import DataSection
 from drlora_jax.data.sources import Row
+from drlora_jax.data.task_questions import read_question
 from drlora_jax.data.wording import Writer, named_wording
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import code_tasks, generated, loss, multiple_choice
-from drlora_jax.evaluation.questions import read_question
 from drlora_jax.evaluation.records import Sample, Settings
 from drlora_jax.evaluation.sources import Source
 from drlora_jax.inference.model import Loaded

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
+from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.config import MeshSection, TrainConfig
 from drlora_jax.data.tokenize import check_vocabulary
@@ -36,7 +37,6 @@ from drlora_jax.runs.checkpoint_read import read_newest
 from drlora_jax.runs.source import RunSource, find_run
 from drlora_jax.system.precision import resolve_dtype
 from drlora_jax.training.costs import checked_expert_backend, experts_line
-from drlora_jax.training.rank_trees import expert_roles, gates_tree
 
 
 class Loaded(NamedTuple):

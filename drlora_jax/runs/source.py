@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.config import TrainConfig, from_dict
 from drlora_jax.errors import UserError
 from drlora_jax.interop.directories import read_run
@@ -14,7 +15,6 @@ from drlora_jax.runs.checkpoint_read import choose_steps
 from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.runs.resolved import Resolved
 from drlora_jax.system.paths import ABSENT, DIRECTORY, kind_of, local_path
-from drlora_jax.training.resolve import make_adapter, with_adapter_experts
 
 
 class RunSource(NamedTuple):

@@ -11,6 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.resolve import (
+    capacity_shapes,
+    make_adapter,
+    with_adapter_experts,
+    with_resolved_dtype,
+    with_resolved_experts,
+    with_resolved_rank,
+)
 from drlora_jax.adapters.targets import coverage, coverage_lines
 from drlora_jax.allocation import CapacityShapes, Policy, make_policy
 from drlora_jax.allocation.spectra import Exponents
@@ -40,14 +48,6 @@ from drlora_jax.parallel.mesh_checks import check_exchange, check_mesh
 from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.runs.resolved import Resolved, as_trained, resolve
 from drlora_jax.training.passes import length_lines, passes_lines
-from drlora_jax.training.resolve import (
-    capacity_shapes,
-    make_adapter,
-    with_adapter_experts,
-    with_resolved_dtype,
-    with_resolved_experts,
-    with_resolved_rank,
-)
 
 
 class Job(NamedTuple):

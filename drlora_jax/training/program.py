@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import linear_inputs
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
@@ -32,7 +33,6 @@ from drlora_jax.training.costs import (
 from drlora_jax.training.job import Job
 from drlora_jax.training.memory import Layout
 from drlora_jax.training.optimizer import make_optimizer
-from drlora_jax.training.rank_trees import expert_roles
 from drlora_jax.training.reorder import reorder_ranks
 from drlora_jax.training.step import (
     AuxiliaryWeights,

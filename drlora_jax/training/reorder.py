@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from drlora_jax.adapters.rank_trees import over_experts
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.training.rank_trees import over_experts
 
 
 def reorder_ranks(

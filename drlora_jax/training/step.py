@@ -18,6 +18,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from drlora_jax.adapters.rank_trees import (
+    elementwise_importance,
+    expert_roles,
+    gates_tree,
+    lora_like,
+    probe_importance,
+    with_probe,
+)
 from drlora_jax.allocation.base import Policy, StepStats
 from drlora_jax.data.loader import Batch
 from drlora_jax.models.routing import RoutingStats
@@ -25,14 +33,6 @@ from drlora_jax.models.transformer import (
     Decoder,
     head_weights,
     init_variables,
-)
-from drlora_jax.training.rank_trees import (
-    elementwise_importance,
-    expert_roles,
-    gates_tree,
-    lora_like,
-    probe_importance,
-    with_probe,
 )
 
 

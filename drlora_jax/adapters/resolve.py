@@ -4,16 +4,16 @@ that an adapter brings, the adapter, and the shapes of ranks. Pure functions.
 
 import dataclasses
 
-from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.allocation.prilora import last_rank
 from drlora_jax.config import AdapterSection, TrainConfig
+from drlora_jax.config.expert_counts import experts_of_layers
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import DenseFfnConfig, ModelConfig, RoutingConfig
 from drlora_jax.system.precision import resolve_dtype
-from drlora_jax.training.rank_trees import expert_roles
 
 
 def with_resolved_dtype(config: TrainConfig) -> TrainConfig:

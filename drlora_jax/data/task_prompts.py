@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from drlora_jax.evaluation.questions import LETTERS, Question
+from drlora_jax.data.task_questions import LETTERS, Question
 
 
 class Choice(NamedTuple):

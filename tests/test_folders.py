@@ -1,0 +1,80 @@
+"""Who imports whom, by folder of the package, as the sources say it."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "drlora_jax"
+CIRCLES = [{"adapters", "models"}]  # the decoder knows the modules of MixLoRA and MoLA
+
+
+def place(module: str) -> str | None:
+    """The folder, or the module directly in the package, that a dotted name lies in."""
+    name, *parts = module.split(".")
+    return parts[0] if name == "drlora_jax" and parts else None
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Dotted names of the modules that a file imports, also inside of functions."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def graph_of(package: pathlib.Path) -> dict[str, set[str]]:
+    graph: dict[str, set[str]] = {}
+    for file in package.rglob("*.py"):
+        module = ".".join(file.relative_to(package.parent).with_suffix("").parts)
+        here = place(module.removesuffix(".__init__"))
+        if here is not None:
+            others = map(place, imported(ast.parse(file.read_text(encoding="utf-8"))))
+            graph.setdefault(here, set()).update(set(others) - {here, None})
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of places that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            new = graph.get(todo.pop(), set()) - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {each: reached(each) for each in graph}
+    groups = {
+        frozenset(other for other in reach[each] if each in reach.get(other, ())) for each in graph
+    }
+    return [set(group) for group in groups if group]
+
+
+def test_no_other_folders_import_in_a_circle():
+    graph = graph_of(PACKAGE)
+    assert {"models", "training", "train"} <= graph.keys()
+    assert circles(graph) == CIRCLES
+
+
+def test_every_folder_is_described():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("## Folders")[2].partition("\n## ")[0]
+    folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    assert all(f"`{folder}`" in table for folder in folders) and len(folders) > 10
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}, [{"a", "b", "c"}]),
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+    ],
+)
+def test_circles_are_found(graph, expected):
+    assert circles(graph) == expected
