@@ -9,8 +9,8 @@ takes data.template=tokenizer, its own prompt format. `configs/mixlora_smollm2.p
 two CPU cores, docs/methods.md has the method and what differs from the published code.
 
 Trained parameters on LLaMA-2-7B: 203,423,744, of which 1,048,576 in routers. Plain LoRA instead:
-adapter.kind=lora adapter.rank=16. `tools/mixlora_convert.py` writes the adapter for MoE-PEFT; peft
-has no form for it.
+adapter.kind=lora adapter.rank=16. `python -m drlora_jax.convert` writes the adapter for MoE-PEFT;
+peft has no form for it.
 
 Hardware: one device with 24 GB. Forecast for LLaMA-2-7B (by benchmarks/plan_gpu.py, not measured):
 20 GiB, of which the base model is 12.6 GiB in bfloat16, for micro-batches of 8 rows.

@@ -102,10 +102,10 @@ def _refuse_added_experts(source: RunSource) -> None:
     kind = source.config.adapter.kind
     if not source.config.adapter.makes_experts:
         return
-    tool, where = "tools/mixlora_convert.py", "in the repository of this package"
-    way = f"{tool} {where} takes mixlora only"
+    way = "python -m drlora_jax.convert takes mixlora only"
     if kind == "mixlora":
-        way = f"For MoE-PEFT: python {tool} export --run {source.run_dir} --out DIR, {where}"
+        run = source.run_dir
+        way = f"For MoE-PEFT: python -m drlora_jax.convert export --run {run} --out DIR"
     raise UserError(
         f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no "
         "form for LoRA experts with a router, and a merge would lose the routing. "

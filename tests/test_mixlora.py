@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
-from drlora_jax import export, train
+from drlora_jax import convert, export, train
 from drlora_jax.adapters.mixlora import MixtureFfn
 from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import resolve_targets
@@ -344,15 +344,15 @@ def test_out_to_the_files_of_moe_peft_and_in_again(folder, tmp_path, weights):
     """The run has grown ranks; factors, ranks and scale come back bit for bit."""
     if weights == "bin":
         pytest.importorskip("torch")
-    tool, run, again = load_tool("mixlora_convert"), str(folder / "run"), str(tmp_path / "again")
+    run, again = str(folder / "run"), str(tmp_path / "again")
     model, files = str(folder / "model"), tmp_path / "files"
-    assert tool.main(["export", "--run", run, "--out", str(files), "--weights", weights]) == 0
+    assert convert.main(["export", "--run", run, "--out", str(files), "--weights", weights]) == 0
     assert {file.name for file in files.iterdir()} == {
         "adapter_config.json",
         f"adapter_model.{weights}",
     }
     command = ["import", "--adapter", str(files), "--model", model, "--out", again]
-    assert tool.main(command) == 0
+    assert convert.main(command) == 0
     before, after = load_run(run), load_run(again)
     np.testing.assert_array_equal(after.ranks_LE, before.ranks_LE)
     assert after.model.options.adapter.scale == before.model.options.adapter.scale
@@ -368,7 +368,7 @@ def test_out_to_the_files_of_moe_peft_and_in_again(folder, tmp_path, weights):
 
     jax.tree.map_with_path(compare, after.variables["lora"], before.variables["lora"])
     with pytest.raises(UserError, match="not empty"):
-        tool.main(command)
+        convert.main(command)
 
 
 def test_the_load_of_experts(folder, tmp_path, capsys):
@@ -391,8 +391,6 @@ def test_the_load_of_experts(folder, tmp_path, capsys):
 
 def test_export_says_why_not(folder, capsys):
     out = str(folder / "out")
-    way = (
-        f"For MoE-PEFT: python tools/mixlora_convert.py export --run {folder / 'run'} --out DIR, in"
-    )
-    with pytest.raises(UserError, match=f"lose the routing. {way} the repository"):
+    way = f"For MoE-PEFT: python -m drlora_jax.convert export --run {folder / 'run'} --out DIR"
+    with pytest.raises(UserError, match=f"lose the routing. {way}"):
         export.main(["--run", str(folder / "run"), "--out", out, "--format", "merged"])

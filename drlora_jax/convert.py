@@ -1,7 +1,7 @@
 """MixLoRA adapters of MoE-PEFT and the package `mixlora`: to a run directory, and back.
 
-    python tools/mixlora_convert.py import --adapter DIR --model BASE --out runs/theirs
-    python tools/mixlora_convert.py export --run runs/mine --out DIR [--weights bin]
+    python -m drlora_jax.convert import --adapter DIR --model BASE --out runs/theirs
+    python -m drlora_jax.convert export --run runs/mine --out DIR [--weights bin]
 
 `import` reads adapter_config.json and adapter_model.bin (or .safetensors) and writes a run
 directory that `drlora_jax.evaluate` and `drlora_jax.generate` take; it has no optimizer state, so
@@ -50,7 +50,7 @@ from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.inference.model import read_factors
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_lora
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.runs.directory import RunDirectory
@@ -58,7 +58,6 @@ from drlora_jax.runs.source import find_run
 from drlora_jax.system.imports import load_package
 from drlora_jax.system.output_dir import check_out, new_directory
 from drlora_jax.system.paths import local_path, read_json
-from drlora_jax.training.step import init_lora
 
 
 def main(argv=None) -> int:
@@ -68,7 +67,9 @@ def main(argv=None) -> int:
 
 def _parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m drlora_jax.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     directions = parser.add_subparsers(dest="direction", required=True)
     into = directions.add_parser("import", help="their files to a run directory")
@@ -103,8 +104,7 @@ def _import(args: argparse.Namespace) -> int:
     run = _run_config(args, dataclasses.replace(section, rank=plain or None), ranks_LE)
     adapter = make_adapter(run, config)
     model = Decoder(config, DecoderOptions(adapter=adapter))
-    abstract = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
-    lora = mixlora.unpack(tensors, config, adapter, abstract)
+    lora = mixlora.unpack(tensors, config, adapter, abstract_lora(model))
     _write_run(RunDirectory(str(out)), run, fingerprint(directory), config, lora, ranks_LE)
     print(f"{out}: {len(tensors)} tensors, expert ranks {ranks_LE.min()} to {ranks_LE.max()}")
     return EXIT_DONE
