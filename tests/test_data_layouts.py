@@ -61,6 +61,19 @@ def test_own_names_are_not_replaced_by_usual_ones():
             {"question": "a", "answer": "b"},
             "data.prompt_field=question data.response_field=answer",
         ),
+        (
+            {"system_prompt": "s", "question": "a", "response": "b"},
+            "data.prompt_field=question data.response_field=response",
+        ),
+        (
+            {"prompt": CHAT[:2], "chosen": CHAT[2:], "rejected": CHAT[2:]},
+            "data.prompt_field=prompt data.response_field=chosen",
+        ),
+        (
+            {"prompt": CHAT[:2], "answer": "b"},
+            "data.prompt_field=prompt data.response_field=answer",
+        ),
+        ({"prompt": "a", "chosen": CHAT, "rejected": CHAT}, "data.messages_field=chosen to read"),
         ({"id": 1, "dialog": SHARE}, "data.messages_field=dialog to read"),
         ({"chosen": CHAT, "rejected": CHAT}, "data.messages_field=chosen to read"),
         ({"dialog": json.dumps(SHARE)}, "data.messages_field=dialog to read"),
@@ -106,7 +119,7 @@ def test_layouts_of_one_conversation(fields):
     assert conversation.unread == () and conversation.tools is None
 
 
-@pytest.mark.parametrize("name", ["gpt", "assistant", "model", "bot", "ChatGPT", "chatbot"])
+@pytest.mark.parametrize("name", ["gpt", "assistant", "model", "ai", "bot", "ChatGPT", "chatbot"])
 def test_names_of_speakers(name):
     row = {"conversations": [{"from": "user", "value": "a"}, {"from": name, "value": "b"}]}
     assert list(read_row(row, "chat").messages) == [USER, ANSWER]

@@ -90,6 +90,20 @@ def test_a_chat_template_with_a_token_that_is_not_there(use):
     assert plain_text(document.segments) == expected.rstrip("\n")
 
 
+@pytest.mark.parametrize("tools", [None, [{"name": "f"}]])
+def test_refused_tools_name_the_reason_and_a_way_that_is_one(tools):
+    """Not that a content is missing, and not our templates, which write no tools either."""
+    own = "{% for m in messages %}{{ m.content + '\n' }}{% if m.role == 'tool' %}"
+    own += "{{ raise_exception('no tools here') }}{% endif %}{% endfor %}"
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "4"}
+    turns = [*CHAT[:2], call, result, CHAT[-1]] if tools is None else [*CHAT[:2], result, CHAT[-1]]
+    conversation = read_row({"messages": turns, "tools": tools}, "chat")
+    way = "refuses the messages: no tools here; fix them, or use a chat template that writes them"
+    with pytest.raises(BadRow, match=way):
+        write(conversation, Style("tokenizer"), make_tokenizer(chat_template=own))
+
+
 def test_prompt_templates():
     assert _render(PAIR, "prompt_response", "plain") == "P\n{R}"
     assert _render(PAIR, "prompt_response", "question_answer") == "Question: P\nAnswer:{ R}"

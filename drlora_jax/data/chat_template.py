@@ -159,7 +159,8 @@ def render_chat(chat: Chat, messages: list[dict], *, answering: bool) -> str:
         try:
             text = _apply(chat, way, answering)
         except BadRow as error:
-            refusal = refusal or error
+            # With a content, the reason is another one than that it is missing.
+            refusal = error if way is ways[2] else refusal or error
             continue
         # Python's way to write an object: the template writes arguments as they come.
         if way is texts or not any(each and str(each) in text for each in arguments):
@@ -211,10 +212,18 @@ def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
             way = f"set {needed[1]} in tokenizer_config.json"
         raise BadRow(
             "refused by the chat template",
-            f"the tokenizer's chat template {what}; {way}, or set data.template=chatml or tulu",
+            f"the tokenizer's chat template {what}; {way}, or {_other_template(chat, messages)}",
         ) from error
     # `tojson(ensure_ascii=true)` writes the guard as an escape.
     return text.replace(json.dumps(GUARD)[1:-1], GUARD) if chat.is_guarded else text
+
+
+def _other_template(chat: Chat, messages: list[dict]) -> str:
+    """What else writes such a row: the templates that we bring write no tools and no reasoning."""
+    keys = {key for message in messages for key in message}
+    if chat.tools or keys & {"tool_calls", "reasoning_content"}:
+        return "use a chat template that writes them"
+    return "set data.template=chatml or tulu"
 
 
 def _template(tokenizer, tools, date: str | None) -> str:

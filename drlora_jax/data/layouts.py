@@ -23,6 +23,7 @@ _SYSTEM_FIELDS = ("system", "system_prompt")
 # Pairs of fields that often hold a prompt and its response: proposed, never guessed.
 _USUAL_PAIRS = (
     ("question", "answer"),
+    ("question", "response"),
     ("instruction", "response"),
     ("instruction", "completion"),
     ("instruction", "answer"),
@@ -34,6 +35,7 @@ _USUAL_PAIRS = (
     ("input", "target"),
     ("source", "target"),
     ("prompt", "answer"),
+    ("prompt", "solution"),
     ("prompt", "output"),
     ("prompt", "chosen"),
 )
@@ -110,6 +112,13 @@ def other_settings(fields: dict, names: FieldNames, row_format: str) -> str:
     return f"set {' '.join(settings)} for rows like this one" if settings else ""
 
 
+def _is_pair(prompt, response) -> bool:
+    """Two texts, or turns and what answers them."""
+    if _turns(prompt):
+        return isinstance(response, str) or bool(_turns(response))
+    return isinstance(prompt, str) and isinstance(response, str)
+
+
 def _sentence(clause: str) -> str:
     return f"{clause[:1].upper()}{clause[1:]}."
 
@@ -127,12 +136,13 @@ def _resolved(fields: dict, names: FieldNames) -> FieldNames:
 
 def _way_out(fields: dict) -> str:
     """The settings that would read such a row, or what the file is instead."""
+    pairs = [pair for pair in _USUAL_PAIRS if _is_pair(*map(fields.get, pair))]
+    with_turns = [pair for pair in pairs if _turns(fields[pair[0]])]
     for name, value in fields.items():
-        if _turns(parsed(value)):
+        if _turns(parsed(value)) and not with_turns:
             return f"set data.messages_field={name} to read its turns"
-    for prompt, response in _USUAL_PAIRS:
-        if isinstance(fields.get(prompt), str) and isinstance(fields.get(response), str):
-            return f"set data.prompt_field={prompt} data.response_field={response} to read these"
+    for prompt, response in with_turns or pairs:
+        return f"set data.prompt_field={prompt} data.response_field={response} to read these"
     lists = lists_of_rows(fields)
     if lists and sum(isinstance(value, str) for value in fields.values()) < 2:
         return several_lists(lists) if len(lists) > 1 else one_list(lists[0])

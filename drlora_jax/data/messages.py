@@ -15,6 +15,7 @@ _SPEAKERS = {
     "gpt": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "ai": "assistant",
     "bot": "assistant",
     "chatbot": "assistant",
     "chatgpt": "assistant",

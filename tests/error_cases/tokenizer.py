@@ -180,6 +180,12 @@ CASES = (
         "chat templates are tool_use, and none of them is named default",
         [{"name": "tool_use", "template": TURNS}],
     ),
+    _chat(
+        "an exception at tool calls",
+        "refuses the messages: no; fix them, or use a chat template that writes them",
+        TURNS + "{{ raise_exception('no') }}",
+        messages=[USER, ANSWER | {"tool_calls": [{"name": "search", "arguments": {}}]}],
+    ),
     _chat("no tools", "chat template writes no tools", TURNS, tools=[{"name": "search"}]),
     _chat(
         "no tool calls",
