@@ -121,6 +121,21 @@ def test_examples_are_turns_of_a_chat(tokenizer):
     )
 
 
+@pytest.mark.parametrize(
+    ("template", "way"),
+    [
+        ("tokenizer", "refuses the messages: unknown role: tool; fix them, or give --template c"),
+        ("tulu", "data.template=tulu writes no tools; give --template tokenizer for a chat "),
+    ],
+)
+def test_a_prompt_that_cannot_be_written_names_the_option(tokenizer, template, way):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "4"}]}
+    row |= {"tools": [{"name": "f"}]} if template == "tulu" else {}
+    with pytest.raises(UserError, match=f"The prompt cannot be written: .*{way}"):
+        wording = named_wording(template, tokenizer)._replace(format="chat")
+        Writer(wording, tokenizer).row_prompt(row)
+
+
 def test_gsm8k_is_marked_twice(tokenizer):
     rows = [gsm8k("Q?", "#### 1,000")] * 4
     items = [

@@ -235,7 +235,9 @@ class Writer:
         try:
             return self._made(write_prompt(conversation, self.style, self.tokenizer))
         except BadRow as error:
-            raise UserError(f"The prompt cannot be written: {error}.") from error
+            # Training sets what is an option of generate and evaluate.
+            reason = str(error).replace("set data.template=", "give --template ")
+            raise UserError(f"The prompt cannot be written: {reason}.") from error
 
     def as_is(self, text: str, is_response: bool = False) -> Segment:
         """A text that no template writes; its control tokens are guarded if the wording says so."""
