@@ -20,6 +20,7 @@ from drlora_jax.data.tokenize import (
     encode_document,
     encode_documents,
     encode_prompt,
+    load_tokenizer,
     pad_token,
 )
 from drlora_jax.errors import UserError
@@ -174,6 +175,20 @@ def test_a_users_end_of_text_is_neither_the_end_nor_a_start():
         assert TOKENIZER.decode(ids[:-1]) == text
     with_bos = make_tokenizer(adds_bos=True)
     assert encode_prompt([Segment(guard("<s>a", with_bos), False)], with_bos).count(BOS) == 1
+
+
+def test_an_end_that_its_file_does_not_mark_special_is_split_too(tmp_path):
+    core = make_tokenizer().backend_tokenizer
+    core.add_tokens([tokenizers.AddedToken("<end>", special=False, normalized=False)])
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    end = tokenizer.eos_token_id
+    assert not tokenizer.added_tokens_decoder[end].special
+    segments = [Segment("a", False), Segment(guard("With <end>", tokenizer) + "<end>", True)]
+    ids = encode_document(Written(segments, True), tokenizer, "response").tokens.tolist()
+    assert ids.count(end) == 1 and ids[-1] == end
+    assert tokenizer.decode(ids[:-1]) == "aWith <end>"
 
 
 def test_spans_are_not_trimmed():

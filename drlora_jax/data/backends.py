@@ -15,7 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.data.segments import GUARD, Segment, control_pattern, unguard
+from drlora_jax.data.segments import (
+    GUARD,
+    Segment,
+    control_pattern,
+    control_tokens,
+    unguard,
+)
 from drlora_jax.system.imports import load_package
 
 _FIRST_ALIAS = 0xF0000  # a private-use character between two guards: user text holds no guard
@@ -72,7 +78,7 @@ class _Guarded:
 
     def __init__(self, tokenizer, plain: _Plain):
         added = tokenizer.added_tokens_decoder
-        controls = {index: token for index, token in added.items() if token.special}
+        controls = control_tokens(tokenizer)
         names = {token.content for token in controls.values()}
         self.pattern = control_pattern(tokenizer)
         self._aliases = {

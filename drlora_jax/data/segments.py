@@ -35,10 +35,19 @@ class BadRow(ValueError):
         self.reason = reason
 
 
+def control_tokens(tokenizer) -> dict:
+    """Added tokens by id: those marked special, and those that end, begin or pad a text although
+    their file does not mark them.
+    """
+    roles = set(tokenizer.all_special_tokens)
+    added = tokenizer.added_tokens_decoder.items()
+    return {index: token for index, token in added if token.special or token.content in roles}
+
+
 def control_pattern(tokenizer) -> re.Pattern:
     """Matches the tokenizer's control tokens, the longest first, unless they are guarded."""
     if tokenizer not in _patterns:
-        tokens = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        tokens = {token.content for token in control_tokens(tokenizer).values()}
         texts = sorted(filter(None, tokens), key=len, reverse=True)
         one_of = "|".join(map(re.escape, texts)) or "(?!)"
         _patterns[tokenizer] = re.compile(f"(?:{one_of})(?!{GUARD})")
