@@ -402,6 +402,20 @@ def test_words_that_answers_learn_to_begin_with_are_said(tmp_path, template, ope
     assert [repr(opening) in line for line in said] == [True] * (opening is not None)
 
 
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("writes", ["", "{{ bos_token }}"])
+def test_a_first_token_that_the_chat_template_does_not_write_is_said(tmp_path, adds_bos, writes):
+    """transformers' own ids say whether there is one."""
+    tokenizer = make_tokenizer(adds_bos=adds_bos, chat_template=writes + TURN)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "response": "four"}))
+    config = DataSection(path=(str(tmp_path / "rows.jsonl"),), template="tokenizer")
+    [document], report = load_documents(config, tokenizer, 64)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "four"}]
+    theirs = tokenizer.apply_chat_template(turns, return_dict=False)
+    is_said = any(line.startswith("documents begin with <s>") for line in report.lines())
+    assert is_said == (document.tokens.tolist() != theirs) == (adds_bos and not writes)
+
+
 @pytest.mark.parametrize("template", ["tulu", "chatml", "auto", "tokenizer", "plain"])
 @pytest.mark.parametrize("has_own", [True, False])
 def test_a_chat_template_that_is_passed_over_is_said(tmp_path, template, has_own):

@@ -15,7 +15,7 @@ from drlora_jax.data.layouts import Conversation, detect_format, other_settings
 from drlora_jax.data.multiple_choice import FORMAT as CHOICE
 from drlora_jax.data.multiple_choice import render_choice, split_task
 from drlora_jax.data.report import PathReport, Report
-from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern
+from drlora_jax.data.segments import GUARD, BadRow, Written, control_pattern, plain_text
 from drlora_jax.data.sources import Row, find_sources, read_paths
 from drlora_jax.data.templates import opens_thinking
 from drlora_jax.data.tokenize import (
@@ -233,10 +233,19 @@ class _Reader:
         encoded = iter(encode_documents(everything, self._tokenizer, loss_on, counts))
         self._report.straddled += counts[CUT_STARTS]
         for row, part, written in waiting:
-            self._keep(row, part, [next(encoded) for _ in written])
+            whole = [next(encoded) for _ in written]
+            if part.wording.template == "tokenizer" and self._starts_apart(written[0], whole[0]):
+                self._report.added_start = self._tokenizer.bos_token
+            self._keep(row, part, whole)
         if time.monotonic() > self._said + SAY_AFTER:
             self._said = time.monotonic()
             self._say(f"tokenizing: {self._report.rows_read:,} rows")
+
+    def _starts_apart(self, written: Written, document: Document) -> bool:
+        """Whether a document begins with a token that the tokenizer adds and nobody has written."""
+        bos = self._tokenizer.bos_token
+        is_there = bos is not None and document.tokens[0] == self._tokenizer.bos_token_id
+        return is_there and not plain_text(written.segments).startswith(bos)
 
     def _keep(self, row: Row, part: PathReport, whole: list[Document]) -> None:
         try:

@@ -83,6 +83,7 @@ class Report:
     guarded: int = 0  # rows with control tokens in their own text
     straddled: int = 0  # learned texts whose first characters lie in a token of the prompt
     ended_thinking: str | None = None  # what rows without reasoning learn in front of answers
+    added_start: str | None = None  # in front of documents, though their chat template has none
     max_rows: int | None = None
     special_tokens: str = "keep"
     documents: int = 0
@@ -178,6 +179,11 @@ class Report:
             lines.append(
                 f"answers without reasoning learn to begin with {self.ended_thinking!r}: the chat "
                 "template writes it in front of them, but not in its generation prompt"
+            )
+        if self.added_start is not None:
+            lines.append(
+                f"documents begin with {self.added_start}, as the tokenizer's texts do; the chat "
+                "template writes none, so apply_chat_template of transformers gives ids without it"
             )
         if self.straddled:
             lines.append(f"{counted(self.straddled, *_INSIDE)}; that token is not learned")
