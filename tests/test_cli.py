@@ -10,8 +10,9 @@ import sys
 import pytest
 from tiny import MIXTRAL, write_rows, write_tiny_model
 
-from drlora_jax import cli, train
+from drlora_jax import cli, convert, export, inspect, report, train
 from drlora_jax.errors import UserError
+from drlora_jax.evaluation import compare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -174,6 +175,28 @@ def test_overrides_that_are_not_utf_8_are_refused():
         name = override.partition("=")[0]
         with pytest.raises(UserError, match=f"{name} is not UTF-8 at character .*PYTHONUTF8=1"):
             cli.parse_arguments("train", "", ["--config", "bundled:tiny", override])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (convert, [], "The following arguments are required: direction. See"),
+        (convert, ["import", "--adapter", "x"], "required: --model, --out. See"),
+        (convert, ["export", "--weights", "npz"], "Argument --weights: invalid choice: 'npz'"),
+        (convert, ["export", "--run", "r", "--out", "o", "--fast"], "arguments: --fast. See"),
+        (export, ["--run", "r", "--format", "gguf"], "Argument --format: invalid choice: 'gguf'"),
+        (inspect, [], "required: DIR. See"),
+        (report, ["r"], "required: --run. See"),
+        (compare, ["a.jsonl"], "required: B.jsonl. See"),
+    ],
+)
+def test_arguments_that_can_not_be_parsed_are_one_line(command, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: command.main(arguments))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert f"See python -m {command.__name__}" in line
 
 
 def test_every_command_refuses_arguments_that_are_not_utf_8(monkeypatch, capsys):
