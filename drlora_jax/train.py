@@ -132,7 +132,8 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     if done >= job.total_steps:
         print(_complete_line(job, done))
         return EXIT_DONE
-    job.run_dir.cut_back(done)
+    for note in job.run_dir.cut_back(done, config.run.log_every):
+        print(f"warning: {note}")
     watchdog.beat("compiling")
     print(COMPILING, flush=True)
     compiled, seconds = compile_step(run)
