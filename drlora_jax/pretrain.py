@@ -258,4 +258,4 @@ def _log(run_dir: RunDirectory, **values) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE, outlives_output=True)

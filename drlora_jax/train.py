@@ -293,4 +293,4 @@ def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lam
 
 
 if __name__ == "__main__":
-    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE, outlives_output=True)

@@ -267,3 +267,42 @@ def test_help_lists_every_field():
     assert result.returncode == 0
     for name in ("train.steps", "allocation.p_grow", "mesh.expert", "data.template"):
         assert name in result.stdout
+
+
+OUTPUT = """
+from drlora_jax import cli
+from drlora_jax.system import early
+early.install()
+def main():
+    for number in range(20):
+        print("line é", number, flush=True)
+    return 0
+cli.run_and_exit(main, outlives_output={})
+"""
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("broken", ["pipe", "full disk"])
+def test_output_that_breaks(broken, goes_on):
+    command = [sys.executable, "-c", OUTPUT.format(goes_on)]
+    if broken == "pipe":
+        reader, stdout = os.pipe()
+        os.close(reader)
+    else:
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(stdout)
+    reason = "Broken pipe" if broken == "pipe" else "No space left on device"
+    if goes_on:
+        assert done.stderr == f"warning: standard output is lost ({reason}); the run goes on\n"
+    elif broken == "pipe":
+        assert done.stderr == "stopped: standard output was closed by its reader\n"
+    else:
+        assert done.stderr.splitlines()[-1].startswith("failed: ") and reason in done.stderr
+    assert done.returncode == (0 if goes_on else 1)
+
+
+def test_output_that_may_break_is_whole():
+    command = [sys.executable, "-c", OUTPUT.format(True)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"line é {number}" for number in range(20)]

@@ -57,7 +57,7 @@ def test_the_place_of_a_new_directory_is_looked_at_before_anything_else(tmp_path
 def test_steps_of_checkpoints(tmp_path):
     directory = RunDirectory(str(tmp_path))
     assert directory.newest_step() == 0 and not directory.has_checkpoint()
-    for name in ("5", "10", "9", "12.orbax-checkpoint-tmp", "damaged-40", "x"):
+    for name in ("5", "10", "9", "12.orbax-checkpoint-tmp", "damaged-40", "x", "²"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert directory.newest_step() == 10 and directory.has_checkpoint()
 
@@ -96,4 +96,10 @@ def test_lost_lines_of_the_logs_are_told(tmp_path):
     assert directory.cut_back(9, 5) == [f"{file} has no row of steps 1 to 9"]
     assert directory.cut_back(9, 10) == []  # none was due
     file.write_text("{")
-    assert directory.cut_back(0, 1) == []  # nothing of a start at 0 is kept
+    directory.ranks_file.unlink()
+    assert directory.cut_back(0, 1) == []
+    file.write_text('{"step": 0}\n' + whole)  # somebody has removed the checkpoints
+    assert directory.cut_back(0, 1) == [
+        f"{tmp_path} has no checkpoint: its log to step 2 is dropped"
+    ]
+    assert file.read_text() == ""

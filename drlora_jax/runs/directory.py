@@ -93,7 +93,7 @@ class RunDirectory:
         """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
         being written.
         """
-        present = sum(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+        present = sum(entry.name.isdecimal() for entry in self.checkpoints.glob("*"))
         count = max(keep_last + 2 - present, 1)
         free, needed = shutil.disk_usage(self._place()).free, count * checkpoint_bytes
         if free < needed:
@@ -198,7 +198,7 @@ class RunDirectory:
         """
         if not self._writes:
             return []
-        last, notes = step if step else -1, []
+        last, notes, steps_before = step if step else -1, [], []
         for file in (self.metrics_file, self.ranks_file):
             kind = kind_of(file)
             if kind == ABSENT:
@@ -208,6 +208,7 @@ class RunDirectory:
             try:
                 lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _is_kept(line, last)]
+                steps_before += filter(None, map(_step_of, lines))
                 if step and (count := sum(_step_of(line) is None for line in lines)):
                     what = "lines that can not be read are" if count > 1 else "unreadable line is"
                     notes.append(f"{file}: {count} {what} dropped")
@@ -215,6 +216,10 @@ class RunDirectory:
             except OSError as error:
                 message = f"{file} can not be cut back to step {step}: {error.strerror}."
                 raise RunError(message) from error
+        if not step and steps_before:
+            notes.append(
+                f"{self.path} has no checkpoint: its log to step {max(steps_before)} is dropped"
+            )
         first = self._newest_row() + 1
         if step - first + 1 >= log_every:
             steps = f"steps {first} to {step}" if first < step else f"step {step}"
