@@ -1,6 +1,8 @@
 """What the entry points share: arguments, and how mistakes and failures end a process."""
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -142,13 +144,19 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"--{option} must be 1 or more, got {getattr(args, name)}.")
 
 
-def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> None:
+def run_and_exit(
+    main: Callable[[], int], *, memory_advice: str = ADVICE, outlives_output: bool = False
+) -> None:
     """Runs `main` and exits with its code; user mistakes and failed runs end with one message, no
     traceback.
 
     Args:
       memory_advice: what to do when the memory is not enough.
+      outlives_output: whether the work goes on when nobody reads standard output any more, or the
+        disk of the file that it goes to is full.
     """
+    if outlives_output and early.handler():
+        sys.stdout = Outliving.around(sys.stdout)
     _print_anything()
     # XLA and Orbax report on standard error below our own messages unless told otherwise.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -166,6 +174,9 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
         code = _end("error", str(error), EXIT_USER_MISTAKE)
     except RunError as error:
         code = _end("failed", str(error), EXIT_FAILED)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+        code = _end("stopped", "standard output was closed by its reader", EXIT_FAILED)
     except KeyboardInterrupt:  # where `early` is not installed
         code = _end("stopped", f"interrupted; {early.ADVICE}", EXIT_RESUMABLE)
     except Exception as error:
@@ -181,6 +192,41 @@ def run_and_exit(main: Callable[[], int], *, memory_advice: str = ADVICE) -> Non
         if jax.distributed.is_initialized():
             processes.leave(code)
     sys.exit(code)
+
+
+class Outliving(io.RawIOBase):
+    """Standard output that may break: the first failure is said on standard error, and what is
+    written from then on is lost.
+    """
+
+    def __init__(self, number: int):
+        self._number, self._is_broken = number, False
+
+    @classmethod
+    def around(cls, stream: io.TextIOWrapper) -> io.TextIOWrapper:
+        stream.flush()
+        raw = io.BufferedWriter(cls(stream.fileno()))
+        return io.TextIOWrapper(raw, stream.encoding, line_buffering=stream.line_buffering)
+
+    def write(self, data) -> int:
+        if not self._is_broken:
+            try:
+                return os.write(self._number, data)
+            except OSError as error:
+                self._is_broken = True
+                line = f"warning: standard output is lost ({error.strerror}); the run goes on\n"
+                with contextlib.suppress(OSError):
+                    os.write(2, line.encode())
+        return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._number
+
+    def isatty(self) -> bool:
+        return os.isatty(self._number)
 
 
 def _print_anything() -> None:

@@ -28,11 +28,11 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import pickle
+import warnings
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from drlora_jax import cli
 from drlora_jax.adapters.lora import AdapterSpec
@@ -49,7 +49,12 @@ from drlora_jax.config import (
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.inference.model import read_factors
 from drlora_jax.interop import mixlora
-from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
+from drlora_jax.interop.hf_files import (
+    find_model,
+    fingerprint,
+    open_weights,
+    read_model_config,
+)
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_lora
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.runs.checkpoint import Checkpoints
@@ -57,7 +62,7 @@ from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.runs.source import find_run
 from drlora_jax.system.imports import load_package
 from drlora_jax.system.output_dir import check_out, new_directory
-from drlora_jax.system.paths import local_path, read_json
+from drlora_jax.system.paths import check_downloaded, local_path, read_json
 
 
 def main(argv=None) -> int:
@@ -66,7 +71,7 @@ def main(argv=None) -> int:
 
 
 def _parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m drlora_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,6 +102,7 @@ def _import(args: argparse.Namespace) -> int:
     directory = find_model(args.model, option="--model")
     base = read_model_config(directory)
     config = with_adapter_experts(base, section)
+    mixlora.check_activation(values, config)
     paths = resolve_targets(base, section.kind, section.targets)
     stored = AdapterSpec(paths=paths, experts_module=config.experts_module)
     tensors = mixlora.check_tensors(_read_tensors(folder), config, stored)
@@ -113,18 +119,36 @@ def _import(args: argparse.Namespace) -> int:
 def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     file = folder / f"{mixlora.WEIGHTS}.safetensors"
     if file.is_file():
-        return load_file(file)
-    file = file.with_suffix(".bin")
+        with open_weights(file) as handle:
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    else:
+        tensors = _read_pickle(file.with_suffix(".bin"))
+    for key, value in tensors.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{folder}: {key} has values that are not finite; take another copy.")
+    return tensors
+
+
+def _read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
     if not file.is_file():
-        raise UserError(f"{folder} has no {mixlora.WEIGHTS}.safetensors and no {file.name}.")
+        raise UserError(f"{file.parent} has no {mixlora.WEIGHTS}.safetensors and no {file.name}.")
+    check_downloaded(file)
     torch = load_package("torch", f"Reading {file}")
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        return {key: value.float().numpy() for key, value in found.items()}
-    # A pickle that is cut off, or holds more than tensors.
-    except (OSError, EOFError, RuntimeError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{file} can not be read as a file of tensors: {reason}") from error
+        with warnings.catch_warnings(action="ignore"):
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    # Bytes that are no pickle can raise anything. What torch advises is not repeated: it would run
+    # the code that a pickle may hold.
+    except Exception as error:
+        raise UserError(
+            f"{file} is cut off, damaged or holds more than tensors ({type(error).__name__}); copy "
+            "it again, or save the tensors as .safetensors."
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()
+    ):
+        raise UserError(f"{file} must hold tensors by name and nothing else; give the adapter's.")
+    return {key: value.float().numpy() for key, value in found.items()}
 
 
 def _run_config(args, section: AdapterSection, ranks_LE: np.ndarray) -> TrainConfig:

@@ -114,7 +114,7 @@ def _refuse_added_experts(source: RunSource) -> None:
 
 
 def _parse(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m drlora_jax.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

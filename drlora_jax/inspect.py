@@ -27,7 +27,7 @@ from drlora_jax.system.units import counted, format_bytes
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m drlora_jax.inspect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

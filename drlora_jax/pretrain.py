@@ -176,7 +176,8 @@ def train(
     train_step = jax.jit(make_pretrain_step(model, tx, auxiliary), donate_argnums=(0, 1))
     (params, opt_state), step = restore_or_start(config, tx, params)
     run_dir = RunDirectory(config.run.dir)
-    run_dir.cut_back(step)
+    for note in run_dir.cut_back(step, config.run.log_every):
+        print(f"warning: {note}")
     checkpoints = Checkpoints(run_dir.checkpoints, keep_last=config.run.keep_last)
     if step < section.steps:  # compiled ahead: until it is, a signal ends the process at once
         batch = split_micro_batches(mixed_batch(domains, step), section.micro_batches)
@@ -257,4 +258,4 @@ def _log(run_dir: RunDirectory, **values) -> None:
 
 
 if __name__ == "__main__":
-    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE, outlives_output=True)

@@ -16,7 +16,7 @@ from drlora_jax.system.paths import local_path
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m drlora_jax.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

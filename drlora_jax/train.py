@@ -132,7 +132,8 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     if done >= job.total_steps:
         print(_complete_line(job, done))
         return EXIT_DONE
-    job.run_dir.cut_back(done)
+    for note in job.run_dir.cut_back(done, config.run.log_every):
+        print(f"warning: {note}")
     watchdog.beat("compiling")
     print(COMPILING, flush=True)
     compiled, seconds = compile_step(run)
@@ -292,4 +293,4 @@ def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lam
 
 
 if __name__ == "__main__":
-    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE)
+    cli.run_and_exit(main, memory_advice=cli.TRAINING_ADVICE, outlives_output=True)

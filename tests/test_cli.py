@@ -10,8 +10,9 @@ import sys
 import pytest
 from tiny import MIXTRAL, write_rows, write_tiny_model
 
-from drlora_jax import cli, train
+from drlora_jax import cli, convert, export, inspect, report, train
 from drlora_jax.errors import UserError
+from drlora_jax.evaluation import compare
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -176,6 +177,28 @@ def test_overrides_that_are_not_utf_8_are_refused():
             cli.parse_arguments("train", "", ["--config", "bundled:tiny", override])
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (convert, [], "The following arguments are required: direction. See"),
+        (convert, ["import", "--adapter", "x"], "required: --model, --out. See"),
+        (convert, ["export", "--weights", "npz"], "Argument --weights: invalid choice: 'npz'"),
+        (convert, ["export", "--run", "r", "--out", "o", "--fast"], "arguments: --fast. See"),
+        (export, ["--run", "r", "--format", "gguf"], "Argument --format: invalid choice: 'gguf'"),
+        (inspect, [], "required: DIR. See"),
+        (report, ["r"], "required: --run. See"),
+        (compare, ["a.jsonl"], "required: B.jsonl. See"),
+    ],
+)
+def test_arguments_that_can_not_be_parsed_are_one_line(command, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.run_and_exit(lambda: command.main(arguments))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert f"See python -m {command.__name__}" in line
+
+
 def test_every_command_refuses_arguments_that_are_not_utf_8(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["export", "--out", "\udcff"])
     with pytest.raises(SystemExit) as end:
@@ -244,3 +267,42 @@ def test_help_lists_every_field():
     assert result.returncode == 0
     for name in ("train.steps", "allocation.p_grow", "mesh.expert", "data.template"):
         assert name in result.stdout
+
+
+OUTPUT = """
+from drlora_jax import cli
+from drlora_jax.system import early
+early.install()
+def main():
+    for number in range(20):
+        print("line é", number, flush=True)
+    return 0
+cli.run_and_exit(main, outlives_output={})
+"""
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("broken", ["pipe", "full disk"])
+def test_output_that_breaks(broken, goes_on):
+    command = [sys.executable, "-c", OUTPUT.format(goes_on)]
+    if broken == "pipe":
+        reader, stdout = os.pipe()
+        os.close(reader)
+    else:
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(stdout)
+    reason = "Broken pipe" if broken == "pipe" else "No space left on device"
+    if goes_on:
+        assert done.stderr == f"warning: standard output is lost ({reason}); the run goes on\n"
+    elif broken == "pipe":
+        assert done.stderr == "stopped: standard output was closed by its reader\n"
+    else:
+        assert done.stderr.splitlines()[-1].startswith("failed: ") and reason in done.stderr
+    assert done.returncode == (0 if goes_on else 1)
+
+
+def test_output_that_may_break_is_whole():
+    command = [sys.executable, "-c", OUTPUT.format(True)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == [f"line é {number}" for number in range(20)]

@@ -50,6 +50,23 @@ def test_it_ends_with_one_line(number):
     assert number in done.stderr and done.stdout == "before\n"
 
 
+def test_standard_streams_that_are_closed_are_no_other_file(tmp_path):
+    file = tmp_path / "file"
+    code = f"""
+        import os; [os.close(number) for number in range(3)]
+        import sys; sys.stdin = sys.stdout = sys.stderr = None
+        from drlora_jax.system import early
+        early.install()
+        handle = open({str(file)!r}, "w")
+        assert handle.fileno() > 2
+        print("printed"); print("printed", file=sys.stderr); sys.stdout.flush()
+        os.write(1, b"written"); handle.write(sys.stdin.read() + "mine")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    assert subprocess.run(command, env=ENVIRONMENT, timeout=WAIT).returncode == 0
+    assert file.read_text() == "mine"
+
+
 def test_a_callback_can_not_swallow_it():
     """Python prints and forgets what is raised there: jax has such a callback."""
     done = run_code("gc.callbacks.append(lambda *_: kill()); gc.collect(); time.sleep(60)")

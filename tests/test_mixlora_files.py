@@ -1,5 +1,6 @@
 """Adapters in the files of MoE-PEFT: stored logits of the authors' package, keys, refusals."""
 
+import io
 import json
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles.stored import DATA, load_arrays
+from safetensors.numpy import save_file
 
+from drlora_jax import convert
 from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.config import AllocationSection, TrainConfig
 from drlora_jax.errors import UserError
@@ -124,6 +127,7 @@ def test_keys_of_older_files(oracle):
         ({"routing_strategy": "mixlora-dynamic", "top_p": 0.8}, "--accept-top-p"),
         ({"routing_strategy": "mixlora-dynamic", "temperature": 0.5}, "temperature 0.5"),
         ({"r": None}, "not what MoE-PEFT writes"),
+        ({"num_experts": 0}, "adapter_config.json: adapter.num_experts must be .*, got 0[.]$"),
         ({"target_modules": ["fc1"]}, "matches no weight"),
         ({"target_modules": ["q_proj", "up_proj"]}, "also has mixlora.layers.0.mlp.down_proj"),
     ],
@@ -190,3 +194,54 @@ def test_alpha_is_whole_and_the_scale_survives():
         alpha, factor = mixlora.alpha_of(scale, rank)
         assert isinstance(alpha, int) and factor == 1 and alpha / rank == scale
     assert mixlora.alpha_of(0.35, 8) == (8, 0.35)
+
+
+def _write(folder, values, tensors):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def _import(folder):
+    command = ["import", "--adapter", str(folder), "--model", str(DATA / "llama")]
+    return convert.main([*command, "--out", str(folder.parent / "run")])
+
+
+def test_experts_with_another_activation(oracle, tmp_path):
+    values, tensors, *_ = oracle
+    _write(tmp_path / "other", values | {"act_fn": "gelu"}, tensors)
+    with pytest.raises(UserError, match="act_fn 'gelu': .* than the base's, silu"):
+        _import(tmp_path / "other")
+    _write(tmp_path / "same", values | {"act_fn": "swish"}, tensors)
+    assert _import(tmp_path / "same") == 0
+
+
+def test_weights_that_are_not_finite(oracle, tmp_path):
+    values, tensors, *_ = oracle
+    gate = "mixlora.layers.1.mlp.moe_gate.weight"
+    _write(tmp_path / "nan", values, tensors | {gate: np.full_like(tensors[gate], np.nan)})
+    with pytest.raises(UserError, match=f"{gate} has values that are not finite"):
+        _import(tmp_path / "nan")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_that_can_not_be_read(oracle, tmp_path, suffix):
+    values, tensors, *_ = oracle
+    folder = tmp_path / "adapter"
+    _write(folder, values, tensors)
+    file = folder / "adapter_model.safetensors"
+    contents = {b"": "complete", file.read_bytes()[:999]: "complete"}
+    if suffix == "bin":
+        torch = pytest.importorskip("torch")
+        torch.save([1], others := io.BytesIO())
+        file.unlink()
+        file = file.with_suffix(".bin")
+        text = "cut off, damaged or holds more than tensors"
+        contents = {b"": text, b"hello world": text, b"\x80\x02}q\x00X\x01\x00\x00\x00\xf8": text}
+        contents[others.getvalue()] = "tensors by name and nothing else"
+    contents[b"version https://git-lfs.github.com/spec/v1\n"] = "git-lfs pointer"
+    for content, message in contents.items():
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            _import(folder)

@@ -155,6 +155,9 @@ def test_other_devices_are_said():
     now = {"kind": "TPU v5", "mesh": {"data": 4}}
     (line,) = resume.changed_lines(before, TrainConfig(), origin(), now)
     assert "devices=TPU v5 (was cpu), mesh.data=4 (was 1)" in line and "rounding" in line
+    for edited in (3, None, [], {"mesh": 3}, {"kind": "TPU v5", "mesh": [4]}):
+        before = stored_of(heldout_fingerprint="h", devices=edited)
+        resume.changed_lines(before, TrainConfig(), origin(), now)
 
 
 def test_a_file_of_ranks_is_the_same_file_by_another_name(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def test_the_place_of_a_new_directory_is_looked_at_before_anything_else(tmp_path
 def test_steps_of_checkpoints(tmp_path):
     directory = RunDirectory(str(tmp_path))
     assert directory.newest_step() == 0 and not directory.has_checkpoint()
-    for name in ("5", "10", "9", "12.orbax-checkpoint-tmp", "damaged-40", "x"):
+    for name in ("5", "10", "9", "12.orbax-checkpoint-tmp", "damaged-40", "x", "²"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert directory.newest_step() == 10 and directory.has_checkpoint()
 
@@ -71,6 +71,35 @@ def test_the_last_logged_rate(tmp_path):
     directory.metrics_file.write_text("\n".join([*lines, '{"step": 1']))
     assert directory.last_rate(10) == (9, 0.9)
     assert directory.last_rate(8) == (5, 0.5) and directory.last_rate(0) is None
+    edited = ('{"step": 9, "learning_rate": "x"}', '{"step": 9, "learning_rate": null}', "[9]")
+    directory.metrics_file.write_text("\n".join([*lines, *edited, '{"step": true}']))
+    assert directory.last_rate(10) == (9, 0.9)
     directory.metrics_file.unlink()
     os.mkfifo(directory.metrics_file)
     assert directory.last_rate(10) is None
+
+
+def test_lost_lines_of_the_logs_are_told(tmp_path):
+    directory = RunDirectory(str(tmp_path))
+    file, whole = directory.metrics_file, '{"step": 1}\n{"step": 2}\n'
+    file.write_text(whole + '{"step": 3}\n')
+    assert directory.cut_back(2, 1) == [] and directory.cut_back(3, 2) == []
+    file.write_bytes(b'{"step": 1}\n\xff\x00\n[]\n{"step": 2}\n')
+    directory.ranks_file.write_text('{"step": 1}\n{"st')
+    assert directory.cut_back(2, 1) == [
+        f"{file}: 2 lines that can not be read are dropped",
+        f"{directory.ranks_file}: 1 unreadable line is dropped",
+    ]
+    assert file.read_text() == whole
+    assert directory.cut_back(3, 1) == [f"{file} has no row of step 3"]
+    file.unlink()
+    assert directory.cut_back(9, 5) == [f"{file} has no row of steps 1 to 9"]
+    assert directory.cut_back(9, 10) == []  # none was due
+    file.write_text("{")
+    directory.ranks_file.unlink()
+    assert directory.cut_back(0, 1) == []
+    file.write_text('{"step": 0}\n' + whole)  # somebody has removed the checkpoints
+    assert directory.cut_back(0, 1) == [
+        f"{tmp_path} has no checkpoint: its log to step 2 is dropped"
+    ]
+    assert file.read_text() == ""

@@ -233,7 +233,7 @@ def test_a_prolonged_run_says_where_its_rate_goes(built, start_run):
 def test_lines_after_the_restored_step_are_cut(tmp_path):
     directory = RunDirectory(str(tmp_path))
     directory.metrics_file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    directory.cut_back(2)
+    assert directory.cut_back(2, 1)
     assert directory.metrics_file.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

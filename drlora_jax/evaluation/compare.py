@@ -14,7 +14,7 @@ from drlora_jax.system.paths import check_downloaded, local_path
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m drlora_jax.evaluation.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

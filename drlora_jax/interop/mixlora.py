@@ -27,6 +27,7 @@ from drlora_jax.models.families import key_table
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
 NO_DROPOUT = 1e-6  # their loader refuses 0
 ROUTINGS = ("mixlora", "mixlora-dynamic")
+_ACTIVATIONS = {"swish": "silu"}  # other names of the same
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _LEGACY_ROLES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _LEGACY = re.compile(r"(mixlora\.layers\.\d+)\.(?:gate|experts\.(\d+)\.(\w+?))(\..*)")
@@ -184,6 +185,8 @@ def read_description(values: Mapping, *, accept_top_p: bool = False) -> Describe
             experts_per_token=min(values.get("top_k", 2), values["num_experts"]),
             top_p=float(values.get("top_p", 0.8)) if routing == "mixlora-dynamic" else None,
         )
+    except UserError as error:
+        raise UserError(f"{CONFIG}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
             f"{CONFIG}: not what MoE-PEFT writes: {type(error).__name__}: {error}."
@@ -197,6 +200,16 @@ def _scale(values: Mapping) -> float:
 
 def _dropout(values: Mapping) -> float:
     return 0.0 if values["lora_dropout"] <= NO_DROPOUT else float(values["lora_dropout"])
+
+
+def check_activation(values: Mapping, config: ModelConfig) -> None:
+    """Refuses experts with another activation than the base, which is what they have here."""
+    own, name = config.moe.activation, values.get("act_fn")
+    if name is not None and _ACTIVATIONS.get(str(name), name) != own:
+        raise UserError(
+            f"{CONFIG}: act_fn {name!r}: its experts were trained with another activation than the "
+            f"base's, {own}, which is the only one that they can have here."
+        )
 
 
 def _check_dynamic(values: Mapping, accept_top_p: bool) -> None:

@@ -45,7 +45,7 @@ class Restored(NamedTuple):
 def saved_steps(directory: pathlib.Path) -> list[int]:
     """Steps with a finished checkpoint, in order."""
     entries = directory.glob("*")
-    return sorted(int(entry.name) for entry in entries if entry.name.isdigit() and entry.is_dir())
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
 
 
 def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class RunDirectory:
         """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
         being written.
         """
-        present = sum(entry.name.isdigit() for entry in self.checkpoints.glob("*"))
+        present = sum(entry.name.isdecimal() for entry in self.checkpoints.glob("*"))
         count = max(keep_last + 2 - present, 1)
         free, needed = shutil.disk_usage(self._place()).free, count * checkpoint_bytes
         if free < needed:
@@ -151,8 +151,9 @@ class RunDirectory:
             if kind_of(self.metrics_file) == FILE:
                 text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
                 for line in reversed(text.splitlines()):
-                    if _is_kept(line, step) and "learning_rate" in (row := json.loads(line)):
-                        return row["step"], float(row["learning_rate"])
+                    row = json.loads(line) if _is_kept(line, step) else {}
+                    if isinstance(row.get("learning_rate"), float):
+                        return row["step"], row["learning_rate"]
         return None
 
     def create(
@@ -189,11 +190,15 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"run.dir={self.path} can not be written: {error.strerror}.") from error
 
-    def cut_back(self, step: int) -> None:
-        """Drops the lines of both logs that are later than `step`; all of them for a start at 0."""
+    def cut_back(self, step: int, log_every: int) -> list[str]:
+        """Drops the lines of both logs that are later than `step`; all of them for a start at 0.
+
+        Returns:
+          What to tell of lines that are lost.
+        """
         if not self._writes:
-            return
-        last = step if step else -1
+            return []
+        last, notes, steps_before = step if step else -1, [], []
         for file in (self.metrics_file, self.ranks_file):
             kind = kind_of(file)
             if kind == ABSENT:
@@ -203,10 +208,30 @@ class RunDirectory:
             try:
                 lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _is_kept(line, last)]
+                steps_before += filter(None, map(_step_of, lines))
+                if step and (count := sum(_step_of(line) is None for line in lines)):
+                    what = "lines that can not be read are" if count > 1 else "unreadable line is"
+                    notes.append(f"{file}: {count} {what} dropped")
                 _write_atomically(file, "".join(line + "\n" for line in kept))
             except OSError as error:
                 message = f"{file} can not be cut back to step {step}: {error.strerror}."
                 raise RunError(message) from error
+        if not step and steps_before:
+            notes.append(
+                f"{self.path} has no checkpoint: its log to step {max(steps_before)} is dropped"
+            )
+        first = self._newest_row() + 1
+        if step - first + 1 >= log_every:
+            steps = f"steps {first} to {step}" if first < step else f"step {step}"
+            notes.append(f"{self.metrics_file} has no row of {steps}")
+        return notes
+
+    def _newest_row(self) -> int:
+        """The newest step of metrics.jsonl, after it was cut back; 0 if there is none."""
+        if kind_of(self.metrics_file) == ABSENT:
+            return 0
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        return _step_of(lines[-1]) or 0 if lines else 0
 
     def log_metrics(self, values: dict) -> None:
         if not self._writes:
@@ -252,11 +277,17 @@ def _is_empty(path: pathlib.Path) -> bool:
 
 
 def _is_kept(line: str, step: int) -> bool:
+    found = _step_of(line)
+    return found is not None and found <= step
+
+
+def _step_of(line: str) -> int | None:
+    """None for a line that a kill cut short, or one that was never ours."""
     try:
-        return json.loads(line)["step"] <= step
-    # The line that a kill cut short, or one that was never ours.
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return None
+    return step if type(step) is int else None
 
 
 def _append(file: pathlib.Path, values: dict) -> None:

@@ -153,10 +153,13 @@ def _heldout_line(stored: dict, origin: dict[str, str], changes: Sequence[Change
 
 
 def _device_changes(before: dict, now: dict) -> list[Change]:
+    if not isinstance(before, dict):  # edited: it is only for the record
+        return []
     found = []
     if before.get("kind") != now["kind"]:
         found.append(Change("devices", before.get("kind"), now["kind"]))
-    sizes = before.get("mesh") or {}
+    sizes = before.get("mesh")
+    sizes = sizes if isinstance(sizes, dict) else {}
     return found + [
         Change(f"mesh.{axis}", sizes[axis], size)
         for axis, size in now["mesh"].items()

@@ -32,6 +32,7 @@ _ending = threading.Lock()  # held for good by the thread that ends the process
 def install() -> None:
     """Makes SIGINT and SIGTERM end this process with one line, whatever it is doing."""
     global _is_installed
+    _open_standard_streams()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in NUMBERS:
@@ -40,6 +41,19 @@ def install() -> None:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     _is_installed = True
+
+
+def _open_standard_streams() -> None:
+    """What is closed becomes /dev/null: else the next files to be opened, checkpoints among them,
+    get these numbers, and whatever is printed ends up in them.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 def handler() -> Callable | None:

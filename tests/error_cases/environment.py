@@ -101,9 +101,10 @@ def _full_at(name: str):
     def around():
         cut_back = RunDirectory.cut_back
 
-        def then_fill(self, step):
-            cut_back(self, step)
+        def then_fill(self, *args):
+            notes = cut_back(self, *args)
             (self.path / name).symlink_to(FULL)
+            return notes
 
         with running(), mock.patch.object(RunDirectory, "cut_back", then_fill):
             yield
@@ -117,9 +118,10 @@ def _files_of_4_kib():
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     cut_back = RunDirectory.cut_back
 
-    def then_limit(self, step):
-        cut_back(self, step)
+    def then_limit(self, *args):
+        notes = cut_back(self, *args)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        return notes
 
     try:
         with running(), mock.patch.object(RunDirectory, "cut_back", then_limit):
