@@ -82,13 +82,12 @@ def reference(built):
     run, compiled, folder = built
     directory = RunDirectory(str(folder / "reference"))
     job = run.job._replace(config=tiny_config(folder, "reference"), run_dir=directory)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(train_lib, "compile_step", lambda run: compiled)
     handlers = [(n, signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGINT)]
-    assert train_lib.train(run._replace(job=job)) == EXIT_DONE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_lib, "compile_step", lambda run: compiled)
+        assert train_lib.train(run._replace(job=job)) == EXIT_DONE
     for number, handler in handlers:
         signal.signal(number, handler)
-    patch.undo()
     return read_all(folder, "reference"), final_state(run, folder, "reference")
 
 

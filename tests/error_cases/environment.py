@@ -88,7 +88,22 @@ def running(step=None):
         }
         for name, value in patches.items():
             stack.enter_context(mock.patch.object(train, name, value))
+        stack.enter_context(_nothing_kept())
         yield
+
+
+@contextlib.contextmanager
+def _nothing_kept():
+    """No program goes to the tests' cache of compiled ones: with a full disk it would be half of
+    one, and break whoever reads it.
+    """
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 # ------------------------------------------------------------------------------- while it runs
