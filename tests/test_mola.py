@@ -443,7 +443,7 @@ def test_what_is_said_of_it(folder, capsys):
     out = capsys.readouterr().out
     assert "LoRA experts, rank up to 4" in out and "/attention/q_router" in out
     with pytest.raises(
-        UserError, match="lose the routing. tools/mixlora_conv.* takes mixlora only"
+        UserError, match="lose the routing. python -m drlora_jax.convert takes mixlora only"
     ):
         arguments = ["--out", str(folder / "out"), "--format", "merged"]
         export.main(["--run", str(folder / "run"), *arguments])
