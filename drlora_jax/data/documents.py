@@ -234,8 +234,9 @@ class _Reader:
         self._report.straddled += counts[CUT_STARTS]
         for row, part, written in waiting:
             whole = [next(encoded) for _ in written]
-            if part.wording.template == "tokenizer" and self._starts_apart(written[0], whole[0]):
-                self._report.added_start = self._tokenizer.bos_token
+            if part.wording.template == "tokenizer" and self._report.added_start is None:
+                if any(map(self._starts_apart, written, whole)):
+                    self._report.added_start = self._tokenizer.bos_token
             self._keep(row, part, whole)
         if time.monotonic() > self._said + SAY_AFTER:
             self._said = time.monotonic()
