@@ -122,7 +122,7 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
     check_processes_agree(run, "at the start", checkpoints.latest_step() or 0)
     if job.is_new:
-        facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
+        facts = made_with(run.mesh, job.expert_layers, job.policy, job.adapter.max_rank)
         facts["resolved"] = job.resolved.to_json()
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
     check_run_dir_is_shared(run)
@@ -273,7 +273,7 @@ def _due(job: Job, step: int) -> Due:
 
 
 def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
-    layers, max_rank = run.job.model_config.moe_layers, run.job.adapter.max_rank
+    layers, max_rank = run.job.expert_layers, run.job.adapter.max_rank
     progress.show_ranks(position.capacity.ranks_LE, max_rank, layers)
 
 

@@ -18,7 +18,7 @@ from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage, resolve_targets
 from drlora_jax.allocation import CapacityShapes, make_policy
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
-from drlora_jax.config.expert_counts import resolve_counts
+from drlora_jax.adapters.expert_counts import resolve_counts
 from drlora_jax.errors import UserError
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_run

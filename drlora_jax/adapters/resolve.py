@@ -1,18 +1,19 @@
-"""What a config means for a model: settings that are to be worked out, the model with the experts
-that an adapter brings, the adapter, and the shapes of ranks. Pure functions.
+"""What a config means for a model: derived settings, the adapter, and the shapes of ranks.
+
+Pure functions.
 """
 
 import dataclasses
 
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.rank_trees import expert_roles
+from drlora_jax.adapters.expert_counts import experts_of_layers
+from drlora_jax.adapters.registry import PLACEMENTS
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.allocation.prilora import last_rank
-from drlora_jax.config import AdapterSection, TrainConfig
-from drlora_jax.config.expert_counts import experts_of_layers
+from drlora_jax.config import TrainConfig
 from drlora_jax.errors import UserError
-from drlora_jax.models.architecture import DenseFfnConfig, ModelConfig, RoutingConfig
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.placement import Placement
 from drlora_jax.system.precision import resolve_dtype
 
 
@@ -28,11 +29,13 @@ def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainC
     """The config with the rank that `allocation.rank_rule` makes of r_target in its place.
 
     The undivided r_target stays the rank of plain LoRA, where that is not set: the rules make the
-    experts of a token, or of a layer, together as large as one adapter of rank r. `model_config`
-    has the experts that `with_adapter_experts` gives.
+    experts of a token, or of a layer, together as large as one adapter of rank r.
     """
-    section, routing = config.allocation, model_config.routing
-    if section.rank_rule == "fixed" or routing is None:  # without experts, targets say so
+    section = config.allocation
+    if section.rank_rule == "fixed":
+        return config
+    routing = make_adapter(config, model_config).routing(model_config)
+    if routing is None:  # without experts, targets say so
         return config
     counts = set(experts_of_layers(config.adapter, model_config.num_layers))
     if len(counts) > 1:
@@ -66,47 +69,12 @@ def with_resolved_experts(config: TrainConfig, num_layers: int) -> TrainConfig:
     )
 
 
-def with_adapter_experts(model_config: ModelConfig, section: AdapterSection) -> ModelConfig:
-    """The model as its adapter makes it: MixLoRA puts routed experts on every dense FFN, MoLA on
-    every matrix that it adapts.
-    """
-    if not section.makes_experts:
-        return model_config
-    counts = experts_of_layers(section, model_config.num_layers)
-    experts = max(counts, default=section.num_experts)
-    chosen = min(section.experts_per_token, experts)
-    routing = RoutingConfig(experts, chosen, normalize=True, top_p=section.top_p)
-
-    def layer(config):
-        if not isinstance(config.ffn, DenseFfnConfig):
-            return config
-        if section.kind == "mola":
-            return dataclasses.replace(config, linear_routing=routing)
-        return dataclasses.replace(config, ffn=dataclasses.replace(config.ffn, routing=routing))
-
-    segments = tuple(
-        dataclasses.replace(segment, unit=tuple(map(layer, segment.unit)))
-        for segment in model_config.segments
-    )
-    return dataclasses.replace(model_config, segments=segments)
-
-
-def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
-    section: AdapterSection = config.adapter
-    return AdapterSpec(
-        paths=resolve_targets(model_config, section.kind, section.targets),
-        scale=section.scale,
-        dropout=section.dropout,
-        expert_scale=section.expert_scale,
-        expert_dropout=section.expert_dropout,
-        rank=section.rank or config.allocation.r_target,
-        dora=section.dora,
-        factor_dropout=section.factor_dropout,
-        max_rank=allocated_rank(config),
-        train_router=section.router == "after_warmup" and bool(model_config.moe_layers),
-        experts_module={"mixlora": "mlp", "mola": "*"}.get(section.kind, "moe"),
-        experts_per_layer=experts_of_layers(section, model_config.num_layers),
-    )
+def make_adapter(config: TrainConfig, model_config: ModelConfig) -> Placement:
+    """The adapter that a config puts on a model."""
+    section = config.adapter
+    paths = resolve_targets(model_config, section.kind, section.targets)
+    ranks = {"rank": section.rank or config.allocation.r_target, "max_rank": allocated_rank(config)}
+    return PLACEMENTS[section.kind].from_section(model_config, section, paths, **ranks)
 
 
 def allocated_rank(config: TrainConfig) -> int:
@@ -119,14 +87,12 @@ def allocated_rank(config: TrainConfig) -> int:
     return needed.get(section.kind, section.r_max)
 
 
-def capacity_shapes(
-    config: TrainConfig, model_config: ModelConfig, adapter: AdapterSpec
-) -> CapacityShapes:
+def capacity_shapes(model_config: ModelConfig, adapter: Placement) -> CapacityShapes:
     """The axes of ranks, masks and statistics; a dense model has no layers of them."""
-    routing = model_config.routing
+    routing = adapter.routing(model_config)
     return CapacityShapes(
-        layers=len(model_config.moe_layers),
-        projections=len(expert_roles(adapter)),
+        layers=len(adapter.expert_layers(model_config)),
+        projections=len(adapter.expert_roles()),
         experts=routing.num_experts if routing else 0,
-        max_rank=allocated_rank(config),
+        max_rank=adapter.max_rank,
     )

@@ -2,6 +2,7 @@
 
 import functools
 
+from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.allocation.adalora import adalora
 from drlora_jax.allocation.alphalora import (
     alphalora_experts,
@@ -25,7 +26,6 @@ from drlora_jax.allocation.prilora import prilora
 from drlora_jax.allocation.spectra import Exponents
 from drlora_jax.allocation.uniform import uniform
 from drlora_jax.config import TrainConfig
-from drlora_jax.config.expert_counts import experts_of_layers
 
 __all__ = [
     "CapacityShapes",

@@ -71,5 +71,5 @@ def grow(run: Run, position: Position, step: int, routing: dict | None = None) -
 def log_event(
     run: Run, step: int, capacity: CapacityState, event: Event, routing: dict | None = None
 ) -> None:
-    layers, budget = run.job.model_config.moe_layers, run.job.policy.budget
+    layers, budget = run.job.expert_layers, run.job.policy.budget
     run.job.run_dir.log_ranks(step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing)

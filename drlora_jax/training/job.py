@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.resolve import (
     capacity_shapes,
     make_adapter,
-    with_adapter_experts,
     with_resolved_dtype,
     with_resolved_experts,
     with_resolved_rank,
@@ -41,7 +39,9 @@ from drlora_jax.interop.hf_files import (
 )
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import Placement
+from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.parallel import processes as processes_lib
 from drlora_jax.parallel.mesh import AXES, count_devices, describe_sizes, resolve_sizes
 from drlora_jax.parallel.mesh_checks import check_exchange, check_mesh
@@ -59,7 +59,7 @@ class Job(NamedTuple):
     directory: object  # pathlib.Path of the base
     origin: dict[str, str]  # fingerprints of base and training data
     model_config: ModelConfig
-    adapter: AdapterSpec
+    adapter: Placement
     policy: Policy
     loader: Loader
     eval_batches: list[Batch]
@@ -69,6 +69,11 @@ class Job(NamedTuple):
     lines: list[str]  # what to tell before step 1
     # How rows were written, by which tokenizer, on which base; None where no data were read.
     resolved: Resolved | None = None
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The model layer index of every layer with experts, the base model's or the adapter's."""
+        return self.adapter.expert_layers(self.model_config)
 
 
 def prepare(config: TrainConfig) -> Job:
@@ -86,7 +91,6 @@ def prepare(config: TrainConfig) -> Job:
     model_config = read_model_config(directory)
     devices = count_devices()
     config = with_resolved_experts(with_resolved_dtype(config), model_config.num_layers)
-    model_config = with_adapter_experts(model_config, config.adapter)
     config = with_resolved_rank(config, model_config)
     if stored is not None:
         run_dir.check_settings(stored, config)
@@ -102,7 +106,7 @@ def prepare(config: TrainConfig) -> Job:
     sizes = resolve_sizes(config.mesh, devices, jax.process_count())
     check_mesh(config, model_config, sizes)
     check_exchange(config.mesh.exchange, jax.devices()[0].platform)
-    shapes = capacity_shapes(config, model_config, adapter)
+    shapes = capacity_shapes(model_config, adapter)
     _check_schedule(config, shapes, stored)
 
     reading = _reading(config.data, stored, before)
@@ -121,7 +125,7 @@ def prepare(config: TrainConfig) -> Job:
     if stored is not None:
         resume_lines = run_dir.check_same(stored, config, origin, _devices_now(sizes))
     schedule_steps = stored["schedule_steps"] if stored else total_steps
-    policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
+    policy = _make_policy(config, shapes, schedule_steps, model_config, adapter, directory)
     _check_balance(config, policy)
     _check_events_fit(total_steps, policy)
     if stored is not None:
@@ -143,7 +147,13 @@ def prepare(config: TrainConfig) -> Job:
         lines.append("data.eval_path is not set: no held-out loss is measured")
     lines += [*passes_lines(loader, config.train, total_steps)]
     lines += length_lines(loader, longest_positions(directory))
-    lines += ["", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
+    lines += [
+        "",
+        *coverage_lines(rows),
+        *adapter.notes(model_config),
+        "",
+        f"allocation  {policy.describe}",
+    ]
     lines.append(f"mesh        {describe_sizes(sizes)} on {_devices_line()}, {config.model.dtype}")
     lines += resume_lines
     return Job(
@@ -198,15 +208,21 @@ def _devices_line() -> str:
 
 
 def _make_policy(
-    config: TrainConfig, shapes: CapacityShapes, steps: int, model_config: ModelConfig, directory
+    config: TrainConfig,
+    shapes: CapacityShapes,
+    steps: int,
+    model_config: ModelConfig,
+    adapter,
+    directory,
 ) -> Policy:
     """The policy, with the exponents of the base's weights where it asks for them."""
     section = config.allocation
     policy = _without_exponents(config, shapes, steps)
     if not section.asks_for_exponents:
         return policy  # else: what can not be is refused before the analysis
+    layers = adapter.expert_layers(model_config)
     exponents = read_exponents(
-        model_config, directory, file=section.alpha_file, estimator=section.alpha_estimator
+        model_config, directory, layers, file=section.alpha_file, estimator=section.alpha_estimator
     )
     return make_policy(config, shapes, steps, exponents)
 

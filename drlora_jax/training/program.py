@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import linear_inputs
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
@@ -81,7 +80,7 @@ def build(job: Job, devices=None) -> Run:
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
-    has_router = job.adapter.train_router or config.adapter.makes_experts
+    has_router = job.adapter.trains_routers
     router_rate = config.adapter.router_learning_rate if has_router else None
     tx, schedule = make_optimizer(
         config.train,
@@ -122,7 +121,7 @@ def build(job: Job, devices=None) -> Run:
             out_shardings=shardings_of(state.lora),
         ),
         reorder=jax.jit(
-            functools.partial(reorder_ranks, model.config, tx),
+            functools.partial(reorder_ranks, model, tx),
             donate_argnums=(0, 1),
             out_shardings=(shardings_of(state.lora), shardings_of(state.opt_state)),
         ),
@@ -186,9 +185,11 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         fsdp=shape["fsdp"],
         tensor=shape["tensor"],
         max_rank=job.adapter.max_rank,
-        roles=len(expert_roles(job.adapter)),
+        roles=len(job.adapter.expert_roles()),
         slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
         linear_inputs=linear_inputs(job.model_config, job.adapter),
+        ffn_passes=job.adapter.ffn_passes,
+        side_ranks=job.adapter.side_ranks,
         drops=job.adapter.dropout > 0,
         reads_stacks=experts in READS_STACKS and mesh.size == 1,
     )

@@ -20,9 +20,9 @@ import optax
 
 from drlora_jax.adapters.rank_trees import (
     elementwise_importance,
-    expert_roles,
     gates_tree,
     lora_like,
+    masks_tree,
     probe_importance,
     with_probe,
 )
@@ -175,8 +175,7 @@ def make_train_step(
     model: Decoder, tx: optax.GradientTransformation, policy: Policy, options: StepOptions
 ) -> Callable:
     """A pure `step(params, state, batch [M, B, T]) -> (state, metrics)` for fine-tuning."""
-    config, adapter = model.config, model.options.adapter
-    roles = expert_roles(adapter)
+    projections = len(model.options.adapter.expert_roles())
 
     def micro_batch(params, state, key, batch, share, targets):
         """Gradients of this micro-batch's part of the loss, and what it measured."""
@@ -184,18 +183,18 @@ def make_train_step(
         def loss_fn(lora, gate_LPER):
             mask_LER = state.mask_LER
             if policy.needs_probe:
-                mask_LER = with_probe(config, mask_LER)
+                mask_LER = with_probe(model, mask_LER)
             masked_LPER = gate_LPER * mask_LER[:, None]
             variables = {
                 "params": params,
                 "lora": lora,
-                "rank_mask": gates_tree(config, roles, masked_LPER),
+                "rank_mask": gates_tree(model, masked_LPER),
             }
             terms, stats = batch_loss(model, variables, batch, options.auxiliary, key=key)
             return terms.nll / targets + share * terms.auxiliary, (terms, stats)
 
         layers, experts, ranks = state.mask_LER.shape
-        ones_LPER = jnp.ones((layers, len(roles), experts, ranks), jnp.float32)
+        ones_LPER = jnp.ones((layers, projections, experts, ranks), jnp.float32)
         (_, measured), grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
             state.lora, ones_LPER
         )
@@ -224,15 +223,11 @@ def make_train_step(
         stats = state.stats
         if stats_ML is not None:
             elementwise = (
-                elementwise_importance(config, roles, state.lora, grads)
+                elementwise_importance(model, state.lora, grads)
                 if policy.needs_elementwise
                 else None
             )
-            probe = (
-                probe_importance(config, roles, grads, state.mask_LER)
-                if policy.needs_probe
-                else None
-            )
+            probe = probe_importance(model, grads, state.mask_LER) if policy.needs_probe else None
             measured = StepStats(
                 gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M, probe
             )
@@ -241,13 +236,13 @@ def make_train_step(
                 is_used_LE = jnp.sum(measured.count_MLE, axis=0) > 0
         moves_router = state.step >= options.router_start
         every_rank = jnp.ones_like(state.mask_LER)
-        trains = lora_like(config, state.lora, is_used_LE, every_rank, moves_router)
+        trains = lora_like(model, state.lora, is_used_LE, every_rank, moves_router)
         if options.freeze_a:
             trains = jax.tree.map_with_path(lambda path, leaf: leaf & (path[-1].key != "a"), trains)
         hold = Hold(
             trains=trains,
             active=lora_like(
-                config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
+                model, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
             ),
         )
         if policy.needs_probe:  # a probe is looked at, not trained
@@ -275,18 +270,10 @@ def make_eval_step(model: Decoder) -> Callable:
     """A pure `step(params, lora, mask_LER, batch [B, T]) -> (sum of NLL, target tokens, routing
     statistics)`.
     """
-    config = model.config
-    roles = expert_roles(model.options.adapter)
 
     def step(params, lora, mask_LER, batch: Batch):
-        gate_LPER = jnp.broadcast_to(
-            mask_LER[:, None], (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
-        )
-        variables = {
-            "params": params,
-            "lora": lora,
-            "rank_mask": gates_tree(config, roles, gate_LPER),
-        }
+        gates = masks_tree(model, mask_LER)
+        variables = {"params": params, "lora": lora, "rank_mask": gates}
         terms, stats = batch_loss(model, variables, batch, AuxiliaryWeights())
         return terms.nll, jnp.sum(batch.target_mask_BT), stats
 
