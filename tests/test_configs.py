@@ -7,7 +7,6 @@ import pathlib
 import re
 
 import pytest
-from tiny import OLMOE, write_tiny_model
 
 from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage
@@ -16,6 +15,7 @@ from drlora_jax.models.families import parse_config
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.parallel.mesh_checks import check_mesh
 from drlora_jax.training.job import prepare
+from tests.support.tiny import OLMOE, write_tiny_model
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MIXLORA = str(CONFIGS / "mixlora_smollm2.py")

@@ -7,7 +7,6 @@ import struct
 import pytest
 import tokenizers
 import transformers
-from tiny import MIXTRAL, OLMOE, write_tiny_model
 
 from drlora_jax.config import TrainConfig, all_fields, apply_overrides, from_dict, to_dict
 from drlora_jax.data.layouts import read_row, read_text
@@ -19,6 +18,7 @@ from drlora_jax.interop.hf_files import read_config_json, read_headers
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.families import FAMILIES, parse_config
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from tests.support.tiny import MIXTRAL, OLMOE, write_tiny_model
 
 ODD_TEXTS = (
     *("", " ", "0", "-1", "1e999", "-inf", "nan", "none", "true", "0x10", "1_0", "1.5", "9" * 5000),

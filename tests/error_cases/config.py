@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from error_cases.case import Case
+from tests.error_cases.case import Case
 
 
 def _file(text: str | bytes, name: str = "config.py"):

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-from error_cases.case import Case
+from tests.error_cases.case import Case
 
 DIGEST = r"\b[0-9a-f]{12}\b"
 

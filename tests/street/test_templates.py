@@ -23,7 +23,7 @@ from drlora_jax.data.templates import (
     write_prompt,
 )
 from drlora_jax.errors import UserError
-from street.chat_templates import (
+from tests.street.chat_templates import (
     KINDS,
     LLAMA3_2,
     NAMED,

@@ -27,8 +27,8 @@ from drlora_jax.evaluation.records import Settings
 from drlora_jax.evaluation.tasks import TASKS, Work
 from drlora_jax.inference.words import Words
 from drlora_jax.runs.resolved import Resolved, as_trained, resolve
-from street import made
-from street.chat_templates import KINDS
+from tests.street import made
+from tests.street.chat_templates import KINDS
 
 PACKAGE = pathlib.Path(generate.__file__).parent
 QUESTION, ANSWER = "Tom has 3 apples and buys  4.\nHow many?", "He has 7.\n#### 7"
