@@ -44,14 +44,14 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
 
 def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Job:
     """The job of a config without files: no data, weights, tokenizer or run directory."""
-    model_config = resolve.with_adapter_experts(parse_config(values), config.adapter)
+    model_config = parse_config(values)
     adapter = resolve.make_adapter(config, model_config)
     sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
     check_mesh(config, model_config, sizes)
     steps = config.train.steps
     if steps is None:
         raise UserError("Set train.steps: without data there are no epochs to count.")
-    shapes = resolve.capacity_shapes(config, model_config, adapter)
+    shapes = resolve.capacity_shapes(model_config, adapter)
     return job.Job(
         config=config,
         run_dir=None,

@@ -17,7 +17,8 @@ from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import read_config_json, read_headers
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.families import FAMILIES, parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 from tests.support.tiny import MIXTRAL, OLMOE, write_tiny_model
 
 ODD_TEXTS = (

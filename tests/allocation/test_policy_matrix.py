@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from drlora_jax import alpha, train
-from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.allocation import CapacityState, StepStats, masks_from_ranks
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
@@ -131,7 +130,7 @@ class World:
         is in it by its statistics only.
         """
         policy, (layers, experts, ranks) = run.job.policy, run.abstract_state.mask_LER.shape
-        shapes_LPER = (layers, len(expert_roles(run.job.adapter)), experts, ranks)
+        shapes_LPER = (layers, len(run.job.adapter.expert_roles()), experts, ranks)
         shapes = (1, *shapes_LPER), shapes_LPER, (1, layers, experts), (1, layers, experts), (1,)
         measured = StepStats(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
         uses = jax.make_jaxpr(policy.accumulate)(run.abstract_state.stats, measured)

@@ -20,7 +20,8 @@ from drlora_jax.config import (
 )
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 
 BUNDLED = pathlib.Path(__file__).parents[2] / "drlora_jax" / "bundled"
 OLMOE = {
