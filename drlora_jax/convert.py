@@ -36,7 +36,6 @@ from safetensors.numpy import save_file
 
 from drlora_jax import cli
 from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import (
     AdapterSection,
@@ -46,6 +45,7 @@ from drlora_jax.config import (
     RunSection,
     TrainConfig,
 )
+from drlora_jax.config.resolve import make_adapter, with_adapter_experts
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.inference.model import read_factors
 from drlora_jax.interop import mixlora

@@ -8,7 +8,8 @@ from test_step import Stepper, expert_leaves, leaves
 from tiny import OLMOE, random_params
 
 from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.rank_trees import elementwise_importance, expert_roles, gates_tree
+from drlora_jax.adapters.rank_trees import expert_roles, gates_tree, over_roles
+from drlora_jax.allocation.measurements import ELEMENTWISE, StepView
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
@@ -133,7 +134,12 @@ def test_elementwise_importance_against_loops():
         jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), shapes)
         for _ in range(2)
     )
-    got = elementwise_importance(config, ("up", "down"), lora, grads)
+
+    def each_role(measure):
+        pair = lambda layer, role: measure(layer(lora, role), layer(grads, role))  # noqa: E731
+        return over_roles(config, ("up", "down"), pair)
+
+    got = ELEMENTWISE.measure(StepView(lora, grads, None, each_role, True))
     values, slopes = expert_leaves(lora), expert_leaves(grads)
     for index, role in enumerate(("up", "down")):
         for place in np.ndindex(got.shape[0], *got.shape[2:]):

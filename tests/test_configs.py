@@ -9,9 +9,9 @@ import re
 import pytest
 from tiny import OLMOE, write_tiny_model
 
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import load_config
+from drlora_jax.config.resolve import make_adapter, with_adapter_experts
 from drlora_jax.models.families import parse_config
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.parallel.mesh_checks import check_mesh

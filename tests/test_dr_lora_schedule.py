@@ -1,10 +1,11 @@
 """Growth schedules of DR-LoRA: whole runs with recorded statistics, and what is refused."""
 
 import numpy as np
+import policies
 import pytest
 
 from drlora_jax.allocation import CapacityShapes
-from drlora_jax.allocation.dr_lora import Stats, dr_lora
+from drlora_jax.allocation.growth import Stats
 from drlora_jax.errors import UserError
 
 PUBLISHED = {
@@ -23,7 +24,7 @@ R_MAX, PROJECTIONS = 32, 2
 
 def make_policy(experts=16, r_max=R_MAX, **options):
     shapes = CapacityShapes(layers=1, projections=PROJECTIONS, experts=experts, max_rank=r_max)
-    return dr_lora(shapes, **(PUBLISHED | options))
+    return policies.make_policy("dr_lora", shapes, **(PUBLISHED | options))
 
 
 def record(experts, seed=0, spread=0.8):

@@ -11,8 +11,8 @@ from oracles.stored import DATA, load_arrays
 from safetensors.numpy import save_file
 
 from drlora_jax import convert
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.config import AllocationSection, TrainConfig
+from drlora_jax.config.resolve import make_adapter, with_adapter_experts
 from drlora_jax.errors import UserError
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import read_model_config

@@ -14,11 +14,11 @@ from tiny import OLMOE, random_params, tiny_config, write_rows, write_tiny_model
 
 from drlora_jax import alpha, export, inspect, train
 from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage, resolve_targets
-from drlora_jax.allocation import CapacityShapes, make_policy
+from drlora_jax.allocation import CapacityShapes
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
 from drlora_jax.config.expert_counts import resolve_counts
+from drlora_jax.config.resolve import make_adapter, make_policy, with_adapter_experts
 from drlora_jax.errors import UserError
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_run

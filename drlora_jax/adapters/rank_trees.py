@@ -1,5 +1,5 @@
-"""Arrays over layers and experts, [L, E, ...], as trees beside the factors; and back, the
-importance of every rank.
+"""Arrays over layers and experts, [L, E, ...], as trees beside the factors; and back, measures of
+every rank.
 
 Letters: L layers with experts, P projections, E, R as in `allocation.base`.
 """
@@ -66,42 +66,7 @@ def over_experts(config: ModelConfig, lora: dict, array_L: jax.Array, rest: Call
     return jax.tree.map_with_path(leaf, lora)
 
 
-def with_probe(config: ModelConfig, mask_LER: jax.Array) -> jax.Array:
-    """The mask with every expert's next inactive rank let through. Its B row is zero, so the model
-    computes the same; its B row has a gradient.
-    """
-    first_LE1 = mask_LER[..., :1]
-    if config.experts_module == "moe":  # an adapter's own expert without a rank stays closed
-        first_LE1 = jnp.ones_like(first_LE1)
-    return jnp.concatenate([first_LE1, mask_LER[..., :-1]], axis=-1)
-
-
-def probe_importance(
-    config: ModelConfig, roles: tuple[str, ...], grads: dict, mask_LER: jax.Array
-) -> jax.Array:
-    """sum_i dB_ik^2 for the rank k that `with_probe` added, 0 for all others, f32 [L, P, E, R]."""
-    rows_LPER = _over_roles(
-        config, roles, lambda layer, role: jnp.sum(layer(grads, role)["b"] ** 2, axis=-1)
-    )
-    return rows_LPER * (with_probe(config, mask_LER) - mask_LER)[:, None]
-
-
-def elementwise_importance(
-    config: ModelConfig, roles: tuple[str, ...], lora: dict, grads: dict
-) -> jax.Array:
-    """(sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank, f32 [L, P, E, R]."""
-
-    def sides(layer, role):
-        factors, grad = layer(lora, role), layer(grads, role)
-        a_side, b_side = (
-            jnp.sum(jnp.abs(factors[side] * grad[side]), axis=-1) for side in ("a", "b")
-        )
-        return a_side * b_side
-
-    return _over_roles(config, roles, sides)
-
-
-def _over_roles(config: ModelConfig, roles: tuple[str, ...], measure: Callable) -> jax.Array:
+def over_roles(config: ModelConfig, roles: tuple[str, ...], measure: Callable) -> jax.Array:
     """[L, P, E, R] of measure(layer, role) -> [repeats, E, R], where layer(tree, role) has the
     leaves `a` and `b` of a tree like `lora`.
     """

@@ -1,14 +1,16 @@
 """What a config means for a model: settings that are to be worked out, the model with the experts
-that an adapter brings, the adapter, and the shapes of ranks. Pure functions.
+that an adapter brings, the adapter, the shapes of ranks, and the policy. Pure functions.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import resolve_targets
-from drlora_jax.allocation import CapacityShapes
-from drlora_jax.allocation.prilora import last_rank
+from drlora_jax.allocation import CapacityShapes, Context, Policy
+from drlora_jax.allocation.by_expert_count import for_counts
+from drlora_jax.allocation.spectra import Exponents
 from drlora_jax.config import AdapterSection, TrainConfig
 from drlora_jax.config.expert_counts import experts_of_layers
 from drlora_jax.errors import UserError
@@ -110,13 +112,8 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> AdapterSpec:
 
 
 def allocated_rank(config: TrainConfig) -> int:
-    """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
-    section = config.allocation
-    needed = {"uniform": section.r_target, "adalora": section.r_init}
-    if config.adapter.makes_experts:  # its experts are there or not
-        needed["alphalora"] = section.r_target
-    needed["prilora"] = max(section.r_init, last_rank(section.r_init, section.r_target))
-    return needed.get(section.kind, section.r_max)
+    """Returns the ranks that experts have memory for."""
+    return config.allocation.own.allocated_rank(config.allocation, config.adapter)
 
 
 def capacity_shapes(
@@ -130,3 +127,28 @@ def capacity_shapes(
         experts=routing.num_experts if routing else 0,
         max_rank=allocated_rank(config),
     )
+
+
+def make_policy(
+    config: TrainConfig,
+    shapes: CapacityShapes,
+    total_steps: int,
+    exponents: Callable[[], Exponents] | None = None,
+) -> Policy:
+    """Returns the policy that a config names, for a model's shapes and the number of steps its
+    schedule is made for; `exponents` is called if it asks for them.
+    """
+    chosen, counts_L = config.allocation.own, experts_of_layers(config.adapter, shapes.layers)
+    context = Context(
+        shapes=shapes,
+        r_target=config.allocation.r_target,
+        total_steps=total_steps,
+        warmup_ratio=config.train.warmup_ratio,
+        seed=config.run.seed,
+        counts_L=counts_L,
+        has_new_experts=config.adapter.makes_experts,
+        exponents=exponents,
+    )
+    if len(set(counts_L)) > 1 and chosen.wants_equal_layers:
+        return for_counts(counts_L, shapes, lambda part: chosen.make(context._replace(shapes=part)))
+    return chosen.make(context)
