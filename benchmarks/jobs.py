@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import train
-from drlora_jax.adapters import resolve
-from drlora_jax.allocation import make_policy
-from drlora_jax.config import TrainConfig
+from drlora_jax.config import TrainConfig, resolve
 from drlora_jax.data.loader import Batch
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import find_model
@@ -60,7 +58,7 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Jo
         origin={},
         model_config=model_config,
         adapter=adapter,
-        policy=make_policy(config, shapes, steps),
+        policy=resolve.make_policy(config, shapes, steps),
         loader=None,
         eval_batches=[],
         mesh_sizes=sizes,

@@ -35,7 +35,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax import cli
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -44,6 +43,7 @@ from drlora_jax.config import (
     RunSection,
     TrainConfig,
 )
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.inference.model import read_factors
 from drlora_jax.interop import mixlora

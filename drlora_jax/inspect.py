@@ -12,9 +12,9 @@ import statistics
 from typing import NamedTuple
 
 from drlora_jax import cli
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.adapters.targets import coverage, coverage_lines
-from drlora_jax.config import TrainConfig, from_dict
+from drlora_jax.config import from_flat
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_files import find_model, has_weights, read_headers, read_model_config
 from drlora_jax.interop.hf_read import match_keys
@@ -163,7 +163,7 @@ def checkpoint_steps(directory: pathlib.Path) -> list[int]:
 def _base_lines(run: RunLog) -> list[str]:
     """Architecture and what is adapted; a base that is not on this machine is only named."""
     try:
-        config = _stored_config(run)
+        config = from_flat(run.config)
         model = read_model_config(find_local(config.model.path))
         adapter = make_adapter(config, model)
         rows = coverage(model, adapter, config.adapter.targets)
@@ -171,14 +171,6 @@ def _base_lines(run: RunLog) -> list[str]:
         return [f"base        {run.config.get('model.path')}: {error}"]
     architecture = architecture_lines(config.model.path, model, adapter)
     return [*architecture, "", *kind_lines(model), "", *coverage_lines(rows)]
-
-
-def _stored_config(run: RunLog) -> TrainConfig:
-    sections: dict[str, dict] = {}
-    for name, value in run.config.items():
-        section, _, field = name.partition(".")
-        sections.setdefault(section, {})[field] = value
-    return from_dict(sections)
 
 
 def rank_lines(run: RunLog) -> list[str]:

@@ -71,7 +71,8 @@ def main(argv=None) -> int:
     if run.mesh.size > 1:
         trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
         trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
-        print("\n".join(mesh_lib.partition_lines(run.mesh, trees)), "\n", flush=True)
+        lines = mesh_lib.partition_lines(run.mesh, trees, job.policy.stat_axes)
+        print("\n".join(lines), "\n", flush=True)
     job.run_dir.check_room(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         print(COMPILING, flush=True)

@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import load_config
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.models.families import parse_config
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.parallel.mesh_checks import check_mesh

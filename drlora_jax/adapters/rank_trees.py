@@ -1,5 +1,5 @@
 """Arrays over layers and experts, [L, E, ...], as trees like the LoRA matrices; and back, the
-importance of every rank.
+measures of every rank.
 
 The functions take the model, whose config and adapter say which layers have experts and where their
 matrices are. Letters: L layers with experts, P projections, E, R as in `allocation.base`. A matrix
@@ -81,40 +81,7 @@ def over_experts(model: Decoder, lora: dict, array_L: jax.Array, rest: Callable)
     return jax.tree.map_with_path(leaf, lora)
 
 
-def with_probe(model: Decoder, mask_LER: jax.Array) -> jax.Array:
-    """The mask with every expert's next inactive rank let through. Its row of the matrix that
-    starts at zero is zero, so the model computes the same; that row has a gradient.
-    """
-    first_LE1 = mask_LER[..., :1]
-    if not model.options.adapter.makes_experts:  # an adapter's own stays inactive without a rank
-        first_LE1 = jnp.ones_like(first_LE1)
-    return jnp.concatenate([first_LE1, mask_LER[..., :-1]], axis=-1)
-
-
-def probe_importance(model: Decoder, grads: dict, mask_LER: jax.Array) -> jax.Array:
-    """sum_i dB_ik^2 for the rank k that `with_probe` added, 0 for all others, f32 [L, P, E, R]; dA
-    where it is A that starts at zero.
-    """
-    side = model.options.adapter.gated_side
-
-    def squared(layer, role):
-        return jnp.sum(layer(grads, role)[side(role)] ** 2, axis=-1)
-
-    return _over_roles(model, squared) * (with_probe(model, mask_LER) - mask_LER)[:, None]
-
-
-def elementwise_importance(model: Decoder, lora: dict, grads: dict) -> jax.Array:
-    """(sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank, f32 [L, P, E, R]."""
-
-    def sides(layer, role):
-        pair, grad = layer(lora, role), layer(grads, role)
-        a_side, b_side = (jnp.sum(jnp.abs(pair[side] * grad[side]), axis=-1) for side in ("a", "b"))
-        return a_side * b_side
-
-    return _over_roles(model, sides)
-
-
-def _over_roles(model: Decoder, measure: Callable) -> jax.Array:
+def over_roles(model: Decoder, measure: Callable) -> jax.Array:
     """[L, P, E, R] of measure(layer, role) -> [repeats, E, R], where layer(tree, role) has the
     leaves `a` and `b` of a tree like `lora`.
     """

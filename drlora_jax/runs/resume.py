@@ -10,7 +10,7 @@ import os.path
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax.config import TrainConfig, own_fields, to_dict
 from drlora_jax.errors import UserError
 
 # Where things are, what is reported, and how long the run is.
@@ -169,7 +169,8 @@ def _device_changes(before: dict, now: dict) -> list[Change]:
 
 def _changes(stored: dict, config: TrainConfig) -> list[Change]:
     # A field that is newer than the run had its default.
-    before = _flat(to_dict(TrainConfig())) | _flat(stored["config"])
+    known = {name: own_fields(name, fields) for name, fields in stored["config"].items()}
+    before = _flat(to_dict(TrainConfig())) | _flat(known)
     now = _flat(to_dict(config))
     return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
 

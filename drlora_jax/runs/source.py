@@ -4,8 +4,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.config import TrainConfig, from_dict
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.interop.directories import read_run
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config, same_base

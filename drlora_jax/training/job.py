@@ -10,17 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.adapters.resolve import (
+from drlora_jax.adapters.targets import coverage, coverage_lines
+from drlora_jax.allocation import CapacityShapes, Policy
+from drlora_jax.allocation.spectra import Exponents
+from drlora_jax.config import DataSection, TrainConfig, settled
+from drlora_jax.config.resolve import (
     capacity_shapes,
     make_adapter,
+    make_policy,
     with_resolved_dtype,
     with_resolved_experts,
     with_resolved_rank,
 )
-from drlora_jax.adapters.targets import coverage, coverage_lines
-from drlora_jax.allocation import CapacityShapes, Policy, make_policy
-from drlora_jax.allocation.spectra import Exponents
-from drlora_jax.config import DataSection, TrainConfig
 from drlora_jax.data.documents import check_paths, digest, load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.report import Report
@@ -81,6 +82,7 @@ def prepare(config: TrainConfig) -> Job:
 
     What costs little comes first: a mistake in a setting is found before rows are read.
     """
+    config = settled(config)
     run_dir = RunDirectory(config.run.dir, writes=processes_lib.is_main())
     stored = run_dir.stored()
     run_dir.check_place()
@@ -212,27 +214,31 @@ def _make_policy(
     shapes: CapacityShapes,
     steps: int,
     model_config: ModelConfig,
-    adapter,
+    adapter: Placement,
     directory,
 ) -> Policy:
-    """The policy, with the exponents of the base's weights where it asks for them."""
+    """Returns the policy, with the exponents of the base's weights where it asks for them."""
     section = config.allocation
     policy = _without_exponents(config, shapes, steps)
-    if not section.asks_for_exponents:
+    if not section.own.wants_exponents():
         return policy  # else: what can not be is refused before the analysis
-    layers = adapter.expert_layers(model_config)
-    exponents = read_exponents(
-        model_config, directory, layers, file=section.alpha_file, estimator=section.alpha_estimator
-    )
+
+    def exponents() -> Exponents:
+        return read_exponents(
+            model_config,
+            directory,
+            adapter.expert_layers(model_config),
+            file=section.alpha_file,
+            estimator=section.alpha_estimator,
+        )
+
     return make_policy(config, shapes, steps, exponents)
 
 
 def _without_exponents(config: TrainConfig, shapes: CapacityShapes, steps: int) -> Policy:
-    """The policy, with exponents that are all alike where it asks for them."""
-    if not config.allocation.asks_for_exponents:
-        return make_policy(config, shapes, steps)
+    """Returns the policy, with exponents that are all alike where it asks for them."""
     alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
-    return make_policy(config, shapes, steps, alike)
+    return make_policy(config, shapes, steps, lambda: alike)
 
 
 def _check_balance(config: TrainConfig, policy: Policy) -> None:

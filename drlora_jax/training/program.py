@@ -91,7 +91,7 @@ def build(job: Job, devices=None) -> Run:
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda lora: initial_state(job, tx, lora), abstract_lora(model))
-    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state, job.policy.stat_axes))
     layout = memory_layout(job, mesh, experts)
     ratio = config.allocation.warmup_ratio
     ratio = config.train.warmup_ratio if ratio is None else ratio
@@ -141,7 +141,7 @@ def initial_state(job: Job, tx, lora: dict) -> TrainState:
     )
 
 
-def state_shardings(mesh, tx, state: TrainState) -> TrainState:
+def state_shardings(mesh, tx, state: TrainState, stat_axes=None) -> TrainState:
     """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
     lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
     opt_state = optax.tree.map_params(
@@ -156,7 +156,7 @@ def state_shardings(mesh, tx, state: TrainState) -> TrainState:
         lora=lora,
         opt_state=opt_state,
         mask_LER=mesh_lib.shardings_for(mesh, state.mask_LER, "mask_LER"),
-        stats=mesh_lib.shardings_for(mesh, state.stats, "stats"),
+        stats=mesh_lib.shardings_by_axes(mesh, state.stats, stat_axes),
     )
 
 

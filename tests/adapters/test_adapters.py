@@ -7,7 +7,8 @@ import pytest
 
 from drlora_jax.adapters.expert_lora import ExpertLora
 from drlora_jax.adapters.lora import Lora
-from drlora_jax.adapters.rank_trees import elementwise_importance, masks_tree
+from drlora_jax.adapters.rank_trees import masks_tree, over_roles
+from drlora_jax.allocation.measurements import ELEMENTWISE, StepView
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.options import DecoderOptions
@@ -134,7 +135,13 @@ def test_elementwise_importance_against_loops():
         jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), shapes)
         for _ in range(2)
     )
-    got = elementwise_importance(model, lora, grads)
+
+    def each_role(measure):
+        return over_roles(
+            model, lambda layer, role: measure(layer(lora, role), layer(grads, role), "b")
+        )
+
+    got = ELEMENTWISE.measure(StepView(lora, grads, None, each_role, True))
     values, slopes = expert_leaves(lora), expert_leaves(grads)
     for index, role in enumerate(("up", "down")):
         for place in np.ndindex(got.shape[0], *got.shape[2:]):

@@ -13,9 +13,9 @@ import pytest
 
 from drlora_jax import convert, export, train
 from drlora_jax.adapters.mixlora import MixtureFfn
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.inference.model import load_run
 from drlora_jax.models.architecture import DenseFfnConfig, RoutingConfig

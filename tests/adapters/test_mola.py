@@ -14,10 +14,10 @@ from drlora_jax import alpha, export, inspect, train
 from drlora_jax.adapters.expert_counts import resolve_counts
 from drlora_jax.adapters.lora import Lora
 from drlora_jax.adapters.rank_trees import gates_tree
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.adapters.targets import coverage, resolve_targets
-from drlora_jax.allocation import CapacityShapes, make_policy
+from drlora_jax.allocation import CapacityShapes
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
+from drlora_jax.config.resolve import make_adapter, make_policy
 from drlora_jax.errors import UserError
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_run

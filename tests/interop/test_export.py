@@ -201,12 +201,12 @@ def without_scale(trained: Trained) -> Trained:
     """What an exporter would see that forgot the scale."""
     adapter = trained.adapter.__class__(**(vars(trained.adapter) | {"scale": 1.0}))
     factors = layer_updates(trained.config, adapter, trained.lora, RANKS_LE)
-    return trained._replace(factors=factors)
+    return trained._replace(updates=factors)
 
 
 def swapped(trained: Trained) -> Trained:
     factors = [f._replace(experts=swap_halves(f.experts)) for f in trained.updates]
-    return trained._replace(factors=factors)
+    return trained._replace(updates=factors)
 
 
 @pytest.mark.parametrize("mistake", ["expert slowest", "transposed", "no scale", "gate for up"])
@@ -345,7 +345,7 @@ def test_a_bfloat16_base_is_rounded_once(olmoe, trained, tmp_path):
 def test_shards_of_the_base_are_kept_and_others_can_be_cut(olmoe, trained, tmp_path):
     limit = 150_000
     sharded = tmp_path / "sharded"
-    merge(olmoe.directory, sharded, trained._replace(factors=[]), limit=limit)
+    merge(olmoe.directory, sharded, trained._replace(updates=[]), limit=limit)
     files = sorted(file.name for file in sharded.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:  # one tensor may be larger, alone in its file

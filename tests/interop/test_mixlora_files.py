@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from drlora_jax import convert
-from drlora_jax.adapters.resolve import make_adapter
 from drlora_jax.config import AllocationSection, TrainConfig
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import read_model_config

@@ -101,6 +101,13 @@ def tiny_config(tmp_path: pathlib.Path, name="run", **changes) -> TrainConfig:
     }
     for section, fields in changes.items():
         sections[section] |= fields
+    section, given = sections["allocation"], changes.get("allocation", {})
+    kind = section.get("kind", "dr_lora")
+    sections["allocation"] = {
+        name: value
+        for name, value in section.items()
+        if name in given or AllocationSection.has(kind, name)
+    }
     return TrainConfig(
         run=RunSection(**sections["run"]),
         model=ModelSection(**sections["model"]),

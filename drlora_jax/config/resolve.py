@@ -1,15 +1,17 @@
-"""What a config means for a model: derived settings, the adapter, and the shapes of ranks.
+"""What a config means for a model: derived settings, the adapter, the shapes of ranks, the policy.
 
 Pure functions.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.adapters.registry import PLACEMENTS
 from drlora_jax.adapters.targets import resolve_targets
-from drlora_jax.allocation import CapacityShapes
-from drlora_jax.allocation.prilora import last_rank
+from drlora_jax.allocation import CapacityShapes, Context, Policy
+from drlora_jax.allocation.by_expert_count import for_counts
+from drlora_jax.allocation.spectra import Exponents
 from drlora_jax.config import TrainConfig
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import ModelConfig
@@ -78,13 +80,8 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> Placement:
 
 
 def allocated_rank(config: TrainConfig) -> int:
-    """Ranks that experts have memory for: a policy that does not grow needs what it starts with."""
-    section = config.allocation
-    needed = {"uniform": section.r_target, "adalora": section.r_init}
-    if config.adapter.makes_experts:  # its experts are there or not
-        needed["alphalora"] = section.r_target
-    needed["prilora"] = max(section.r_init, last_rank(section.r_init, section.r_target))
-    return needed.get(section.kind, section.r_max)
+    """Returns the ranks that experts have memory for."""
+    return config.allocation.own.allocated_rank(config.allocation, config.adapter)
 
 
 def capacity_shapes(model_config: ModelConfig, adapter: Placement) -> CapacityShapes:
@@ -96,3 +93,28 @@ def capacity_shapes(model_config: ModelConfig, adapter: Placement) -> CapacitySh
         experts=routing.num_experts if routing else 0,
         max_rank=adapter.max_rank,
     )
+
+
+def make_policy(
+    config: TrainConfig,
+    shapes: CapacityShapes,
+    total_steps: int,
+    exponents: Callable[[], Exponents] | None = None,
+) -> Policy:
+    """Returns the policy that a config names, for a model's shapes and the number of steps its
+    schedule is made for; `exponents` is called if it asks for them.
+    """
+    chosen, counts_L = config.allocation.own, experts_of_layers(config.adapter, shapes.layers)
+    context = Context(
+        shapes=shapes,
+        r_target=config.allocation.r_target,
+        total_steps=total_steps,
+        warmup_ratio=config.train.warmup_ratio,
+        seed=config.run.seed,
+        counts_L=counts_L,
+        has_new_experts=config.adapter.makes_experts,
+        exponents=exponents,
+    )
+    if len(set(counts_L)) > 1 and chosen.wants_equal_layers:
+        return for_counts(counts_L, shapes, lambda part: chosen.make(context._replace(shapes=part)))
+    return chosen.make(context)
