@@ -8,8 +8,6 @@ from drlora_jax.allocation import CapacityShapes, StepStats
 from drlora_jax.allocation.dr_lora import Stats, dr_lora
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
-
-
 DEFAULTS = {
     "total_steps": 100,
     "r_init": 2,
