@@ -383,26 +383,18 @@ def test_growth_holds_the_budget_of_every_layer(folder):
     assert stored["budget"] == [2 * n for n in counts]
 
 
-def test_exactly_the_open_experts_trained(folder):
+def test_exactly_the_routers_of_open_experts_trained(folder):
+    """Of factors the policy matrix says the same."""
     loaded = load_run(str(folder / "run"))
     first = jax.jit(lambda key: init_lora(loaded.model, key))(jax.random.key(0))
-    inactive_LER = np.arange(4) >= loaded.ranks_LE[..., None]
-    closed_LE = loaded.ranks_LE == 0
-    lora = loaded.variables["lora"]["segment_0"]["layer_0"]
+    is_open_LE = loaded.ranks_LE > 0
+    is_routed_LE = is_open_LE & (np.sum(is_open_LE, axis=1, keepdims=True) > 1)
+    lora, before = (tree["segment_0"]["layer_0"] for tree in (loaded.variables["lora"], first))
     for module, role in (("attention", "q"), ("mlp", "down")):
-        before = first["segment_0"]["layer_0"][module]
-        factors, router = lora[module][f"{role}_lora"], lora[module][f"{role}_router"]["router"]
-        moved_LDE = np.abs(np.asarray(router - before[f"{role}_router"]["router"])) > 1e-6
-        is_routed_LE = ~closed_LE & (np.sum(~closed_LE, axis=1, keepdims=True) > 1)
+        assert set(lora[module]) == {f"{role}_lora", f"{role}_router"}
+        new, old = (tree[module][f"{role}_router"]["router"] for tree in (lora, before))
+        moved_LDE = np.abs(np.asarray(new - old)) > 1e-6
         np.testing.assert_array_equal(moved_LDE.any(axis=1), is_routed_LE)
-        assert not np.asarray(factors["b"])[inactive_LER].any()
-        is_same = np.abs(np.asarray(factors["a"] - before[f"{role}_lora"]["a"])) < 1e-6
-        assert is_same[inactive_LER].all()
-        assert np.asarray(factors["b"]).any(axis=-1)[..., 0][~closed_LE].all()
-    assert [set(lora[module]) for module in ("attention", "mlp")] == [
-        {"q_lora", "q_router"},
-        {"down_lora", "down_router"},
-    ]
 
 
 def test_the_loaded_model_gives_the_logged_loss_on_four_devices(finished):

@@ -22,30 +22,30 @@ PUBLISHED = {
 R_MAX, PROJECTIONS = 32, 2
 
 
-def make_policy(experts=16, r_max=R_MAX, **options):
-    shapes = CapacityShapes(layers=1, projections=PROJECTIONS, experts=experts, max_rank=r_max)
+def make_policy(experts=16, **options):
+    shapes = CapacityShapes(layers=1, projections=PROJECTIONS, experts=experts, max_rank=R_MAX)
     return policies.make_policy("dr_lora", shapes, **(PUBLISHED | options))
 
 
-def record(experts, seed=0, spread=0.8):
+def record(experts):
     """Step -> (f, g) of every expert: skewed, and drifting over the run."""
-    base = np.random.default_rng(seed).lognormal(sigma=spread, size=(2, experts))
+    base = np.random.default_rng(0).lognormal(sigma=0.8, size=(2, experts))
 
     def recorded(step):
-        drift = np.random.default_rng([seed, step]).lognormal(sigma=spread / 2, size=(2, experts))
+        drift = np.random.default_rng([0, step]).lognormal(sigma=0.4, size=(2, experts))
         return base * drift
 
     return recorded
 
 
-def replay(policy, experts, recorded, steps=3750, r_max=R_MAX):
+def replay(policy, experts, recorded):
     """The policy's own functions, event by event: [(step, ranks after it)]."""
     state, events = policy.init(), []
-    for step in range(1, steps + 1):
+    for step in range(1, PUBLISHED["total_steps"] + 1):
         if not policy.is_event(step):
             continue
         f, g = recorded(step)
-        mask_ER = np.arange(r_max) < state.ranks_LE[0][:, None]
+        mask_ER = np.arange(R_MAX) < state.ranks_LE[0][:, None]
         importance_LPER = np.tile(g[:, None] * mask_ER, (1, PROJECTIONS, 1, 1))
         stats = Stats(f[None], importance_LPER, np.ones((1, experts)))
         state, _, _ = policy.update(state, stats, step)
@@ -81,10 +81,8 @@ def simulate(experts, recorded, released, gamma=1.2):
 # experts, released -> events that grew, step of the last of them, final mean rank
 TABLE = [
     (64, True, 9, 1712, 16.02),
-    (60, True, 9, 1712, 16.10),
     (16, True, 9, 1712, 16.44),
     (64, False, 18, 3512, 16.00),
-    (60, False, 18, 3512, 16.00),
     (16, False, 16, 3112, 16.00),
 ]
 
@@ -105,16 +103,6 @@ def test_published_schedules(experts, released, used, last, mean):
     ):
         assert step == expected_step
         assert ranks.tolist() == expected, step
-
-
-def test_large_gamma_keeps_ranks_together():
-    """The penalty then decides alone: nobody gets ahead by more than one event's cap."""
-    for experts in (16, 64):
-        recorded = record(experts, seed=1, spread=0.2)
-        events = replay(make_policy(experts, gamma=60.0), experts, recorded)
-        for _, ranks in events:
-            assert ranks.max() - ranks.min() <= 3
-        assert events[-1][1].sum() == 16 * experts
 
 
 def test_last_event():
@@ -146,12 +134,6 @@ def test_description():
 
 
 REFUSED = {
-    "no_event_fits": (
-        {"total_steps": 150},
-        "no growth event fits: warm-up ends at step 4, the last event comes 200 steps before "
-        "the end, which would be before step 1 of 150"
-        r".*allocation\.interval \(200\)",
-    ),
     "last_event_in_warm_up": (
         {"last_event": 100},
         "no growth event fits: warm-up ends at step 112, the last event may be at step 100 of 3750",
@@ -160,15 +142,6 @@ REFUSED = {
         {"interval": 1500},
         "budget can not be reached: 2 events of 64 ranks, at most 3 an expert and 32 in all"
         ".* 224 of 256 ranks",
-    ),
-    "caps_too_small": (
-        {"p_grow": 0.01, "interval": 500},
-        "budget can not be reached: 7 events of 19 ranks, at most 1 an expert.* of 256 ranks",
-    ),
-    "r_max_too_small": (
-        {"r_max": 15},
-        "budget can not be reached: 18 events of 8 ranks, at most 1 an expert and 15 in all"
-        ".* of 256 ranks",
     ),
     "released": (
         {"released": True, "interval": 1700},

@@ -116,17 +116,6 @@ def test_a_pattern_keeps_the_budget_of_each_layers_own_experts(tmp_path):
         make_policy("pattern", SHAPES, **options)
 
 
-def test_ranks_of_another_run_are_its_ranks(tmp_path, sieved):
-    """A run with the sieve's table takes the very steps that the sieve takes."""
-    table = tmp_path / "ranks.json"
-    table.write_text(json.dumps(sieved.position.capacity.ranks_LE.tolist()))
-    section = dict(kind="pattern", pattern=str(table))
-    other = Stepper(tmp_path, allocation=section)
-    for _ in range(2):
-        one, two = sieved.step(), other.step()
-        assert float(one["loss"]) == float(two["loss"])
-
-
 @pytest.mark.parametrize(
     ("layers", "r_init", "r_target"), [(12, 4, 8), (5, 4, 5), (1, 2, 3), (2, 0, 4), (32, 8, 16)]
 )
@@ -191,7 +180,6 @@ def test_a_rank_shared_by_experts_of_the_adapter(tmp_path, kind, rule, expected)
 @pytest.mark.parametrize(
     ("allocation", "adapter", "message"),
     [
-        (dict(r_target=3, rank_rule="per_expert"), {}, "3 // 4 experts = 0; .* to 4 or more"),
         (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
         (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "is for kind=uniform, got kind=dr_"),
         (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora has none"),
@@ -202,8 +190,3 @@ def test_ranks_that_can_not_be_shared(sieved_folder, allocation, adapter, messag
     with pytest.raises(UserError, match=message):
         section = dict(kind="uniform") | allocation
         prepare(tiny_config(sieved_folder, "ruled", adapter=adapter, allocation=section))
-
-
-def test_pattern_needs_its_file(tmp_path):
-    with pytest.raises(UserError, match="needs allocation.pattern=FILE"):
-        prepare(tiny_config(tmp_path, allocation=dict(kind="pattern")))

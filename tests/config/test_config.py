@@ -1,4 +1,4 @@
-"""Config files, overrides, and every refusal."""
+"""Config files, overrides and ranges; mistakes as users make them are in error_cases/config.py."""
 
 import dataclasses
 import json
@@ -9,14 +9,12 @@ from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
     DataSection,
-    MeshSection,
     ModelSection,
     RunSection,
     TrainConfig,
     TrainSection,
     all_fields,
     apply_overrides,
-    config_file,
     field_rows,
     from_dict,
     load_config,
@@ -39,8 +37,8 @@ def get_config():
 def write(tmp_path):
     """Writes a config file and returns its path."""
 
-    def write(text: str, name: str = "config.py") -> str:
-        path = tmp_path / name
+    def write(text: str) -> str:
+        path = tmp_path / "config.py"
         path.write_text(text)
         return str(path)
 
@@ -57,43 +55,9 @@ def test_load_config(write):
     assert config.model == ModelSection()
 
 
-IMPORT = "from drlora_jax.config import *\n"
-BAD_FILES = {
-    "syntax": ("def get_config(:", "does not run: SyntaxError"),
-    "raises": ("1 / 0", "does not run: ZeroDivisionError: division by zero"),
-    "no_function": ("x = 1", r"has no function get_config\(\)"),
-    "wrong_type": ("def get_config(): return {}", "must return a TrainConfig, got dict"),
-    "range": (
-        IMPORT + "def get_config(): return TrainConfig(train=TrainSection(steps=0))",
-        "train.steps must be greater than 0, got 0",
-    ),
-    "range_at_import": (
-        IMPORT + "section = TrainSection(steps=0)",
-        "train.steps must be greater than 0, got 0",
-    ),
-    "unknown_field": (
-        IMPORT + "def get_config(): return TrainConfig(train=TrainSection(stps=3))",
-        "does not run: TypeError.*stps",
-    ),
-    "not_a_function": ("get_config = 3", "does not run: TypeError"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_config_files(name, write):
-    text, message = BAD_FILES[name]
-    with pytest.raises(UserError, match=message):
-        load_config(write(text))
-
-
-def test_missing_config_files(tmp_path, write):
-    for path in (tmp_path / "absent.py", tmp_path):
-        with pytest.raises(UserError, match="no such Python file.*bundled:tiny"):
-            load_config(str(path))
-    with pytest.raises(UserError, match="the package has no config of that name"):
-        config_file("bundled:absent")
-    with pytest.raises(UserError, match="Give NAME.py"):
-        load_config(write(CONFIG_FILE, "config.txt"))
+def test_a_section_that_is_refused_as_the_file_is_read(write):
+    with pytest.raises(UserError, match="train.steps must be greater than 0, got 0"):
+        load_config(write("from drlora_jax.config import *\nsection = TrainSection(steps=0)"))
 
 
 # --------------------------------------------------------------------------------------- overrides
@@ -145,29 +109,14 @@ def test_steps_and_epochs_replace_each_other():
     assert (config.train.steps, config.train.epochs) == (9, None)
 
 
-BAD_OVERRIDES = {
-    "train.steps": "must look like section.field=value",
-    "steps=3": "must look like section.field=value",
-    "train.steps.x=3": "must look like section.field=value",
-    "trian.steps=3": "Unknown config section 'trian'; did you mean train?",
-    "zzzzzz.steps=3": "Unknown config section 'zzzzzz'; known: run, model, data",
-    "train.step=3": r"Unknown config field train.step; did you mean train.steps\?",
-    "train.r_max=3": r"Unknown config field train.r_max; did you mean \w+\.\w+\?",
-    "train.check=3": "Unknown config field train.check",
-    "train.steps=3.5": "train.steps must be int | none, got '3.5'",
-    "train.steps=many": "train.steps must be int | none, got 'many'",
-    "train.batch_size=none": "train.batch_size must be int, got 'none'",
-    "train.batch_size=": "train.batch_size must be int, got ''",
-    "train.learning_rate=fast": "train.learning_rate must be float, got 'fast'",
-    "data.pack=1": "data.pack must be bool, got '1'",
-    "train.schedule=step": "must be linear | cosine | constant, got 'step'",
-    "train.steps=none": "exactly one of train.steps and train.epochs",
-}
-
-
-@pytest.mark.parametrize("override", BAD_OVERRIDES)
-def test_bad_overrides(override):
-    message = BAD_OVERRIDES[override].replace(" | ", r" \| ")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("zzzzzz.steps=3", "Unknown config section 'zzzzzz'; known: run, model, data"),
+        ("train.r_max=3", r"Unknown config field train.r_max; did you mean \w+\.\w+\?"),
+    ],
+)
+def test_bad_overrides(override, message):
     with pytest.raises(UserError, match=message):
         apply_overrides(TrainConfig(), [override])
 
@@ -185,30 +134,19 @@ REFUSED = {
     "model.remat must be none | selective | full, got None": (ModelSection, {"remat": None}),
     "adapter.rank must be int | none, got 2.0": (AdapterSection, {"rank": 2.0}),
     # Ranges.
-    "run.dir must name a directory, got an empty string": (RunSection, {"dir": ""}),
     "run.seed must be 0 or more and below 2**32, got -1": (RunSection, {"seed": -1}),
     "run.log_every must be greater than 0, got 0": (RunSection, {"log_every": 0}),
     "run.checkpoint_every must be greater than 0, got 0": (RunSection, {"checkpoint_every": 0}),
     "run.keep_last must be greater than 0, got -2": (RunSection, {"keep_last": -2}),
-    "model.path must name a model, got an empty string": (ModelSection, {"path": ""}),
-    "data.max_rows must be greater than 0, got 0": (DataSection, {"max_rows": 0}),
-    'data.too_long="split" cuts documents, so it needs data.format="text", got data.format="a': (
-        DataSection,
-        {"too_long": "split"},
-    ),
-    "train.steps must be greater than 0, got 0": (TrainSection, {"steps": 0}),
     "train.epochs must be greater than 0, got -1": (TrainSection, {"steps": None, "epochs": -1}),
     "train.batch_size must be greater than 0, got 0": (TrainSection, {"batch_size": 0}),
     "train.micro_batches must be greater than 0, got 0": (TrainSection, {"micro_batches": 0}),
     "train.sequence_length must be greater than 0, got 0": (TrainSection, {"sequence_length": 0}),
     "train.eval_every must be greater than 0, got 0": (TrainSection, {"eval_every": 0}),
     "train.eval_batches must be greater than 0, got 0": (TrainSection, {"eval_batches": 0}),
-    "train.learning_rate must be float, got nan": (TrainSection, {"learning_rate": float("nan")}),
-    "train.learning_rate must be greater than 0, got 0": (TrainSection, {"learning_rate": 0}),
     "train.epsilon must be greater than 0, got 0.0": (TrainSection, {"epsilon": 0.0}),
     "train.warmup_ratio must be in [0, 1), got 1": (TrainSection, {"warmup_ratio": 1}),
     "train.beta1 must be in [0, 1), got -0.1": (TrainSection, {"beta1": -0.1}),
-    "train.beta2 must be in [0, 1), got 1.0": (TrainSection, {"beta2": 1.0}),
     "train.weight_decay must be 0 or more, got -1": (TrainSection, {"weight_decay": -1}),
     "train.balance_loss must be 0 or more, got -1": (TrainSection, {"balance_loss": -1}),
     "train.z_loss must be 0 or more, got -1": (TrainSection, {"z_loss": -1}),
@@ -216,33 +154,11 @@ REFUSED = {
         TrainSection,
         {"max_grad_norm": 0},
     ),
-    "train.batch_size (8) must be a multiple of train.micro_batches (3)": (
-        TrainSection,
-        {"micro_batches": 3},
-    ),
-    "Set exactly one of train.steps and train.epochs, got 5 and 5": (TrainSection, {"epochs": 5}),
-    "Set exactly one of train.steps and train.epochs, got None and None": (
-        TrainSection,
-        {"steps": None},
-    ),
-    "adapter.targets must name at least one projection, got none": (
-        AdapterSection,
-        {"targets": ()},
-    ),
-    "adapter.targets has gate_up next to gate or up": (
-        AdapterSection,
-        {"targets": ("gate_up", "up")},
-    ),
     "adapter.scale must be greater than 0, got 0": (AdapterSection, {"scale": 0}),
     "adapter.dropout must be in [0, 1), got 1.0": (AdapterSection, {"dropout": 1.0}),
-    "adapter.rank must be greater than 0, got 0": (AdapterSection, {"rank": 0}),
     "adapter.router_learning_rate must be greater than 0, got 0": (
         AdapterSection,
         {"router_learning_rate": 0},
-    ),
-    "allocation needs 0 <= r_init <= r_target <= r_max, got 8, 4, 32": (
-        AllocationSection,
-        {"r_target": 4},
     ),
     "allocation needs 0 <= r_init <= r_target <= r_max, got 8, 16, 12": (
         AllocationSection,
@@ -253,7 +169,6 @@ REFUSED = {
         {"r_init": 0, "r_target": 0, "r_max": 0},
     ),
     "allocation.interval must be greater than 0, got 0": (AllocationSection, {"interval": 0}),
-    "allocation.p_grow must be greater than 0, got 0": (AllocationSection, {"p_grow": 0}),
     "allocation.gamma must be 0 or more, got -1": (AllocationSection, {"gamma": -1}),
     "allocation.frequency_decay must be in [0, 1), got 1": (
         AllocationSection,
@@ -284,12 +199,6 @@ REFUSED = {
     "allocation.kind=pattern needs allocation.pattern=FILE": (
         AllocationSection,
         {"kind": "pattern"},
-    ),
-    "mesh sizes must be positive, at most one -1": (MeshSection, {"data": 0}),
-    "at most one -1 (the rest of the devices), got -1, -1, 1, 1": (MeshSection, {"fsdp": -1}),
-    "adapter.kind=lora has no experts to share ranks among": (
-        TrainConfig,
-        {"adapter": AdapterSection(kind="lora")},
     ),
 }
 

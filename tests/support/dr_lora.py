@@ -9,8 +9,6 @@ from drlora_jax.allocation.growth import Stats
 from tests.support import policies
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
-
-
 DEFAULTS = {
     "total_steps": 100,
     "r_init": 2,

@@ -149,11 +149,7 @@ def relative_error(got, expected):
 
 
 SPEC = ExpertSpec(scale=SCALE)
-
-
 TRAINED = SPEC._replace(base_grad=True)
-
-
 CASES = {
     "one_expert": (choose(7, 1, 1), 1, ("up", "down"), TRAINED),
     "one_expert_blocks_of_128": (choose(531, 1, 1), 1, ("down",), SPEC),

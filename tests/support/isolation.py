@@ -24,8 +24,6 @@ def _why_not() -> str:
 
 
 WHY_NOT = _why_not()
-
-
 isolated = pytest.mark.skipif(
     bool(WHY_NOT), reason=f"no isolation on this machine: {WHY_NOT[:200]}"
 )

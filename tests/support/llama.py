@@ -17,8 +17,6 @@ LLAMA = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
-
-
 LLAMA_2_7B = LLAMA | {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -28,8 +26,6 @@ LLAMA_2_7B = LLAMA | {
     "num_key_value_heads": 32,
     "tie_word_embeddings": False,
 }
-
-
 ALL = ("q", "k", "v", "o", "gate", "up", "down")
 
 

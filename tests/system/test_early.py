@@ -75,13 +75,13 @@ def test_a_callback_can_not_swallow_it():
 
 def test_a_long_call_into_c_does_not_delay_it():
     """Handlers written in Python wait for the main thread, which is in a compiler for minutes."""
-    start = time.monotonic()
     done = run_code("""
         threading.Timer(0.2, kill).start()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # some twenty minutes
+        print("returned", flush=True)
     """)
     check_stopped(done.returncode, done.stderr)
-    assert time.monotonic() - start < 15  # the call takes a minute
+    assert done.stdout == ""
 
 
 def test_held_the_first_is_left_to_others_and_the_second_ends_it():
@@ -171,10 +171,8 @@ def check_signal(tmp_path, module, arguments, number, delay) -> None:
     process = start(module, *arguments, cwd=tmp_path)
     time.sleep(delay)
     process.send_signal(number)
-    sent = time.monotonic()
     errors = process.communicate(timeout=WAIT)[1]
     check_stopped(process.returncode, errors)
-    assert time.monotonic() - sent < 20, f"{number.name} after {delay} s"
 
 
 TRAIN = ("--config", "bundled:tiny", "run.dir=run", "mesh.data=1")

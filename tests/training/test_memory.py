@@ -58,34 +58,35 @@ def test_forecast(remat, rows, experts):
     assert f"with model.remat={remat}" in run.forecast
 
 
-MIXTRAL, QWEN, DEEPSEEK = "Mixtral-8x7B-v0.1", "Qwen3-30B-A3B-shape", "DeepSeek-V3-shape"
-OLMOE = "OLMoE-1B-7B-0924"
-COMPILED = [  # model, tokens, expert shards, fsdp, tensor, slices, remat, GiB of factors, GiB added
-    (MIXTRAL, 2048, 8, 8, 1, 1, "selective", 0.145, 11.27),
-    (MIXTRAL, 8192, 2, 8, 4, 1, "selective", 0.145, 14.23),
-    (MIXTRAL, 4096, 8, 1, 1, 1, "selective", 0.145, 21.69),
-    (MIXTRAL, 2048, 8, 2, 1, 1, "selective", 0.145, 11.48),
-    (MIXTRAL, 2048, 8, 4, 1, 2, "selective", 0.145, 13.72),
-    (QWEN, 2048, 8, 8, 1, 1, "selective", 0.5625, 7.28),
-    (QWEN, 2048, 8, 4, 1, 2, "selective", 0.5625, 8.23),
-    (DEEPSEEK, 2048, 8, 4, 8, 1, "full", 0.953, 15.05),
-    (OLMOE, 4096, 8, 1, 1, 1, "selective", 0.1016, 7.27),
-    (OLMOE, 2048, 8, 1, 1, 1, "selective", 0.1016, 3.81),
-    (OLMOE, 4096, 4, 2, 1, 1, "selective", 0.1953, 5.38),
-    (OLMOE, 2048, 8, 1, 1, 2, "selective", 0.1016, 6.30),
-    (QWEN, 2048, 8, 2, 1, 1, "selective", 0.5625, 7.34),
-    (MIXTRAL, 4096, 4, 1, 2, 1, "full", 0.145, 9.67),
-]
+# As benchmarks/aot_tpu.py said, with jax 0.12.0.1 and libtpu 0.0.50.1.
+LINES = (ROOT / "benchmarks" / "tpu_steps.jsonl").read_text(encoding="utf-8").splitlines()
+FOR_TPUS = [json.loads(line) for line in LINES]
 
 
-@pytest.mark.parametrize("case", COMPILED, ids=str)
+def mesh_of(case: dict) -> str:
+    return " x ".join(f"{axis} {size}" for axis, size in case["mesh"].items())
+
+
+@pytest.mark.parametrize("case", FOR_TPUS, ids=lambda case: f"{case['model']} {mesh_of(case)}")
 def test_forecast_of_steps_compiled_for_tpus(case):
-    """As benchmarks/aot_tpu.py said, with jax 0.12.0.1 and libtpu 0.0.50.1 (docs/scaling.md)."""
-    model, tokens, experts, fsdp, tensor, slices, remat, lora, added = case
-    values = json.loads((ROOT / "benchmarks" / "models" / f"{model}.json").read_text())
-    layout = Layout(tokens, 2, "ragged", experts, fsdp, tensor, 32, roles=2, slices=slices)
-    predicted = predicted_step_bytes(parse_config(values), layout, int(lora * 2**30), remat)
-    assert abs(predicted / 2**30 / added - 1) <= 0.15, predicted / 2**30
+    values = json.loads((ROOT / "benchmarks" / "models" / f"{case['model']}.json").read_text())
+    experts, fsdp, tensor = (case["mesh"].get(axis, 1) for axis in ("expert", "fsdp", "tensor"))
+    slices = case.get("slices", 1)
+    layout = Layout(case["tokens"], 2, "ragged", experts, fsdp, tensor, 32, roles=2, slices=slices)
+    factors = int(case["factors_gib"] * 2**30)
+    predicted = predicted_step_bytes(parse_config(values), layout, factors, case["remat"]) / 2**30
+    assert abs(predicted / case["added_gib"] - 1) <= 0.15, predicted
+
+
+def test_the_table_of_the_documentation_has_the_same_steps():
+    """A row for each whose whole size is known: the model, its mesh, and GiB on each device."""
+    pages = (page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    (page,) = (page for page in pages if "| GiB on each |" in page)
+    (table,) = (part for part in page.split("\n\n") if "| GiB on each |" in part)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    found = {(row[0][:5], row[2], row[4]) for row in cells[2:] if row[4]}
+    known = [case for case in FOR_TPUS if "on_each_gib" in case]
+    assert found == {(case["model"][:5], mesh_of(case), str(case["on_each_gib"])) for case in known}
 
 
 def test_what_a_forecast_depends_on():
