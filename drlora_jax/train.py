@@ -21,6 +21,7 @@ from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel import processes
+from drlora_jax.parallel.agreement import check_is_shared
 from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.reporting.progress import Progress, Throughput, describe_ranks
 from drlora_jax.reporting.writer import ReportWriter
@@ -31,6 +32,7 @@ from drlora_jax.runs.sinks import check_sinks, open_sinks
 from drlora_jax.system.compilation import keep_compiled_programs
 from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.system.stop_signals import StopSignals
+from drlora_jax.training.agreement import check_processes_agree
 from drlora_jax.training.costs import (
     checkpoint_bytes,
     flops_per_token,
@@ -41,13 +43,7 @@ from drlora_jax.training.job import Job, prepare
 from drlora_jax.training.metrics_rows import RowWriter, require_finite, require_finite_base, routing
 from drlora_jax.training.optimizer import rate_at
 from drlora_jax.training.program import Run, build, compile_step
-from drlora_jax.training.state import (
-    Position,
-    check_processes_agree,
-    check_run_dir_is_shared,
-    restore_newest,
-    save,
-)
+from drlora_jax.training.state import Position, restore_newest, save
 from drlora_jax.training.step import TrainState
 
 COMPILING = "compiling the train step; this takes seconds to minutes ..."
@@ -125,7 +121,7 @@ def _train(run: Run, watchdog: Watchdog) -> int:
         facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
         facts["resolved"] = job.resolved.to_json()
         job.run_dir.create(config, job.origin, job.schedule_steps, facts)
-    check_run_dir_is_shared(run)
+    check_is_shared(job.run_dir.config_file)
     with processes.leaving_with_peers(lambda: None):
         watchdog.beat("restoring")
         position, done = restore_newest(run, checkpoints) or (None, 0)

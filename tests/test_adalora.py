@@ -16,9 +16,10 @@ from drlora_jax.allocation.adalora import Stats, adalora, keep_best
 from drlora_jax.errors import UserError
 from drlora_jax.reporting.progress import describe_ranks
 from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.training.growth import reordered
 from drlora_jax.training.job import prepare
-from drlora_jax.training.program import abstract_batch
-from drlora_jax.training.state import place_mask, reordered, restore
+from drlora_jax.training.program import abstract_batch, place_mask
+from drlora_jax.training.state import restore
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
 DEFAULTS = {
