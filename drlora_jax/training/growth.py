@@ -1,4 +1,4 @@
-"""What changes ranks: events between steps, and a look at the task before the first one.
+"""Changes of ranks: events between steps, and a profile of the task before the first one.
 
 A policy decides on the host, in process 0; the others get what it decided. The step sees new values
 of its mask, never new shapes.
@@ -12,8 +12,9 @@ import numpy as np
 from drlora_jax.allocation import CapacityState, Event
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel import processes
-from drlora_jax.training.program import Run, shardings_of
-from drlora_jax.training.state import Position, check_processes_agree, place_mask, reordered, start
+from drlora_jax.training.agreement import check_processes_agree
+from drlora_jax.training.program import Run, place_mask, shardings_of
+from drlora_jax.training.state import Position, start
 from drlora_jax.training.step import TrainState
 
 
@@ -59,22 +60,31 @@ PROFILE_PASSES = {"choices": choices}
 
 
 def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
-    """An event: statistics to the host, new ranks, new mask values back.
+    """Applies an event: statistics to the host, new ranks, new mask values back.
 
     All processes see the same statistics; process 0 decides.
     """
-    job, state = run.job, position.state
     check_processes_agree(run, f"at the event after step {step}", step, position)
+    state, policy = position.state, run.job.policy
     stats = processes.to_host(state.stats)
-    decided = processes.from_main(job.policy.update(position.capacity, stats, step))
+    decided = processes.from_main(policy.update(position.capacity, stats, step))
     capacity, stats, event = decided
-    log_event(run, step, capacity, event, routing)
-    stats = processes.place(stats, shardings_of(run.abstract_state.stats))
     mask_LER = place_mask(run, capacity)
     if event.order_LER is not None:
         state = reordered(run, state, event.order_LER, mask_LER)
+    stats = processes.place(stats, shardings_of(run.abstract_state.stats))
     state = state._replace(mask_LER=mask_LER, stats=stats)
+    log_event(run, step, capacity, event, routing)
     return Position(state, capacity, position.tokens)
+
+
+def reordered(run: Run, state: TrainState, order_LER: np.ndarray, mask_LER) -> TrainState:
+    """Returns the state with its rank rows moved, on the same shardings."""
+    order_LER = processes.place(order_LER, mask_LER.sharding)
+    lora, opt_state = run.reorder(
+        state.lora, state.opt_state, run.first_lora(), order_LER, mask_LER
+    )
+    return state._replace(lora=lora, opt_state=opt_state)
 
 
 def log_event(

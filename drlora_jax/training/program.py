@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from drlora_jax.adapters.targets import linear_inputs
-from drlora_jax.allocation import masks_from_ranks
+from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.models.transformer import (
     Decoder,
@@ -22,6 +22,7 @@ from drlora_jax.models.transformer import (
 )
 from drlora_jax.ops.experts.api import READS_STACKS
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.training.costs import (
     attention_backends,
@@ -162,6 +163,14 @@ def state_shardings(mesh, tx, state: TrainState, stat_axes=None) -> TrainState:
 
 def shardings_of(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def place_mask(run: Run, capacity: CapacityState) -> jax.Array:
+    """Returns the mask of ranks with the shape, dtype and sharding that it always has: a new mask
+    is new values, not a new program.
+    """
+    mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
+    return processes.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
 def compile_step(run: Run):

@@ -14,9 +14,10 @@ from drlora_jax.allocation.measurements import ELEMENTWISE
 from drlora_jax.errors import UserError
 from drlora_jax.reporting.progress import describe_ranks
 from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.training.growth import reordered
 from drlora_jax.training.job import prepare
-from drlora_jax.training.program import abstract_batch
-from drlora_jax.training.state import place_mask, reordered, restore
+from drlora_jax.training.program import abstract_batch, place_mask
+from drlora_jax.training.state import restore
 from tests.support import policies
 from tests.support.dr_lora import make_steps, run_accumulate
 from tests.support.stepper import Stepper, expert_leaves
