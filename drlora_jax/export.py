@@ -20,7 +20,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -52,22 +52,45 @@ FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
+class Request(NamedTuple):
+    """What to export, and how; the command's arguments."""
+
+    run: str  # run.dir of a training
+    out: str  # a new or empty directory
+    format: str  # of FORMATS
+    step: str = "latest"  # or best, or a number
+    model_path: str | None = None  # where the base is, if it has moved
+    dtype: str | None = None  # of all tensors; None: float32, or the base's own when merged
+    max_shard_size: str | None = None  # of merged weights, such as 5GB; None: the base's files
+
+
 def main(argv=None) -> int:
-    args = _parse(argv)
-    limit = _shard_bytes(args)
-    out = check_out(args.out)
-    source = find_run(args.run, step=args.step, model_path=args.model_path)
+    export(Request(**vars(_parse(argv))))
+    return EXIT_DONE
+
+
+def export(request: Request) -> None:
+    """Writes a run's model, and keeps the files if they are read back as the same model.
+
+    Raises:
+      UserError: for what the user can mend; RunError: if the files do not compute the same.
+    """
+    if request.format not in FORMATS:
+        raise UserError(f"format must be one of {', '.join(FORMATS)}, got {request.format!r}.")
+    limit = _shard_bytes(request)
+    out = check_out(request.out)
+    source = find_run(request.run, step=request.step, model_path=request.model_path)
     _refuse_without_form(source)
-    base, is_merged = source.directory, args.format == MERGED
+    base, is_merged = source.directory, request.format == MERGED
     if is_merged:
-        check_space(out, rewritten_bytes(base, args.dtype))
+        check_space(out, rewritten_bytes(base, request.dtype))
     words = of_run(source)
     tokenizer, ends = words.tokenizer, words.end_token_ids
     for note in words.notes:
         print(f"note     {note}", flush=True)
     trained, source = read_trained(source)
     reader = LayerReader(source.model_config, base)
-    adapter = None if is_merged else make_adapter(trained, reader, args.format, args.dtype)
+    adapter = None if is_merged else make_adapter(trained, reader, request.format, request.dtype)
     if adapter:
         check_space(out, sum(value.nbytes for value in adapter.tensors.values()))
     with new_directory(out) as draft:
@@ -76,27 +99,31 @@ def main(argv=None) -> int:
             lines = _adapter_lines(adapter)
         else:
             lines = write_merged(
-                draft, base, trained, reader, args.dtype, limit, ends, words.restored
+                draft, base, trained, reader, request.dtype, limit, ends, words.restored
             )
         print("\n".join([_describe(source, trained), *lines]), flush=True)
-        _check(draft, args, trained, reader, base, tokenizer, ends)
-    print(f"done: {args.format} in {args.out}")
-    return EXIT_DONE
+        _check(draft, request, trained, reader, base, tokenizer, ends)
+    print(f"done: {request.format} in {request.out}")
 
 
-def _check(draft, args, trained: Trained, reader: LayerReader, base, tokenizer, ends) -> None:
+def _check(
+    draft, request: Request, trained: Trained, reader: LayerReader, base, tokenizer, ends
+) -> None:
     """The export as it is computed here, as its files say, and as other libraries read it."""
-    prompts, is_merged = make_prompts(tokenizer, trained.config.vocab_size), args.format == MERGED
-    measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
+    prompts, is_merged = (
+        make_prompts(tokenizer, trained.config.vocab_size),
+        request.format == MERGED,
+    )
+    measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=request.dtype)
     judge(measured)
     print("\n".join(_measured_lines(measured)), flush=True)
     ids = text_ids(tokenizer)
     if is_merged:
-        check_merged(base, draft, ids, args.dtype)
+        check_merged(base, draft, ids, request.dtype)
     else:
         check_adapter(draft)
-    export = Export(args.format, base, draft, prompts, list(measured.logits), ids, ends)
-    print("\n".join(check_opened(export)), flush=True)
+    written = Export(request.format, base, draft, prompts, list(measured.logits), ids, ends)
+    print("\n".join(check_opened(written)), flush=True)
 
 
 def _refuse_without_form(source: RunSource) -> None:
@@ -132,15 +159,15 @@ def _parse(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _shard_bytes(args: argparse.Namespace) -> int | None:
-    if args.max_shard_size is None:
+def _shard_bytes(request: Request) -> int | None:
+    if request.max_shard_size is None:
         return None
-    if args.format != MERGED:
-        raise UserError(f"--max-shard-size is for --format merged; {args.format} is one file.")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", args.max_shard_size, re.IGNORECASE)
+    if request.format != MERGED:
+        raise UserError(f"--max-shard-size is for --format merged; {request.format} is one file.")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", request.max_shard_size, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size must look like 5GB, got {args.max_shard_size!r}.")
+        raise UserError(f"--max-shard-size must look like 5GB, got {request.max_shard_size!r}.")
     return size
 
 

@@ -7,6 +7,8 @@ saved if a step was taken, and the same command goes on.
 """
 
 import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,6 +82,33 @@ def train(run: Run) -> int:
         check_processes_agree(run, "before the start", 0)
         with run.job.run_dir.locked():
             return _start_or_resume(run, watchdog)
+
+
+def train_job(job: Job) -> int:
+    """Creates or resumes a run and takes its steps; what the command does after its checks.
+
+    Args:
+      job: From `prepare`, perhaps with another policy: `job._replace(policy=...)`.
+
+    Returns:
+      0 when the last step was taken, now or before, and 75 when a signal stopped the run: its state
+      is saved, and the same call goes on from there.
+
+    Raises:
+      UserError: If the directory of the run is in use or has no room.
+      RunError: If the run cannot go on, such as after a diverged loss.
+    """
+    return train(build(job))
+
+
+class _Callable(types.ModuleType):
+    """Lets `drlora_jax.train` be this module and the function of the public API."""
+
+    def __call__(self, job: Job) -> int:
+        return train_job(job)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 
 def _start_or_resume(run: Run, watchdog: Watchdog) -> int:
