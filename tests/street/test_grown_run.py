@@ -5,7 +5,7 @@ import pathlib
 import tarfile
 
 import pytest
-from oracles.grown_run import ARCHIVE, RESULTS, STOPPED_AT, TRAIN, machine, result_of
+from tests.oracles.grown_run import ARCHIVE, RESULTS, STOPPED_AT, TRAIN, machine, result_of
 
 from drlora_jax import evaluate, export, generate, train
 from drlora_jax.errors import EXIT_DONE
