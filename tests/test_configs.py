@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import load_config
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
@@ -54,7 +54,7 @@ def docstring(config=MIXLORA) -> str:
 
 
 def trained(config, values=SMOLLM2_135M) -> int:
-    model_config = with_adapter_experts(parse_config(values), config.adapter)
+    model_config = parse_config(values)
     adapter = make_adapter(config, model_config)
     return sum(row.trained for row in coverage(model_config, adapter, config.adapter.targets))
 
@@ -80,7 +80,7 @@ def test_it_prepares_with_a_model_alone(tmp_path, config):
     write_tiny_model(tmp_path / "model", OLMOE | {"model_type": "llama"})
     local = [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "data.max_rows=20"]
     job = prepare(load_config(str(CONFIGS / config), local))
-    assert job.adapter.experts_module == "mlp" and len(job.loader.documents) == 20
+    assert job.adapter.kind == "mixlora" and len(job.loader.documents) == 20
 
 
 @pytest.mark.parametrize("layers", ["5555", ",".join(["4", "6"] * 15)])
@@ -119,7 +119,7 @@ def test_it_prepares_from_a_local_file(tmp_path, overrides):
     ]
     job = prepare(load_config(MIXLORA, [*local, *overrides]))
     (document,) = job.loader.documents
-    assert job.adapter.experts_module == ("moe" if overrides else "mlp")
+    assert job.adapter.kind == ("lora" if overrides else "mixlora")
     assert document.is_target.any() and not document.is_target.all()
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from drlora_jax.allocation import CapacityShapes, make_policy
+from drlora_jax.allocation import CapacityShapes
 from drlora_jax.config import apply_overrides, from_dict, to_dict
+from drlora_jax.config.resolve import make_policy
 from experiments import analyse, report
 from experiments import run as run_lib
 from experiments.results import RESULTS, differences, finished_losses, read_results

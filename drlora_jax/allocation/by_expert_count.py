@@ -1,8 +1,9 @@
 """Policies for layers with different numbers of experts (MoLA's patterns, AlphaLoRA).
 
-Arrays have room for the layer with most experts; in a layer with n of them the first n are open and
-the others have rank 0 for good. A policy knows nothing of that: one is made for every number there
-is, for the layers that have it, so that budget and quota of a layer follow its own experts.
+Arrays have room for the layer with most experts; in a layer with n of them the first n are
+available and the others have rank 0 for good. A policy knows nothing of that: one is made for every
+number there is, for the layers that have it, so that budget and quota of a layer follow its own
+experts.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,7 @@ def for_counts(
     Args:
       shapes: of the arrays; `experts` is the largest count.
       make: a policy for layers alike. It may look at its statistics by layer and expert only, and
-        its leaves end in _LE or _LPER.
+        declares their axes.
     """
     whole, counts = make(shapes), np.asarray(counts_L)
     parts = {}
@@ -39,19 +40,22 @@ def for_counts(
     def update(state: CapacityState, stats, step: int):
         ranks_LE = state.ranks_LE.copy()
         stats = jax.tree.map(np.array, stats)
+        leaves, axes = jax.tree.leaves(stats), jax.tree.leaves(whole.stat_axes)
         saliency_LE = np.zeros(ranks_LE.shape, np.float32)
         order_LER = np.tile(np.arange(shapes.max_rank, dtype=np.int32), (*ranks_LE.shape, 1))
         is_reordered = False
         for count, (rows, part) in parts.items():
             own = CapacityState(ranks_LE[rows, :count])
-            own_stats = jax.tree.map(lambda leaf, at=(rows, count): _cut(leaf, *at), stats)
+            places = [(rows, *_experts(letters, count)) for letters in axes]
+            cut = [leaf[place] for leaf, place in zip(leaves, places, strict=True)]
+            own_stats = jax.tree.unflatten(jax.tree.structure(stats), cut)
             own, own_stats, event = part.update(own, own_stats, step)
             ranks_LE[rows, :count] = own.ranks_LE
             saliency_LE[rows, :count] = event.saliency_LE
             if event.order_LER is not None:
                 order_LER[rows, :count], is_reordered = event.order_LER, True
-            for leaf, new in zip(jax.tree.leaves(stats), jax.tree.leaves(own_stats), strict=True):
-                leaf[(rows, *_experts(leaf, count))] = new
+            for leaf, place, new in zip(leaves, places, jax.tree.leaves(own_stats), strict=True):
+                leaf[place] = new
         order = order_LER if is_reordered else None
         return CapacityState(ranks_LE), stats, Event(saliency_LE, order)
 
@@ -64,10 +68,6 @@ def for_counts(
     )
 
 
-def _experts(leaf: np.ndarray, count: int) -> tuple[slice, ...]:
-    """The first experts of a leaf [L, E] or [L, P, E, R], behind its layers."""
-    return (slice(None),) * (leaf.ndim // 2 - 1) + (slice(count),)
-
-
-def _cut(leaf: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    return leaf[(rows, *_experts(leaf, count))]
+def _experts(letters: str, count: int) -> tuple[slice, ...]:
+    """The first experts of a statistic with the axes `letters`, behind its layers."""
+    return (slice(None),) * (letters.index("E") - 1) + (slice(count),)

@@ -26,6 +26,7 @@ from drlora_jax.inference.model import Loaded
 from drlora_jax.inference.scoring import score_continuations
 from drlora_jax.inference.words import Words
 from drlora_jax.parallel import processes
+from drlora_jax.parallel.agreement import digest
 from drlora_jax.runs.resolved import asked_wording, system_note
 from drlora_jax.system.paths import local_path
 from drlora_jax.system.units import counted
@@ -237,4 +238,4 @@ def adapter_digest(loaded: Loaded) -> str | None:
     if not loaded.is_adapted:
         return None
     leaves = map(processes.to_host, jax.tree.leaves(loaded.variables["lora"]))
-    return processes.digest(*leaves, loaded.ranks_LE)[:16]
+    return digest(*leaves, loaded.ranks_LE)[:16]

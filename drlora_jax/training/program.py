@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import linear_inputs
-from drlora_jax.allocation import masks_from_ranks
+from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.models.transformer import (
     Decoder,
@@ -23,6 +22,7 @@ from drlora_jax.models.transformer import (
 )
 from drlora_jax.ops.experts.api import READS_STACKS
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.training.costs import (
     attention_backends,
@@ -81,7 +81,7 @@ def build(job: Job, devices=None) -> Run:
         remat=config.model.remat,
     )
     model = Decoder(job.model_config, options)
-    has_router = job.adapter.train_router or config.adapter.makes_experts
+    has_router = job.adapter.trains_routers
     router_rate = config.adapter.router_learning_rate if has_router else None
     tx, schedule = make_optimizer(
         config.train,
@@ -92,7 +92,7 @@ def build(job: Job, devices=None) -> Run:
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda lora: initial_state(job, tx, lora), abstract_lora(model))
-    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state, job.policy.stat_axes))
     layout = memory_layout(job, mesh, experts)
     ratio = config.allocation.warmup_ratio
     ratio = config.train.warmup_ratio if ratio is None else ratio
@@ -122,7 +122,7 @@ def build(job: Job, devices=None) -> Run:
             out_shardings=shardings_of(state.lora),
         ),
         reorder=jax.jit(
-            functools.partial(reorder_ranks, model.config, tx),
+            functools.partial(reorder_ranks, model, tx),
             donate_argnums=(0, 1),
             out_shardings=(shardings_of(state.lora), shardings_of(state.opt_state)),
         ),
@@ -142,7 +142,7 @@ def initial_state(job: Job, tx, lora: dict) -> TrainState:
     )
 
 
-def state_shardings(mesh, tx, state: TrainState) -> TrainState:
+def state_shardings(mesh, tx, state: TrainState, stat_axes=None) -> TrainState:
     """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
     lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
     opt_state = optax.tree.map_params(
@@ -157,12 +157,20 @@ def state_shardings(mesh, tx, state: TrainState) -> TrainState:
         lora=lora,
         opt_state=opt_state,
         mask_LER=mesh_lib.shardings_for(mesh, state.mask_LER, "mask_LER"),
-        stats=mesh_lib.shardings_for(mesh, state.stats, "stats"),
+        stats=mesh_lib.shardings_by_axes(mesh, state.stats, stat_axes),
     )
 
 
 def shardings_of(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def place_mask(run: Run, capacity: CapacityState) -> jax.Array:
+    """Returns the mask of ranks with the shape, dtype and sharding that it always has: a new mask
+    is new values, not a new program.
+    """
+    mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
+    return processes.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
 def compile_step(run: Run):
@@ -186,9 +194,11 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         fsdp=shape["fsdp"],
         tensor=shape["tensor"],
         max_rank=job.adapter.max_rank,
-        roles=len(expert_roles(job.adapter)),
+        roles=len(job.adapter.expert_roles()),
         slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
         linear_inputs=linear_inputs(job.model_config, job.adapter),
+        ffn_passes=job.adapter.ffn_passes,
+        side_ranks=job.adapter.side_ranks,
         drops=job.adapter.dropout > 0,
         reads_stacks=experts in READS_STACKS and mesh.size == 1,
     )

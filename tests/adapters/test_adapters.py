@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.rank_trees import elementwise_importance, expert_roles, gates_tree
+from drlora_jax.adapters.expert_lora import ExpertLora
+from drlora_jax.adapters.lora import Lora
+from drlora_jax.adapters.rank_trees import masks_tree, over_roles
+from drlora_jax.allocation.measurements import ELEMENTWISE, StepView
 from drlora_jax.models.families import parse_config
 from drlora_jax.models.layers import Projection
-from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, logits
 from drlora_jax.training.step import init_lora
 from tests.support.stepper import Stepper, expert_leaves, leaves
 from tests.support.tiny import OLMOE, random_params
@@ -19,7 +22,7 @@ def test_a_is_kaiming_uniform_and_b_is_zero():
     """U(+-1/sqrt(d_in)) for all ranks: bounds, spread and mean; layers and experts differ."""
     config = parse_config(OLMOE)
     paths = frozenset(f"segment_0/layer_0/{name}" for name in ("moe/up", "moe/down", "attention/q"))
-    spec = AdapterSpec(paths, rank=64, max_rank=64)
+    spec = ExpertLora(paths, rank=64, max_rank=64)
     model = Decoder(config, DecoderOptions(adapter=spec))
     for path, value in leaves(init_lora(model, jax.random.key(0))).items():
         if path.endswith("['b']"):
@@ -99,7 +102,7 @@ def test_adapted_logits_against_loops(targets):
     params = random_params(config)
     kinds = {role: "attention" if role in "qkv" else "moe" for role in targets}
     paths = frozenset(f"segment_0/layer_0/{kind}/{role}" for role, kind in kinds.items())
-    spec = AdapterSpec(paths, scale=2.0, rank=3, max_rank=ranks)
+    spec = ExpertLora(paths, scale=2.0, rank=3, max_rank=ranks)
     model = Decoder(config, DecoderOptions(adapter=spec))
     draw = np.random.default_rng(0)
     lora = jax.tree.map(
@@ -108,8 +111,7 @@ def test_adapted_logits_against_loops(targets):
     )
     active = draw.integers(0, ranks + 1, size=(2, 4))
     mask_LER = (np.arange(ranks) < active[..., None]).astype(np.float32)
-    roles = expert_roles(spec)
-    gates = gates_tree(config, roles, jnp.asarray(np.repeat(mask_LER[:, None], len(roles), 1)))
+    gates = masks_tree(model, jnp.asarray(mask_LER))
     layer, factors = lora["segment_0"]["layer_0"], {}
     for role, kind in kinds.items():
         pair = layer[kind][f"{role}_lora"] if kind == "moe" else layer[kind][role]["lora"]
@@ -126,14 +128,20 @@ def test_adapted_logits_against_loops(targets):
 def test_elementwise_importance_against_loops():
     config = parse_config(OLMOE)
     paths = frozenset(f"segment_0/layer_0/moe/{role}" for role in ("up", "down"))
-    model = Decoder(config, DecoderOptions(adapter=AdapterSpec(paths, max_rank=3)))
+    model = Decoder(config, DecoderOptions(adapter=ExpertLora(paths, max_rank=3)))
     draw = np.random.default_rng(1)
     shapes = init_lora(model, jax.random.key(0))
     lora, grads = (
         jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), shapes)
         for _ in range(2)
     )
-    got = elementwise_importance(config, ("up", "down"), lora, grads)
+
+    def each_role(measure):
+        return over_roles(
+            model, lambda layer, role: measure(layer(lora, role), layer(grads, role), "b")
+        )
+
+    got = ELEMENTWISE.measure(StepView(lora, grads, None, each_role, True))
     values, slopes = expert_leaves(lora), expert_leaves(grads)
     for index, role in enumerate(("up", "down")):
         for place in np.ndindex(got.shape[0], *got.shape[2:]):
@@ -231,17 +239,18 @@ def test_probe_is_the_gain_of_one_more_rank(tmp_path):
 def test_lora_dropout_leaves_out_inputs_and_outputs_for_all_tokens():
     """Every unit vector as a token: the update as a matrix, kept entries times 1 / (1 - p)^2."""
     width, features, rate = 40, 30, 0.5
-    spec = AdapterSpec(frozenset({"here"}), scale=2.0, rank=3, factor_dropout=rate)
-    module = Projection(features, "here", jnp.float32, spec)
-    eye_BTD = jnp.eye(width)[None]
-    variables = module.init(jax.random.key(0), eye_BTD)
+    adapter = Lora(frozenset({"here"}), scale=2.0, rank=3, factor_dropout=rate)
+    module = Projection(features, DecoderOptions(adapter=adapter), name="here")
+    eye_BTD, ones_BT = jnp.eye(width)[None], jnp.ones((1, width), jnp.int32)
+    variables = module.init(jax.random.key(0), eye_BTD, ones_BT)
     pair = variables["lora"]["lora"]
     pair["b"] = jax.random.normal(jax.random.key(1), pair["b"].shape)
     base_DF, whole_DF = variables["params"]["kernel"], 2.0 * pair["a"].T @ pair["b"]
 
     def share_kept(key):
         rngs = None if key is None else {"dropout": jax.random.key(key)}
-        return np.asarray((module.apply(variables, eye_BTD, rngs=rngs)[0] - base_DF) / whole_DF)
+        (y_BTF, _) = module.apply(variables, eye_BTD, ones_BT, rngs=rngs)
+        return np.asarray((y_BTF[0] - base_DF) / whole_DF)
 
     np.testing.assert_allclose(share_kept(None), 1.0, rtol=1e-3)  # evaluation leaves nothing out
     drawn = [share_kept(key) for key in range(2)]

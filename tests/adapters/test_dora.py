@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from drlora_jax import export, train
-from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.lora import Lora
 from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import AdapterSection
 from drlora_jax.data.tokenize import load_tokenizer
@@ -20,10 +20,11 @@ from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import Trained, judge, measure, trained_variant
 from drlora_jax.interop.hf_read import load_model
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.lora_tables import layer_factors
+from drlora_jax.interop.lora_tables import layer_updates
 from drlora_jax.interop.verify import make_prompts, run_variants
 from drlora_jax.models.layers import Projection
-from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, logits
 from drlora_jax.training.job import prepare
 from drlora_jax.training.step import init_lora
 from tests.support.tiny import TINY_LLAMA, tiny_config, write_rows, write_tiny_model
@@ -34,14 +35,16 @@ TARGETS = ("gate", "down", "q", "v")
 
 # ------------------------------------------------------------------------------------ one matrix
 
+SEGMENTS_BT = np.ones((2, 4), np.int32)
+
 
 def make_projection(size: float):
     """A module, inputs, and variables with updates of that size."""
-    adapter = AdapterSpec(frozenset({"here"}), scale=SCALE, rank=3, dora=True)
-    module = Projection(5, "here", jnp.float32, adapter, has_bias=True)
+    adapter = Lora(frozenset({"here"}), scale=SCALE, rank=3, dora=True)
+    module = Projection(5, DecoderOptions(adapter=adapter), has_bias=True, name="here")
     draw = np.random.default_rng(0)
     x_BTD = draw.normal(size=(2, 4, 6)).astype("f4")
-    shapes = jax.eval_shape(module.init, jax.random.key(0), x_BTD)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x_BTD, SEGMENTS_BT)
     variables = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype("f4"), shapes)
     for name in ("b", "magnitude_delta"):
         variables["lora"]["lora"][name] *= np.float32(size)
@@ -54,7 +57,8 @@ def test_equals_its_formula_and_gradients():
     weights_BTF = np.random.default_rng(1).normal(size=(2, 4, 5)).astype("f4")
 
     def ours(lora, x_BTD):
-        return jnp.sum(weights_BTF * module.apply({"params": params, "lora": lora}, x_BTD))
+        y_BTF, _ = module.apply({"params": params, "lora": lora}, x_BTD, SEGMENTS_BT)
+        return jnp.sum(weights_BTF * y_BTF)
 
     def formula(lora, x_BTD):
         """With the adapted matrix and its norms written out, the norms as constants."""
@@ -75,7 +79,7 @@ def test_starts_as_its_base():
     module, x_BTD, variables = make_projection(0.0)
     params = variables["params"]
     params["kernel"][:, 2] = 0.0  # a column without a direction
-    y_BTF = jax.jit(module.apply)(variables, x_BTD)
+    y_BTF, _ = jax.jit(module.apply)(variables, x_BTD, SEGMENTS_BT)
     plain = x_BTD @ params["kernel"] + params["bias"]
     np.testing.assert_allclose(y_BTF, plain, rtol=1e-5, atol=1e-6)
 
@@ -97,7 +101,7 @@ def trained(base) -> Trained:
     no_ranks = np.zeros((0, 0), np.int32)
     shapes = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
     lora = random_factors(shapes, 0.2, no_ranks)
-    factors = layer_factors(plain.config, adapter, lora, no_ranks)
+    factors = layer_updates(plain.config, adapter, lora, no_ranks)
     assert all(set(layer.magnitudes) == set(layer.plain) for layer in factors)
     return Trained(plain.config, adapter, lora, {}, factors)
 
@@ -123,7 +127,7 @@ def test_exports_compute_what_was_trained(tmp_path, base, trained, layout, dtype
     options = dict(is_merged=layout == export.MERGED, dtype=dtype)
     judge(measure(trained, reader, target, prompts, **options))
     # Lost magnitudes would be seen.
-    blind = trained._replace(factors=[f._replace(magnitudes={}) for f in trained.factors])
+    blind = trained._replace(updates=[f._replace(magnitudes={}) for f in trained.updates])
     target = write(blind, base, tmp_path / "blind", layout, dtype)
     assert measure(trained, reader, target, prompts, **options).kl > 1e-4
 

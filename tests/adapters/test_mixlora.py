@@ -13,15 +13,16 @@ import pytest
 
 from drlora_jax import convert, export, train
 from drlora_jax.adapters.mixlora import MixtureFfn
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.inference.model import load_run
 from drlora_jax.models.architecture import DenseFfnConfig, RoutingConfig
 from drlora_jax.models.families import parse_config
+from drlora_jax.models.options import DecoderOptions
 from drlora_jax.models.routing import choose_experts
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.ops import lora_deltas
 from drlora_jax.training.job import prepare
 from drlora_jax.training.step import AuxiliaryWeights, batch_loss, init_lora, init_variables
@@ -38,7 +39,7 @@ def config_with(kind="mixlora", targets=ALL, allocation=None, **adapter) -> Trai
 
 
 def adapted(values: dict, config: TrainConfig) -> Decoder:
-    model_config = with_adapter_experts(parse_config(values), config.adapter)
+    model_config = parse_config(values)
     options = DecoderOptions(adapter=make_adapter(config, model_config))
     return Decoder(model_config, options)
 
@@ -50,11 +51,14 @@ def make_ffn(roles=("gate", "up", "down"), routing=None):
     """A module, variables with random factors (expert e has e open ranks, at most all; 0 is closed
     for that), inputs."""
     routing = routing or RoutingConfig(EXPERTS, 2, normalize=True)
-    config = DenseFfnConfig(HIDDEN, "silu", routing)
-    adapter = make_adapter(config_with(), parse_config(LLAMA))
-    paths = frozenset(f"ffn/mlp/{role}" for role in roles)
-    adapter = dataclasses.replace(adapter, paths=paths, scale=SCALE, max_rank=RANK)
-    module = MixtureFfn(config, "ffn/mlp", jnp.float32, adapter)
+    adapter = dataclasses.replace(
+        make_adapter(config_with(), parse_config(LLAMA)),
+        paths=frozenset(roles),
+        scale=SCALE,
+        max_rank=RANK,
+        own_routing=routing,
+    )
+    module = MixtureFfn(DenseFfnConfig(HIDDEN, "silu"), DecoderOptions(adapter=adapter))
     x_BTD = jax.random.normal(jax.random.key(0), (2, 4, WIDTH))
     segments_BT = jnp.ones((2, 4), jnp.int32).at[1, 3:].set(0)
     variables = module.init(jax.random.key(1), x_BTD, segments_BT)
@@ -132,7 +136,7 @@ def test_equals_a_loop_over_tokens_and_experts(monkeypatch, roles, sorted_from):
 
 def test_statistics_leave_padding_out():
     module, variables, x_BTD, segments_BT = make_ffn()
-    _, stats = module.apply(variables, x_BTD, segments_BT)
+    _, (stats,) = module.apply(variables, x_BTD, segments_BT)
     valid = int(np.sum(np.asarray(segments_BT)))
     assert float(stats.count_E.sum()) == 2 * valid
     np.testing.assert_allclose(float(stats.weight_E.sum()), valid, rtol=1e-6)

@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 
 from drlora_jax import alpha, export, inspect, train
-from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
+from drlora_jax.adapters.expert_counts import resolve_counts
+from drlora_jax.adapters.lora import Lora
+from drlora_jax.adapters.rank_trees import gates_tree
 from drlora_jax.adapters.targets import coverage, resolve_targets
-from drlora_jax.allocation import CapacityShapes, make_policy
+from drlora_jax.allocation import CapacityShapes
 from drlora_jax.config import AdapterSection, AllocationSection, MeshSection, TrainConfig
-from drlora_jax.config.expert_counts import resolve_counts
+from drlora_jax.config.resolve import make_adapter, make_policy
 from drlora_jax.errors import UserError
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_run
 from drlora_jax.models.architecture import DenseFfnConfig, RoutingConfig
 from drlora_jax.models.attention import Attention
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, DenseFfn
-from drlora_jax.ops.attention.api import attend
+from drlora_jax.models.ffn import DenseFfn
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.training.job import prepare
 from drlora_jax.training.step import AuxiliaryWeights, batch_loss, init_lora
 from tests.support.llama import ALL, LLAMA, LLAMA_2_7B, count, largest_error, logged
@@ -50,7 +52,7 @@ def config_with(targets=ALL, rank=8, **adapter) -> TrainConfig:
 
 
 def adapted(values: dict, config: TrainConfig) -> Decoder:
-    model_config = with_adapter_experts(parse_config(values), config.adapter)
+    model_config = parse_config(values)
     return Decoder(model_config, DecoderOptions(adapter=make_adapter(config, model_config)))
 
 
@@ -73,12 +75,12 @@ def ffn():
     last row ends in padding."""
     adapter = dataclasses.replace(
         make_adapter(config_with(), parse_config(LLAMA)),
-        paths=frozenset(f"ffn/mlp/{role}" for role in ROLES),
+        paths=frozenset(ROLES),
         scale=SCALE,
         max_rank=RANK,
+        own_routing=RoutingConfig(EXPERTS, 2, normalize=True),
     )
-    routing = RoutingConfig(EXPERTS, 2, normalize=True)
-    module = DenseFfn(DenseFfnConfig(HIDDEN), "ffn/mlp", jnp.float32, adapter, routing)
+    module = DenseFfn(DenseFfnConfig(HIDDEN), DecoderOptions(adapter=adapter))
     x_BTD = drawn(jnp.zeros((2, 3, WIDTH)))
     segments_BT = np.array([[1, 1, 1], [1, 1, 0]], np.int32)
     shapes = shapes_of(module, x_BTD, segments_BT)
@@ -190,8 +192,7 @@ def test_starts_as_its_base_and_counts_every_layer():
         variables["lora"]["segment_0"]["layer_0"][module][f"{role}_lora"]["b"][:] = 0
     open_LE = np.arange(4) < np.array([2, 1, 4])[:, None]
     gate_LPER = jnp.asarray(np.tile(open_LE[:, None, :, None], (1, 2, 1, 8)), jnp.float32)
-    roles = expert_roles(model.options.adapter)
-    variables["rank_mask"] = gates_tree(model.config, roles, gate_LPER)
+    variables["rank_mask"] = gates_tree(model, gate_LPER)
     y, stats = jax.jit(model.apply)(variables, *INPUTS)
     base = Decoder(parse_config(LLAMA), DecoderOptions())
     expected, _ = jax.jit(base.apply)({"params": variables["params"]}, *INPUTS)
@@ -205,12 +206,12 @@ def test_starts_as_its_base_and_counts_every_layer():
 def test_one_expert_of_attention_is_plain_lora():
     """Values and gradients; the FFN's projections are the same function."""
     routed = adapted(LLAMA, config_with(num_experts=1, experts_per_token=1))
-    plain = dataclasses.replace(routed.options.adapter, experts_module="moe", rank=8)
-    layer = routed.config.segments[0].unit[0]
+    place = routed.options.below("segment_0").below("layer_0").below("attention")
+    plain = Lora(place.adapter.paths, scale=place.adapter.scale, rank=8)
+    config = routed.config.segments[0].unit[0].attention
     x_BTD = drawn(jnp.zeros((2, 11, 16)))
-    rest = (layer.attention, "segment_0/layer_0/attention", jnp.float32)
-    ours = Attention(*rest, routed.options.adapter, 1e-5, attend, routing=layer.linear_routing)
-    theirs = Attention(*rest, plain, 1e-5, attend)
+    ours = Attention(config, place, 1e-5)
+    theirs = Attention(config, dataclasses.replace(place, adapter=plain), 1e-5)
     shapes = shapes_of(ours, x_BTD, *INPUTS[1:])
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, "f4"), shapes["rank_mask"])
     variables = {"params": drawn(shapes["params"], 1, 0.2), "rank_mask": ones}

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.expert_lora import ExpertLora
 from drlora_jax.data.loader import Batch
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.ops import Ops
 from drlora_jax.ops.experts.api import expert_mlp
 from drlora_jax.training.step import AuxiliaryWeights, batch_loss
@@ -72,7 +73,7 @@ def loss_and_gradients(config, params, roles, lora: dict, backend: str):
     """Summed NLL over the number of targets, and its gradient with respect to `lora`."""
     paths = {f"{LAYER}/attention/{role}" for role in ATTENTION_ROLES}
     paths |= {f"{LAYER}/{'moe' if config.moe else 'mlp'}/{role}" for role in roles}
-    adapter = AdapterSpec(frozenset(paths), scale=SCALE, rank=RANK, max_rank=RANK)
+    adapter = ExpertLora(frozenset(paths), scale=SCALE, rank=RANK, max_rank=RANK)
     ops = Ops(expert_mlp=functools.partial(expert_mlp, backend=backend))
     model = Decoder(config, DecoderOptions(adapter=adapter, ops=ops))
     rows = make_rows()

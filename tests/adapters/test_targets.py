@@ -5,12 +5,11 @@ import dataclasses
 import jax
 import pytest
 
-from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.registry import PLACEMENTS
 from drlora_jax.adapters.targets import (
     coverage,
     coverage_lines,
     linear_inputs,
-    matrices,
     resolve_targets,
 )
 from drlora_jax.errors import UserError
@@ -21,7 +20,8 @@ from drlora_jax.models.architecture import (
     SegmentConfig,
 )
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.training.step import init_lora
 from tests.support.tiny import MIXTRAL, OLMOE
 
@@ -42,7 +42,7 @@ def test_the_table_counts_every_weight_matrix(values):
     shapes = jax.tree.leaves_with_path(abstract_params(Decoder(config, DecoderOptions())))
     vectors = {"scale", "bias"}
     expected = sum(leaf.size for path, leaf in shapes if path[-1].key not in vectors)
-    assert sum(matrix.parameters for matrix in matrices(config)) == expected
+    assert sum(matrix.parameters for matrix in config.matrices()) == expected
 
 
 def test_roles_mean_experts_for_expert_lora_and_dense_ffns_for_lora():
@@ -63,11 +63,11 @@ def test_what_plain_lora_reads():
         ("expert_lora", ("up", "down", "q", "v"), 2 * width),
         ("lora", ("q", "down"), width + hidden),  # of the dense layer, which has both
     ):
-        spec = AdapterSpec(resolve_targets(config, kind, targets))
-        assert linear_inputs(config, spec) == expected
-    routed = AdapterSpec(resolve_targets(config, "lora", ("q", "down")), experts_module="mlp")
-    assert linear_inputs(config, routed) == width
-    assert linear_inputs(config, AdapterSpec(routed.paths, experts_module="*")) == 0
+        adapter = PLACEMENTS[kind](resolve_targets(config, kind, targets))
+        assert linear_inputs(config, adapter) == expected
+    paths = resolve_targets(config, "lora", ("q", "down"))
+    assert linear_inputs(config, PLACEMENTS["mixlora"](paths)) == width
+    assert linear_inputs(config, PLACEMENTS["mola"](paths)) == 0
 
 
 def test_a_regular_expression_selects_paths():
@@ -84,7 +84,7 @@ def test_a_regular_expression_selects_paths():
 def test_trained_counts_are_those_of_the_model(targets, router):
     config = parse_config(OLMOE)
     paths = resolve_targets(config, "expert_lora", targets)
-    spec = AdapterSpec(paths, rank=3, max_rank=5, train_router=router)
+    spec = PLACEMENTS["expert_lora"](paths, rank=3, max_rank=5, train_router=router)
     model = Decoder(config, DecoderOptions(adapter=spec))
     lora = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
     expected = sum(leaf.size for leaf in jax.tree.leaves(lora))

@@ -9,13 +9,16 @@ import pytest
 
 from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes, CapacityState
-from drlora_jax.allocation.adalora import Stats, adalora, keep_best
+from drlora_jax.allocation.adalora import Stats, keep_best
+from drlora_jax.allocation.measurements import ELEMENTWISE
 from drlora_jax.errors import UserError
 from drlora_jax.reporting.progress import describe_ranks
 from drlora_jax.runs.checkpoint import Checkpoints
+from drlora_jax.training.growth import reordered
 from drlora_jax.training.job import prepare
-from drlora_jax.training.program import abstract_batch
-from drlora_jax.training.state import place_mask, reordered, restore
+from drlora_jax.training.program import abstract_batch, place_mask
+from drlora_jax.training.state import restore
+from tests.support import policies
 from tests.support.dr_lora import make_steps, run_accumulate
 from tests.support.stepper import Stepper, expert_leaves
 from tests.support.tiny import tiny_config
@@ -34,7 +37,7 @@ EVENTS = {5: 10, 7: 8, 9: 8}  # of the tiny run: ranks of a layer after each, fr
 
 
 def make_policy(**options):
-    return adalora(SHAPES, **(DEFAULTS | options))
+    return policies.make_policy("adalora", SHAPES, **(DEFAULTS | options))
 
 
 # ---------------------------------------------------------------------------------------- numbers
@@ -56,7 +59,8 @@ def test_accumulate(importance):
             smooth[at] = 0.8 * smooth[at] + 0.2 * now
             uncertain[at] = 0.7 * uncertain[at] + 0.3 * abs(now - smooth[at])
     got = run_accumulate(policy, steps)
-    assert policy.needs_elementwise == (importance == "elementwise_product")
+    is_asked_for = importance == "elementwise_product"
+    assert policy.measures == ((ELEMENTWISE,) if is_asked_for else ())
     np.testing.assert_allclose(got.importance_LPER, smooth, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(got.uncertainty_LPER, uncertain, rtol=1e-5, atol=1e-7)
 

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drlora_jax.allocation import CapacityShapes, CapacityState, StepStats, masks_from_ranks
-from drlora_jax.allocation.dr_lora import Stats, grow, saliency
+from drlora_jax.allocation import CapacityShapes, CapacityState, masks_from_ranks
+from drlora_jax.allocation.dr_lora import saliency
+from drlora_jax.allocation.growth import Stats, grow
+from drlora_jax.allocation.measurements import ELEMENTWISE
 from drlora_jax.errors import UserError
 from tests.support.dr_lora import (
     RANKS_LE,
@@ -15,6 +17,7 @@ from tests.support.dr_lora import (
     make_policy,
     make_stats,
     make_steps,
+    measured,
     run_accumulate,
     stated_saliency,
 )
@@ -63,7 +66,8 @@ def test_accumulate(options):
     } | options
     policy = make_policy(**options)
     got = run_accumulate(policy, steps)
-    assert policy.needs_elementwise == (options["importance"] == "elementwise_product")
+    is_asked_for = options["importance"] == "elementwise_product"
+    assert policy.measures == ((ELEMENTWISE,) if is_asked_for else ())
     for value, expected in zip(got, stated_statistics(steps, **options), strict=True):
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-7)
@@ -152,8 +156,7 @@ def test_rarely_updated_experts_are_not_scored_lower():
         count_MLE[..., 1] = index == 4
         step = {"gate_grad": np.ones((1, *SHAPES)), "elementwise": np.zeros(SHAPES)}
         step |= {"count": count_MLE, "weight": count_MLE, "tokens": np.ones(1)}
-        names = ("gate_grad", "elementwise", "count", "weight", "tokens")
-        stats = policy.accumulate(stats, StepStats(*(jnp.asarray(step[n], "f4") for n in names)))
+        stats = policy.accumulate(stats, measured(step))
     equal = stats._replace(frequency_LE=jnp.ones(SHAPES[::2]))
     mask = jnp.arange(SHAPES.max_rank) < 2
     equal = equal._replace(importance_LPER=equal.importance_LPER * mask[None, None, None])
@@ -165,7 +168,8 @@ def test_rarely_updated_experts_are_not_scored_lower():
 @pytest.mark.parametrize("score", ["frequency", "importance", "random"])
 def test_ablations(score):
     state = CapacityState(RANKS_LE)
-    policy = make_policy(score=score)
+    chosen = dict(kind="random") if score == "random" else dict(saliency=score)
+    policy = make_policy(**chosen)
     one, other = make_stats(1, RANKS_LE), make_stats(2, RANKS_LE)
     same_f = other._replace(frequency_LE=one.frequency_LE)
     same_g = other._replace(importance_LPER=one.importance_LPER)
@@ -178,7 +182,7 @@ def test_ablations(score):
     assert np.array_equal(scores(one), scores(other)) == (score == "random")
     if score == "random":
         assert not np.array_equal(scores(one), scores(one, step=20))
-        assert not np.array_equal(scores(one), scores(one, make_policy(score=score, seed=1)))
+        assert not np.array_equal(scores(one), scores(one, make_policy(**chosen, seed=1)))
         return
     expected = one.frequency_LE
     if score == "importance":
@@ -292,7 +296,7 @@ def test_budget_is_exact_whatever_the_saliency(schedule, kinds, data):
     r_target = r_init + schedule.pop("growth")
     r_max = max(1, r_target + schedule.pop("room"))
     shapes = CapacityShapes(layers=2, projections=1, experts=experts, max_rank=r_max)
-    chosen = {"gamma": 0.0, "score": "frequency"}  # saliency is then the frequency
+    chosen = {"gamma": 0.0, "saliency": "frequency"}  # saliency is then the frequency
     try:
         policy = make_policy(shapes, r_init=r_init, r_target=r_target, **schedule, **chosen)
     except UserError:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from drlora_jax.allocation import CapacityShapes
-from drlora_jax.allocation.dr_lora import Stats, dr_lora
+from drlora_jax.allocation.growth import Stats
 from drlora_jax.errors import UserError
+from tests.support import policies
 
 PUBLISHED = {
     "total_steps": 3750,
@@ -23,7 +24,7 @@ R_MAX, PROJECTIONS = 32, 2
 
 def make_policy(experts=16, **options):
     shapes = CapacityShapes(layers=1, projections=PROJECTIONS, experts=experts, max_rank=R_MAX)
-    return dr_lora(shapes, **(PUBLISHED | options))
+    return policies.make_policy("dr_lora", shapes, **(PUBLISHED | options))
 
 
 def record(experts):

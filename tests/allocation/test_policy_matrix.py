@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from drlora_jax import alpha, train
-from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.allocation import CapacityState, StepStats, masks_from_ranks
 from drlora_jax.config import AdapterSection, AllocationSection
 from drlora_jax.data.loader import split_micro_batches
@@ -93,7 +92,9 @@ class World:
 
     def config(self, kind: str, placement: str):
         folder, section = self.folder / placement, PLACEMENTS[placement]
-        allocation = dict(kind=kind, interval=5, r_max=RANKS) | KINDS[kind]
+        allocation = dict(kind=kind, r_max=RANKS) | KINDS[kind]
+        if AllocationSection.has(kind, "interval"):
+            allocation["interval"] = 5
         allocation |= section.allocation.get(kind, {})
         if kind == "alphalora":
             allocation["alpha_file"] = str(folder / "alpha.json")
@@ -131,11 +132,13 @@ class World:
         is in it by its statistics only.
         """
         policy, (layers, experts, ranks) = run.job.policy, run.abstract_state.mask_LER.shape
-        shapes_LPER = (layers, len(expert_roles(run.job.adapter)), experts, ranks)
-        shapes = (1, *shapes_LPER), shapes_LPER, (1, layers, experts), (1, layers, experts), (1,)
+        shapes_LPER = (layers, len(run.job.adapter.expert_roles()), experts, ranks)
+        shapes = (1, *shapes_LPER), (1, layers, experts), (1, layers, experts), (1,)
         measured = StepStats(*(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
+        like = jax.ShapeDtypeStruct(shapes_LPER, np.float32)
+        measured = measured._replace(measured={each.name: like for each in policy.measures})
         uses = jax.make_jaxpr(policy.accumulate)(run.abstract_state.stats, measured)
-        key = placement, str(uses), policy.needs_elementwise, policy.needs_probe
+        key = placement, str(uses), policy.measures
         if key not in self._steps:
             self._steps[key], _ = train.compile_step(run)
         return self._steps[key]
@@ -179,10 +182,10 @@ def test_a_cell_trains(world, kind, placement):
         return train.Position(state, capacity, 0)
 
     position, losses, events = begin(policy.init()), [], 0
-    if policy.start is not None:
+    if policy.profile is not None:
         first = split_micro_batches(job.loader.batch(0), 1)
         _, metrics = compiled(params, position.state, first)
-        capacity, _ = policy.start(np.asarray(metrics["load_LE"]))
+        capacity, _ = policy.profile.decide({"choices": np.asarray(metrics["load_LE"])})
         position = begin(capacity)
     check_state(run, position, initial)
     for index in range(STEPS):

@@ -15,11 +15,12 @@ from drlora_jax.allocation.alphalora import (
     allocate_experts,
     alphalora_experts,
     alphalora_ranks,
-    divide,
-    spectral_prior,
-    spectral_start,
 )
-from drlora_jax.allocation.dr_lora import dr_lora
+from drlora_jax.allocation.base import Context
+from drlora_jax.allocation.dr_lora import DrLora
+from drlora_jax.allocation.exponents import spectral_start
+from drlora_jax.allocation.growth import plan_growth
+from drlora_jax.allocation.shares import divide
 from drlora_jax.allocation.spectra import fit_tail
 from drlora_jax.errors import UserError
 from drlora_jax.interop.exponents import read_exponents
@@ -209,7 +210,7 @@ def test_a_prior_is_a_factor_of_the_saliency():
     alpha_LE, stats = draw.uniform(2, 6, RANKS_LE.shape), make_stats(1, RANKS_LE)
     plain_LE = stated_saliency(stats, RANKS_LE, gamma=1.2, decay=0.8)
     for power in (1.0, -0.5):
-        policy = make_policy(prior_LE=spectral_prior(alpha_LE, power))
+        policy = make_policy(spectral_prior=power, alpha=alpha_LE)
         _, _, event = policy.update(CapacityState(RANKS_LE), stats, 10)
         for layer, expert in np.ndindex(*RANKS_LE.shape):
             factor = (alpha_LE[layer, expert] / (sum(alpha_LE[layer]) / SHAPES.experts)) ** power
@@ -236,9 +237,9 @@ def test_growth_from_a_spectral_start_meets_the_budget():
     shapes = CapacityShapes(layers=2, projections=2, experts=6, max_rank=12)
     alpha_LE = np.random.default_rng(5).uniform(2, 4, (2, 6))
     first_LE = spectral_start(alpha_LE, 3, beta=2.5, most=12)
-    arguments = dict(total_steps=60, r_init=3, r_target=6, interval=5, p_grow=0.3, gamma=1.2)
-    arguments |= dict(frequency_decay=0.9, importance_decay=0.9, warmup_ratio=0.1)
-    policy = dr_lora(shapes, first_LE=first_LE, **arguments)
+    arguments = dict(total_steps=60, r_init=3, r_target=6, interval=5, p_grow=0.3)
+    arguments |= dict(warmup_ratio=0.1, spectral_start=True, alpha=alpha_LE)
+    policy = make_policy(shapes, **arguments)
     assert policy.init().ranks_LE.tolist() == first_LE.tolist()
     state, stats = policy.init(), policy.init_stats()
     stats = stats._replace(frequency_LE=alpha_LE**4, updates_LE=np.ones((2, 6)))
@@ -251,8 +252,9 @@ def test_growth_from_a_spectral_start_meets_the_budget():
     assert state.ranks_LE.sum(axis=1).tolist() == [policy.budget] * 2 == [36, 36]
     assert state.ranks_LE.max() <= 12
     first_LE[0, 0] += 9
+    fields = DrLora(r_init=3, interval=5, p_grow=0.3, warmup_ratio=0.1)
     with pytest.raises(UserError, match="the budget can not be reached"):
-        dr_lora(shapes, first_LE=first_LE, **arguments | dict(r_target=11))
+        plan_growth(Context(shapes, 11, total_steps=60), fields, first_LE)
 
 
 @settings(max_examples=100, deadline=None)
@@ -262,11 +264,11 @@ def test_an_accepted_start_reaches_the_budget_whatever_is_preferred(data):
     rank = -(-int(first_LE.sum()) // 4)
     first_LE[0, first_LE[0].argmin()] += 4 * rank - first_LE.sum()
     shapes = CapacityShapes(layers=1, projections=1, experts=4, max_rank=10)
-    arguments = dict(r_init=rank, r_target=data.draw(st.integers(rank, 10)), interval=5, gamma=1.2)
-    arguments |= dict(p_grow=data.draw(st.sampled_from([0.1, 0.3, 0.6])), warmup_ratio=0.1)
-    arguments |= dict(total_steps=50, frequency_decay=0.9, importance_decay=0.9)
+    context = Context(shapes, data.draw(st.integers(rank, 10)), total_steps=50)
+    p_grow = data.draw(st.sampled_from([0.1, 0.3, 0.6]))
+    fields = DrLora(r_init=rank, interval=5, p_grow=p_grow, warmup_ratio=0.1)
     try:
-        policy = dr_lora(shapes, first_LE=first_LE, **arguments)
+        policy = fields.grown_from(context, first_LE)
     except UserError as error:
         assert "can not be reached" in str(error)
         return
@@ -283,10 +285,9 @@ def test_an_expert_that_starts_with_most_does_not_stop_growth():
     """OLMoE's 64 experts, 8 to 16 of 32: what the others have free is enough."""
     first_LE = np.full((2, 64), 8, np.int32)
     first_LE[1, 0], first_LE[1, 1:25] = 32, 7
-    arguments = dict(total_steps=3750, r_init=8, r_target=16, interval=200, p_grow=0.1, gamma=1.2)
-    arguments |= dict(frequency_decay=0.9, importance_decay=0.9, warmup_ratio=0.03)
     shapes = CapacityShapes(layers=2, projections=2, experts=64, max_rank=32)
-    assert dr_lora(shapes, first_LE=first_LE, **arguments).budget == 1024
+    context = Context(shapes, 16, total_steps=3750, warmup_ratio=0.03)
+    assert DrLora().grown_from(context, first_LE).budget == 1024
 
 
 # --------------------------------------------------------------------------------- from the config
@@ -333,10 +334,11 @@ MIXLORA = dict(kind="mixlora", num_experts=4)
             "experts=13 do not fit into 3 layers of .*=4",
         ),
         (dict(kind="alphalora", r_target=5), {}, "r_target .5. is the mean of the ranks"),
-        (dict(kind="adalora", r_init=4, spectral_prior=1.0), {}, "got kind=adalora and"),
+        (dict(kind="adalora", r_init=4, spectral_prior=1.0), {}, "got kind=adalora; leave it out"),
         (dict(released=True, spectral_prior=1.0), {}, "released=True"),
         (dict(spectral_prior=1.0), MIXLORA, "_prior .* those of adapter.kind=mixlora are new"),
         (dict(spectral_start=True), MIXLORA, "_start .* those of adapter.kind=mixlora are new"),
+        (dict(spectral_start=True, kind="random"), {}, "is for kind=dr_lora, got kind=random"),
         (dict(spectral_start=True, r_init=0), {}, "set r_init to 1 or more"),
     ],
 )

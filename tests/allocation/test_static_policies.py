@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from drlora_jax.allocation import CapacityShapes
-from drlora_jax.allocation.moe_sieve import moe_sieve, sieve
-from drlora_jax.allocation.pattern import pattern
-from drlora_jax.allocation.prilora import prilora
+from drlora_jax.allocation.moe_sieve import sieve
 from drlora_jax.errors import UserError
 from drlora_jax.training.growth import profile
 from drlora_jax.training.job import prepare
 from drlora_jax.training.state import start
+from tests.support.policies import make_policy
 from tests.support.stepper import Stepper
 from tests.support.tiny import OLMOE, tiny_config, write_rows, write_tiny_model
 
@@ -32,7 +31,7 @@ def test_sieve_gives_the_most_used_experts_all_ranks(chosen, budget):
 
 def test_sieve_refuses_a_budget_that_does_not_fit():
     with pytest.raises(UserError, match=r"10 ranks to 1 of 5 experts, up to 10 each.* raise it"):
-        moe_sieve(SHAPES, r_target=2, share=0.25, profile_rows=8)
+        make_policy("moe_sieve", SHAPES, r_target=2, share=0.25, profile_rows=8)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_profile_counts_what_the_base_chooses(sieved):
         lora, mask = sieved.position.state.lora, sieved.position.state.mask_LER
         _, _, stats = run.eval_step(sieved.params, lora, mask, batch(first))
         total_LE = total_LE + np.asarray(stats.count_E)
-    count_LE = profile(run, sieved.params, start(run).state)
+    count_LE = profile(run, sieved.params, start(run).state)["choices"]
     tokens = sum(int((batch(first).segment_ids_BT > 0).sum()) for first in (0, step))
     assert (count_LE.sum(axis=1) == 2 * tokens).all()  # two experts a valid token
     np.testing.assert_array_equal(count_LE, total_LE)
@@ -78,7 +77,7 @@ def test_pattern_reads_tables_and_last_rows(tmp_path, name):
     rows = [{"step": 1, "ranks": [[0]]}, {"step": 2, "ranks": RANKS_LE}]
     text = json.dumps(RANKS_LE, indent=1)
     file.write_text(text if name == "ranks.json" else "\n".join(map(json.dumps, rows)) + "\n")
-    policy = pattern(SHAPES, path=str(file), r_target=2)
+    policy = make_policy("pattern", SHAPES, pattern=str(file), r_target=2)
     assert policy.init().ranks_LE.tolist() == RANKS_LE and policy.budget == 10
     assert not any(policy.is_event(step) for step in range(100))
 
@@ -103,17 +102,18 @@ def test_pattern_refusals(tmp_path, text, message):
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=message):
-        pattern(SHAPES, path=str(file), r_target=2)
+        make_policy("pattern", SHAPES, pattern=str(file), r_target=2)
 
 
 def test_a_pattern_keeps_the_budget_of_each_layers_own_experts(tmp_path):
     file = tmp_path / "ranks.json"
     file.write_text("[[4, 0, 0, 0, 0], [2, 2, 2, 2, 2]]")
-    policy = pattern(SHAPES, path=str(file), r_target=2, counts_L=(2, 5))
+    options = dict(pattern=str(file), r_target=2, counts_L=(2, 5))
+    policy = make_policy("pattern", SHAPES, **options)
     assert policy.budget == (4, 10)
     file.write_text("[[4, 1, 0, 0, 0], [2, 2, 2, 2, 2]]")
     with pytest.raises(UserError, match=r"layer 0 has 5 ranks, more than 2 experts .* = 4"):
-        pattern(SHAPES, path=str(file), r_target=2, counts_L=(2, 5))
+        make_policy("pattern", SHAPES, **options)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,8 @@ def test_a_pattern_keeps_the_budget_of_each_layers_own_experts(tmp_path):
 )
 def test_prilora_rises_linearly(layers, r_init, r_target):
     """Every layer is less than a rank away from the line, and the sum is that of plain LoRA."""
-    policy = prilora(SHAPES._replace(layers=layers), r_init=r_init, r_target=r_target, r_max=64)
+    shapes = SHAPES._replace(layers=layers)
+    policy = make_policy("prilora", shapes, r_init=r_init, r_target=r_target, r_max=64)
     ranks_LE = policy.init().ranks_LE
     rank_L = ranks_LE[:, 0]
     assert (ranks_LE == rank_L[:, None]).all() and ranks_LE.dtype == np.int32
@@ -133,11 +134,11 @@ def test_prilora_rises_linearly(layers, r_init, r_target):
 
 
 def test_prilora_may_fall_and_stays_within_its_ends():
-    falling = prilora(SHAPES, r_init=6, r_target=4, r_max=6).init().ranks_LE
+    falling = make_policy("prilora", SHAPES, r_init=6, r_target=4, r_max=6).init().ranks_LE
     assert falling[:, 0].tolist() == [6, 2]
     for r_init, message in ((9, "-1. in the last"), (1, "r_init .1. .* r_init .7. .*r_max .6.")):
         with pytest.raises(UserError, match=message):
-            prilora(SHAPES, r_init=r_init, r_target=4, r_max=6)
+            make_policy("prilora", SHAPES, r_init=r_init, r_target=4, r_max=6)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +181,7 @@ def test_a_rank_shared_by_experts_of_the_adapter(tmp_path, kind, rule, expected)
     ("allocation", "adapter", "message"),
     [
         (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
+        (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "is for kind=uniform, got kind=dr_"),
         (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora has none"),
         (dict(rank_rule="per_top_k"), dict(kind="mixlora", top_p=0.5), "adapter.top_p=0.5"),
     ],

@@ -15,6 +15,7 @@ from drlora_jax.config import (
     TrainSection,
     all_fields,
     apply_overrides,
+    field_rows,
     from_dict,
     load_config,
     to_dict,
@@ -179,7 +180,11 @@ REFUSED = {
     ),
     "allocation.warmup_ratio must be in [0, 1), got 1": (AllocationSection, {"warmup_ratio": 1}),
     "allocation.last_event must be greater than 0, got 0": (AllocationSection, {"last_event": 0}),
-    "allocation.released=True is a form of kind=dr_lora, got kind=random": (
+    "allocation.released=True fixes importance=gate_abs and saliency=product, got gate_sq and": (
+        AllocationSection,
+        {"released": True, "importance": "gate_sq"},
+    ),
+    "allocation.released=True is for kind=dr_lora, got kind=random; leave it out": (
         AllocationSection,
         {"released": True, "kind": "random"},
     ),
@@ -207,17 +212,96 @@ def test_refused(message):
     assert message in str(caught.value)
 
 
+def kind_with(name: str) -> list[str]:
+    """The override that chooses a policy which has a field."""
+    section, field = name.split(".")
+    owners = AllocationSection.owners(field) if section == "allocation" else []
+    return [f"allocation.kind={owner}" for owner in owners[:1]]
+
+
 @pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
 def test_every_float_is_finite(value):
     for name, kind, _ in all_fields():
         if "float" in kind.split(" | "):
-            with pytest.raises(UserError, match=name):
-                apply_overrides(TrainConfig(), [f"{name}={value}"])
+            with pytest.raises(UserError, match=f"{name} must be .*float"):
+                apply_overrides(TrainConfig(), [f"{name}={value}", *kind_with(name)])
 
 
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().run.seed = 3
+
+
+# -------------------------------------------------------------------------- fields of another kind
+
+FILE = """
+from drlora_jax.config import *
+
+def get_config():
+    return TrainConfig(allocation=AllocationSection({fields}))
+"""
+
+
+def test_a_field_of_another_kind_is_refused_with_the_kinds_that_have_it(write):
+    message = "allocation.interval=50 is for kind=dr_lora, random or adalora, got kind=uniform; le"
+    with pytest.raises(UserError, match=message):
+        AllocationSection(kind="uniform", interval=50)
+    with pytest.raises(UserError, match=message):
+        load_config(write(FILE.format(fields="kind='uniform', interval=50")))
+    for value in (50, 200):  # given is given, also where it is the default
+        with pytest.raises(UserError, match=message.replace("50", str(value))):
+            texts = ["allocation.kind=uniform", f"allocation.interval={value}"]
+            load_config(write(CONFIG_FILE), texts)
+    plain = write(FILE.format(fields="kind='uniform'"))
+    with pytest.raises(UserError, match=message):
+        load_config(plain, ["allocation.interval=50"])
+    assert load_config(plain).allocation == AllocationSection(kind="uniform")
+
+
+def test_what_a_file_set_for_its_own_kind_is_dropped_with_a_line(write, capsys):
+    fields = "kind='dr_lora', r_init=4, r_target=8, gamma=2.0"
+    file = write(FILE.format(fields=fields))
+    assert load_config(file, ["allocation.kind=dr_lora"]).allocation.gamma == 2.0
+    assert capsys.readouterr().out == ""
+    config = load_config(file, ["allocation.kind=prilora", "allocation.r_target=6"])
+    assert config.allocation == AllocationSection(kind="prilora", r_init=4, r_target=6)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "note: allocation.kind=prilora does not have gamma=2.0 of the config file"
+
+
+def test_a_file_that_names_no_kind_may_set_a_field_for_the_command_line(write, capsys):
+    file = write(FILE.format(fields="share=0.5"))
+    assert load_config(file, ["allocation.kind=moe_sieve"]).allocation.share == 0.5
+    assert capsys.readouterr().out == ""
+    for more in ([], ["allocation.gamma=1.0"]):
+        with pytest.raises(UserError, match="share=0.5 is for kind=moe_sieve, got kind=dr_lora"):
+            load_config(file, more)
+
+
+def test_fields_of_another_kind_in_a_stored_config_are_ignored():
+    values = to_dict(TrainConfig(allocation=AllocationSection(kind="uniform")))
+    values["allocation"] |= {"interval": 10, "gamma": "odd", "pattern": None}
+    assert from_dict(values).allocation == AllocationSection(kind="uniform")
+    with pytest.raises(UserError, match="Unknown config field allocation.intervall"):
+        from_dict(values | {"allocation": {"kind": "uniform", "intervall": 1}})
+    with pytest.raises(UserError, match="allocation.kind must be uniform | dr_lora.*got 'odd'"):
+        from_dict(values | {"allocation": {"kind": "odd", "interval": 1}})
+
+
+def test_a_config_keeps_every_field_of_every_kind():
+    """What config.json holds does not depend on the kind."""
+    for kind in ("uniform", "moe_sieve"):
+        section = to_dict(TrainConfig(allocation=AllocationSection(kind=kind)))["allocation"]
+        assert list(section) == list(to_dict(TrainConfig())["allocation"])
+        assert section["interval"] == 200 and section["share"] == 0.25
+
+
+def test_every_field_says_what_it_means():
+    rows = {row.name: row for row in field_rows()}
+    assert all(meaning for row in rows.values() for meaning, _ in row.meanings)
+    assert rows["train.steps"].meanings[0][1] == ()
+    assert [kinds for _, kinds in rows["allocation.share"].meanings] == [("moe_sieve",)]
+    assert len(rows["allocation.r_init"].meanings) > 1  # a kind may mean something of its own
 
 
 # ------------------------------------------------------------------------------------ data and back
@@ -241,6 +325,12 @@ def test_from_dict_refuses():
         from_dict(values | {"train": {"steps": 0}})
 
 
+NEEDED = {  # of a kind that its defaults do not suit
+    "adalora": ["allocation.r_init=20"],
+    "pattern": ["allocation.pattern=ranks.json"],
+}
+
+
 def test_all_fields_are_what_overrides_accept():
     rows = all_fields()
     names = [name for name, _, _ in rows]
@@ -249,11 +339,17 @@ def test_all_fields_are_what_overrides_accept():
     assert kinds["train.steps"] == ("int | none", 100)
     assert kinds["model.dtype"] == ("auto | float32 | bfloat16", "auto")
     assert kinds["data.path"] == ("a,b,...", ())
-    texts = [
-        f"{name}={','.join(default) if isinstance(default, tuple) else default}"
-        for name, _, default in rows
-    ]
-    assert apply_overrides(TrainConfig(), texts) == TrainConfig()
+    for kind in AllocationSection.kinds:
+        overrides = NEEDED.get(kind, []) + [f"allocation.kind={kind}"]
+        config = apply_overrides(TrainConfig(), overrides)
+        for name, _, default in rows:
+            section, field = name.split(".")
+            text = ",".join(default) if isinstance(default, tuple) else default
+            if section == "allocation" and not AllocationSection.has(kind, field):
+                with pytest.raises(UserError, match=f"{name}=.* is for kind=.*, got kind={kind}; "):
+                    apply_overrides(TrainConfig(), [*overrides, f"{name}={text}"])
+            elif name != "allocation.kind" and not any(name in text for text in overrides):
+                assert apply_overrides(config, [f"{name}={text}"]) == config
 
 
 @pytest.mark.parametrize(

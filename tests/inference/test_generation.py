@@ -23,7 +23,8 @@ from drlora_jax.inference.generation import (
     restrict,
 )
 from drlora_jax.inference.model import load_base, load_run
-from drlora_jax.models.transformer import DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import logits
 from drlora_jax.training.job import prepare
 from tests.support.tiny import MIXTRAL, OLMOE, tiny_config, write_tiny_model
 

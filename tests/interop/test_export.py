@@ -26,9 +26,10 @@ from drlora_jax.interop.hf_files import read_headers
 from drlora_jax.interop.hf_read import load_model
 from drlora_jax.interop.hf_write import rewrite_model
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.lora_tables import Pair, layer_factors
+from drlora_jax.interop.lora_tables import Pair, layer_updates
 from drlora_jax.interop.verify import make_prompts, run_variants
-from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, logits
 from tests.support.tiny import write_tiny_model
 from tests.support.trained_models import MAX_RANK, MODELS, PLAIN_RANK, RANKS_LE, SCALE, make_trained
 
@@ -174,8 +175,8 @@ def test_expert_layout_by_loops(mixtral):
 
 def test_targets_are_named_in_full_where_short_names_would_match_more(olmoe):
     trained = make_trained(olmoe.directory, ("down", "q"))
-    one = trained.factors[1]._replace(plain={}, experts={})
-    adapter = peft_write.pack(trained.config, [trained.factors[0], one], {}, "peft")
+    one = trained.updates[1]._replace(plain={}, experts={})
+    adapter = peft_write.pack(trained.config, [trained.updates[0], one], {}, "peft")
     assert adapter.modules == ["model.layers.0.self_attn.q_proj"]
     assert adapter.parameters == ["model.layers.0.mlp.experts.down_proj"]
 
@@ -199,13 +200,13 @@ def swap_halves(experts: dict[str, Pair]) -> dict[str, Pair]:
 def without_scale(trained: Trained) -> Trained:
     """What an exporter would see that forgot the scale."""
     adapter = trained.adapter.__class__(**(vars(trained.adapter) | {"scale": 1.0}))
-    factors = layer_factors(trained.config, adapter, trained.lora, RANKS_LE)
-    return trained._replace(factors=factors)
+    factors = layer_updates(trained.config, adapter, trained.lora, RANKS_LE)
+    return trained._replace(updates=factors)
 
 
 def swapped(trained: Trained) -> Trained:
-    factors = [f._replace(experts=swap_halves(f.experts)) for f in trained.factors]
-    return trained._replace(factors=factors)
+    factors = [f._replace(experts=swap_halves(f.experts)) for f in trained.updates]
+    return trained._replace(updates=factors)
 
 
 @pytest.mark.parametrize("mistake", ["expert slowest", "transposed", "no scale", "gate for up"])
@@ -344,7 +345,7 @@ def test_a_bfloat16_base_is_rounded_once(olmoe, trained, tmp_path):
 def test_shards_of_the_base_are_kept_and_others_can_be_cut(olmoe, trained, tmp_path):
     limit = 150_000
     sharded = tmp_path / "sharded"
-    merge(olmoe.directory, sharded, trained._replace(factors=[]), limit=limit)
+    merge(olmoe.directory, sharded, trained._replace(updates=[]), limit=limit)
     files = sorted(file.name for file in sharded.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     for file in files:  # one tensor may be larger, alone in its file

@@ -10,13 +10,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from drlora_jax import convert
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.config import AllocationSection, TrainConfig
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.interop import mixlora
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.interop.hf_read import load_params
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params, logits
 from drlora_jax.training.step import init_variables
 from tests.oracles.stored import DATA, load_arrays
 
@@ -38,8 +39,7 @@ def model_of(values, tensors):
     rank = described.expert_rank
     allocation = AllocationSection(kind="uniform", r_target=rank, r_max=rank)
     run = TrainConfig(adapter=described.section, allocation=allocation)
-    base = read_model_config(DATA / "llama")
-    config = with_adapter_experts(base, described.section)
+    config = read_model_config(DATA / "llama")
     adapter = make_adapter(run, config)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     abstract = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
@@ -49,9 +49,9 @@ def model_of(values, tensors):
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     plain = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract_params(Decoder(base, DecoderOptions())),
+        abstract_params(Decoder(config, DecoderOptions())),
     )
-    params = load_params(base, DATA / "llama", plain)
+    params = load_params(config, DATA / "llama", plain)
     return model, {"params": params, "lora": lora, "rank_mask": gates}
 
 

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 from drlora_jax.models.families import key_table, parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 
 MIXTRAL_8X7B = {
     "architectures": ["MixtralForCausalLM"],

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, logits
 from drlora_jax.ops import Ops
 from drlora_jax.ops.experts.api import expert_mlp
 from tests.oracles.stored import (

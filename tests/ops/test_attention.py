@@ -14,7 +14,8 @@ from drlora_jax.models.architecture import (
     RoutingConfig,
     SegmentConfig,
 )
-from drlora_jax.models.transformer import Decoder, DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, logits
 from drlora_jax.ops.attention.api import attend_cached
 from tests.support.attention import (
     CASES,

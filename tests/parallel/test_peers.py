@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from drlora_jax.errors import EXIT_RESUMABLE, UserError
+from drlora_jax.parallel import agreement
 from drlora_jax.parallel import processes as processes_lib
 from drlora_jax.parallel.mesh import make_mesh
 
@@ -64,11 +65,11 @@ def test_half_an_address_is_refused(environment, message):
 
 def test_the_process_that_differs_is_named():
     same = {"step": "aa", "mask": "bb"}
-    assert processes_lib.disagreements([same, same], {"mask": "bb"}) == []
+    assert agreement.disagreements([same, same], {"mask": "bb"}) == []
     other = same | {"mask": "cc"}
     # Of two, nobody is in the majority: what the mask must be says who is wrong.
-    assert processes_lib.disagreements([other, same], {"mask": "bb"}) == ["mask of process 0"]
-    assert processes_lib.disagreements([same, other, same | {"step": "dd"}, same], {}) == [
+    assert agreement.disagreements([other, same], {"mask": "bb"}) == ["mask of process 0"]
+    assert agreement.disagreements([same, other, same | {"step": "dd"}, same], {}) == [
         "step of process 2",
         "mask of process 1",
     ]
@@ -79,7 +80,7 @@ def test_one_wrong_bit_on_one_device_is_seen():
     mask_LER = (np.arange(2 * 8 * 3).reshape(2, 8, 3) % 2).astype(np.float32)
     sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "expert"))
     good = processes_lib.place(mask_LER, sharding)
-    assert processes_lib.digest_on_devices(good, mask_LER) == processes_lib.digest(mask_LER)
+    assert agreement.digest_on_devices(good, mask_LER) == agreement.digest(mask_LER)
     parts = [np.array(shard.data) for shard in good.addressable_shards]
     parts[5][1, 0, 2] = 1 - parts[5][1, 0, 2]
     placed = [
@@ -87,7 +88,7 @@ def test_one_wrong_bit_on_one_device_is_seen():
         for part, shard in zip(parts, good.addressable_shards, strict=True)
     ]
     bad = jax.make_array_from_single_device_arrays(good.shape, sharding, placed)
-    assert processes_lib.digest_on_devices(bad, mask_LER) != processes_lib.digest(mask_LER)
+    assert agreement.digest_on_devices(bad, mask_LER) != agreement.digest(mask_LER)
 
 
 def test_a_lost_peer_is_told_from_an_error_of_ours(monkeypatch):

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.allocation import CapacityShapes, StepStats
-from drlora_jax.allocation.dr_lora import Stats, dr_lora
+from drlora_jax.allocation.growth import Stats
+from tests.support import policies
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=5, max_rank=6)
 DEFAULTS = {
@@ -21,8 +22,9 @@ DEFAULTS = {
 }
 
 
-def make_policy(shapes=SHAPES, **options):
-    return dr_lora(shapes, **(DEFAULTS | options))
+def make_policy(shapes=SHAPES, kind="dr_lora", **options):
+    defaults = {n: v for n, v in DEFAULTS.items() if kind == "dr_lora" or n != "gamma"}
+    return policies.make_policy(kind, shapes, **(defaults | options))
 
 
 def make_steps(steps=4, micro_batches=3, seed=0):
@@ -44,9 +46,15 @@ def make_steps(steps=4, micro_batches=3, seed=0):
 def run_accumulate(policy, steps):
     stats, accumulate = policy.init_stats(), jax.jit(policy.accumulate)
     for step in steps:
-        names = ("gate_grad", "elementwise", "count", "weight", "tokens")
-        stats = accumulate(stats, StepStats(*(jnp.asarray(step[n], jnp.float32) for n in names)))
+        stats = accumulate(stats, measured(step))
     return stats
+
+
+def measured(step):
+    """What the step of such measurements shows a policy."""
+    names = ("gate_grad", "count", "weight", "tokens")
+    arrays = (jnp.asarray(step[name], jnp.float32) for name in names)
+    return StepStats(*arrays, {"elementwise": jnp.asarray(step["elementwise"], jnp.float32)})
 
 
 def make_stats(seed=0, ranks_LE=None, scale=1.0, updates=None):

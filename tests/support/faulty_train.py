@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from drlora_jax import cli, train
-from drlora_jax.training import state as state_lib
+from drlora_jax.parallel import agreement
 
 BAD_STEP, BAD_PROCESS = 2, 1
 compile_step = train.compile_step
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     fault = sys.argv.pop(1)
     if fault in ELSEWHERE and os.environ["JAX_PROCESS_ID"] == str(BAD_PROCESS):
         sys.argv.append(ELSEWHERE[fault])
-    state_lib.SHARED_WITHIN = 2
+    agreement.SHARED_WITHIN = 2
     train.compile_step = compile_faulty
     train.memory_lines = lambda *_: []  # the step is a function here, not a compiled program
     cli.run_and_exit(train.main)

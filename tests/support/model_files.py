@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 
 from drlora_jax.interop.hf_files import find_model, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 
 WEIGHTS = "model.safetensors"
 

@@ -20,7 +20,8 @@ from drlora_jax.config import (
 )
 from drlora_jax.interop.hf_write import write_model
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 
 BUNDLED = pathlib.Path(__file__).parents[2] / "drlora_jax" / "bundled"
 OLMOE = {
@@ -100,6 +101,13 @@ def tiny_config(tmp_path: pathlib.Path, name="run", **changes) -> TrainConfig:
     }
     for section, fields in changes.items():
         sections[section] |= fields
+    section, given = sections["allocation"], changes.get("allocation", {})
+    kind = section.get("kind", "dr_lora")
+    sections["allocation"] = {
+        name: value
+        for name, value in section.items()
+        if name in given or AllocationSection.has(kind, name)
+    }
     return TrainConfig(
         run=RunSection(**sections["run"]),
         model=ModelSection(**sections["model"]),

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import train as train_lib
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
+from drlora_jax.adapters.rank_trees import masks_tree
+from drlora_jax.adapters.registry import PLACEMENTS
 from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.interop.export_check import Trained
 from drlora_jax.interop.hf_files import read_model_config
-from drlora_jax.interop.lora_tables import layer_factors
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.interop.lora_tables import layer_updates
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.training.job import prepare
 from drlora_jax.training.state import start
@@ -47,17 +48,16 @@ def make_trained(
     config = read_model_config(directory)
     kind = "expert_lora" if config.moe else "lora"
     paths = resolve_targets(config, kind, targets)
-    adapter = AdapterSpec(paths, SCALE, rank=PLAIN_RANK, max_rank=MAX_RANK, train_router=has_router)
+    routers = {"train_router": has_router} if config.moe else {}
+    ranks = {"rank": PLAIN_RANK, "max_rank": MAX_RANK}
+    adapter = PLACEMENTS[kind](paths=paths, scale=SCALE, **ranks, **routers)
     ranks_LE = RANKS_LE if config.moe else np.zeros((0, 0), np.int32)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     shapes = jax.eval_shape(lambda: init_lora(model, jax.random.key(0)))
     lora = random_factors(shapes, size, ranks_LE)
-    roles = expert_roles(adapter)
     mask_LER = masks_from_ranks(ranks_LE, MAX_RANK)
-    shape = (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
-    gates = gates_tree(config, roles, jnp.broadcast_to(mask_LER[:, None], shape))
-    gates = jax.device_get(gates)
-    return Trained(config, adapter, lora, gates, layer_factors(config, adapter, lora, ranks_LE))
+    gates = jax.device_get(masks_tree(model, jnp.asarray(mask_LER)))
+    return Trained(config, adapter, lora, gates, layer_updates(config, adapter, lora, ranks_LE))
 
 
 def random_factors(shapes: dict, size: float, ranks_LE: np.ndarray) -> dict:

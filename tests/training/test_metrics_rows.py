@@ -103,15 +103,18 @@ def rows_of(built, monkeypatch):
         }
         for each, value in fakes.items():
             monkeypatch.setattr(train_lib, each, value)
-        around = train_lib.Around(
+        job = run.job._replace(config=config, run_dir=directory)
+        loop = train_lib.Loop(
+            run._replace(job=job),
+            params={},
+            position=position,
             checkpoints=mock.Mock(),
             stop=SimpleNamespace(reached=lambda step: False),
             report=mock.Mock(),
             progress=mock.Mock(),
             watchdog=mock.Mock(),
         )
-        job = run.job._replace(config=config, run_dir=directory)
-        train_lib._loop(run._replace(job=job), device.compiled, {}, position, around)
+        loop.take_steps(device.compiled)
         file = directory.metrics_file
         lines = file.read_text().splitlines() if file.exists() else []
         return [row for row in map(json.loads, lines) if row["step"]]

@@ -7,12 +7,12 @@ import optax
 import pytest
 
 from drlora_jax import train as train_lib
-from drlora_jax.adapters.lora import NO_ADAPTER
-from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
+from drlora_jax.adapters.rank_trees import gates_tree
 from drlora_jax.data.loader import split_micro_batches
 from drlora_jax.interop.hf_read import load_params
+from drlora_jax.models.options import DecoderOptions
 from drlora_jax.models.routing import RoutingStats
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.training.growth import grow
 from drlora_jax.training.job import prepare
 from drlora_jax.training.step import (
@@ -68,7 +68,7 @@ def test_a_trained_router_waits_for_warmup(tmp_path):
 
 def test_pretraining_moves_every_leaf(tmp_path):
     job = prepare(tiny_config(tmp_path))
-    model = Decoder(job.model_config, DecoderOptions(adapter=NO_ADAPTER, base_grad=True))
+    model = Decoder(job.model_config, DecoderOptions(base_grad=True))
     run = train_lib.build(job)
     params = load_params(job.model_config, job.directory, run.abstract_params)
     tx = optax.adam(1e-2)
@@ -145,12 +145,12 @@ def test_importance_is_the_gate_gradient(tmp_path):
     stepper = Stepper(tmp_path, adapter=dict(dropout=0.0), allocation=dict(r_init=2, r_target=2))
     for _ in range(3):
         stepper.step()
-    state, run, config = stepper.position.state, stepper.run, stepper.job.model_config
-    roles = expert_roles(stepper.job.adapter)
+    state, run = stepper.position.state, stepper.run
+    roles = stepper.job.adapter.expert_roles()
     batch = jax.tree.map(lambda array: array[0], stepper.batch(3))
 
     def loss(lora, gate_LPER):
-        gates = gates_tree(config, roles, gate_LPER * state.mask_LER[:, None])
+        gates = gates_tree(run.model, gate_LPER * state.mask_LER[:, None])
         variables = {"params": stepper.params, "lora": lora, "rank_mask": gates}
         return batch_loss(run.model, variables, batch, AuxiliaryWeights())[0].nll
 

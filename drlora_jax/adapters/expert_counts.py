@@ -10,7 +10,6 @@ Where the depth does not divide by four, layer l of L is in quarter floor(4 l / 
 import json
 import re
 
-from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
 from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 
@@ -18,8 +17,8 @@ QUARTERS = 4
 MOST_EXPERTS = 1024  # of a layer; more can only be a slip
 
 
-def experts_of_layers(section: AdapterSection, num_layers: int) -> tuple[int, ...]:
-    """Experts of every layer of an adapter with its own; () where all have `num_experts`."""
+def experts_of_layers(section, num_layers: int) -> tuple[int, ...]:
+    """Experts of every layer for a config section `adapter`; () where all have `num_experts`."""
     if section.experts_per_layer is None:
         return ()
     return resolve_counts(section.experts_per_layer, num_layers)
