@@ -49,7 +49,8 @@ def folder(tmp_path_factory):
 
 def exponents_of(directory, file=None, estimator="fix_finger"):
     config = read_model_config(directory)
-    return read_exponents(config, directory, file=file, estimator=estimator)
+    layers = tuple(range(config.num_layers))
+    return read_exponents(config, directory, layers, file=file, estimator=estimator)
 
 
 # -------------------------------------------------------------------------------------- exponents
