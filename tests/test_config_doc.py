@@ -29,18 +29,14 @@ def test_help_lists_every_field_with_type_default_and_meaning(capsys):
         at = lines.index(f"  {row.name} ({row.type}) = {row.default!r}")
         for meaning, kinds in row.meanings:
             at += 1
-            assert lines[at].startswith(f"      {meaning}") and all(
-                each in lines[at] for each in kinds
-            )
+            of = f" [{', '.join(kinds)}]" if kinds else ""
+            assert lines[at] == f"      {meaning}{of}"
     assert "      share of a layer's experts that get ranks [moe_sieve]" in lines
 
 
 def test_every_policy_says_what_it_does():
     for name, policy in AllocationSection.kinds.items():
         assert policy.name == name and policy.text and policy.__module__.count(".") == 2
-    assert len({policy.text for policy in AllocationSection.kinds.values()}) == len(
-        AllocationSection.kinds
-    )
 
 
 def test_a_config_is_read_without_jax():
