@@ -134,6 +134,10 @@ class PolicyFields:
         """Returns whether `make` asks for the exponents of the base model's weights."""
         return False
 
+    def first_ranks_show_files(self) -> bool:
+        """Returns whether another file that gives the same first ranks makes the same run."""
+        return True
+
     def make(self, context: Context) -> Policy:
         raise NotImplementedError
 

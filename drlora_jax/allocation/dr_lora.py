@@ -91,6 +91,9 @@ class DrLora(GrowthFields, ExponentFields):
     def wants_exponents(self) -> bool:
         return self.spectral_prior != 0 or self.spectral_start
 
+    def first_ranks_show_files(self) -> bool:
+        return not self.spectral_prior
+
     def make(self, context: Context) -> Policy:
         """Raises UserError when the schedule cannot reach the budget."""
         alpha_LE = context.exponents().expert_LE if self.wants_exponents() else None

@@ -192,16 +192,15 @@ def make_train_step(
             measured = _measured(model, policy, state, grads, gate_grad_MLPER, stats_ML, tokens_M)
             stats = policy.accumulate(state.stats, measured)
         hold = _hold(model, options, state, measured)
-        if any(each.opens for each in policy.measures):  # what they open is not trained
-            grads = jax.tree.map(lambda grad, on: jnp.where(on, grad, 0), grads, hold.active)
+        if any(each.opens for each in policy.measures):
+            grads = _without_opened(grads, hold)
         lora, opt_state = held_update(tx, grads, state.opt_state, state.lora, hold)
         metrics = {
             "loss": jnp.sum(terms_M.nll) / targets,
             "auxiliary_loss": jnp.sum(terms_M.auxiliary * shares_M),
             "grad_norm": optax.tree.norm(grads),
         } | _routing_metrics(measured)
-        new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats)
-        return new_state, metrics
+        return TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats), metrics
 
     return step
 
@@ -265,6 +264,11 @@ def _measured(
         tokens_M,
         {each.name: each.measure(view) for each in policy.measures},
     )
+
+
+def _without_opened(grads, hold: Hold):
+    """Returns the gradients without those of ranks that were opened to be measured, not trained."""
+    return jax.tree.map(lambda grad, is_on: jnp.where(is_on, grad, 0), grads, hold.active)
 
 
 def _hold(
