@@ -15,6 +15,7 @@ from drlora_jax import cli
 from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
 from drlora_jax.config import TrainConfig, from_dict
+from drlora_jax.config.flat import nested
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_files import find_model, has_weights, read_headers, read_model_config
 from drlora_jax.interop.hf_read import match_keys
@@ -22,8 +23,8 @@ from drlora_jax.models.architecture import ModelConfig, MoeConfig
 from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
-from drlora_jax.system.paths import ABSENT, kind_of, local_path
-from drlora_jax.system.units import counted, format_bytes
+from drlora_jax.system.paths import ABSENT, kind_of, local_path, numbered_folders
+from drlora_jax.system.text import counted, format_bytes
 
 
 def main(argv=None) -> int:
@@ -152,14 +153,9 @@ def run_lines(directory: pathlib.Path) -> list[str]:
         f"{name.lower():<18}{figure.value}  ({figure.detail})".replace("  ()", "")
         for name, figure in figures(run).items()
     ]
-    steps = checkpoint_steps(directory)
+    steps = numbered_folders(directory / "checkpoints")
     lines.append(f"{'checkpoints':<18}{', '.join(map(str, steps)) or 'none'}")
     return [*lines, "", *_base_lines(run), *rank_lines(run)]
-
-
-def checkpoint_steps(directory: pathlib.Path) -> list[int]:
-    names = [entry.name for entry in (directory / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _base_lines(run: RunLog) -> list[str]:
@@ -176,11 +172,7 @@ def _base_lines(run: RunLog) -> list[str]:
 
 
 def _stored_config(run: RunLog) -> TrainConfig:
-    sections: dict[str, dict] = {}
-    for name, value in run.config.items():
-        section, _, field = name.partition(".")
-        sections.setdefault(section, {})[field] = value
-    return from_dict(sections)
+    return from_dict(nested(run.config))
 
 
 def rank_lines(run: RunLog) -> list[str]:

@@ -7,7 +7,6 @@ config as data (`to_dict`) and restores it as data (`from_dict`): a run director
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 import typing
@@ -26,6 +25,7 @@ from drlora_jax.config.sections.section import field_types, require
 from drlora_jax.config.types import parse, type_name
 from drlora_jax.errors import UserError
 from drlora_jax.system.paths import FILE, check_local, kind_of, local_path
+from drlora_jax.system.text import did_you_mean
 
 __all__ = [
     "AdapterSection",
@@ -254,5 +254,5 @@ def _field_type(section: str, name: str):
 
 
 def _suggest(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}."
+    hint = did_you_mean(name, known) or f"known: {', '.join(known)}."
+    return f"; {hint}"

@@ -20,6 +20,7 @@ import numpy as np
 from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
+from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.interop.lora_tables import places
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
@@ -69,12 +70,6 @@ def locations(config: ModelConfig, adapter: AdapterSpec) -> Iterator[Location]:
         path = (place.segment, place.unit, adapter.experts_module, "router")
         key = f"mixlora.layers.{place.number}.mlp.moe_gate.weight"
         yield Location(key, path, (place.repeat,), place.number, None, True)
-
-
-def leaf_at(tree: dict, path: tuple[str, ...]):
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 # --------------------------------------------------------------------------------------------- out
