@@ -46,7 +46,7 @@ from drlora_jax.models.transformer import Decoder
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.runs.source import RunSource, find_run
 from drlora_jax.system.output_dir import check_out, check_space, new_directory
-from drlora_jax.system.units import counted
+from drlora_jax.system.text import counted
 
 FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

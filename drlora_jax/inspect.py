@@ -24,8 +24,8 @@ from drlora_jax.models.placement import NO_ADAPTER, Placement
 from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
-from drlora_jax.system.paths import ABSENT, kind_of, local_path
-from drlora_jax.system.units import counted, format_bytes
+from drlora_jax.system.paths import ABSENT, kind_of, local_path, numbered_folders
+from drlora_jax.system.text import counted, format_bytes
 
 
 def main(argv=None) -> int:
@@ -150,14 +150,9 @@ def run_lines(directory: pathlib.Path) -> list[str]:
         f"{name.lower():<18}{figure.value}  ({figure.detail})".replace("  ()", "")
         for name, figure in figures(run).items()
     ]
-    steps = checkpoint_steps(directory)
+    steps = numbered_folders(directory / "checkpoints")
     lines.append(f"{'checkpoints':<18}{', '.join(map(str, steps)) or 'none'}")
     return [*lines, "", *_base_lines(run), *rank_lines(run)]
-
-
-def checkpoint_steps(directory: pathlib.Path) -> list[int]:
-    names = [entry.name for entry in (directory / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _base_lines(run: RunLog) -> list[str]:

@@ -17,9 +17,8 @@ import numpy as np
 
 from drlora_jax import cli
 from drlora_jax.config import load_config
-from drlora_jax.data.loader import Batch
+from drlora_jax.data.loader import Batch, sharded_batch
 from drlora_jax.data.prefetch import made_ahead
-from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.parallel import mesh as mesh_lib
@@ -225,8 +224,8 @@ class Loop:
     def _make_batch(self, step: int) -> tuple[Batch, int]:
         """The batch of a step on its devices, and how many tokens it has."""
         job, section = self.run.job, self.run.job.config.train
-        first_row, sharding = step * section.batch_size, mesh_lib.rows(self.run.mesh, leading=1)
-        batch = sharded_batch(job.loader, first_row, section.micro_batches, sharding)
+        first_row = step * section.batch_size
+        batch = sharded_batch(job.loader, first_row, section.micro_batches, self.run.batch_sharding)
         tokens = job.loader.token_count(first_row)
         self.made.add(step)
         return batch, tokens

@@ -101,7 +101,7 @@ def test_layers_left_without_an_expert_are_said(model, capsys, monkeypatch):
         (["model", "--experts", "many"], "--experts: invalid int value: 'many'"),
         (["model", "--experts", "9", "--beta", "nan"], "beta must be a number, got nan"),
         (["model", "--experts", "9", "--estimator", "hill"], "invalid choice: 'hill'"),
-        (["modle", "--experts", "9"], "MODEL modle: no such directory. Did you mean model"),
+        (["modle", "--experts", "9"], "MODEL modle: no such directory; did you mean model"),
         (["bundled:huge", "--experts", "9"], "it has bundled:tiny_moe"),
         (["model", "--experts", "9", "--out", "none/a.json"], "--out none/a.json: give a file in"),
         (["model", "--experts", "9", "--svg", "model"], "--svg model: give a file in a directory"),

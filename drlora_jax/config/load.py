@@ -1,7 +1,6 @@
 """Configs from files, command lines and stored runs."""
 
 import dataclasses
-import difflib
 import importlib.util
 import pathlib
 import types
@@ -9,12 +8,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from drlora_jax.config.flat import nested
 from drlora_jax.config.kinds import KindSection
 from drlora_jax.config.schema import TrainConfig
 from drlora_jax.config.types import parse
 from drlora_jax.errors import UserError
 from drlora_jax.system.fields import field_types, require, type_name
 from drlora_jax.system.paths import FILE, check_local, kind_of, local_path
+from drlora_jax.system.text import did_you_mean
 
 
 def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
@@ -166,11 +167,7 @@ def own_fields(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
     """Returns the config whose fields are given as `section.field`."""
-    sections: dict[str, dict] = {}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    return from_dict(sections)
+    return from_dict(nested(values))
 
 
 # ------------------------------------------------------------------------------------------ fields
@@ -229,5 +226,5 @@ def _field_type(section: str, name: str):
 
 
 def _suggest(name: str, known: typing.Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}."
+    near = did_you_mean(name, known)
+    return f"; {near}" if near else f"; known: {', '.join(known)}."

@@ -20,6 +20,7 @@ import numpy as np
 from drlora_jax.adapters.mixlora import MixLora
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
+from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
 
@@ -68,12 +69,6 @@ def locations(config: ModelConfig, adapter: MixLora) -> Iterator[Location]:
         path = (layer.segment, layer.unit, "mlp", "router")
         key = f"mixlora.layers.{layer.number}.mlp.moe_gate.weight"
         yield Location(key, path, (layer.repeat,), layer.number, None, True)
-
-
-def leaf_at(tree: dict, path: tuple[str, ...]):
-    for name in path:
-        tree = tree[name]
-    return tree
 
 
 # --------------------------------------------------------------------------------------------- out

@@ -38,7 +38,7 @@ from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot
 from drlora_jax.models.options import DecoderOptions
 from drlora_jax.models.transformer import Decoder, abstract_params
-from drlora_jax.system.paths import expand_user, local_path
+from drlora_jax.system.paths import cache_folder, local_path
 
 METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
 HALVES = ("gate", "up")  # rows of a fused tensor, in this order
@@ -214,8 +214,7 @@ def _identity(directory: pathlib.Path, cache: pathlib.Path | None) -> str:
 
 def default_cache() -> pathlib.Path:
     """Below the user's folder of caches."""
-    home = os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")
-    return pathlib.Path(home) / "drlora_jax" / "spectra"
+    return cache_folder("spectra")
 
 
 def open_cache(path: str | None) -> pathlib.Path | None:

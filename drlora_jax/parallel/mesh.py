@@ -19,7 +19,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from drlora_jax.config import MeshSection
 from drlora_jax.errors import UserError
-from drlora_jax.system.units import format_bytes
+from drlora_jax.system.numbers import ceil_div
+from drlora_jax.system.text import first_line, format_bytes
 
 AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
@@ -47,7 +48,7 @@ def count_devices() -> int:
         return jax.device_count()
     # JAX_PLATFORMS names what is not here, or a device is broken.
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).splitlines() or ["no backend starts"])[0]
+        reason = first_line(error) if str(error).strip() else "no backend starts"
         raise UserError(
             f"jax finds no device ({reason}); check JAX_PLATFORMS (got "
             f"{jax.config.jax_platforms!r}), the drivers, and that jax was installed for them."
@@ -133,7 +134,7 @@ def rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
 def whole_shards(mesh: Mesh, row_count: int) -> int:
     """That many rows, rounded up to what divides among the mesh's row shards."""
     shards = int(np.prod([mesh.shape[axis] for axis in ROWS]))
-    return -(-row_count // shards) * shards
+    return ceil_div(row_count, shards) * shards
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 
 from drlora_jax.errors import EXIT_RESUMABLE, UserError
 from drlora_jax.system import early
+from drlora_jax.system.text import first_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Seconds for all processes to start, and for all to end after the first that has done its work.
@@ -61,7 +62,7 @@ def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The processes of this run do not find each other ({_first_line(error)}); check "
+            f"The processes of this run do not find each other ({first_line(error)}); check "
             f"{ADDRESS}, or set {COUNT}=1 to run one process alone."
         ) from error
     if not hears_sigterm:
@@ -163,7 +164,7 @@ def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
     except Exception as error:
         if is_lost_peer(error):
             before()
-            reason = _first_line(error)
+            reason = first_line(error)
             print(
                 f"failed: process {jax.process_index()} has lost another process of this run "
                 f"({reason}). The same command, started on all hosts, goes on from the last "
@@ -244,7 +245,3 @@ def all_texts(text: str) -> list[str]:
         bytes(row[:length]).decode()
         for row, length in zip(texts.reshape(lengths.size, -1), lengths, strict=True)
     ]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ from drlora_jax.ops.attention.api import Call, cannot, choose_backend
 from drlora_jax.ops.experts import backends
 from drlora_jax.ops.experts.backends import Experts
 from drlora_jax.ops.native import library
-from drlora_jax.system.units import format_bytes
+from drlora_jax.system.text import format_bytes
 from drlora_jax.training.memory import (
     POLICIES,
     Layout,

@@ -10,9 +10,9 @@ from drlora_jax.data.loader import (
     count_targets,
     count_tokens,
     eval_batches,
+    sharded_batch,
     split_micro_batches,
 )
-from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.data.tokenize import Document
 from drlora_jax.errors import UserError
 from drlora_jax.parallel.mesh import make_mesh, rows

@@ -183,7 +183,7 @@ def _swap(tensors: dict) -> None:
 
 PATHS = (
     _path("/no/such/model", "no such directory", "a directory that is not there"),
-    _path("modle", "hub did not give it|no such directory. Did you mean model", "a typo"),
+    _path("modle", "hub did not give it|no such directory; did you mean model", "a typo"),
     _path("model/config.json", "is a file; give the directory", "a file"),
     _path("pipe", "is a named pipe", "a named pipe", lambda folder: os.mkfifo(folder / "pipe")),
     _path("x" * 300, "name too long", "a name too long for a directory"),

@@ -42,7 +42,7 @@ def change_config(directory, **changes):
 
 
 def test_a_typo_gets_a_hint(model):
-    with pytest.raises(UserError, match=f"no such directory. Did you mean {model}"):
+    with pytest.raises(UserError, match=f"no such directory; did you mean {model}"):
         find_model(str(model.parent / "modle"))
 
 

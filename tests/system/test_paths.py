@@ -1,12 +1,14 @@
 """Paths that users name: addresses, and files that did not come."""
 
 import pathlib
+from unittest import mock
 
 import pytest
 
 from drlora_jax import alpha, cli, evaluate, export, generate, inspect, report
 from drlora_jax.config import PLACES, TrainConfig, apply_overrides, load_config
-from drlora_jax.errors import UserError
+from drlora_jax.errors import RunError, UserError
+from drlora_jax.system import paths
 from drlora_jax.system.paths import check_downloaded, kind_of, local_path, read_json
 
 POINTERS = (
@@ -203,3 +205,22 @@ def test_answers_of_servers_are_no_files(tmp_path, content):
 def test_files_that_look_a_little_like_such_answers(tmp_path, content):
     (tmp_path / "a").write_text(content)
     check_downloaded(tmp_path / "a")
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "log.jsonl"
+    paths.replace_text(file, "one")
+    with pytest.raises(UnicodeEncodeError):
+        paths.replace_text(file, "\udc80")
+    monkeypatch.setattr(paths.os, "replace", mock.Mock(side_effect=OSError(28, "disk is full")))
+    with pytest.raises(RunError, match="log.jsonl can not be written: disk is full"):
+        paths.write_result(file, "two")
+    assert file.read_text() == "one" and [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+def test_numbered_folders_are_listed_in_order(tmp_path):
+    for name in ("10", "9", "12.tmp", "best", "²"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "11").touch()
+    assert paths.numbered_folders(tmp_path) == [9, 10]
+    assert paths.numbered_folders(tmp_path / "absent") == []
