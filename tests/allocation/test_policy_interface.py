@@ -4,9 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from policies import make_policy
-from test_step import Stepper, expert_leaves
-from tiny import tiny_config
 
 from drlora_jax import train as train_lib
 from drlora_jax.allocation import CapacityShapes, CapacityState, Event, Profile
@@ -17,10 +14,13 @@ from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.training import growth
 from drlora_jax.training.job import prepare
 from drlora_jax.training.state import start
+from tests.support.policies import make_policy
+from tests.support.stepper import Stepper, expert_leaves
+from tests.support.tiny import tiny_config
 
 SHAPES = CapacityShapes(layers=2, projections=3, experts=4, max_rank=6)
 SIZE_OF_A = Measurement(
-    "size_of_a", lambda view: view.each_role(lambda own, _: jnp.sum(own["a"] ** 2, axis=-1))
+    "size_of_a", lambda view: view.each_role(lambda own, *_: jnp.sum(own["a"] ** 2, axis=-1))
 )
 
 
