@@ -102,6 +102,13 @@ CONFIG_FILES = (
         varies="(?<=TypeError: ).*",
     ),
     _written(
+        "a field of another policy",
+        IMPORT
+        + "def get_config(): return TrainConfig("
+        + "allocation=AllocationSection(kind='prilora', share=0.5))",
+        "allocation.share=0.5 is for kind=moe_sieve, got kind=prilora; leave it out",
+    ),
+    _written(
         "a section in the place of another",
         IMPORT + "def get_config(): return TrainConfig(train=RunSection())",
         "train must be a TrainSection, got RunSection",
@@ -213,6 +220,11 @@ FIELDS = (
     _field(
         "allocation.rank_rule=per_expert",
         "2 // 4 experts = 0; set allocation.r_target to 4 or more",
+        "allocation.kind=uniform",
+    ),
+    _field(
+        "allocation.interval=4",
+        "is for kind=dr_lora, random or adalora, got kind=uniform; leave it out",
         "allocation.kind=uniform",
     ),
     _field("allocation.rank_rule=per_top_k", "is for kind=uniform, got kind=dr_lora"),

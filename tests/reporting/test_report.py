@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drlora_jax import cli, inspect, report
+from drlora_jax.config import TrainConfig, to_dict
 from drlora_jax.errors import UserError
 from drlora_jax.reporting import charts, maps, page, writer
 from drlora_jax.reporting.read import read_run
@@ -174,6 +175,23 @@ def test_an_old_run_without_the_newer_fields_has_a_report(tmp_path):
     parsed = render(run)
     assert [step for step, _ in parsed.data["maps"][0]["frames"]] == list(EVENTS)
     assert not any("GiB" in text for text in parsed.texts)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "highest"),
+    [
+        (dict(kind="uniform", r_target=3), 3),
+        (dict(kind="adalora", r_init=6, r_target=3), 6),
+        (dict(kind="prilora", r_init=2, r_target=8), 14),
+        (dict(kind="random", r_max=40), 40),
+        ({"kind": "of another version"}, 0),
+    ],
+)
+def test_the_colours_of_an_old_run_reach_what_its_policy_allocates(run, allocation, highest):
+    values = to_dict(TrainConfig())["allocation"] | allocation
+    config = {f"allocation.{name}": value for name, value in values.items()}
+    log = read_run(run)._replace(config=config, facts={}, events=[])
+    assert maps.highest_rank(log) == highest
 
 
 def test_a_run_without_logs_has_a_report(run):
