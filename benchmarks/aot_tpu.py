@@ -36,7 +36,7 @@ from drlora_jax.config import load_config
 from drlora_jax.errors import RunError, UserError
 from drlora_jax.ops.experts import tokamax
 from drlora_jax.parallel.mesh import EXPERTS, shards_of
-from drlora_jax.system.units import format_bytes
+from drlora_jax.system.text import format_bytes
 from drlora_jax.training.costs import flops_per_token
 from drlora_jax.training.memory import compiled_bytes
 

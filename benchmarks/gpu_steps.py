@@ -29,8 +29,7 @@ from drlora_jax.config import (
 )
 from drlora_jax.training.costs import flops_per_token
 from drlora_jax.training.memory import compiled_bytes
-from drlora_jax.training.program import Run, shardings_of
-from drlora_jax.training.state import place_mask
+from drlora_jax.training.program import Run, place_mask, shardings_of
 
 RANK = 32  # allocated
 QWEN3 = MODELS / "Qwen3-30B-A3B-shape.json"

@@ -22,7 +22,7 @@ from jobs import abstract_job, model_values  # noqa: E402
 from drlora_jax import train  # noqa: E402
 from drlora_jax.cli import run_and_exit  # noqa: E402
 from drlora_jax.config import load_config  # noqa: E402
-from drlora_jax.system.units import format_bytes  # noqa: E402
+from drlora_jax.system.text import format_bytes  # noqa: E402
 from drlora_jax.training.costs import memory_forecast  # noqa: E402
 from drlora_jax.training.memory import bytes_on_one_device  # noqa: E402
 from drlora_jax.training.program import memory_layout  # noqa: E402

@@ -27,7 +27,7 @@ import numpy as np
 from drlora_jax import cli
 from drlora_jax.allocation.alphalora import ROUNDINGS, allocate_experts
 from drlora_jax.allocation.spectra import ESTIMATORS
-from drlora_jax.errors import EXIT_DONE, RunError, UserError
+from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config
 from drlora_jax.interop.spectra_read import (
     LayerFit,
@@ -38,7 +38,7 @@ from drlora_jax.interop.spectra_read import (
 )
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.reporting.alpha_chart import draw_layers
-from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path
+from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path, write_result
 
 LONGEST_BAR = 40  # characters
 _ESTIMATOR_TEXTS = {
@@ -218,12 +218,7 @@ def record(args: argparse.Namespace, result: Result, identity: str) -> dict:
 
 
 def _write(file: pathlib.Path, text: str) -> None:
-    draft = file.with_suffix(file.suffix + ".tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, file)
-    except OSError as error:
-        raise RunError(f"{file} can not be written: {error.strerror}.") from error
+    write_result(file, text)
     print(f"wrote {file}")
 
 

@@ -20,19 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import export as export_command
-from drlora_jax.adapters.resolve import (
-    capacity_shapes,
-    make_adapter,
-    with_adapter_experts,
-    with_resolved_experts,
-    with_resolved_rank,
-)
 from drlora_jax.allocation import (
     CapacityShapes,
     CapacityState,
     Event,
     Policy,
-    make_policy,
 )
 from drlora_jax.config import (
     AdapterSection,
@@ -41,6 +33,13 @@ from drlora_jax.config import (
     TrainConfig,
     load_config,
 )
+from drlora_jax.config.resolve import (
+    capacity_shapes,
+    make_adapter,
+    make_policy,
+    with_resolved_experts,
+    with_resolved_rank,
+)
 from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
 from drlora_jax.inference import model as inference
@@ -48,6 +47,7 @@ from drlora_jax.inference.generation import Generator, Sampling
 from drlora_jax.inference.words import of_run
 from drlora_jax.interop.hf_files import find_model
 from drlora_jax.models import transformer
+from drlora_jax.models.placement import Placement
 from drlora_jax.models.transformer import Decoder
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel import processes
@@ -60,6 +60,7 @@ __all__ = [
     "CapacityState",
     "Event",
     "Job",
+    "Placement",
     "Policy",
     "TrainedModel",
     "attach",
@@ -69,7 +70,7 @@ __all__ = [
     "logits",
     "prepare",
 ]
-EVENTS = 1000  # of the schedule that `attach` assumes: enough for any budget
+MANY_STEPS = 10**9  # of the schedule that `attach` assumes: time for every event
 
 
 def load_model(
@@ -154,15 +155,11 @@ def attach(
         adapter=_section(AdapterSection, adapter),
         allocation=_section(AllocationSection, allocation),
     )
-    model_config = model.config
-    config = with_resolved_experts(config, model_config.num_layers)
-    model_config = with_adapter_experts(model_config, config.adapter)
-    config = with_resolved_rank(config, model_config)
-    spec = make_adapter(config, model_config)
-    adapted = model.clone(
-        config=model_config, options=dataclasses.replace(model.options, adapter=spec)
-    )
-    ranks_LE = _first_ranks(config, capacity_shapes(config, model_config, spec))
+    config = with_resolved_experts(config, model.config.num_layers)
+    config = with_resolved_rank(config, model.config)
+    placement = make_adapter(config, model.config)
+    adapted = model.clone(options=dataclasses.replace(model.options, adapter=placement))
+    ranks_LE = _first_ranks(config, capacity_shapes(model.config, placement))
     lora = jax.jit(init_lora, static_argnums=0)(adapted, jax.random.key(0) if key is None else key)
     chex.assert_trees_all_equal_shapes_and_dtypes(lora, transformer.abstract_lora(adapted))
     return adapted, {"lora": lora, "rank_mask": inference.rank_gates(adapted, ranks_LE)}
@@ -329,9 +326,9 @@ def _mesh_section(mesh: Mapping[str, int] | None) -> MeshSection:
 def _first_ranks(config: TrainConfig, shapes: CapacityShapes) -> np.ndarray:
     """The ranks before step 1, i32 [L, E], of a run that has time for every event."""
     section = config.allocation
-    measured = "exponents of the weights" if section.asks_for_exponents else None
-    policy = None if measured else make_policy(config, shapes, EVENTS * section.interval)
-    if measured is None and policy.profile_rows:
+    measured = "exponents of the weights" if section.own.wants_exponents() else None
+    policy = None if measured else make_policy(config, shapes, MANY_STEPS)
+    if measured is None and policy.profile:
         measured = "rows of training data"
     if measured:
         raise UserError(

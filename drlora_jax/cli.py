@@ -17,6 +17,7 @@ from drlora_jax.parallel import processes
 from drlora_jax.parallel.mesh import count_devices
 from drlora_jax.system import early
 from drlora_jax.system.compilation import keep_compiled_programs
+from drlora_jax.system.text import first_line
 
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
@@ -73,13 +74,11 @@ def _option_of(args: Sequence[str], index: int) -> str:
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """`--config FILE.py [--dry-run] [section.field=value ...]`; `--help` lists every field."""
-    fields = "\n".join(
-        f"  {name} ({kind}) = {value!r}" for name, kind, value in config_lib.all_fields()
-    )
+    fields = "\n".join(map(_described, config_lib.field_rows()))
     parser = Parser(
         prog=prog,
         description=description,
-        epilog=f"fields, with their types and defaults:\n{fields}",
+        epilog=f"fields, with their types, defaults and meanings:\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -90,6 +89,13 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> 
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser.parse_intermixed_args(argv)
+
+
+def _described(row: config_lib.FieldRow) -> str:
+    lines = [f"  {row.name} ({row.type}) = {row.default!r}"]
+    for meaning, kinds in row.meanings:
+        lines.append(f"      {meaning}" + (f" [{', '.join(kinds)}]" if kinds else ""))
+    return "\n".join(lines)
 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -181,12 +187,12 @@ def run_and_exit(
         code = _end("stopped", f"interrupted; {early.ADVICE}", EXIT_RESUMABLE)
     except Exception as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
-            message = f"out of memory; {memory_advice} ({_first_line(error)})"
+            message = f"out of memory; {memory_advice} ({_named(error)})"
             code = _end("failed", message, EXIT_FAILED)
         else:
             # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
             traceback.print_exc()
-            code = _end("failed", _first_line(error), EXIT_FAILED)
+            code = _end("failed", _named(error), EXIT_FAILED)
     if code in (EXIT_FAILED, EXIT_USER_MISTAKE):
         code += failure_offset()
         if jax.distributed.is_initialized():
@@ -254,8 +260,8 @@ def failure_offset() -> int:
     return int(text) if text.isdigit() and len(text) < 4 else 0
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else ''}"
 
 
 def _end(how: str, message: str, code: int) -> int:

@@ -34,14 +34,13 @@ from drlora_jax.inference.model import Loaded
 from drlora_jax.inference.words import Words, open_words
 from drlora_jax.interop.hf_files import fingerprint
 from drlora_jax.parallel import processes
+from drlora_jax.parallel.agreement import check_agreement, digest, digest_settings
 from drlora_jax.parallel.mesh import count_devices
 from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.runs.provenance import versions
 from drlora_jax.system.paths import local_path
 
 OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
-# Options that may differ by host; what is found there is compared.
-PLACES = ("run", "model", "model_path", "tasks", "loss", "data_dir", "task_path", "out")
 
 
 def main(argv=None) -> int:
@@ -80,30 +79,27 @@ def _run(args: argparse.Namespace, watchdog: Watchdog) -> int:
 
 
 def _check_processes_agree(args, source: "_Source", jobs, others) -> None:
-    """Raises RunError when the processes would not evaluate the same: jax would take the values of
-    each for those of all.
-    """
+    """Raises RunError when the processes would not evaluate the same."""
     if jax.process_count() == 1:
         return
-    settings = {name: value for name, value in vars(args).items() if name not in PLACES}
     prompts = (text for job in jobs for item in job.items for text in job.task.strings(item))
     fields = {
-        "settings": processes.digest(json.dumps([settings, others], sort_keys=True)),
-        "run": processes.digest(source.run_digest),
-        "step": processes.digest(str(source.step)),
-        "base": processes.digest(fingerprint(source.words.directory)),
-        "data": processes.digest(*(job.data_fingerprint for job in jobs), text_hash(prompts)),
-        "versions": processes.digest(json.dumps(versions())),
+        "settings": digest_settings(vars(args), others),
+        "run": digest(source.run_digest),
+        "step": digest(str(source.step)),
+        "base": digest(fingerprint(source.words.directory)),
+        "data": digest(*(job.data_fingerprint for job in jobs), text_hash(prompts)),
+        "versions": digest(json.dumps(versions())),
     }
-    processes.check_agreement("on what to evaluate", fields, {})
+    check_agreement("on what to evaluate", fields)
 
 
 def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list[Score]:
     """The one loop over tasks; samples are kept as soon as a task has ended."""
-    tools, digest = jobs_lib.make_tools(loaded, settings, sandbox), jobs_lib.adapter_digest(loaded)
+    tools, adapter = jobs_lib.make_tools(loaded, settings, sandbox), jobs_lib.adapter_digest(loaded)
     found = []
     for job in jobs:
-        samples, scores = jobs_lib.run_job(job, tools, digest)
+        samples, scores = jobs_lib.run_job(job, tools, adapter)
         if folder and processes.is_main():
             results.write_samples(folder, scores[0].samples, samples)
         found += scores
@@ -126,8 +122,8 @@ def _harness_tasks(names, args, texts) -> harness.Prepared | None:
 def _evaluate_harness(prepared: harness.Prepared | None, loaded: Loaded, folder) -> list[Score]:
     if prepared is None:
         return []
-    found, digest = [], jobs_lib.adapter_digest(loaded)
-    for samples, scores in harness.run(prepared, loaded, adapter_fingerprint=digest):
+    found, adapter = [], jobs_lib.adapter_digest(loaded)
+    for samples, scores in harness.run(prepared, loaded, adapter_fingerprint=adapter):
         if folder and samples and processes.is_main():
             results.write_samples(folder, scores[0].samples, samples)
         found += scores
@@ -174,8 +170,8 @@ def _source(args) -> _Source:
         config = apply_overrides(TrainConfig(), given) if given else None
         return _Source(config, words)
     config = apply_overrides(found.config, _only(args, "data."))
-    digest = processes.digest(json.dumps(to_dict(found.config)))
-    return _Source(config, words, None if args.base else found.step, digest)
+    run_digest = digest(json.dumps(to_dict(found.config)))
+    return _Source(config, words, None if args.base else found.step, run_digest)
 
 
 def _only(args, section: str) -> list[str]:

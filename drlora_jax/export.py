@@ -37,15 +37,16 @@ from drlora_jax.interop.exported_files import check_adapter, check_merged, text_
 from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.interop.hf_write import cast, rewrite_model, rewritten_bytes
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.lora_tables import layer_factors
+from drlora_jax.interop.lora_tables import layer_updates
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
 from drlora_jax.interop.opened import MERGED, Export, check_opened
 from drlora_jax.interop.verify import make_prompts
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.runs.source import RunSource, find_run
 from drlora_jax.system.output_dir import check_out, check_space, new_directory
-from drlora_jax.system.units import counted
+from drlora_jax.system.text import counted
 
 FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -79,7 +80,7 @@ def export(request: Request) -> None:
     limit = _shard_bytes(request)
     out = check_out(request.out)
     source = find_run(request.run, step=request.step, model_path=request.model_path)
-    _refuse_added_experts(source)
+    _refuse_without_form(source)
     base, is_merged = source.directory, request.format == MERGED
     if is_merged:
         check_space(out, rewritten_bytes(base, request.dtype))
@@ -125,19 +126,13 @@ def _check(
     print("\n".join(check_opened(written)), flush=True)
 
 
-def _refuse_added_experts(source: RunSource) -> None:
-    kind = source.config.adapter.kind
-    if not source.config.adapter.makes_experts:
-        return
-    way = "python -m drlora_jax.convert takes mixlora only"
-    if kind == "mixlora":
-        run = source.run_dir
-        way = f"For MoE-PEFT: python -m drlora_jax.convert export --run {run} --out DIR"
-    raise UserError(
-        f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no "
-        "form for LoRA experts with a router, and a merge would lose the routing. "
-        f"{way} (docs/methods.md); drlora_jax.evaluate and drlora_jax.generate use the run itself."
-    )
+def _refuse_without_form(source: RunSource) -> None:
+    reason = source.adapter.why_no_export(str(source.run_dir))
+    if reason:
+        raise UserError(
+            f"{source.run_dir} was trained with adapter.kind={source.adapter.kind}: {reason} "
+            "(docs/methods.md); drlora_jax.evaluate and drlora_jax.generate use the run itself."
+        )
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -187,8 +182,8 @@ def read_trained(source: RunSource) -> tuple[Trained, RunSource]:
     lora, ranks_LE, source = read_factors(source, mesh)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     lora, gates = jax.device_get((lora, rank_gates(model, ranks_LE, mesh)))
-    factors = layer_factors(config, adapter, lora, ranks_LE)
-    return Trained(config, adapter, lora, gates, factors), source
+    updates = layer_updates(config, adapter, lora, ranks_LE)
+    return Trained(config, adapter, lora, gates, updates), source
 
 
 def make_adapter(
@@ -196,19 +191,19 @@ def make_adapter(
 ) -> peft_write.Adapter:
     """The adapter in the layout `peft` or `peft-2d`, in `dtype` (None: f32)."""
     routers = {
-        layer.place.number: reader.layer(layer.place)["moe"]["router"] + layer.router_DE
-        for layer in trained.factors
-        if layer.router_DE is not None
+        update.layer.number: reader.layer(update.layer)["moe"]["router"] + update.router_DE
+        for update in trained.updates
+        if update.router_DE is not None
     }
     magnitudes = {
-        (layer.place.number, path): column_norms(
-            leaf_at(reader.layer(layer.place), (*path.split("/"), "kernel"))
+        (update.layer.number, path): column_norms(
+            leaf_at(reader.layer(update.layer), (*path.split("/"), "kernel"))
         )
         + growth_F
-        for layer in trained.factors
-        for path, growth_F in layer.magnitudes.items()
+        for update in trained.updates
+        for path, growth_F in update.magnitudes.items()
     }
-    adapter = peft_write.pack(trained.config, trained.factors, routers, layout, magnitudes)
+    adapter = peft_write.pack(trained.config, trained.updates, routers, layout, magnitudes)
     kind = np.dtype(dtype or np.float32)
     tensors = {key: cast(key, value, kind) for key, value in adapter.tensors.items()}
     return adapter._replace(tensors=tensors)
@@ -244,7 +239,7 @@ def write_merged(
       end_token_ids: tokens that end a text of the run, the tokenizer's own first.
       tokenizer_settings: of the training, where the base has others now.
     """
-    changed = adapted_tensors(reader.table, trained.factors)
+    changed = adapted_tensors(reader.table, trained.updates)
     notes = rewrite_model(
         base,
         draft,
@@ -265,7 +260,7 @@ def write_merged(
 
 def _describe(source: RunSource, trained: Trained) -> str:
     text = f"run      {source.run_dir}, step {source.step}, base {source.directory}"
-    pairs = [pair for layer in trained.factors for pair in layer.experts.values()]
+    pairs = [pair for update in trained.updates for pair in update.experts.values()]
     if pairs:
         text += f"; ranks up to {max(pair.rank for pair in pairs)}"
     return text

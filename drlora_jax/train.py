@@ -17,12 +17,13 @@ import numpy as np
 
 from drlora_jax import cli
 from drlora_jax.config import load_config
+from drlora_jax.data.loader import Batch, sharded_batch
 from drlora_jax.data.prefetch import made_ahead
-from drlora_jax.data.sharded import sharded_batch
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError
 from drlora_jax.interop.hf_read import load_params
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel import processes
+from drlora_jax.parallel.agreement import check_is_shared
 from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.reporting.progress import Progress, Throughput, describe_ranks
 from drlora_jax.reporting.writer import ReportWriter
@@ -33,6 +34,7 @@ from drlora_jax.runs.sinks import check_sinks, open_sinks
 from drlora_jax.system.compilation import keep_compiled_programs
 from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
 from drlora_jax.system.stop_signals import StopSignals
+from drlora_jax.training.agreement import check_processes_agree
 from drlora_jax.training.costs import (
     checkpoint_bytes,
     flops_per_token,
@@ -43,13 +45,7 @@ from drlora_jax.training.job import Job, prepare
 from drlora_jax.training.metrics_rows import RowWriter, require_finite, require_finite_base, routing
 from drlora_jax.training.optimizer import rate_at
 from drlora_jax.training.program import Run, build, compile_step
-from drlora_jax.training.state import (
-    Position,
-    check_processes_agree,
-    check_run_dir_is_shared,
-    restore_newest,
-    save,
-)
+from drlora_jax.training.state import Position, restore_newest, save
 from drlora_jax.training.step import TrainState
 
 COMPILING = "compiling the train step; this takes seconds to minutes ..."
@@ -67,13 +63,7 @@ def main(argv=None) -> int:
     if cache is not None:
         print(f"programs    compiled ones are kept in {cache}")
     run = build(job)
-    print(f"{run.backends}\n{run.forecast}\n", flush=True)
-    if (line := _rate_line(run)) is not None:
-        print(f"{line}\n", flush=True)
-    if run.mesh.size > 1:
-        trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
-        trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
-        print("\n".join(mesh_lib.partition_lines(run.mesh, trees)), "\n", flush=True)
+    _print_plan(run)
     job.run_dir.check_room(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
     if args.dry_run:
         print(COMPILING, flush=True)
@@ -84,39 +74,13 @@ def main(argv=None) -> int:
     return train(run)
 
 
-def _rate_line(run: Run) -> str | None:
-    """What to tell of the learning rate of a run that is resumed with another number of steps."""
-    job = run.job
-    if job.is_new:
-        return None
-    done = job.run_dir.newest_step()
-    return rate_line(
-        job.run_dir.last_rate(done),
-        functools.partial(rate_at, run.schedule),
-        done=done,
-        first_total=job.schedule_steps,
-        total=job.total_steps,
-        name="train.steps" if job.config.train.steps else "steps",
-    )
-
-
-def _complete_line(job: Job, done: int) -> str:
-    line = f"already complete: {job.run_dir.path} is at step {done}"
-    if done == job.total_steps:
-        return f"{line} of {done}"
-    asked = f"train.steps={job.total_steps}"
-    if job.config.train.steps is None:
-        asked = f"train.epochs={job.config.train.epochs} ({job.total_steps} steps)"
-    return f"{line}, {asked} asks for fewer"
-
-
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
     with Watchdog(run.job.config.run.stall_timeout) as watchdog:
         # All have looked at the run directory before the first writes to it.
         check_processes_agree(run, "before the start", 0)
         with run.job.run_dir.locked():
-            return _train(run, watchdog)
+            return _start_or_resume(run, watchdog)
 
 
 def train_job(job: Job) -> int:
@@ -146,36 +110,58 @@ class _Callable(types.ModuleType):
 sys.modules[__name__].__class__ = _Callable
 
 
-def _train(run: Run, watchdog: Watchdog) -> int:
+def _start_or_resume(run: Run, watchdog: Watchdog) -> int:
     job, config = run.job, run.job.config
+    # 1. All processes have the same config, base model, data and newest checkpoint.
     checkpoints = Checkpoints(job.run_dir.checkpoints, keep_last=config.run.keep_last)
     check_processes_agree(run, "at the start", checkpoints.latest_step() or 0)
+    # 2. A new run writes its config.json, which all processes must find.
     if job.is_new:
-        facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
-        facts["resolved"] = job.resolved.to_json()
-        job.run_dir.create(config, job.origin, job.schedule_steps, facts)
-    check_run_dir_is_shared(run)
+        _create(run)
+    check_is_shared(job.run_dir.config_file)
+    # 3. The newest checkpoint that is whole is restored; a finished run ends here.
     with processes.leaving_with_peers(lambda: None):
         watchdog.beat("restoring")
         position, done = restore_newest(run, checkpoints) or (None, 0)
     if done >= job.total_steps:
         print(_complete_line(job, done))
         return EXIT_DONE
+    # 4. The logs are cut back to the step of that checkpoint.
     for note in job.run_dir.cut_back(done, config.run.log_every):
         print(f"warning: {note}")
+    # 5. The step is compiled before the base model is there: both at once need more memory.
     watchdog.beat("compiling")
+    compiled = _compile(run, done)
+    watchdog.beat("loading the base")
+    params = load_params(job.model_config, job.directory, run.abstract_params, done=watchdog.again)
+    # 6. Without a checkpoint, the state before step 1; a policy may look at the task first.
+    with processes.leaving_with_peers(lambda: None):
+        position = position or start_profiled(run, params, done=watchdog.again)
+    return _take_steps(run, compiled, params, position, checkpoints, watchdog)
+
+
+def _create(run: Run) -> None:
+    job = run.job
+    facts = made_with(run.mesh, job.expert_layers, job.policy, job.adapter.max_rank)
+    facts["resolved"] = job.resolved.to_json()
+    job.run_dir.create(job.config, job.origin, job.schedule_steps, facts)
+
+
+def _compile(run: Run, done: int) -> Callable:
     print(COMPILING, flush=True)
     compiled, seconds = compile_step(run)
     keep_freed_memory(jax.default_backend())  # what compiling took is given back
     print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
     how = "resuming" if done else "starting"
     print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
-    watchdog.beat("loading the base")
-    params = load_params(job.model_config, job.directory, run.abstract_params, done=watchdog.again)
-    with processes.leaving_with_peers(lambda: None):
-        position = position or start_profiled(run, params, done=watchdog.again)
+    return compiled
+
+
+def _take_steps(run: Run, compiled, params, position, checkpoints, watchdog) -> int:
+    job, done = run.job, int(position.state.step)
+    # 7. Logs, signals, report and display are served between the steps.
     if processes.is_main():
-        job.run_dir.sinks = open_sinks(config.run, job.run_dir.path, done)
+        job.run_dir.sinks = open_sinks(job.config.run, job.run_dir.path, done)
     with (
         StopSignals() as stop,  # before this there was nothing to save, and a signal ends at once
         ReportWriter(job.run_dir.path, writes=processes.is_main()) as report,
@@ -183,131 +169,165 @@ def _train(run: Run, watchdog: Watchdog) -> int:
     ):
         try:
             with processes.leaving_with_peers(progress.close):
-                around = Around(checkpoints, stop, report, progress, watchdog)
-                return _loop(run, compiled, params, position, around)
+                loop = Loop(run, params, position, checkpoints, stop, report, progress, watchdog)
+                return loop.take_steps(compiled)
         finally:
             for each in (*job.run_dir.sinks, checkpoints):
                 each.close()
 
 
-class Around(NamedTuple):
-    """What the loop talks to."""
-
-    checkpoints: Checkpoints
-    stop: StopSignals
-    report: ReportWriter
-    progress: Progress
-    watchdog: Watchdog
+# -------------------------------------------------------------------------------------- the loop
 
 
-def _loop(run: Run, compiled, params, position: Position, around: Around) -> int:
-    job, section = run.job, run.job.config.train
-    checkpoints, stop, report, progress, watchdog = around
-    step = int(position.state.step)
-    is_stopping = stop.reached(step)
-    if job.policy.last_event or np.unique(position.capacity.ranks_LE).size > 1:
-        _show_ranks(run, position, progress)
-    meter = Throughput(flops_per_token(job.model_config, section.sequence_length), run.mesh.size)
-    rows = RowWriter(run, params, meter, progress)
-    sharding = mesh_lib.rows(run.mesh, leading=1)
-    if step == 0 and job.eval_batches and not is_stopping:
-        watchdog.beat("evaluating before step 1")
-        row = {"step": 0, "eval_loss": evaluate(run, params, position.state, watchdog.again)}
-        job.run_dir.log_metrics(row)
-        progress.show(row)
-    made = set()  # steps whose batch waits for its use
+class Loop:
+    """Takes the steps of a run, and does what is due between them."""
 
-    def make(step):
+    def __init__(self, run, params, position, checkpoints, stop, report, progress, watchdog):
+        self.run, self.params, self.position = run, params, position
+        self.checkpoints, self.report, self.progress = checkpoints, report, progress
+        self.stop, self.watchdog = stop, watchdog
+        job = run.job
+        flops = flops_per_token(job.model_config, job.config.train.sequence_length)
+        self.meter = Throughput(flops, run.mesh.size)
+        self.rows = RowWriter(run, params, self.meter, progress)
+        self.step = int(position.state.step)
+        self.is_stopping = stop.reached(self.step)
+        self.made = set()  # steps whose batch waits for its use
+
+    def take_steps(self, compiled) -> int:
+        """Takes the steps that are left, or all until a signal; returns the exit code."""
+        job, ranks_LE = self.run.job, self.position.capacity.ranks_LE
+        if job.policy.last_event or np.unique(ranks_LE).size > 1:
+            self._show_ranks()
+        if self.step == 0 and job.eval_batches and not self.is_stopping:
+            self._evaluate_first()
+        batches = made_ahead(self._make_batch, range(self.step, job.total_steps))
+        jax.block_until_ready(self.position.state)  # restoring is not the first step's time
+        self.meter.resume()
+        while self.step < job.total_steps and not self.is_stopping:
+            metrics = self._take_step(compiled, batches)
+            due = due_after(job, self.step, is_stopping=self.is_stopping)
+            if due.pause:
+                self._pause(metrics)
+            if due.event:
+                self._grow(metrics)
+            measured = self._evaluate(metrics) if due.evaluation else {}
+            if due.row:
+                self.rows.add(self.step, self.position.tokens, metrics, measured)
+            if due.checkpoint:
+                self._save(measured.get("eval_loss"))
+            if due.pause:
+                self._go_on()
+        batches.close()
+        return self._end()
+
+    def _make_batch(self, step: int) -> tuple[Batch, int]:
+        """The batch of a step on its devices, and how many tokens it has."""
+        job, section = self.run.job, self.run.job.config.train
         first_row = step * section.batch_size
-        batch = sharded_batch(job.loader, first_row, section.micro_batches, sharding)
+        batch = sharded_batch(job.loader, first_row, section.micro_batches, self.run.batch_sharding)
         tokens = job.loader.token_count(first_row)
-        made.add(step)
+        self.made.add(step)
         return batch, tokens
 
-    batches = made_ahead(make, range(step, job.total_steps))
-    jax.block_until_ready(position.state)  # restoring is not the first step's time
-    meter.resume()
-    while step < job.total_steps and not is_stopping:
-        watchdog.beat(f"step {step + 1}")
-        if step not in made:  # the device waits for the batch anyway
-            rows.finish()
-        device_batch, tokens = next(batches)
-        state, metrics = compiled(params, position.state, device_batch)
-        rows.finish()
-        made.discard(step)
-        step += 1
-        position = Position(state, position.capacity, position.tokens + tokens)
-        meter.add(tokens)
-        progress.advance()
-        is_stopping = stop.reached(step)
-        due = _due(job, step)
-        has_more = due.event or due.evaluation or due.checkpoint or is_stopping
-        if has_more:
-            jax.block_until_ready(position.state.step)
-            meter.pause()
-            require_finite(run.job.config, step, metrics, params)
-        if due.event:
-            watchdog.beat(f"the event after step {step}")
-            before, position = position, grow(run, position, step, routing(metrics))
-            progress.note(
-                describe_ranks(step, before.capacity.ranks_LE, position.capacity.ranks_LE)
-            )
-            _show_ranks(run, position, progress)
-        eval_loss, more = None, {}
-        if due.evaluation:
-            watchdog.beat(f"evaluating after step {step}")
-            eval_loss = evaluate(run, params, position.state, watchdog.again)
-            more = {"eval_loss": eval_loss} | routing(metrics)
-        if due.row:
-            rows.add(step, position.tokens, metrics, more)
-        if due.checkpoint or is_stopping:
-            watchdog.beat(f"saving step {step}")
-            save(run, checkpoints, position, step, eval_loss)
-            report.request()
-        if has_more:
-            jax.block_until_ready(position.state)  # what an event did to it
-            meter.resume()
-    batches.close()
-    progress.close()
-    checkpoints.finish()  # what is said next is true
-    if step == job.total_steps:
-        progress.note(f"done: {job.run_dir.path}")
-        return EXIT_DONE
-    if checkpoints.latest_step() != step and step:
-        save(run, checkpoints, position, step, None)
-        checkpoints.finish()
-    kept = "saved" if step else "nothing to save yet"
-    progress.note(f"stopped by a signal at step {step}, {kept}; the same command goes on from here")
-    return EXIT_RESUMABLE
+    def _take_step(self, compiled, batches) -> dict:
+        """Takes one step; returns its metrics, which a device may still be computing."""
+        self.watchdog.beat(f"step {self.step + 1}")
+        if self.step not in self.made:  # the device waits for the batch anyway
+            self.rows.finish()
+        batch, tokens = next(batches)
+        state, metrics = compiled(self.params, self.position.state, batch)
+        self.rows.finish()
+        self.made.discard(self.step)
+        self.step += 1
+        self.position = Position(state, self.position.capacity, self.position.tokens + tokens)
+        self.meter.add(tokens)
+        self.progress.advance()
+        self.is_stopping = self.stop.reached(self.step)
+        return metrics
+
+    def _pause(self, metrics: dict) -> None:
+        """Waits for the step, which must be sound: what follows is not training time."""
+        jax.block_until_ready(self.position.state.step)
+        self.meter.pause()
+        require_finite(self.run.job.config, self.step, metrics, self.params)
+
+    def _go_on(self) -> None:
+        jax.block_until_ready(self.position.state)  # what an event did to it
+        self.meter.resume()
+
+    def _grow(self, metrics: dict) -> None:
+        self.watchdog.beat(f"the event after step {self.step}")
+        before_LE = self.position.capacity.ranks_LE
+        self.position = grow(self.run, self.position, self.step, routing(metrics))
+        ranks_LE = self.position.capacity.ranks_LE
+        self.progress.note(describe_ranks(self.step, before_LE, ranks_LE))
+        self._show_ranks()
+
+    def _evaluate_first(self) -> None:
+        self.watchdog.beat("evaluating before step 1")
+        row = {"step": 0, "eval_loss": self._eval_loss()}
+        self.run.job.run_dir.log_metrics(row)
+        self.progress.show(row)
+
+    def _evaluate(self, metrics: dict) -> dict:
+        """Adds to the row of this step the held-out loss and how its tokens were routed."""
+        self.watchdog.beat(f"evaluating after step {self.step}")
+        return {"eval_loss": self._eval_loss()} | routing(metrics)
+
+    def _eval_loss(self) -> float:
+        return evaluate(self.run, self.params, self.position.state, self.watchdog.again)
+
+    def _save(self, eval_loss: float | None) -> None:
+        self.watchdog.beat(f"saving step {self.step}")
+        save(self.run, self.checkpoints, self.position, self.step, eval_loss)
+        self.report.request()
+
+    def _end(self) -> int:
+        """Says how the loop ended, once that is true; returns the exit code."""
+        step, job = self.step, self.run.job
+        self.progress.close()
+        self.checkpoints.finish()
+        if step == job.total_steps:
+            self.progress.note(f"done: {job.run_dir.path}")
+            return EXIT_DONE
+        if self.checkpoints.latest_step() != step and step:
+            save(self.run, self.checkpoints, self.position, step, None)
+            self.checkpoints.finish()
+        kept = "saved" if step else "nothing to save yet"
+        self.progress.note(
+            f"stopped by a signal at step {step}, {kept}; the same command goes on from here"
+        )
+        return EXIT_RESUMABLE
+
+    def _show_ranks(self) -> None:
+        job, ranks_LE = self.run.job, self.position.capacity.ranks_LE
+        self.progress.show_ranks(ranks_LE, job.adapter.max_rank, job.expert_layers)
 
 
 class Due(NamedTuple):
-    """What comes after a step."""
+    """Names what comes after a step."""
 
     event: bool
     evaluation: bool
     checkpoint: bool
     row: bool
+    # Whether anything comes that is no part of training, and that waits for the step.
+    pause: bool
 
 
-def _due(job: Job, step: int) -> Due:
+def due_after(job: Job, step: int, *, is_stopping: bool) -> Due:
     config, is_last = job.config, step == job.total_steps
+    event = job.policy.is_event(step)
     evaluation = bool(job.eval_batches) and (is_last or step % config.train.eval_every == 0)
-    return Due(
-        event=job.policy.is_event(step),
-        evaluation=evaluation,
-        checkpoint=evaluation or is_last or step % config.run.checkpoint_every == 0,
-        row=evaluation or is_last or step % config.run.log_every == 0,
-    )
-
-
-def _show_ranks(run: Run, position: Position, progress: Progress) -> None:
-    layers, max_rank = run.job.model_config.moe_layers, run.job.adapter.max_rank
-    progress.show_ranks(position.capacity.ranks_LE, max_rank, layers)
+    ends_a_part = evaluation or is_last
+    checkpoint = ends_a_part or is_stopping or step % config.run.checkpoint_every == 0
+    row = ends_a_part or step % config.run.log_every == 0
+    return Due(event, evaluation, checkpoint, row, pause=event or checkpoint)
 
 
 def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lambda: None) -> float:
-    """Held-out loss in nats a target token; `done` is called after each batch."""
+    """Returns the held-out loss in nats per target token; `done` is called after each batch."""
     rows = mesh_lib.rows(run.mesh)
     nll, targets = 0.0, 0.0
     for batch in run.job.eval_batches:
@@ -319,6 +339,46 @@ def evaluate(run: Run, params, state: TrainState, done: Callable[[], None] = lam
         require_finite_base(params)
         raise RunError(f"the held-out loss is {nll}; the model has diverged.")
     return nll / max(targets, 1.0)
+
+
+# ------------------------------------------------------------------------- what the start prints
+
+
+def _print_plan(run: Run) -> None:
+    print(f"{run.backends}\n{run.forecast}\n", flush=True)
+    if (line := _rate_line(run)) is not None:
+        print(f"{line}\n", flush=True)
+    if run.mesh.size > 1:
+        trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
+        trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
+        lines = mesh_lib.partition_lines(run.mesh, trees, run.job.policy.stat_axes)
+        print("\n".join(lines), "\n", flush=True)
+
+
+def _rate_line(run: Run) -> str | None:
+    """Describes the learning rate of a run that is resumed with another number of steps."""
+    job = run.job
+    if job.is_new:
+        return None
+    done = job.run_dir.newest_step()
+    return rate_line(
+        job.run_dir.last_rate(done),
+        functools.partial(rate_at, run.schedule),
+        done=done,
+        first_total=job.schedule_steps,
+        total=job.total_steps,
+        name="train.steps" if job.config.train.steps else "steps",
+    )
+
+
+def _complete_line(job: Job, done: int) -> str:
+    line = f"already complete: {job.run_dir.path} is at step {done}"
+    if done == job.total_steps:
+        return f"{line} of {done}"
+    asked = f"train.steps={job.total_steps}"
+    if job.config.train.steps is None:
+        asked = f"train.epochs={job.config.train.epochs} ({job.total_steps} steps)"
+    return f"{line}, {asked} asks for fewer"
 
 
 if __name__ == "__main__":

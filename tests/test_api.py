@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracles.stored import copy_model, load_arrays, make_rows, stored_positions
 from safetensors.numpy import load_file
-from tiny import tiny_config, write_tiny_model
 
 import drlora_jax as dj
 from drlora_jax import export as export_command
@@ -20,6 +18,8 @@ from drlora_jax.config import AdapterSection, AllocationSection, TrainConfig
 from drlora_jax.errors import UserError
 from drlora_jax.inference.model import load_run as load_for_evaluation
 from drlora_jax.inference.scoring import Scorer
+from tests.oracles.stored import copy_model, load_arrays, make_rows, stored_positions
+from tests.support.tiny import tiny_config, write_tiny_model
 
 BATCH = "tokens_BT, segment_ids_BT=None, positions_BT=None"
 SIGNATURES = {
@@ -41,6 +41,7 @@ SIGNATURES = {
 # Their fields are more than a caller needs: what is promised of them.
 FIELDS = {
     "Job": {"config", "lines", "policy", "total_steps"},
+    "Placement": {"delta", "ffn", "expert_matrices", "router_delta", "paths", "max_rank"},
     "Policy": {"name", "init", "init_stats", "accumulate", "is_event", "update", "budget"},
     "TrainedModel": {"export", "generate", "logits"},
 }

@@ -294,22 +294,24 @@ def _fit(document: Document, config: DataSection, sequence_length: int) -> list[
         cut = slice(0, sequence_length)
         return [Document(document.tokens[cut], document.is_target[cut])]
     if config.too_long == "split":
-        return _windows(document, sequence_length)
+        return windows(document, sequence_length)
     message = f"{length} tokens, but train.sequence_length is {sequence_length}"
     if config.too_long == "skip":
         raise BadRow("too long", message)
     raise UserError(f"{message}; raise it, or set data.too_long=truncate or skip.")
 
 
-def _windows(document: Document, sequence_length: int) -> list[Document]:
-    """Windows that share one token, so that every token but the first is predicted exactly once."""
-    windows = []
+def windows(document: Document, sequence_length: int) -> list[Document]:
+    """Returns windows that share one token, so that every token but the first is predicted exactly
+    once: the last token of one is given, not predicted, in the next.
+    """
+    found = []
     for start in range(0, len(document.tokens) - 1, sequence_length - 1):
         cut = slice(start, start + sequence_length)
         is_target = document.is_target[cut].copy()
         is_target[0] = False
-        windows.append(Document(document.tokens[cut], is_target))
-    return windows
+        found.append(Document(document.tokens[cut], is_target))
+    return found
 
 
 def _check_targets(whole: list[Document], fitted: list[Document], sequence_length: int) -> None:

@@ -5,9 +5,11 @@ row index that counts on over the epochs. So a run resumes at any row, on any nu
 without any state of its own.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from drlora_jax.data.packing import RowArrays, fill_row, one_a_row, pack
@@ -135,6 +137,34 @@ def stack_rows(
     """The arrays of planned rows, stacked."""
     filled = [fill_row(documents, row, sequence_length, pad_id) for row in rows]
     return Batch(*(np.stack(arrays) for arrays in zip(*filled, strict=True)))
+
+
+def sharded_batch(
+    loader: Loader, row_index: int, micro_batches: int, sharding: jax.sharding.Sharding
+) -> Batch:
+    """The batch from a global row index on as device arrays [micro_batches, B, T]; consecutive rows
+    share a micro-batch. A process makes the rows of its own devices only.
+    """
+    rows = loader.batch_size // micro_batches
+    shape = (micro_batches, rows, loader.sequence_length)
+
+    @functools.cache  # several devices, and all five arrays, want the same rows
+    def row(micro: int, index: int) -> RowArrays:
+        return loader.row(row_index + micro * rows + index)
+
+    def part(field: int, index: tuple[slice, ...]) -> np.ndarray:
+        micros, indices, positions = (
+            range(*at.indices(n)) for at, n in zip(index, shape, strict=True)
+        )
+        assert len(positions) == shape[2], "rows are never cut"
+        return np.stack([[row(micro, each)[field] for each in indices] for micro in micros])
+
+    return Batch(
+        *(
+            jax.make_array_from_callback(shape, sharding, functools.partial(part, field))
+            for field in range(len(Batch._fields))
+        )
+    )
 
 
 def split_micro_batches(batch: Batch, count: int) -> Batch:

@@ -5,7 +5,6 @@ whole answer behind the question, `arc_easy:mixlora` the label behind a prompt t
 choices. PATH is whatever rows are read from. Several tasks may be mixed.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 
 from drlora_jax.data.segments import BadRow, Segment
@@ -13,6 +12,7 @@ from drlora_jax.data.sources import Row, read_rows
 from drlora_jax.data.task_prompts import label_prompt, likelihood_choices
 from drlora_jax.data.task_questions import DATASETS, read_question
 from drlora_jax.errors import UserError
+from drlora_jax.system.text import did_you_mean
 
 FORMAT = "choice"
 PROTOCOLS = ("", "mixlora")
@@ -28,8 +28,7 @@ def split_task(path: str) -> tuple[str, str]:
             f"got {path!r}."
         )
     if dataset not in DATASETS or protocol not in PROTOCOLS:
-        near = difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near and near[0] != dataset else "known are"
+        hint = did_you_mean(dataset, () if dataset in DATASETS else DATASETS) or "known are"
         names = f"{', '.join(DATASETS)}, each alone or with :mixlora"
         raise UserError(f"{path}: no multiple-choice task {task!r}; {hint} ({names}).")
     return task, rows

@@ -7,7 +7,7 @@ from collections import Counter
 
 from drlora_jax.data.layouts import Conversation
 from drlora_jax.data.wording import Wording
-from drlora_jax.system.units import counted
+from drlora_jax.system.text import counted
 
 WARN_FRACTION = 0.01  # of rows skipped
 _OWN_TOKENS = (

@@ -6,7 +6,6 @@ is not what its name says (not UTF-8, not JSON, cut off) stops the run whatever 
 that is a broken file, not a bad row.
 """
 
-import difflib
 import functools
 import glob
 import itertools
@@ -26,6 +25,7 @@ from drlora_jax.data.folders import (
 from drlora_jax.errors import UserError
 from drlora_jax.system.imports import load_package
 from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
+from drlora_jax.system.text import did_you_mean
 
 BUNDLED = pathlib.Path(__file__).parent.parent / "bundled"
 _PATTERN = frozenset("*?[")
@@ -207,9 +207,9 @@ def _missing_message(file: pathlib.Path) -> str:
     if not file.parent.is_dir():
         return f"{file}: no such file; its folder {file.parent} does not exist either."
     names = _names_in(file.parent)
-    near = difflib.get_close_matches(file.name, names, n=1)
-    if near:
-        return f"{file}: no such file; did you mean {file.parent / near[0]}?"
+    hint = did_you_mean(file.name, names, show=lambda name: file.parent / name)
+    if hint:
+        return f"{file}: no such file; {hint}"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     listing = (", ".join(names[:5]) or "no data files") + more
     return f"{file}: no such file; the folder {file.parent} has {listing}."

@@ -10,7 +10,6 @@ before them with an empty line between. `chatml`, `tulu` and the tokenizer's own
 any number of turns.
 """
 
-import difflib
 from typing import NamedTuple
 
 from drlora_jax.data import answers, chat_template
@@ -18,6 +17,7 @@ from drlora_jax.data.chat_template import reads_clock as reads_clock  # for our 
 from drlora_jax.data.layouts import Conversation
 from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, guard
 from drlora_jax.errors import UserError
+from drlora_jax.system.text import did_you_mean
 
 PROMPT_TEMPLATES = ("plain", "question_answer", "alpaca")
 CHAT_TEMPLATES = ("chatml", "tulu", "tokenizer")
@@ -42,8 +42,7 @@ def choose_template(template: str, row_format: str, tokenizer) -> str:
     """Resolves `auto` for a row format, and refuses names and pairs that do not exist."""
     known = (*PROMPT_TEMPLATES, *CHAT_TEMPLATES, "auto")
     if template not in known:
-        near = difflib.get_close_matches(template, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+        hint = did_you_mean(template, known) or f"known: {', '.join(known)}."
         raise UserError(f"data.template={template!r} does not exist; {hint}")
     has_own = bool(getattr(tokenizer, "chat_template", None))
     if template == "tokenizer" and not has_own:

@@ -8,7 +8,6 @@ the very text that training put in front of an answer.
 
 import dataclasses
 import datetime
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -42,6 +41,7 @@ from drlora_jax.data.templates import (
 )
 from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.errors import UserError
+from drlora_jax.system.text import did_you_mean
 
 TEXT, CHOICE = "text", "choice"  # formats whose texts are taken as they are
 
@@ -117,11 +117,8 @@ def named_wording(
         return Wording(TEXT, AS_IS)
     if template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
         known = (*PROMPT_TEMPLATES, *CHAT_TEMPLATES, "none")
-        near = difflib.get_close_matches(template, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"--template {template}: there is no such template; {hint}Known: {', '.join(known)}."
-        )
+        hint = did_you_mean(template, known) or f"known: {', '.join(known)}."
+        raise UserError(f"--template {template}: there is no such template; {hint}")
     row_format = "chat" if template in CHAT_TEMPLATES else "prompt_response"
     template = choose_template(template, row_format, tokenizer)
     date = _date(DataSection(), template, tokenizer, date)

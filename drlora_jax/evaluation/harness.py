@@ -14,14 +14,11 @@ are computed here.
 """
 
 import dataclasses
-import difflib
 import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from drlora_jax.data.wording import Writer
 from drlora_jax.errors import UserError
@@ -31,6 +28,7 @@ from drlora_jax.evaluation.tasks import chosen
 from drlora_jax.inference.model import Loaded
 from drlora_jax.system.imports import load_package
 from drlora_jax.system.paths import local_path
+from drlora_jax.system.text import did_you_mean, first_line
 
 INSTALL = "'drlora-jax[eval]'"
 PREFIX = "lm_eval:"  # of a task's name in scores: our own arc_easy is another task
@@ -134,8 +132,7 @@ def _manager(names: Sequence[str], task_path: str | None):
 def _check_name(name: str, manager, task_path: str | None) -> None:
     index = manager.task_index
     if name not in index:
-        near = difflib.get_close_matches(name, list(index), n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see its list of tasks."
+        hint = did_you_mean(name, index, count=3) or "see its list of tasks."
         where = f" or in --task-path {task_path}" if task_path else ""
         raise UserError(f"--tasks {name}: no task of lm-evaluation-harness{where}; {hint}")
     # Before loading: loading such a task may already fetch and run code.
@@ -175,7 +172,7 @@ def _load(manager, names: Sequence[str]) -> Mapping:
     try:
         return manager.load(list(names))
     except Exception as error:  # definitions hold code of others, and data may come from anywhere
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(
             f"--tasks {','.join(names)}: the task does not load: {type(error).__name__}: {reason} "
             "Its definition names the data; without a network, give one with local files in "
@@ -222,22 +219,16 @@ def _common(name: str, task, entries, settings: Settings, loaded: Loaded) -> dic
     names = ("limit", "chat", "template", "system", "max_new_tokens", "max_length")
     stored = settings.stored(names) | {
         "shots": task.config.num_fewshot,
-        "dtype": np.dtype(loaded.model.options.dtype).name,
         "lm_eval": importlib.metadata.version("lm_eval"),
         "definition": text_hash([_json(task.dump_config())]),
     }
     label = f"{PREFIX}{name}"
-    return {
+    return results.about(loaded, settings.seed, stored, label=label) | {
         "task": label,
         "version": str(task.VERSION),
-        "step": loaded.step,
-        "seed": settings.seed,
         "prompt_hash": text_hash(harness_scores.asked_texts(entries)),
         "data": _data_name(task),
         "data_fingerprint": text_hash(_json(document) for document in task.eval_docs),
-        "base_fingerprint": loaded.base_fingerprint,
-        "settings": stored,
-        "samples": results.samples_name(label, loaded.step, stored),
     }
 
 

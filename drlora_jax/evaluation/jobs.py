@@ -26,9 +26,10 @@ from drlora_jax.inference.model import Loaded
 from drlora_jax.inference.scoring import score_continuations
 from drlora_jax.inference.words import Words
 from drlora_jax.parallel import processes
+from drlora_jax.parallel.agreement import digest
 from drlora_jax.runs.resolved import asked_wording, system_note
 from drlora_jax.system.paths import local_path
-from drlora_jax.system.units import counted
+from drlora_jax.system.text import counted
 
 HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
 MAX_LENGTH = 2048  # tokens that a model sees of context and answer
@@ -213,19 +214,13 @@ def run_job(
     samples = job.task.answer(job.items, job.work, tools)
     loaded, settings = tools.loaded, job.work.settings
     stored = settings.stored(job.task.options)
-    stored["dtype"] = np.dtype(loaded.model.options.dtype).name
-    common = {
+    common = results.about(loaded, settings.seed, stored, label=job.label) | {
         "task": job.task.name,
         "version": job.task.version,
-        "step": loaded.step,
-        "seed": settings.seed,
         "prompt_hash": text_hash(text for item in job.items for text in job.task.strings(item)),
         "data": job.work.path,
         "data_fingerprint": job.data_fingerprint,
-        "base_fingerprint": loaded.base_fingerprint,
         "adapter_fingerprint": adapter_fingerprint,
-        "settings": stored,
-        "samples": results.samples_name(job.label, loaded.step, stored),
     }
     if job.task.chance is not None:
         common["chance"] = float(np.mean([job.task.chance(item) for item in job.items]))
@@ -237,4 +232,4 @@ def adapter_digest(loaded: Loaded) -> str | None:
     if not loaded.is_adapted:
         return None
     leaves = map(processes.to_host, jax.tree.leaves(loaded.variables["lora"]))
-    return processes.digest(*leaves, loaded.ranks_LE)[:16]
+    return digest(*leaves, loaded.ranks_LE)[:16]

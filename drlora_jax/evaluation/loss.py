@@ -10,14 +10,14 @@ import dataclasses
 import gzip
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from drlora_jax.config import DataSection
-from drlora_jax.data.documents import load_documents
+from drlora_jax.data.documents import load_documents, windows
 from drlora_jax.data.loader import stack_rows
 from drlora_jax.data.packing import pack
 from drlora_jax.data.segments import Segment
@@ -29,6 +29,7 @@ from drlora_jax.inference.model import Loaded
 from drlora_jax.inference.scoring import CHUNK, jit_score
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel import processes
+from drlora_jax.system.numbers import ceil_div
 from drlora_jax.system.paths import check_downloaded, local_path
 
 TEXT_SUFFIXES = (".txt", ".md", ".txt.gz", ".md.gz")
@@ -55,7 +56,7 @@ def read_items(
     """
     if is_text_file(path):
         document = encode_document([Segment(_read_text(path), True)], tokenizer, "all")
-        documents = list(_windows(document, length))
+        documents = windows(document, length)
     else:
         section = dataclasses.replace(section, eval_path=(path,))
         found = load_documents(section, tokenizer, length, evaluation=True, date=date)
@@ -86,7 +87,7 @@ def answer_items(
     rows = pack(lengths, length, np.arange(len(documents)))
     parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     targets = [_targets(documents, part) for part in parts]
-    size = -(-max(targets) // CHUNK) * CHUNK  # one for all batches: one program
+    size = ceil_div(max(targets), CHUNK) * CHUNK  # one for all batches: one program
     pad_id = pad_token(loaded.tokenizer, loaded.model.config.vocab_size) or 0
     score, totals = jit_score(loaded), np.zeros(len(documents))
     for part, count in zip(parts, targets, strict=True):
@@ -129,12 +130,3 @@ def _read_text(path: str) -> str:
     if not text.strip():
         raise UserError(f"{path} is empty; give a file with text.")
     return text
-
-
-def _windows(document: Document, length: int) -> Iterator[Document]:
-    """Neighbours share one token: the last of one is given, not predicted, in the next."""
-    for start in range(0, len(document.tokens) - 1, length - 1):
-        cut = slice(start, start + length)
-        is_target = document.is_target[cut].copy()
-        is_target[0] = False
-        yield Document(document.tokens[cut], is_target)

@@ -11,9 +11,12 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from drlora_jax.errors import RunError, UserError
+import numpy as np
+
+from drlora_jax.errors import UserError
 from drlora_jax.evaluation import statistics
 from drlora_jax.evaluation.records import Sample, Score
+from drlora_jax.system.paths import write_result
 
 _SAME = ("task", "metric", "version", "step", "settings", "seed", "data_fingerprint")
 _SAME += ("base_fingerprint",)
@@ -75,6 +78,18 @@ def _decimals(score: Score) -> int:
     return max(0, 4 - len(str(int(score.value))))
 
 
+def about(loaded, seed: int, settings: Mapping, *, label: str) -> dict:
+    """Returns the fields that all scores of a task have, as far as model and settings say them."""
+    settings = {**settings, "dtype": np.dtype(loaded.model.options.dtype).name}
+    return {
+        "step": loaded.step,
+        "seed": seed,
+        "base_fingerprint": loaded.base_fingerprint,
+        "settings": settings,
+        "samples": samples_name(label, loaded.step, settings),
+    }
+
+
 def samples_name(task: str, step: int | None, settings: Mapping) -> str:
     """The name of a task's file of samples, below the run directory."""
     parts = [re.sub(r"[^A-Za-z0-9_.@-]+", "-", task)]
@@ -90,7 +105,7 @@ def write_samples(folder: pathlib.Path, name: str, samples: Sequence[Sample]) ->
         {"id": sample.id, **sample.fields, "values": sample.values, "weight": sample.weight}
         for sample in samples
     ]
-    _write(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+    write_result(folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_scores(folder: pathlib.Path, scores: Sequence[Score]) -> None:
@@ -101,7 +116,7 @@ def write_scores(folder: pathlib.Path, scores: Sequence[Score]) -> None:
     for row in (json.loads(json.dumps(score.row())) for score in scores):
         rows.pop(_key(row), None)
         rows[_key(row)] = row
-    _write(file, json.dumps({"scores": list(rows.values())}, indent=1) + "\n")
+    write_result(file, json.dumps({"scores": list(rows.values())}, indent=1) + "\n")
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -132,13 +147,3 @@ def _stored(file: pathlib.Path) -> list[dict]:
             f"{file} can not be read ({type(error).__name__}: {error}); move it away: it would be "
             "replaced."
         ) from error
-
-
-def _write(file: pathlib.Path, text: str) -> None:
-    draft = file.with_suffix(file.suffix + ".tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, file)
-    except OSError as error:
-        raise RunError(f"{file} can not be written: {error.strerror}.") from error

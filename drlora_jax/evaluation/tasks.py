@@ -6,7 +6,6 @@ lets the model write an answer to rows {instruction, answer}. A new task is one 
 and one function of items.
 """
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from drlora_jax.evaluation import code_tasks, generated, loss, multiple_choice
 from drlora_jax.evaluation.records import Sample, Settings
 from drlora_jax.evaluation.sources import Source
 from drlora_jax.inference.model import Loaded
+from drlora_jax.system.text import did_you_mean
 
 
 class Texts(NamedTuple):
@@ -88,8 +88,7 @@ class Task(NamedTuple):
 
 
 def suggest(name: str) -> str:
-    near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(TASKS)}."
+    return did_you_mean(name, TASKS) or f"known: {', '.join(TASKS)}."
 
 
 def chosen(items: Sequence, settings: Settings) -> list:

@@ -16,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
-from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
+from drlora_jax.adapters.rank_trees import masks_tree, rank_axes
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.config import MeshSection, TrainConfig
 from drlora_jax.data.tokenize import check_vocabulary
 from drlora_jax.inference.words import Words, of_base, of_run
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import NO_ADAPTER, Placement
 from drlora_jax.models.transformer import (
     Decoder,
-    DecoderOptions,
     abstract_lora,
     abstract_params,
 )
@@ -71,7 +71,6 @@ class Loaded(NamedTuple):
         """The same model without its adapter."""
         options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
         return self._replace(
-            # A dense layer with routing and no adapter is a dense layer.
             model=self.model.clone(options=options),
             variables={"params": self.variables["params"]},
             step=None,
@@ -128,8 +127,6 @@ def load_run(
         mesh or MeshSection(),
         source.base_fingerprint,
     )
-    if not base_only:
-        loaded = loaded._replace(model=loaded.model.clone(config=source.model_config))
     loaded = loaded._replace(config=source.config, run_dir=source.run_dir)
     return loaded if base_only else _with_adapter(loaded, source)
 
@@ -141,8 +138,7 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSo
     model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
     lora = abstract_lora(model)
     lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
-    routing = source.model_config.routing
-    shape = (len(source.model_config.moe_layers), routing.num_experts if routing else 0)
+    shape = (len(source.expert_layers), rank_axes(model)[1])
     ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
     wanted = {"lora": lora, "ranks_LE": ranks}
     found = read_newest(source.checkpoints, source.steps, wanted)
@@ -185,7 +181,7 @@ def place_base(
 
 
 def _load(
-    words: Words, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None
+    words: Words, dtype: str, adapter: Placement, section: MeshSection, digest=None
 ) -> Loaded:
     directory = words.directory
     check = functools.partial(check_vocabulary, words.tokenizer)
@@ -212,10 +208,7 @@ def _with_adapter(loaded: Loaded, source: RunSource) -> Loaded:
 
 def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh | None = None) -> dict:
     """The `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
-    adapter = model.options.adapter
-    mask_LER = masks_from_ranks(ranks_LE, adapter.max_rank)
+    mask_LER = masks_from_ranks(ranks_LE, model.options.adapter.max_rank)
     if mesh is not None:
         mask_LER = processes.place(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
-    roles = expert_roles(adapter)
-    shape = (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
-    return gates_tree(model.config, roles, jnp.broadcast_to(mask_LER[:, None], shape))
+    return masks_tree(model, jnp.asarray(mask_LER))

@@ -4,7 +4,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import pathlib
@@ -29,6 +28,7 @@ from drlora_jax.system.paths import (
     local_path,
     read_json,
 )
+from drlora_jax.system.text import did_you_mean
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
 HEAD = "lm_head.weight"
@@ -78,10 +78,10 @@ def find_model(
         return directory
     if kind != ABSENT:
         raise UserError(f"{shown} is {kind}; give the directory that has config.json.")
-    near = difflib.get_close_matches(directory.name, _names_in(directory.parent), n=1)
-    hint = f" Did you mean {directory.parent / near[0]}?" if near else ""
+    names = _names_in(directory.parent)
+    hint = did_you_mean(directory.name, names, show=lambda name: directory.parent / name)
     if path.count("/") != 1 or path.startswith((".", "/")):
-        raise UserError(f"{shown}: no such directory.{hint}")
+        raise UserError(f"{shown}: no such directory{f'; {hint}' if hint else '.'}")
     return _download(path, shown, hint, revision)
 
 
@@ -110,7 +110,7 @@ def _download(name: str, shown: str, hint: str, revision: str | None) -> pathlib
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had
         raise UserError(
             f"{shown} is no directory here, and the hub did not give it "
-            f"({type(error).__name__}). Give a local directory.{hint}"
+            f"({type(error).__name__}). Give a local directory{f'; {hint}' if hint else '.'}"
         ) from error
 
 

@@ -24,7 +24,7 @@ from drlora_jax.interop.export_check import MAX_KL
 from drlora_jax.interop.exported_files import adapter_shapes
 from drlora_jax.interop.hf_files import HEAD, read_headers
 from drlora_jax.interop.verify import TEXTS, token_kl
-from drlora_jax.system.units import counted
+from drlora_jax.system.text import counted
 
 MERGED = open_export.MERGED
 PROMPTS, PROMPT_LENGTH = 3, 16

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.ops.experts.shared import RoleLora
+from drlora_jax.system.numbers import ceil_div
 
 SORTED_FROM = 256  # E * R
 BLOCK = 64  # S: of more, most are padding where tokens are few
@@ -98,7 +99,7 @@ def sort_slots(expert_TK: jax.Array, num_experts: int, block: int = BLOCK) -> Bl
     experts = jnp.arange(num_experts)
     size_E = jnp.sum(expert_P[None] == experts[:, None], axis=1)
     start_E = jnp.cumsum(size_E) - size_E
-    blocks_E = -(-size_E // block)
+    blocks_E = ceil_div(size_E, block)
     first_E = jnp.cumsum(blocks_E) - blocks_E
     number_N = jnp.arange(slots // block + num_experts)
     expert_N = jnp.searchsorted(jnp.cumsum(blocks_E), number_N, side="right")

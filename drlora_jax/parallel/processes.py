@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, what they agree on, and how they end together.
+"""The processes of a run: how they find each other, exchange values, and end together.
 
 One process drives the devices of one host. `join` connects it with its peers before jax is used:
 without arguments on TPU pods, under Slurm and Open MPI, else by the environment variables
@@ -12,7 +12,6 @@ speaks. Nobody waits for ever: jax ends a process whose peer gives no sign of li
 
 import contextlib
 import ctypes
-import hashlib
 import importlib.util
 import os
 import pathlib
@@ -26,8 +25,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from drlora_jax.errors import EXIT_RESUMABLE, RunError, UserError
+from drlora_jax.errors import EXIT_RESUMABLE, UserError
 from drlora_jax.system import early
+from drlora_jax.system.text import first_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 # Seconds for all processes to start, and for all to end after the first that has done its work.
@@ -62,7 +62,7 @@ def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The processes of this run do not find each other ({_first_line(error)}); check "
+            f"The processes of this run do not find each other ({first_line(error)}); check "
             f"{ADDRESS}, or set {COUNT}=1 to run one process alone."
         ) from error
     if not hears_sigterm:
@@ -164,7 +164,7 @@ def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
     except Exception as error:
         if is_lost_peer(error):
             before()
-            reason = _first_line(error)
+            reason = first_line(error)
             print(
                 f"failed: process {jax.process_index()} has lost another process of this run "
                 f"({reason}). The same command, started on all hosts, goes on from the last "
@@ -245,69 +245,3 @@ def all_texts(text: str) -> list[str]:
         bytes(row[:length]).decode()
         for row, length in zip(texts.reshape(lengths.size, -1), lengths, strict=True)
     ]
-
-
-# --------------------------------------------------------------------------------------- agreement
-
-
-def digest(*values: Any) -> str:
-    """sha256 of arrays and texts."""
-    hashed = hashlib.sha256()
-    for value in values:
-        part = value if isinstance(value, str) else np.ascontiguousarray(value).tobytes()
-        hashed.update(part.encode() if isinstance(part, str) else part)
-    return hashed.hexdigest()
-
-
-def digest_on_devices(array: jax.Array, expected: np.ndarray) -> str:
-    """Digest of `expected` with the parts that this process's devices hold put in its place."""
-    held = np.array(expected)
-    for shard in array.addressable_shards:
-        part = np.asarray(shard.data)
-        if not np.array_equal(held[shard.index], part):
-            held[shard.index] = part
-            break  # a second copy on another device, if right, must not hide it
-    return digest(held)
-
-
-def check_agreement(when: str, fields: dict[str, str], truths: dict[str, str]) -> None:
-    """Raises RunError, on all processes, when their digests of a field differ.
-
-    Args:
-      fields: name to digest, the same names in the same order everywhere.
-      truths: of some fields what the digest must be; of the others it is what most processes have,
-        process 0 in doubt.
-    """
-    own = np.array([list(bytes.fromhex(each)) for each in fields.values()], np.uint8)
-    all_PFB = own[None]
-    if jax.process_count() > 1:
-        all_PFB = np.asarray(multihost_utils.process_allgather(own))
-    by_process = [
-        {name: bytes(row).hex() for name, row in zip(fields, rows_FB, strict=True)}
-        for rows_FB in all_PFB
-    ]
-    wrong = disagreements(by_process, truths)
-    if wrong:
-        raise RunError(
-            f"The processes of this run do not agree {when}. Not as it must be: "
-            f"{', '.join(wrong)}. Look for a broken host, or other files or versions there, and "
-            "start the same command again; it goes on from the last checkpoint, which is good."
-        )
-
-
-def disagreements(by_process: list[dict[str, str]], truths: dict[str, str]) -> list[str]:
-    """Which field of which processes is not what it must be; see `check_agreement`."""
-    found = []
-    for name in by_process[0]:
-        values = [fields[name] for fields in by_process]
-        most = max(values, key=values.count)  # the first of several
-        truth = truths.get(name, most)
-        wrong = [str(process) for process, value in enumerate(values) if value != truth]
-        if wrong:
-            who = "process" if len(wrong) == 1 else "processes"
-            found.append(f"{name} of {who} {' and '.join(wrong)}")
-    return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

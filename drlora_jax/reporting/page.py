@@ -9,7 +9,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -17,7 +16,8 @@ from collections.abc import Callable
 from drlora_jax.reporting import maps, tables
 from drlora_jax.reporting.charts import Chart, Series, draw
 from drlora_jax.reporting.read import RunLog, budgets, curve, frames, read_run, total_steps
-from drlora_jax.system.units import counted
+from drlora_jax.system.paths import replace_text
+from drlora_jax.system.text import counted
 
 FOLDER = pathlib.Path(__file__).parent
 GIB = 2.0**30
@@ -26,10 +26,8 @@ GIB = 2.0**30
 def write_report(directories: list[pathlib.Path], out: pathlib.Path) -> None:
     """Reads the runs and writes the page in one go: a reader never sees half of it."""
     page = make_page([read_run(directory) for directory in directories])
-    draft = out.with_suffix(out.suffix + ".tmp")
     # A name may have bytes that are not UTF-8; the page has a question mark for them.
-    draft.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(draft, out)
+    replace_text(out, page, errors="replace")
 
 
 def make_page(runs: list[RunLog]) -> str:

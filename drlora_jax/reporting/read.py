@@ -11,6 +11,7 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+from drlora_jax.config.flat import flat
 from drlora_jax.errors import UserError
 from drlora_jax.interop.directories import why_no_run
 from drlora_jax.system.paths import ABSENT, FILE, check_downloaded, kind_of
@@ -42,15 +43,10 @@ def read_run(directory: pathlib.Path) -> RunLog:
     stored = _read_config(directory)
     metrics, bad_metrics = _read_rows(directory / "metrics.jsonl")
     events, bad_events = _read_rows(directory / "ranks.jsonl")
-    sections = stored.pop("config")
     return RunLog(
         directory=directory,
         name=directory.absolute().name,
-        config={
-            f"{section}.{name}": value
-            for section, fields in sections.items()
-            for name, value in fields.items()
-        },
+        config=flat(stored.pop("config")),
         facts=stored,
         metrics=metrics,
         events=[row for row in events if is_matrix(row.get("ranks"))],

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax.config.flat import flat
 from drlora_jax.reporting.charts import number
 from drlora_jax.reporting.read import (
     RunLog,
@@ -17,7 +18,7 @@ from drlora_jax.reporting.read import (
     last_step,
     total_steps,
 )
-from drlora_jax.system.units import format_bytes
+from drlora_jax.system.text import format_bytes
 
 
 class Figure(NamedTuple):
@@ -191,12 +192,6 @@ def _facts(run: RunLog) -> dict[str, Any]:
     for name, key in (("base", "base_fingerprint"), ("data", "data_fingerprint")):
         facts[f"{name}, sha256"] = str(run.facts.get(key) or "–")[:16]
     return facts
-
-
-def flat(sections: dict[str, dict]) -> dict[str, Any]:
-    return {
-        f"{s}.{name}": value for s, fields in sections.items() for name, value in fields.items()
-    }
 
 
 def _text(value) -> str:

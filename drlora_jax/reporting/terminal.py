@@ -11,6 +11,7 @@ import numpy as np
 from rich.text import Text
 
 from drlora_jax.reporting.palette import ink, shade
+from drlora_jax.system.numbers import ceil_div
 
 MAX_ROWS = 14
 MAX_COLUMNS = 64
@@ -42,7 +43,7 @@ def group_means(values_LE: np.ndarray, max_rows: int, max_columns: int) -> Grid:
 
 def _group_size(length: int, most: int) -> int:
     """The smallest group that gives at most `most` cells, or a near one that leaves no rest."""
-    needed = -(-length // most)
+    needed = ceil_div(length, most)
     even = (size for size in range(needed, 2 * needed + 1) if length % size == 0)
     return next(even, needed)
 

@@ -29,8 +29,8 @@ from drlora_jax.runs.checkpoint_read import (
     best_step,
     eval_loss,
     first_good,
-    first_line,
     read,
+    reason_of,
     saved_steps,
     say,
     without_empty,
@@ -64,7 +64,7 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
             )
         except WRITE_ERRORS as error:
-            reason = first_line(error)
+            reason = reason_of(error)
             raise RunError(
                 f"The checkpoints in {self._directory} can not be looked at: {reason}"
             ) from error
@@ -180,7 +180,7 @@ def _reporting(step: int | None) -> Iterator[None]:
     except WRITE_ERRORS as error:
         if processes.is_lost_peer(error):  # no failed write: the caller leaves with the others
             raise
-        reason = first_line(error)
+        reason = reason_of(error)
         raise RunError(f"The checkpoint of step {step} could not be written: {reason}") from error
 
 

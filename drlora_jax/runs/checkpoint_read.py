@@ -25,7 +25,8 @@ from drlora_jax.parallel import processes
 from drlora_jax.runs import checksums
 from drlora_jax.runs.checksums import leaf_name
 from drlora_jax.runs.identity import find_difference, identity_of
-from drlora_jax.system.paths import check_downloaded, read_json
+from drlora_jax.system.paths import check_downloaded, numbered_folders, read_json
+from drlora_jax.system.text import first_line
 
 OLD_NAMES = {"tokens"}  # host values of checkpoints from before there were checksums
 
@@ -43,9 +44,8 @@ class Restored(NamedTuple):
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:
-    """Steps with a finished checkpoint, in order."""
-    entries = directory.glob("*")
-    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
+    """Returns the steps with a finished checkpoint, in order."""
+    return numbered_folders(directory)
 
 
 def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ def _together(work: Callable[[], Any]) -> Any:
         except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
             if _is_of_the_machine(error):
                 raise
-            reason = first_line(error)
+            reason = reason_of(error)
         if reason:
             gc.collect(0)  # what Orbax has left behind, while nobody listens
             _close_abandoned()
@@ -278,9 +278,9 @@ def _check_leaves(saved: Any, abstract: Any) -> None:
             raise Damaged(f"{name} is {found.get(name)}, this run needs {expected}")
 
 
-def first_line(error: Exception) -> str:
-    """The first line, without the specification that TensorStore puts behind it."""
-    first = (str(error).splitlines() or [type(error).__name__])[0]
+def reason_of(error: Exception) -> str:
+    """Returns the first line, without the specification that TensorStore puts behind it."""
+    first = first_line(error)
     for more in (" [tensorstore", " See full TensorStore"):
         first = first.partition(more)[0]
     return first.rstrip(". ")

@@ -23,8 +23,17 @@ from drlora_jax.interop.directories import is_run
 from drlora_jax.runs import resume
 from drlora_jax.runs.lock import hold_lock
 from drlora_jax.runs.sinks import Sink
-from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path, read_json
-from drlora_jax.system.units import format_bytes
+from drlora_jax.system.paths import (
+    ABSENT,
+    DIRECTORY,
+    FILE,
+    kind_of,
+    local_path,
+    numbered_folders,
+    read_json,
+    replace_text,
+)
+from drlora_jax.system.text import format_bytes
 
 # What a run writes besides config.json, and would write over or mix with.
 WRITTEN = ("metrics.jsonl", "ranks.jsonl", "checkpoints", "report.html", "eval.json", "tensorboard")
@@ -93,7 +102,7 @@ class RunDirectory:
         """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
         being written.
         """
-        present = sum(entry.name.isdecimal() for entry in self.checkpoints.glob("*"))
+        present = len(numbered_folders(self.checkpoints))
         count = max(keep_last + 2 - present, 1)
         free, needed = shutil.disk_usage(self._place()).free, count * checkpoint_bytes
         if free < needed:
@@ -113,15 +122,11 @@ class RunDirectory:
         return hold_lock(self.path) if self._writes else contextlib.nullcontext()
 
     def has_checkpoint(self) -> bool:
-        return bool(self._steps())
+        return bool(numbered_folders(self.checkpoints))
 
     def newest_step(self) -> int:
         """Of the checkpoints; 0 if there is none."""
-        return max(self._steps(), default=0)
-
-    def _steps(self) -> list[int]:
-        entries = [entry for entry in self.checkpoints.glob("*") if entry.is_dir()]
-        return [int(entry.name) for entry in entries if entry.name.isdecimal()]
+        return max(numbered_folders(self.checkpoints), default=0)
 
     def check_settings(self, stored: dict, config: TrainConfig) -> None:
         """Refuses to resume with settings that would make it another run; reads no data."""
@@ -186,7 +191,7 @@ class RunDirectory:
             text = json.dumps(values, indent=2) + "\n"
             # A list of numbers is one line; a line end is never inside a JSON string.
             text = re.sub(r"\[\n[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
-            _write_atomically(self.config_file, text)
+            replace_text(self.config_file, text)
         except OSError as error:
             raise UserError(f"run.dir={self.path} can not be written: {error.strerror}.") from error
 
@@ -212,7 +217,7 @@ class RunDirectory:
                 if step and (count := sum(_step_of(line) is None for line in lines)):
                     what = "lines that can not be read are" if count > 1 else "unreadable line is"
                     notes.append(f"{file}: {count} {what} dropped")
-                _write_atomically(file, "".join(line + "\n" for line in kept))
+                replace_text(file, "".join(line + "\n" for line in kept))
             except OSError as error:
                 message = f"{file} can not be cut back to step {step}: {error.strerror}."
                 raise RunError(message) from error
@@ -296,14 +301,3 @@ def _append(file: pathlib.Path, values: dict) -> None:
             handle.write(json.dumps(values, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"{file} can not be written: {error.strerror}.") from error
-
-
-def _write_atomically(file: pathlib.Path, text: str) -> None:
-    draft = file.with_suffix(file.suffix + ".tmp")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            draft.unlink()  # half a file on a full disk helps nobody
-        raise

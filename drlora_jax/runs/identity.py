@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from drlora_jax.config.flat import flat
 from drlora_jax.runs.resume import free_names
 from drlora_jax.system.paths import ABSENT, kind_of, read_json
 
@@ -43,10 +44,5 @@ def _stored(run_dir: pathlib.Path) -> dict | None:
 
 
 def _digest(config: Mapping[str, Mapping[str, Any]], without: Iterable[str]) -> str:
-    kept = {
-        f"{section}.{name}": value
-        for section, fields in config.items()
-        for name, value in fields.items()
-        if f"{section}.{name}" not in without
-    }
+    kept = {name: value for name, value in flat(config).items() if name not in without}
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())

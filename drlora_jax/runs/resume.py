@@ -10,7 +10,8 @@ import os.path
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax import config as config_lib
+from drlora_jax.config import TrainConfig, own_fields, to_dict
 from drlora_jax.errors import UserError
 
 # Where things are, what is reported, and how long the run is.
@@ -18,7 +19,8 @@ FREE = ("train.steps", "train.epochs", "model.path", "train.eval_every")
 HELDOUT = ("data.eval_path", "data.eval_split", "train.eval_batches")
 # How the same numbers are computed: the result differs by rounding.
 ROUNDING = ("train.micro_batches", "model.remat", "model.experts", "model.attention")
-PLACES = ("allocation.pattern", "allocation.alpha_file")  # what they give is compared
+# Files of policies: what they give is compared.
+RANK_FILES = tuple(name for name in config_lib.PLACES if name.startswith("allocation."))
 # Of data: the order of documents and their rows, which the training tokens do not show.
 ORDER = ("data.shuffle", "data.pack")
 NAMED = 3  # of the changes that are refused, in a message
@@ -75,7 +77,7 @@ def check_content(where, stored: dict, config: TrainConfig, origin: dict[str, st
 
 def check_first_ranks(where, stored: dict, config: TrainConfig, ranks: list) -> None:
     """Refuses a file of ranks or exponents that is another one and gives other first ranks."""
-    changed = [each for each in _changes(stored, config) if each.name in PLACES]
+    changed = [each for each in _changes(stored, config) if each.name in RANK_FILES]
     if changed and stored.get("initial_ranks", ranks) != ranks:
         raise UserError(
             f"run.dir={where} was made with {_listed(changed)}, which gives other ranks; give the "
@@ -169,7 +171,8 @@ def _device_changes(before: dict, now: dict) -> list[Change]:
 
 def _changes(stored: dict, config: TrainConfig) -> list[Change]:
     # A field that is newer than the run had its default.
-    before = _flat(to_dict(TrainConfig())) | _flat(stored["config"])
+    known = {name: own_fields(name, fields) for name, fields in stored["config"].items()}
+    before = _flat(to_dict(TrainConfig())) | _flat(known)
     now = _flat(to_dict(config))
     return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
 
@@ -178,9 +181,9 @@ def _may_change(change: Change, stored: dict, config: TrainConfig) -> bool:
     section = change.name.partition(".")[0]
     if section == "mesh" or (section == "run" and change.name != "run.seed"):
         return True
-    if change.name in PLACES:
-        is_shown_by_ranks = "initial_ranks" in stored and not config.allocation.spectral_prior
-        return is_shown_by_ranks or _is_same_file(change)
+    if change.name in RANK_FILES:
+        is_shown = "initial_ranks" in stored and config.allocation.own.first_ranks_show_files()
+        return is_shown or _is_same_file(change)
     return change.name in (*FREE, *HELDOUT, *ROUNDING)
 
 
@@ -190,7 +193,7 @@ def free_names() -> list[str]:
         name
         for name in _flat(to_dict(TrainConfig()))
         if (name.startswith(("mesh.", "run.")) and name != "run.seed")
-        or name in (*FREE, *HELDOUT, *ROUNDING, *PLACES)
+        or name in (*FREE, *HELDOUT, *ROUNDING, *RANK_FILES)
         or _is_shown_by_tokens(name)
     )
 

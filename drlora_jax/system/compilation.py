@@ -1,9 +1,8 @@
 """Where compiled programs are kept between runs."""
 
-import os
-import pathlib
-
 import jax
+
+from drlora_jax.system.paths import cache_folder
 
 
 def keep_compiled_programs(platform: str) -> str | None:
@@ -13,6 +12,5 @@ def keep_compiled_programs(platform: str) -> str | None:
     the directory, None if there is none.
     """
     if jax.config.jax_compilation_cache_dir is None and platform != "cpu":
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home, "drlora_jax", "xla")))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
     return jax.config.jax_compilation_cache_dir

@@ -7,6 +7,7 @@ a run is (`config.json`, a weight index) is read by `read_json`. What a failed d
 place of a file is named by `check_downloaded`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import re
 import stat
 import urllib.parse
 
-from drlora_jax.errors import UserError
+from drlora_jax.errors import RunError, UserError
 
 FILE, DIRECTORY, ABSENT = "a file", "a directory", "absent"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors takes about 100 MiB
@@ -203,3 +204,48 @@ def _unique(pairs: list) -> dict:
         names = [name for name, _ in pairs]
         raise _TwiceError(repr(next(name for name in names if names.count(name) > 1)))
     return values
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+def replace_text(file: pathlib.Path, text: str, *, errors: str = "strict") -> None:
+    """Writes a file whole or not at all: whoever reads it never sees a part. Raises OSError.
+
+    Args:
+      errors: as `open` has it, for characters that UTF-8 lacks.
+    """
+    draft = file.with_suffix(file.suffix + ".tmp")
+    try:
+        draft.write_text(text, encoding="utf-8", errors=errors)
+        os.replace(draft, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()  # half a file on a full disk helps nobody
+        raise
+
+
+def write_result(file: pathlib.Path, text: str) -> None:
+    """Writes a file as `replace_text` does, and its folder; raises RunError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, text)
+    except OSError as error:
+        raise RunError(f"{file} can not be written: {error.strerror}.") from error
+
+
+# ---------------------------------------------------------------------------------------- folders
+
+
+def cache_folder(name: str) -> pathlib.Path:
+    """Returns where this user's caches of a name are kept; no absolute path for a user without a
+    home.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")
+    return pathlib.Path(home, "drlora_jax", name)
+
+
+def numbered_folders(folder: pathlib.Path) -> list[int]:
+    """Returns the numbers that folders in a folder have as names, in order."""
+    entries = folder.glob("*")
+    return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())

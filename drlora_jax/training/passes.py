@@ -6,7 +6,7 @@ number of steps that was made for one document a row then trains on everything s
 
 from drlora_jax.config import TrainSection
 from drlora_jax.data.loader import Loader
-from drlora_jax.system.units import counted
+from drlora_jax.system.text import counted
 
 MANY_PASSES = 10
 MANY_PER_ROW = 2  # documents

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import linear_inputs
-from drlora_jax.allocation import masks_from_ranks
+from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
 from drlora_jax.models.transformer import (
     Decoder,
@@ -23,6 +22,7 @@ from drlora_jax.models.transformer import (
 )
 from drlora_jax.ops.experts.api import READS_STACKS
 from drlora_jax.parallel import mesh as mesh_lib
+from drlora_jax.parallel import processes
 from drlora_jax.parallel.sharded_ops import sharded_ops
 from drlora_jax.training.costs import (
     attention_backends,
@@ -52,19 +52,25 @@ class Run(NamedTuple):
     model: Decoder
     tx: optax.GradientTransformation
     schedule: optax.Schedule
-    step: Any  # jitted
-    eval_step: Any  # jitted
-    first_lora: Any  # jitted: the factors before step 1
-    reorder: Any  # jitted: `reorder_ranks` of this model
+    # Jitted: the train step; the held-out loss; the adapter weights before step 1; `reorder_ranks`.
+    step: Any
+    eval_step: Any
+    first_lora: Any
+    reorder: Any
     abstract_params: dict
     abstract_state: TrainState
-    experts: str  # how experts are computed
-    backends: str  # a line that says which implementations were chosen
-    forecast: str  # a line on what the step will take
+    # Where the arrays [M, B, T] of a step's batch reside.
+    batch_sharding: jax.sharding.Sharding
+    # How experts are computed, and a line that says which implementations were chosen.
+    experts: str
+    backends: str
+    # A line on the memory and the time that a step will take.
+    forecast: str
 
 
 def build(job: Job, devices=None) -> Run:
-    """Mesh, model, optimizer and jitted functions of a job, for this process's devices or others.
+    """Returns mesh, model, optimizer and jitted functions of a job, for this process's devices or
+    for given ones.
 
     Nothing is read or allocated: of a job only config, model, adapter, policy and counts are used.
     """
@@ -74,29 +80,56 @@ def build(job: Job, devices=None) -> Run:
     wanted, length = config.model.attention, config.train.sequence_length
     attention = attention_backends(job.model_config, length, dtype, device.platform, wanted)
     experts = checked_expert_backend(job.model_config, dtype, device, config.model.experts)
-    options = DecoderOptions(
-        dtype=dtype,
-        adapter=job.adapter,
-        ops=sharded_ops(mesh, attention=wanted, experts=experts, exchange=config.mesh.exchange),
-        remat=config.model.remat,
-    )
-    model = Decoder(job.model_config, options)
-    has_router = job.adapter.train_router or config.adapter.makes_experts
-    router_rate = config.adapter.router_learning_rate if has_router else None
-    tx, schedule = make_optimizer(
-        config.train,
-        job.total_steps,
-        first_total=job.schedule_steps,
-        router_learning_rate=router_rate,
-    )
+    model = _make_model(job, mesh, experts)
+    tx, schedule = _make_optimizer(job)
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda lora: initial_state(job, tx, lora), abstract_lora(model))
-    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state, job.policy.stat_axes))
     layout = memory_layout(job, mesh, experts)
+    return Run(
+        job=job,
+        mesh=mesh,
+        model=model,
+        tx=tx,
+        schedule=schedule,
+        **_jitted(job, mesh, model, tx, state),
+        abstract_params=params,
+        abstract_state=state,
+        batch_sharding=mesh_lib.rows(mesh, leading=1),
+        experts=experts,
+        backends=backend_line(job.model_config, attention, experts, device, dtype),
+        forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
+    )
+
+
+def _make_model(job: Job, mesh, experts: str) -> Decoder:
+    config = job.config
+    exchange, attention = config.mesh.exchange, config.model.attention
+    options = DecoderOptions(
+        dtype=jnp.dtype(config.model.dtype),
+        adapter=job.adapter,
+        ops=sharded_ops(mesh, attention=attention, experts=experts, exchange=exchange),
+        remat=config.model.remat,
+    )
+    return Decoder(job.model_config, options)
+
+
+def _make_optimizer(job: Job) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    section = job.config.adapter
+    return make_optimizer(
+        job.config.train,
+        job.total_steps,
+        first_total=job.schedule_steps,
+        router_learning_rate=section.router_learning_rate if job.adapter.trains_routers else None,
+    )
+
+
+def _step_options(job: Job) -> StepOptions:
+    config = job.config
     ratio = config.allocation.warmup_ratio
     ratio = config.train.warmup_ratio if ratio is None else ratio
-    step_options = StepOptions(
+    return StepOptions(
         auxiliary=AuxiliaryWeights(
             config.train.balance_loss, config.train.z_loss, config.train.balance_form
         ),
@@ -105,33 +138,27 @@ def build(job: Job, devices=None) -> Run:
         router_start=int(ratio * job.schedule_steps),
         seed=config.run.seed,
     )
-    return Run(
-        job=job,
-        mesh=mesh,
-        model=model,
-        tx=tx,
-        schedule=schedule,
-        step=jax.jit(
-            make_train_step(model, tx, job.policy, step_options),
+
+
+def _jitted(job: Job, mesh, model: Decoder, tx, state: TrainState) -> dict:
+    """Returns the jitted functions of a `Run`, by field."""
+    seed, everywhere = job.config.run.seed, mesh_lib.replicated(mesh)
+    return {
+        "step": jax.jit(
+            make_train_step(model, tx, job.policy, _step_options(job)),
             donate_argnums=1,
-            out_shardings=(shardings_of(state), mesh_lib.replicated(mesh)),
+            out_shardings=(shardings_of(state), everywhere),
         ),
-        eval_step=jax.jit(make_eval_step(model), out_shardings=mesh_lib.replicated(mesh)),
-        first_lora=jax.jit(
-            lambda: init_lora(model, jax.random.key(config.run.seed)),
-            out_shardings=shardings_of(state.lora),
+        "eval_step": jax.jit(make_eval_step(model), out_shardings=everywhere),
+        "first_lora": jax.jit(
+            lambda: init_lora(model, jax.random.key(seed)), out_shardings=shardings_of(state.lora)
         ),
-        reorder=jax.jit(
-            functools.partial(reorder_ranks, model.config, tx),
+        "reorder": jax.jit(
+            functools.partial(reorder_ranks, model, tx),
             donate_argnums=(0, 1),
             out_shardings=(shardings_of(state.lora), shardings_of(state.opt_state)),
         ),
-        abstract_params=params,
-        abstract_state=state,
-        experts=experts,
-        backends=backend_line(job.model_config, attention, experts, device, dtype),
-        forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
-    )
+    }
 
 
 def initial_state(job: Job, tx, lora: dict) -> TrainState:
@@ -142,7 +169,7 @@ def initial_state(job: Job, tx, lora: dict) -> TrainState:
     )
 
 
-def state_shardings(mesh, tx, state: TrainState) -> TrainState:
+def state_shardings(mesh, tx, state: TrainState, stat_axes=None) -> TrainState:
     """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
     lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
     opt_state = optax.tree.map_params(
@@ -157,12 +184,20 @@ def state_shardings(mesh, tx, state: TrainState) -> TrainState:
         lora=lora,
         opt_state=opt_state,
         mask_LER=mesh_lib.shardings_for(mesh, state.mask_LER, "mask_LER"),
-        stats=mesh_lib.shardings_for(mesh, state.stats, "stats"),
+        stats=mesh_lib.shardings_by_axes(mesh, state.stats, stat_axes),
     )
 
 
 def shardings_of(tree):
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def place_mask(run: Run, capacity: CapacityState) -> jax.Array:
+    """Returns the mask of ranks with the shape, dtype and sharding that it always has: a new mask
+    is new values, not a new program.
+    """
+    mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
+    return processes.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
 def compile_step(run: Run):
@@ -186,9 +221,11 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         fsdp=shape["fsdp"],
         tensor=shape["tensor"],
         max_rank=job.adapter.max_rank,
-        roles=len(expert_roles(job.adapter)),
+        roles=len(job.adapter.expert_roles()),
         slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
         linear_inputs=linear_inputs(job.model_config, job.adapter),
+        ffn_passes=job.adapter.ffn_passes,
+        side_ranks=job.adapter.side_ranks,
         drops=job.adapter.dropout > 0,
         reads_stacks=experts in READS_STACKS and mesh.size == 1,
     )
@@ -198,6 +235,5 @@ def abstract_batch(run: Run) -> Batch:
     """What a step's batch [M, B, T] is, on its shardings."""
     section = run.job.config.train
     micro, length = section.batch_size // section.micro_batches, section.sequence_length
-    rows = mesh_lib.rows(run.mesh, leading=1)
-    shape = (section.micro_batches, micro, length)
-    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in BATCH_DTYPES))
+    shape, sharding = (section.micro_batches, micro, length), run.batch_sharding
+    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in BATCH_DTYPES))

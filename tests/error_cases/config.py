@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from error_cases.case import Case
+from tests.error_cases.case import Case
 
 
 def _file(text: str | bytes, name: str = "config.py"):
@@ -122,6 +122,7 @@ CONFIG_FILES = (
         "got a number of thousands of digits",
     ),
 )
+RANDOM = "allocation.kind=random"
 PRUNING = ("allocation.kind=adalora", "allocation.r_init=4")
 FIELDS = (
     _field("train.steps=many", "train.steps must be int | none, got 'many'"),
@@ -214,9 +215,13 @@ FIELDS = (
         "2 // 4 experts = 0; set allocation.r_target to 4 or more",
         "allocation.kind=uniform",
     ),
-    _field("allocation.rank_rule=per_top_k", "a form of kind=uniform, got kind=dr_lora"),
-    _field("allocation.spectral_prior=1", "got kind=random and", "allocation.kind=random"),
-    _field("allocation.spectral_start=true", "got kind=random and", "allocation.kind=random"),
+    _field("allocation.rank_rule=per_top_k", "is for kind=uniform, got kind=dr_lora"),
+    _field("allocation.spectral_prior=1", "for kind=dr_lora, got", RANDOM),
+    _field(
+        "allocation.spectral_start=true",
+        "for kind=dr_lora, got kind=random",
+        "allocation.kind=random",
+    ),
     _field("allocation.experts=7", "is for kind=alphalora, got kind=dr_lora"),
     _field("allocation.pattern=ranks.json", "is for kind=pattern, got kind=dr_lora"),
     _field("allocation.alpha_file=alpha.json", "spectral_start, got kind=dr_lora without them"),

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from error_cases.case import DENIED, HACKED, PAGE, POINTER, Case
+from tests.error_cases.case import DENIED, HACKED, PAGE, POINTER, Case
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PAYLOAD = b"cos\nsystem\n(S'touch %s'\ntR." % HACKED.encode()  # a pickle that runs a command
@@ -183,7 +183,7 @@ def _swap(tensors: dict) -> None:
 
 PATHS = (
     _path("/no/such/model", "no such directory", "a directory that is not there"),
-    _path("modle", "hub did not give it|no such directory. Did you mean model", "a typo"),
+    _path("modle", "hub did not give it|no such directory; did you mean model", "a typo"),
     _path("model/config.json", "is a file; give the directory", "a file"),
     _path("pipe", "is a named pipe", "a named pipe", lambda folder: os.mkfifo(folder / "pipe")),
     _path("x" * 300, "name too long", "a name too long for a directory"),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.ops.experts import mosaic, native, tokamax
+from drlora_jax.system.text import first_line
 
 Experts = Literal["auto", "native", "block", "ragged", "mosaic", "dense", "tokamax"]
 PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # as of an expert, and as of its factors
@@ -64,8 +65,7 @@ def _cannot_use_tokamax(call: Call) -> str | None:
         for hidden in (PROBE_HIDDEN, THIN_HIDDEN):
             _compile_product(tokamax.product_for("gpu"), call.dtype, call.device, hidden)
     except Exception as error:  # of several kinds, by what its kernel misses
-        lines = str(error).splitlines() or [type(error).__name__]
-        return f"a small case does not compile for {kind}: {lines[0][:200]}"
+        return f"a small case does not compile for {kind}: {first_line(error)[:200]}"
     return None
 
 

@@ -24,6 +24,8 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
+from drlora_jax.system.paths import cache_folder
+
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = ("matmul.cc", "experts.cc", "attention.cc")
 TARGETS = ("ExpertsForward", "ExpertsBackward", "AttentionForward", "AttentionBackward")
@@ -145,11 +147,12 @@ def _loaded(command: list[str], key: str) -> ctypes.CDLL:
 def _cache_folder() -> pathlib.Path | None:
     """A directory that this user, and nobody else, can write; None where there is none."""
     try:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        folder = pathlib.Path(home, "drlora_jax", "native")
+        folder = cache_folder("native")
+        if not folder.is_absolute():
+            return None
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+    except OSError:
         return None
     is_own = not hasattr(os, "getuid") or about.st_uid == os.getuid()
     is_shared = about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,0 +1,6 @@
+"""Whole numbers."""
+
+
+def ceil_div(number: int, divisor: int) -> int:
+    """Returns the quotient, rounded up."""
+    return -(-number // divisor)
