@@ -18,6 +18,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from drlora_jax import export as export_command
 from drlora_jax.allocation import (
@@ -100,9 +101,9 @@ def load_model(
 def logits(
     model: Decoder,
     params: dict,
-    tokens_BT,
-    segment_ids_BT=None,
-    positions_BT=None,
+    tokens_BT: ArrayLike,
+    segment_ids_BT: ArrayLike | None = None,
+    positions_BT: ArrayLike | None = None,
     *,
     adapter: dict | None = None,
 ) -> jax.Array:
@@ -185,7 +186,12 @@ class TrainedModel:
         self.adapter = {k: v for k, v in loaded.variables.items() if k != "params"}
         self.config, self.step, self.ranks_LE = loaded.config, loaded.step, loaded.ranks_LE
 
-    def logits(self, tokens_BT, segment_ids_BT=None, positions_BT=None) -> jax.Array:
+    def logits(
+        self,
+        tokens_BT: ArrayLike,
+        segment_ids_BT: ArrayLike | None = None,
+        positions_BT: ArrayLike | None = None,
+    ) -> jax.Array:
         """Computes next-token logits f32 [B, T, V]; arguments are those of `drlora_jax.logits`.
 
         On a mesh, rows are padded to what divides among its devices.
@@ -215,7 +221,8 @@ class TrainedModel:
           prompts: One text, or several; each answer is independent of the other prompts.
           max_new_tokens: An answer ends there, at an end token, or at a stop string.
           temperature: 0 takes the most likely token always.
-          top_k, top_p: Restrict what is drawn from.
+          top_k: Draws from the k most likely tokens only.
+          top_p: Draws from the smallest set of tokens with this probability only.
           stop: Strings that end an answer; they are not part of it.
           system: A system message in front of every prompt.
           seed: The seed of the random draws.

@@ -14,10 +14,10 @@ COMMANDS = ("train", "evaluate", "generate", "export", "report", "inspect", "alp
 COMMANDS += ("pretrain", "evaluation.compare")
 HEAD = """# Commands
 
-Written by `tools/write_cli_doc.py` from the commands' parsers; `--help` says the same. Exit codes of
-all: 0 done, 2 a mistake in the input, 1 the work failed, 75 stopped by a signal or by the loss of
-another process, and the same command goes on. [Config](config.md) has the fields of
-`section.field=value`.
+Written by `tools/write_cli_doc.py` from the parsers of the commands; `--help` says the same.
+All commands exit with 0 when done, with 2 for a mistake in the input, with 1 when the work failed,
+and with 75 when a signal or the loss of another process stopped them: the same command goes on.
+[Config](config.md) has the fields of `section.field=value`.
 """
 
 
