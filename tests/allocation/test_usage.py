@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from policies import make_policy
-from test_step import Stepper
 
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.allocation.usage import graded
@@ -16,6 +14,8 @@ from drlora_jax.config import AllocationSection
 from drlora_jax.errors import UserError
 from drlora_jax.training.growth import profile
 from drlora_jax.training.state import start
+from tests.support.policies import make_policy
+from tests.support.stepper import Stepper
 
 SHAPES = CapacityShapes(layers=2, projections=2, experts=5, max_rank=8)
 POWERS = {0.0: np.ones_like, 0.5: np.sqrt, 1.0: np.copy, 2.0: np.square}
