@@ -19,7 +19,7 @@ import pytest
 from drlora_jax import export, train
 from drlora_jax.config import load_config
 from drlora_jax.training.job import prepare
-from tests.support.tiny import TINY_LLAMA, write_rows, write_tiny_model
+from tests.support.tiny import OLMOE, TINY_LLAMA, write_rows, write_tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 GENERATED = {"docs/errors.md", "docs/reference/config.md", "docs/reference/cli.md"}
@@ -41,8 +41,8 @@ MARKS = {
     "docs/results.md": ["syntax"],
     "docs/scaling.md": ["syntax"],
 }
-SMALL = ["train.steps=6", "train.sequence_length=128", "train.eval_every=6", "train.eval_batches=1"]
-SMALL += ["data.max_rows=40"]
+SMALL = ["model.path=olmoe", "data.path=train.jsonl", "data.eval_path=heldout.jsonl"]
+SMALL += ["train.steps=6", "train.sequence_length=64", "train.eval_every=6"]
 FEW_TOKENS = ["--max-new-tokens=4"]
 CHEAPER = {"evaluate": ["--limit=2", *FEW_TOKENS], "generate": FEW_TOKENS}
 
@@ -85,7 +85,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("configs", "drlora_jax"):
         (folder / name).symlink_to(ROOT / name)
-    write_tiny_model(folder / "llama", TINY_LLAMA)
+    write_tiny_model(folder / "olmoe", OLMOE)
+    write_tiny_model(folder / "llama", TINY_LLAMA | {"num_hidden_layers": 4})
     for name in ("train.jsonl", "heldout.jsonl"):
         write_rows(folder / name, 30)
         text = (folder / name).read_text()
