@@ -14,8 +14,75 @@ from drlora_jax.adapters.expert_counts import experts_of_layers
 from drlora_jax.adapters.lora import Lora
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import FFN, Matrix, ModelConfig, RoutingConfig
-from drlora_jax.models.placement import Coverage, Strength
+from drlora_jax.models.placement import Coverage, PlacementOptions, Strength
 from drlora_jax.models.routing import Routing, choose_experts
+from drlora_jax.system.fields import fraction, option, positive, require
+
+
+@dataclass(frozen=True)
+class ExpertOptions(PlacementOptions):
+    """The fields of all placements with experts."""
+
+    router_learning_rate: float | None = option(
+        None, "of routers that train; none: train.learning_rate"
+    )
+    freeze_a: bool = option(False, "only B trains (FFA-LoRA)")
+    freeze_idle_experts: bool = option(
+        True, "an expert without tokens in a step keeps its LoRA matrices and moments"
+    )
+
+    def check(self, section) -> None:
+        if self.router_learning_rate is not None:
+            positive("adapter", {"router_learning_rate": self.router_learning_rate})
+
+
+@dataclass(frozen=True)
+class BesideOptions(ExpertOptions):
+    """The fields of placements whose experts have plain LoRA beside them."""
+
+    expert_scale: float | None = option(
+        None, "scale of the experts, where plain LoRA beside them has another; none: the same"
+    )
+    expert_dropout: float | None = option(None, "dropout of the experts; none: the same")
+
+    def check(self, section) -> None:
+        super().check(section)
+        if self.expert_scale is not None:
+            positive("adapter", {"expert_scale": self.expert_scale})
+        fraction("adapter", {"expert_dropout": self.expert_dropout or 0.0})
+
+
+@dataclass(frozen=True)
+class OwnExpertOptions(ExpertOptions):
+    """The fields of placements with experts of their own."""
+
+    num_experts: int = option(8, "experts per layer of mixlora, per matrix of mola")
+    experts_per_layer: str | None = option(
+        None,
+        "of every layer, instead of num_experts: 2468 (by quarters of the depth), 2,4,4 (by layer) "
+        "or FILE.json of drlora_jax.alpha",
+        is_path=True,
+    )
+    experts_per_token: int = option(
+        2, "experts per token; a layer with fewer experts uses all it has"
+    )
+    top_p: float | None = option(
+        None, "instead of experts_per_token: the best experts up to this sum of probabilities"
+    )
+
+    def check(self, section) -> None:
+        super().check(section)
+        positive("adapter", {"num_experts": self.num_experts})
+        chosen = self.experts_per_token
+        require(
+            0 < chosen and (chosen <= self.num_experts or self.experts_per_layer is not None),
+            "adapter.experts_per_token must be from 1 to adapter.num_experts "
+            f"({self.num_experts}), got {chosen}.",
+        )
+        require(
+            self.top_p is None or 0 < self.top_p <= 1,
+            f"adapter.top_p must be in (0, 1] or None, got {self.top_p}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -62,8 +129,6 @@ class OwnExperts(WithExperts):
             scale=section.scale,
             dropout=section.dropout,
             rank=rank,
-            expert_scale=section.expert_scale,
-            expert_dropout=section.expert_dropout,
             own_routing=RoutingConfig(experts, chosen, normalize=True, top_p=section.top_p),
             experts_per_layer=counts,
         )

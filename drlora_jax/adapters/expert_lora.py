@@ -3,18 +3,36 @@ rank, of which a prefix is active; other adapted matrices have plain LoRA.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_base import WithExperts
+from drlora_jax.adapters.expert_base import BesideOptions, WithExperts
 from drlora_jax.adapters.low_rank import ExpertPairs
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import ATTENTION, EXPERTS, ROUTER, Matrix, ModelConfig
-from drlora_jax.models.placement import Coverage, ExpertMatrices
+from drlora_jax.models.placement import Coverage, ExpertMatrices, PlacementOptions
 from drlora_jax.ops.experts.shared import ROLES, RoleLora
+from drlora_jax.system.fields import option, require
+
+
+@dataclass(frozen=True)
+class ExpertLoraOptions(BesideOptions):
+    text = "LoRA matrices for every routed expert of an MoE, at a rank of its own"
+
+    router: Literal["frozen", "after_warmup"] = option(
+        "frozen", "whether the routers of the MoE train, from the end of warm-up"
+    )
+
+    def check(self, section) -> None:
+        super().check(section)
+        require(
+            self.router_learning_rate is None or self.router == "after_warmup",
+            "adapter.router_learning_rate is for routers that train: set "
+            "adapter.router=after_warmup, or leave it out.",
+        )
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,7 @@ class ExpertLora(WithExperts):
     train_router: bool = False
 
     kind: ClassVar[str] = "expert_lora"
+    options: ClassVar[type[PlacementOptions]] = ExpertLoraOptions
     expert_modules: ClassVar[tuple[str, ...]] = ("moe",)
 
     @classmethod
@@ -93,16 +112,20 @@ class ExpertLora(WithExperts):
         sizes, place = (matrix.in_features, matrix.out_features), matrix.path.rpartition("/")[0]
         if matrix.path in self.paths:
             status = f"LoRA, rank up to {self.max_rank}"
-            return [frozen._replace(trained=self.trained(matrix, *sizes), status=status)]
+            trained = self.trained(config, matrix, *sizes)
+            return [frozen._replace(trained=trained, status=status)]
         if matrix.role in ("gate", "up") and f"{place}/gate_up" in self.paths:
             # The fused pair is counted with gate; up shares it.
-            trained = self.trained(matrix, sizes[0], 2 * sizes[1]) if matrix.role == "gate" else 0
+            both = self.trained(config, matrix, sizes[0], 2 * sizes[1])
+            trained = both if matrix.role == "gate" else 0
             status = f"LoRA on gate_up, rank up to {self.max_rank}"
             return [frozen._replace(trained=trained, status=status)]
         return [frozen]
 
-    def trained(self, matrix: Matrix, in_features: int, out_features: int) -> int:
-        """Allocated LoRA parameters of all experts of `matrix`."""
+    def trained(
+        self, config: ModelConfig, matrix: Matrix, in_features: int, out_features: int
+    ) -> int:
+        """Returns the allocated LoRA parameters of all experts at `matrix`, of these widths."""
         return matrix.count * self.max_rank * (in_features + out_features)
 
     @property

@@ -22,9 +22,24 @@ import jax.numpy as jnp
 from drlora_jax.adapters.low_rank import drop_in_training, init_a, lora_delta
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import ATTENTION, EXPERTS, FFN, Matrix, ModelConfig
-from drlora_jax.models.placement import Coverage, Placement
+from drlora_jax.models.placement import Coverage, Placement, PlacementOptions
+from drlora_jax.system.fields import fraction, option
 
 SMALLEST_NORM = 1e-15  # of a column with DoRA: one of zeros stays one
+
+
+@dataclass(frozen=True)
+class LoraOptions(PlacementOptions):
+    text = "one pair of LoRA matrices per adapted matrix"
+
+    factor_dropout: float = option(
+        0.0, "share of A's columns and of B's rows left out of a step (LoRA Dropout)"
+    )
+    dora: bool = option(False, "the column norms of W' train apart (DoRA)")
+    freeze_a: bool = option(False, "only B trains (FFA-LoRA)")
+
+    def check(self, section) -> None:
+        fraction("adapter", {"factor_dropout": self.factor_dropout})
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,7 @@ class Lora(Placement):
     factor_dropout: float = 0.0  # the rate of LoRA Dropout
 
     kind: ClassVar[str] = "lora"
+    options: ClassVar[type[PlacementOptions]] = LoraOptions
 
     @classmethod
     def accepts(cls, matrix: Matrix) -> bool:

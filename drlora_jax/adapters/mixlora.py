@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.expert_base import (
+    BesideOptions,
+    OwnExpertOptions,
     OwnExperts,
     active_experts,
     check_alike,
@@ -31,7 +33,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import FFN, FFN_ROLES, DenseFfnConfig, Matrix, ModelConfig
 from drlora_jax.models.layers import Projection
 from drlora_jax.models.options import DecoderOptions
-from drlora_jax.models.placement import NO_ADAPTER, Coverage
+from drlora_jax.models.placement import NO_ADAPTER, Coverage, PlacementOptions
 from drlora_jax.models.remat import keep
 from drlora_jax.models.routing import RoutingStats, routing_stats
 from drlora_jax.ops.experts.shared import ACTIVATIONS
@@ -40,11 +42,23 @@ ROUTER_INIT = 0.02  # standard deviation
 
 
 @dataclass(frozen=True)
+class MixLoraOptions(OwnExpertOptions, BesideOptions):
+    text = "LoRA experts on the FFNs of a dense model, with a router per layer"
+
+
+@dataclass(frozen=True)
 class MixLora(OwnExperts):
     """The placement; other adapted matrices (attention) have plain LoRA."""
 
     kind: ClassVar[str] = "mixlora"
+    options: ClassVar[type[PlacementOptions]] = MixLoraOptions
     expert_modules: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    @classmethod
+    def from_section(cls, config, section, paths, *, rank, max_rank):
+        adapter = super().from_section(config, section, paths, rank=rank, max_rank=max_rank)
+        own = {"expert_scale": section.expert_scale, "expert_dropout": section.expert_dropout}
+        return replace(adapter, **own)
 
     @classmethod
     def check_paths(cls, config: ModelConfig, paths: frozenset[str]) -> None:

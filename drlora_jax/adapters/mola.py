@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.expert_base import (
+    OwnExpertOptions,
     OwnExperts,
     active_experts,
     check_alike,
@@ -25,14 +26,20 @@ from drlora_jax.adapters.expert_base import (
 )
 from drlora_jax.adapters.low_rank import ExpertPairs, drop_in_training, init_a
 from drlora_jax.models.architecture import ATTENTION, FFN, Matrix, ModelConfig
-from drlora_jax.models.placement import Coverage
+from drlora_jax.models.placement import Coverage, PlacementOptions
 from drlora_jax.models.routing import Routing, routing_stats
 from drlora_jax.ops.lora_deltas import from_ranks, open_ranks, ranks_of_all
 
 
 @dataclass(frozen=True)
+class MolaOptions(OwnExpertOptions):
+    text = "LoRA experts on every adapted matrix of a dense model, each with a router"
+
+
+@dataclass(frozen=True)
 class Mola(OwnExperts):
     kind: ClassVar[str] = "mola"
+    options: ClassVar[type[PlacementOptions]] = MolaOptions
     expert_modules: ClassVar[tuple[str, ...]] = ("attention", "mlp")
 
     @classmethod

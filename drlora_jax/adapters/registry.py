@@ -1,17 +1,25 @@
-"""The placements by the value of `adapter.kind`."""
+"""The placements: a line each, in the order of the reference."""
 
-from drlora_jax.adapters.expert_lora import ExpertLora
-from drlora_jax.adapters.lora import Lora
-from drlora_jax.adapters.mixlora import MixLora
-from drlora_jax.adapters.mola import Mola
+import importlib
+
 from drlora_jax.models.placement import Placement
 
-PLACEMENTS: dict[str, type[Placement]] = {
+
+def _load(place: str) -> type[Placement]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+
+# By the value of `adapter.kind`.
+PLACEMENTS = {
     placement.kind: placement
-    for placement in (
-        ExpertLora,
-        Lora,
-        MixLora,
-        Mola,
+    for placement in map(
+        _load,
+        (
+            "expert_lora:ExpertLora",
+            "mixlora:MixLora",
+            "mola:Mola",
+            "lora:Lora",
+        ),
     )
 }

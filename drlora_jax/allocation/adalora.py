@@ -85,6 +85,15 @@ class AdaLora(EventFields):
             "ones: set gate_abs, gate_sq or elementwise_product.",
         )
 
+    def refuses(self, section, adapter) -> str | None:
+        if adapter.shares_matrices:
+            return (
+                "allocation.kind=adalora moves the ranks of an expert that stay to the front, and "
+                f"with adapter.kind={adapter.kind} the experts of a layer share these ranks. Use a "
+                "policy that does not prune, such as dr_lora or uniform."
+            )
+        return None
+
     def allocated_rank(self, section, adapter) -> int:
         return self.r_init
 

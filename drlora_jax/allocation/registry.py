@@ -21,6 +21,7 @@ POLICIES = {
             "random_growth:RandomGrowth",
             "adalora:AdaLora",
             "moe_sieve:MoeSieve",
+            "usage:Usage",
             "prilora:PriLora",
             "alphalora:AlphaLora",
             "pattern:Pattern",

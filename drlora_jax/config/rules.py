@@ -108,33 +108,10 @@ def check_allocation(allocation) -> None:
 def check_adapter(adapter) -> None:
     check_rules(ADAPTER_TARGETS, adapter)
     positive("adapter", {"scale": adapter.scale})
-    fraction("adapter", {n: getattr(adapter, n) for n in ("dropout", "factor_dropout")})
-    for name in ("expert_scale", "expert_dropout"):
-        _check_beside_experts(adapter, name)
-    if adapter.expert_scale is not None:
-        positive("adapter", {"expert_scale": adapter.expert_scale})
-    fraction("adapter", {"expert_dropout": adapter.expert_dropout or 0.0})
+    fraction("adapter", {"dropout": adapter.dropout})
     if adapter.rank is not None:
         positive("adapter", {"rank": adapter.rank})
     at_most("adapter.rank", adapter.rank or 0, LARGEST_RANK)
-    positive("adapter", {"num_experts": adapter.num_experts})
-    check_rules(ADAPTER_KINDS, adapter)
-    if adapter.router_learning_rate is not None:
-        positive("adapter", {"router_learning_rate": adapter.router_learning_rate})
-        require(
-            adapter.makes_experts or adapter.router == "after_warmup",
-            "adapter.router_learning_rate is for routers that train: set "
-            "adapter.router=after_warmup, or leave it out.",
-        )
-
-
-def _check_beside_experts(adapter, name: str) -> None:
-    require(
-        getattr(adapter, name) is None or adapter.kind in ("expert_lora", "mixlora"),
-        f"adapter.{name} is for adapters that have experts beside plain LoRA, "
-        f"adapter.kind=expert_lora or mixlora: with {adapter.kind} set "
-        f"adapter.{name.removeprefix('expert_')}.",
-    )
 
 
 ADAPTER_TARGETS = (
@@ -147,59 +124,6 @@ ADAPTER_TARGETS = (
         lambda a: (
             "adapter.targets has gate_up next to gate or up: one or the other, got "
             f"{', '.join(a.targets)}."
-        ),
-    ),
-)
-ADAPTER_KINDS = (
-    Rule(
-        lambda a: (
-            0 < a.experts_per_token <= a.num_experts
-            or (a.experts_per_token > 0 and a.experts_per_layer is not None)
-        ),
-        lambda a: (
-            "adapter.experts_per_token must be from 1 to adapter.num_experts "
-            f"({a.num_experts}), got {a.experts_per_token}."
-        ),
-    ),
-    Rule(
-        lambda a: a.experts_per_layer is None or a.makes_experts,
-        lambda a: (
-            "adapter.experts_per_layer is for adapters with experts of their own, "
-            f"adapter.kind=mola or mixlora, got {a.kind}."
-        ),
-    ),
-    Rule(
-        lambda a: a.top_p is None or 0 < a.top_p <= 1,
-        lambda a: f"adapter.top_p must be in (0, 1] or None, got {a.top_p}.",
-    ),
-    Rule(
-        lambda a: a.top_p is None or a.makes_experts,
-        lambda a: (
-            "adapter.top_p is how adapters with experts of their own choose among them, "
-            f"adapter.kind=mixlora or mola, got {a.kind}; an MoE chooses as it was trained to."
-        ),
-    ),
-    Rule(
-        lambda a: a.kind == "expert_lora" or a.router == "frozen",
-        lambda a: (
-            f"adapter.router={a.router} is about the routers of an MoE: with "
-            f"adapter.kind={a.kind} leave it at frozen (its own router always trains)."
-        ),
-    ),
-    Rule(
-        lambda a: not a.factor_dropout or a.kind == "lora",
-        lambda a: (
-            "adapter.factor_dropout leaves columns of A and rows of B out for all tokens at once; "
-            f"with adapter.kind={a.kind} tokens have factors of different experts, most of them "
-            "few tokens: use adapter.dropout, or set adapter.kind=lora."
-        ),
-    ),
-    Rule(
-        lambda a: not a.dora or a.kind == "lora",
-        lambda a: (
-            "adapter.dora=True rescales the columns of one adapted matrix; with "
-            f"adapter.kind={a.kind} every token has other experts, and so another matrix. Set "
-            "adapter.kind=lora."
         ),
     ),
 )

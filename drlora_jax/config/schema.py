@@ -1,12 +1,13 @@
 """The seven sections of a config: their fields, with types, defaults and one line on each.
 
-What values may be is in `rules.py`. The fields of an allocation policy are in its own file under
-`allocation/`.
+What values may be is in `rules.py`. The fields of a placement are in its own file under
+`adapters/`, those of an allocation policy in its own under `allocation/`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from drlora_jax.adapters.registry import PLACEMENTS
 from drlora_jax.allocation.registry import POLICIES
 from drlora_jax.config import rules
 from drlora_jax.config.kinds import KindSection, with_kinds
@@ -141,59 +142,34 @@ class TrainSection(Section):
     check = rules.check_train
 
 
+@with_kinds({kind: placement.options for kind, placement in PLACEMENTS.items()})
 @dataclass(frozen=True)
-class AdapterSection(Section):
-    """What is trained: kind and place of the LoRA matrices, their experts and routers."""
+class AdapterSection(KindSection):
+    """What is trained: where the LoRA matrices are, their experts and routers."""
 
-    kind: Literal["expert_lora", "lora", "mixlora", "mola"] = option(
-        "expert_lora",
-        "expert_lora: on the experts of an MoE; lora: one pair per matrix; mixlora: new experts on "
-        "the FFNs of a dense model, with a router; mola: on every matrix, each with its router",
-    )
+    kind: str = option("expert_lora", "the placement: where the LoRA matrices are")
     targets: tuple[str, ...] = option(
         ("up", "down"), "roles, or regular expressions over parameter paths"
     )
     scale: float = option(2.0, "alpha / rank: constant, whatever rank is active")
     dropout: float = option(0.1, "on the input of every low-rank product, in training")
-    expert_scale: float | None = option(
-        None, "scale of the experts, where plain LoRA beside them has another; none: the same"
-    )
-    expert_dropout: float | None = option(None, "dropout of the experts; none: the same")
-    factor_dropout: float = option(
-        0.0, "kind lora: share of A's columns and of B's rows left out of a step (LoRA Dropout)"
-    )
     rank: int | None = option(
         None, "of plain LoRA (attention, dense FFN); none: allocation.r_target"
-    )
-    router: Literal["frozen", "after_warmup"] = option(
-        "frozen", "whether the routers of an MoE train, from the end of warm-up"
-    )
-    router_learning_rate: float | None = option(None, "of routers; none: train.learning_rate")
-    num_experts: int = option(8, "experts per layer of mixlora, per matrix of mola")
-    experts_per_layer: str | None = option(
-        None,
-        "of every layer, instead of num_experts: 2468 (by quarters of the depth), 2,4,4 (by layer) "
-        "or FILE.json of drlora_jax.alpha",
-        is_path=True,
-    )
-    experts_per_token: int = option(
-        2, "of mixlora and mola; a layer with fewer experts uses all it has"
-    )
-    top_p: float | None = option(
-        None, "instead of experts_per_token: the best experts up to this sum of probabilities"
-    )
-    dora: bool = option(False, "kind lora: the column norms of W' train apart (DoRA)")
-    freeze_a: bool = option(False, "only B trains (FFA-LoRA)")
-    freeze_idle_experts: bool = option(
-        True, "an expert without tokens in a step keeps its LoRA matrices and moments"
     )
 
     @property
     def makes_experts(self) -> bool:
         """Whether the adapter has experts of its own, on a dense model."""
-        return self.kind in ("mixlora", "mola")
+        return PLACEMENTS[self.kind].makes_experts
 
-    check = rules.check_adapter
+    @property
+    def shares_matrices(self) -> bool:
+        """Whether experts share LoRA matrices, so that ranks cannot be put in another order."""
+        return PLACEMENTS[self.kind].shares_matrices
+
+    def check(self):
+        rules.check_adapter(self)
+        super().check()
 
 
 @with_kinds(POLICIES)

@@ -30,6 +30,19 @@ from drlora_jax.models.routing import RoutingStats
 from drlora_jax.ops.experts.shared import ROLES, RoleLora
 
 
+class PlacementOptions:
+    """A placement as the config knows it: base of frozen dataclasses of a placement's own fields.
+
+    `section` is the config section `adapter`, of which `targets`, `scale`, `dropout` and `rank` are
+    shared by all placements.
+    """
+
+    text: ClassVar[str]  # one line for the reference
+
+    def check(self, section: Any) -> None:
+        """Raises UserError for values that cannot be."""
+
+
 class Strength(NamedTuple):
     """How much of a low-rank product enters."""
 
@@ -68,10 +81,13 @@ class Placement:
     max_rank: int = 0
 
     kind: ClassVar[str] = "none"  # the value of adapter.kind
+    options: ClassVar[type[PlacementOptions]] = PlacementOptions  # its own config fields
     # Modules of a layer (attention, mlp, moe) whose LoRA matrices have a leading axis of experts.
     expert_modules: ClassVar[tuple[str, ...]] = ()
     # Whether the experts are the adapter's own: then one without an active rank is never chosen.
     makes_experts: ClassVar[bool] = False
+    # Whether experts share LoRA matrices: then the ranks of one cannot be put in another order.
+    shares_matrices: ClassVar[bool] = False
 
     # --------------------------------------------------------------------------- from a config
 

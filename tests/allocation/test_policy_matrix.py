@@ -59,13 +59,16 @@ KINDS = {
     "random": dict(r_init=1, r_target=2),
     "adalora": dict(r_init=RANKS, r_target=2),
     "moe_sieve": dict(r_target=2, share=0.5, profile_rows=8),
+    "usage": dict(r_init=1, r_target=2, profile_rows=8),
     "prilora": dict(r_init=0, r_target=2),
     "alphalora": dict(r_target=2),
     "pattern": dict(r_target=2),
 }
 REFUSED = {(kind, "lora"): NO_EXPERTS for kind in KINDS if kind != "uniform"}
 REFUSED |= {
-    ("moe_sieve", kind): "counts whom a trained router chooses" for kind in ("mixlora", "mola")
+    (kind, placement): "counts whom a trained router chooses"
+    for kind in ("moe_sieve", "usage")
+    for placement in ("mixlora", "mola")
 }
 CELLS = [(kind, placement) for placement in PLACEMENTS for kind in KINDS]
 

@@ -203,6 +203,8 @@ FIELDS = (
     _field(
         "allocation.released=true", "fixes importance=gate_abs", "allocation.importance=gate_sq"
     ),
+    _field("allocation.power=-1", "power must be 0 or more, got -1", "allocation.kind=usage"),
+    _field("allocation.r_init=4", "usage needs 0 <= r_init <= r_tar", "allocation.kind=usage"),
     _field("allocation.kind=adalora", "r_target=2, r_init=1, r_max=4"),
     _field("allocation.importance=probe", "measures the next rank", *PRUNING),
     _field(

@@ -11,12 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from drlora_jax import export
-from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.errors import RunError
 from drlora_jax.interop import peft_write
 from drlora_jax.interop.export_check import (
     MAX_KL,
-    Measured,
     Trained,
     judge,
     measure,
@@ -27,39 +25,14 @@ from drlora_jax.interop.hf_read import load_model
 from drlora_jax.interop.hf_write import rewrite_model
 from drlora_jax.interop.layer_reader import LayerReader
 from drlora_jax.interop.lora_tables import Pair, layer_updates
-from drlora_jax.interop.verify import make_prompts, run_variants
+from drlora_jax.interop.verify import run_variants
 from drlora_jax.models.options import DecoderOptions
 from drlora_jax.models.transformer import Decoder, logits
+from tests.support.exports import Base
 from tests.support.tiny import write_tiny_model
 from tests.support.trained_models import MAX_RANK, MODELS, PLAIN_RANK, RANKS_LE, SCALE, make_trained
 
 WRONG = "does not compute what was trained"
-
-
-class Base:
-    """A tiny base, and exports of adapters of it."""
-
-    def __init__(self, folder: pathlib.Path, family: str):
-        self.folder = folder
-        self.directory = write_tiny_model(folder / "base", MODELS[family])
-        tokenizer = load_tokenizer(self.directory)
-        self.prompts = make_prompts(tokenizer, MODELS[family]["vocab_size"])[1:4]
-
-    def export(self, trained: Trained, layout: str, dtype: str | None = None) -> pathlib.Path:
-        target = self.folder / f"{layout}-{len(list(self.folder.iterdir()))}"
-        target.mkdir()
-        reader = LayerReader(trained.config, self.directory)
-        if layout == export.MERGED:
-            export.write_merged(target, self.directory, trained, reader, dtype, None)
-        else:
-            adapter = export.make_adapter(trained, reader, layout, dtype)
-            peft_write.write(target, adapter, str(self.directory), {})
-        return target
-
-    def measure(self, trained: Trained, target: pathlib.Path, layout, dtype=None) -> Measured:
-        reader = LayerReader(trained.config, self.directory)
-        is_merged = layout == export.MERGED
-        return measure(trained, reader, target, self.prompts, is_merged=is_merged, dtype=dtype)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,40 @@ import pathlib
 from drlora_jax.data.tokenize import load_tokenizer
 from drlora_jax.export import FORMATS, MERGED, make_adapter, write_merged
 from drlora_jax.interop import peft_write
-from drlora_jax.interop.export_check import trained_variant
+from drlora_jax.interop.export_check import Measured, Trained, measure, trained_variant
+from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.interop.hf_write import rewrite_model
 from drlora_jax.interop.layer_reader import LayerReader
 from drlora_jax.interop.verify import make_prompts, run_variants
 from tests.support.tiny import write_tiny_model
 from tests.support.trained_models import MODELS, make_trained
+
+
+class Base:
+    """A tiny base, and exports of adapters of it."""
+
+    def __init__(self, folder: pathlib.Path, family: str):
+        self.folder = folder
+        self.directory = write_tiny_model(folder / "base", MODELS[family])
+        self.config = read_model_config(self.directory)
+        tokenizer = load_tokenizer(self.directory)
+        self.prompts = make_prompts(tokenizer, MODELS[family]["vocab_size"])[1:4]
+
+    def export(self, trained: Trained, layout: str, dtype: str | None = None) -> pathlib.Path:
+        target = self.folder / f"{layout}-{len(list(self.folder.iterdir()))}"
+        target.mkdir()
+        reader = LayerReader(trained.config, self.directory)
+        if layout == MERGED:
+            write_merged(target, self.directory, trained, reader, dtype, None)
+        else:
+            adapter = make_adapter(trained, reader, layout, dtype)
+            peft_write.write(target, adapter, str(self.directory), {})
+        return target
+
+    def measure(self, trained: Trained, target: pathlib.Path, layout, dtype=None) -> Measured:
+        reader = LayerReader(trained.config, self.directory)
+        is_merged = layout == MERGED
+        return measure(trained, reader, target, self.prompts, is_merged=is_merged, dtype=dtype)
 
 
 def export(folder: pathlib.Path, family: str, targets: tuple[str, ...], *, has_router=False):
