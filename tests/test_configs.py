@@ -74,13 +74,19 @@ def test_mixlora_on_a_dense_model_trains_as_many_parameters_as_the_docstring_say
     assert "203,423,744" in docstring(config)
 
 
-@pytest.mark.parametrize("config", ["mixlora.py"])
-def test_it_prepares_with_a_model_alone(tmp_path, config):
+def test_dense_lora_trains_as_many_parameters_as_the_docstring_says():
+    config = CONFIGS / "dense_lora.py"
+    assert trained(load_config(str(config)), LLAMA_2_7B) == 39_976_960
+    assert "39,976,960" in docstring(config)
+
+
+@pytest.mark.parametrize(("config", "kind"), [("mixlora.py", "mixlora"), ("dense_lora.py", "lora")])
+def test_it_prepares_with_a_model_alone(tmp_path, config, kind):
     (tmp_path / "model").mkdir()
     write_tiny_model(tmp_path / "model", OLMOE | {"model_type": "llama"})
     local = [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "data.max_rows=20"]
     job = prepare(load_config(str(CONFIGS / config), local))
-    assert job.adapter.kind == "mixlora" and len(job.loader.documents) == 20
+    assert job.adapter.kind == kind and len(job.loader.documents) == 20
 
 
 @pytest.mark.parametrize("layers", ["5555", ",".join(["4", "6"] * 15)])
