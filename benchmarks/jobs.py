@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax import train
-from drlora_jax.adapters import resolve
-from drlora_jax.allocation import make_policy
-from drlora_jax.config import TrainConfig
+from drlora_jax.config import TrainConfig, resolve
 from drlora_jax.data.loader import Batch
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import find_model
@@ -44,14 +42,14 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
 
 def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Job:
     """The job of a config without files: no data, weights, tokenizer or run directory."""
-    model_config = resolve.with_adapter_experts(parse_config(values), config.adapter)
+    model_config = parse_config(values)
     adapter = resolve.make_adapter(config, model_config)
     sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
     check_mesh(config, model_config, sizes)
     steps = config.train.steps
     if steps is None:
         raise UserError("Set train.steps: without data there are no epochs to count.")
-    shapes = resolve.capacity_shapes(config, model_config, adapter)
+    shapes = resolve.capacity_shapes(model_config, adapter)
     return job.Job(
         config=config,
         run_dir=None,
@@ -60,7 +58,7 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Jo
         origin={},
         model_config=model_config,
         adapter=adapter,
-        policy=make_policy(config, shapes, steps),
+        policy=resolve.make_policy(config, shapes, steps),
         loader=None,
         eval_batches=[],
         mesh_sizes=sizes,

@@ -213,7 +213,7 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     import jax
     import jax.numpy as jnp
 
-    from drlora_jax.adapters.lora import AdapterSpec
+    from drlora_jax.adapters.expert_lora import ExpertLora
     from drlora_jax.adapters.targets import resolve_targets
     from drlora_jax.allocation import CapacityShapes, masks_from_ranks
     from drlora_jax.allocation.uniform import uniform
@@ -230,7 +230,7 @@ def run_ours(directory: str, steps: int, *, remat: str | None = None, micro_batc
     keep_freed_memory("cpu")
     config = read_model_config(pathlib.Path(directory))
     paths = resolve_targets(config, "expert_lora", ("gate_up", "down", "q", "v"))
-    adapter = AdapterSpec(paths, scale=2.0, rank=RANK, max_rank=RANK)
+    adapter = ExpertLora(paths, scale=2.0, rank=RANK, max_rank=RANK)
     model, params = load_model(directory, adapter=adapter)
     options = dataclasses.replace(
         model.options, remat=remat or ModelSection().remat, ops=ops_for("cpu")

@@ -1,8 +1,70 @@
+"""Adaptive-capacity LoRA for Mixture-of-Experts language models, in JAX.
+
+    import drlora_jax as dj
+
+    model, params = dj.load_model("bundled:tiny_moe")
+    job = dj.prepare(dj.load_config("bundled:tiny", ["run.dir=runs/tiny"]))
+    dj.train(job)
+    print(dj.load_run("runs/tiny").generate("What is 2 plus 3?"))
+
+The names in `__all__` are the public API, described in `drlora_jax.api`; the rest may change
+without notice. They are imported at their first use: `import drlora_jax` alone imports no jax.
+"""
+
 import _signal
+import importlib
 import os
 import sys
 
+TYPE_CHECKING = False  # `typing` takes milliseconds in which no signal is heard
+if TYPE_CHECKING:
+    from drlora_jax.api import (
+        CapacityShapes,
+        CapacityState,
+        Event,
+        Job,
+        Placement,
+        Policy,
+        TrainedModel,
+        attach,
+        load_config,
+        load_model,
+        load_run,
+        logits,
+        prepare,
+    )
+    from drlora_jax.train import train_job as train
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CapacityShapes",
+    "CapacityState",
+    "Event",
+    "Job",
+    "Placement",
+    "Policy",
+    "TrainedModel",
+    "attach",
+    "load_config",
+    "load_model",
+    "load_run",
+    "logits",
+    "prepare",
+    "train",
+]
+
+
+def __getattr__(name: str):
+    if name == "train":  # the module of the command, which is callable
+        return importlib.import_module("drlora_jax.train")
+    if name in __all__:
+        return getattr(importlib.import_module("drlora_jax.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _end(number, _):

@@ -74,13 +74,11 @@ def _option_of(args: Sequence[str], index: int) -> str:
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """`--config FILE.py [--dry-run] [section.field=value ...]`; `--help` lists every field."""
-    fields = "\n".join(
-        f"  {name} ({kind}) = {value!r}" for name, kind, value in config_lib.all_fields()
-    )
+    fields = "\n".join(map(_described, config_lib.field_rows()))
     parser = Parser(
         prog=prog,
         description=description,
-        epilog=f"fields, with their types and defaults:\n{fields}",
+        epilog=f"fields, with their types, defaults and meanings:\n{fields}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -91,6 +89,13 @@ def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> 
     )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     return parser.parse_intermixed_args(argv)
+
+
+def _described(row: config_lib.FieldRow) -> str:
+    lines = [f"  {row.name} ({row.type}) = {row.default!r}"]
+    for meaning, kinds in row.meanings:
+        lines.append(f"      {meaning}" + (f" [{', '.join(kinds)}]" if kinds else ""))
+    return "\n".join(lines)
 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:

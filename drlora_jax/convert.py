@@ -35,9 +35,6 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax import cli
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
-from drlora_jax.adapters.targets import resolve_targets
 from drlora_jax.config import (
     AdapterSection,
     AllocationSection,
@@ -46,6 +43,7 @@ from drlora_jax.config import (
     RunSection,
     TrainConfig,
 )
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.inference.model import read_factors
 from drlora_jax.interop import mixlora
@@ -55,7 +53,8 @@ from drlora_jax.interop.hf_files import (
     open_weights,
     read_model_config,
 )
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_lora
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_lora
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.runs.directory import RunDirectory
@@ -100,18 +99,16 @@ def _import(args: argparse.Namespace) -> int:
     described = mixlora.read_description(values, accept_top_p=args.accept_top_p)
     section, out = described.section, check_out(args.out)
     directory = find_model(args.model, option="--model")
-    base = read_model_config(directory)
-    config = with_adapter_experts(base, section)
+    config = read_model_config(directory)
+    stored = make_adapter(TrainConfig(adapter=section), config)
     mixlora.check_activation(values, config)
-    paths = resolve_targets(base, section.kind, section.targets)
-    stored = AdapterSpec(paths=paths, experts_module=config.experts_module)
     tensors = mixlora.check_tensors(_read_tensors(folder), config, stored)
     plain, ranks_LE = mixlora.used_ranks(tensors, config, stored)
     run = _run_config(args, dataclasses.replace(section, rank=plain or None), ranks_LE)
     adapter = make_adapter(run, config)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     lora = mixlora.unpack(tensors, config, adapter, abstract_lora(model))
-    _write_run(RunDirectory(str(out)), run, fingerprint(directory), config, lora, ranks_LE)
+    _write_run(RunDirectory(str(out)), run, fingerprint(directory), lora, ranks_LE)
     print(f"{out}: {len(tensors)} tensors, expert ranks {ranks_LE.min()} to {ranks_LE.max()}")
     return EXIT_DONE
 
@@ -164,12 +161,12 @@ def _run_config(args, section: AdapterSection, ranks_LE: np.ndarray) -> TrainCon
     )
 
 
-def _write_run(run_dir: RunDirectory, run: TrainConfig, base: str, config, lora, ranks_LE) -> None:
+def _write_run(run_dir: RunDirectory, run: TrainConfig, base: str, lora, ranks_LE) -> None:
     source = "an adapter of MoE-PEFT, without training data"
     origin = {"base_fingerprint": base, "data_fingerprint": source}
     run_dir.create(run, origin, schedule_steps=1)
     budget = int(ranks_LE.sum(axis=1).max())
-    run_dir.log_ranks(0, config.moe_layers, ranks_LE, np.zeros(ranks_LE.shape), budget)
+    run_dir.log_ranks(0, tuple(range(len(ranks_LE))), ranks_LE, np.zeros(ranks_LE.shape), budget)
     state = jax.tree.map(jax.numpy.asarray, {"lora": lora, "ranks_LE": ranks_LE})
     checkpoints = Checkpoints(run_dir.checkpoints, keep_last=1)
     checkpoints.save(0, state, {"tokens": 0})

@@ -20,7 +20,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,11 +37,12 @@ from drlora_jax.interop.exported_files import check_adapter, check_merged, text_
 from drlora_jax.interop.hf_read import leaf_at
 from drlora_jax.interop.hf_write import cast, rewrite_model, rewritten_bytes
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.lora_tables import layer_factors
+from drlora_jax.interop.lora_tables import layer_updates
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_tensor
 from drlora_jax.interop.opened import MERGED, Export, check_opened
 from drlora_jax.interop.verify import make_prompts
-from drlora_jax.models.transformer import Decoder, DecoderOptions
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.runs.source import RunSource, find_run
 from drlora_jax.system.output_dir import check_out, check_space, new_directory
@@ -51,22 +52,45 @@ FORMATS = (peft_write.FUSED, peft_write.PER_EXPERT, MERGED)
 UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
+class Request(NamedTuple):
+    """What to export, and how; the command's arguments."""
+
+    run: str  # run.dir of a training
+    out: str  # a new or empty directory
+    format: str  # of FORMATS
+    step: str = "latest"  # or best, or a number
+    model_path: str | None = None  # where the base is, if it has moved
+    dtype: str | None = None  # of all tensors; None: float32, or the base's own when merged
+    max_shard_size: str | None = None  # of merged weights, such as 5GB; None: the base's files
+
+
 def main(argv=None) -> int:
-    args = _parse(argv)
-    limit = _shard_bytes(args)
-    out = check_out(args.out)
-    source = find_run(args.run, step=args.step, model_path=args.model_path)
-    _refuse_added_experts(source)
-    base, is_merged = source.directory, args.format == MERGED
+    export(Request(**vars(_parse(argv))))
+    return EXIT_DONE
+
+
+def export(request: Request) -> None:
+    """Writes a run's model, and keeps the files if they are read back as the same model.
+
+    Raises:
+      UserError: for what the user can mend; RunError: if the files do not compute the same.
+    """
+    if request.format not in FORMATS:
+        raise UserError(f"format must be one of {', '.join(FORMATS)}, got {request.format!r}.")
+    limit = _shard_bytes(request)
+    out = check_out(request.out)
+    source = find_run(request.run, step=request.step, model_path=request.model_path)
+    _refuse_without_form(source)
+    base, is_merged = source.directory, request.format == MERGED
     if is_merged:
-        check_space(out, rewritten_bytes(base, args.dtype))
+        check_space(out, rewritten_bytes(base, request.dtype))
     words = of_run(source)
     tokenizer, ends = words.tokenizer, words.end_token_ids
     for note in words.notes:
         print(f"note     {note}", flush=True)
     trained, source = read_trained(source)
     reader = LayerReader(source.model_config, base)
-    adapter = None if is_merged else make_adapter(trained, reader, args.format, args.dtype)
+    adapter = None if is_merged else make_adapter(trained, reader, request.format, request.dtype)
     if adapter:
         check_space(out, sum(value.nbytes for value in adapter.tensors.values()))
     with new_directory(out) as draft:
@@ -75,42 +99,40 @@ def main(argv=None) -> int:
             lines = _adapter_lines(adapter)
         else:
             lines = write_merged(
-                draft, base, trained, reader, args.dtype, limit, ends, words.restored
+                draft, base, trained, reader, request.dtype, limit, ends, words.restored
             )
         print("\n".join([_describe(source, trained), *lines]), flush=True)
-        _check(draft, args, trained, reader, base, tokenizer, ends)
-    print(f"done: {args.format} in {args.out}")
-    return EXIT_DONE
+        _check(draft, request, trained, reader, base, tokenizer, ends)
+    print(f"done: {request.format} in {request.out}")
 
 
-def _check(draft, args, trained: Trained, reader: LayerReader, base, tokenizer, ends) -> None:
+def _check(
+    draft, request: Request, trained: Trained, reader: LayerReader, base, tokenizer, ends
+) -> None:
     """The export as it is computed here, as its files say, and as other libraries read it."""
-    prompts, is_merged = make_prompts(tokenizer, trained.config.vocab_size), args.format == MERGED
-    measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=args.dtype)
+    prompts, is_merged = (
+        make_prompts(tokenizer, trained.config.vocab_size),
+        request.format == MERGED,
+    )
+    measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=request.dtype)
     judge(measured)
     print("\n".join(_measured_lines(measured)), flush=True)
     ids = text_ids(tokenizer)
     if is_merged:
-        check_merged(base, draft, ids, args.dtype)
+        check_merged(base, draft, ids, request.dtype)
     else:
         check_adapter(draft)
-    export = Export(args.format, base, draft, prompts, list(measured.logits), ids, ends)
-    print("\n".join(check_opened(export)), flush=True)
+    written = Export(request.format, base, draft, prompts, list(measured.logits), ids, ends)
+    print("\n".join(check_opened(written)), flush=True)
 
 
-def _refuse_added_experts(source: RunSource) -> None:
-    kind = source.config.adapter.kind
-    if not source.config.adapter.makes_experts:
-        return
-    way = "python -m drlora_jax.convert takes mixlora only"
-    if kind == "mixlora":
-        run = source.run_dir
-        way = f"For MoE-PEFT: python -m drlora_jax.convert export --run {run} --out DIR"
-    raise UserError(
-        f"{source.run_dir} was trained with adapter.kind={kind}: peft and transformers have no "
-        "form for LoRA experts with a router, and a merge would lose the routing. "
-        f"{way} (docs/methods.md); drlora_jax.evaluate and drlora_jax.generate use the run itself."
-    )
+def _refuse_without_form(source: RunSource) -> None:
+    reason = source.adapter.why_no_export(str(source.run_dir))
+    if reason:
+        raise UserError(
+            f"{source.run_dir} was trained with adapter.kind={source.adapter.kind}: {reason} "
+            "(docs/methods.md); drlora_jax.evaluate and drlora_jax.generate use the run itself."
+        )
 
 
 def _parse(argv) -> argparse.Namespace:
@@ -137,15 +159,15 @@ def _parse(argv) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _shard_bytes(args: argparse.Namespace) -> int | None:
-    if args.max_shard_size is None:
+def _shard_bytes(request: Request) -> int | None:
+    if request.max_shard_size is None:
         return None
-    if args.format != MERGED:
-        raise UserError(f"--max-shard-size is for --format merged; {args.format} is one file.")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", args.max_shard_size, re.IGNORECASE)
+    if request.format != MERGED:
+        raise UserError(f"--max-shard-size is for --format merged; {request.format} is one file.")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", request.max_shard_size, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size must look like 5GB, got {args.max_shard_size!r}.")
+        raise UserError(f"--max-shard-size must look like 5GB, got {request.max_shard_size!r}.")
     return size
 
 
@@ -160,8 +182,8 @@ def read_trained(source: RunSource) -> tuple[Trained, RunSource]:
     lora, ranks_LE, source = read_factors(source, mesh)
     model = Decoder(config, DecoderOptions(adapter=adapter))
     lora, gates = jax.device_get((lora, rank_gates(model, ranks_LE, mesh)))
-    factors = layer_factors(config, adapter, lora, ranks_LE)
-    return Trained(config, adapter, lora, gates, factors), source
+    updates = layer_updates(config, adapter, lora, ranks_LE)
+    return Trained(config, adapter, lora, gates, updates), source
 
 
 def make_adapter(
@@ -169,19 +191,19 @@ def make_adapter(
 ) -> peft_write.Adapter:
     """The adapter in the layout `peft` or `peft-2d`, in `dtype` (None: f32)."""
     routers = {
-        layer.place.number: reader.layer(layer.place)["moe"]["router"] + layer.router_DE
-        for layer in trained.factors
-        if layer.router_DE is not None
+        update.layer.number: reader.layer(update.layer)["moe"]["router"] + update.router_DE
+        for update in trained.updates
+        if update.router_DE is not None
     }
     magnitudes = {
-        (layer.place.number, path): column_norms(
-            leaf_at(reader.layer(layer.place), (*path.split("/"), "kernel"))
+        (update.layer.number, path): column_norms(
+            leaf_at(reader.layer(update.layer), (*path.split("/"), "kernel"))
         )
         + growth_F
-        for layer in trained.factors
-        for path, growth_F in layer.magnitudes.items()
+        for update in trained.updates
+        for path, growth_F in update.magnitudes.items()
     }
-    adapter = peft_write.pack(trained.config, trained.factors, routers, layout, magnitudes)
+    adapter = peft_write.pack(trained.config, trained.updates, routers, layout, magnitudes)
     kind = np.dtype(dtype or np.float32)
     tensors = {key: cast(key, value, kind) for key, value in adapter.tensors.items()}
     return adapter._replace(tensors=tensors)
@@ -217,7 +239,7 @@ def write_merged(
       end_token_ids: tokens that end a text of the run, the tokenizer's own first.
       tokenizer_settings: of the training, where the base has others now.
     """
-    changed = adapted_tensors(reader.table, trained.factors)
+    changed = adapted_tensors(reader.table, trained.updates)
     notes = rewrite_model(
         base,
         draft,
@@ -238,7 +260,7 @@ def write_merged(
 
 def _describe(source: RunSource, trained: Trained) -> str:
     text = f"run      {source.run_dir}, step {source.step}, base {source.directory}"
-    pairs = [pair for layer in trained.factors for pair in layer.experts.values()]
+    pairs = [pair for update in trained.updates for pair in update.experts.values()]
     if pairs:
         text += f"; ranks up to {max(pair.rank for pair in pairs)}"
     return text

@@ -12,15 +12,16 @@ import statistics
 from typing import NamedTuple
 
 from drlora_jax import cli
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
-from drlora_jax.adapters.targets import coverage, coverage_lines, matrices
-from drlora_jax.config import TrainConfig, from_dict
-from drlora_jax.config.flat import nested
+from drlora_jax.adapters.targets import coverage, coverage_lines
+from drlora_jax.config import from_flat
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.interop.hf_files import find_model, has_weights, read_headers, read_model_config
 from drlora_jax.interop.hf_read import match_keys
-from drlora_jax.models.architecture import ModelConfig, MoeConfig
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import NO_ADAPTER, Placement
+from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.reporting.read import RunLog, budgets, frames, layer_indices, read_run
 from drlora_jax.reporting.tables import figures
 from drlora_jax.system.paths import ABSENT, kind_of, local_path, numbered_folders
@@ -78,8 +79,10 @@ def find_local(path: str) -> pathlib.Path:
     return find_model(path, option="DIR")
 
 
-def architecture_lines(path: str, config: ModelConfig) -> list[str]:
-    layers = [layer for segment in config.segments for layer in segment.unit * segment.repeats]
+def architecture_lines(
+    path: str, config: ModelConfig, adapter: Placement = NO_ADAPTER
+) -> list[str]:
+    layers = [layer.config for layer in config.layers()]
     lines = [
         f"model       {path}: {config.family}, {len(layers)} layers of width {config.width:,}, "
         f"vocabulary {config.vocab_size:,}, "
@@ -91,13 +94,12 @@ def architecture_lines(path: str, config: ModelConfig) -> list[str]:
             f"attention   {each.num_heads} query heads, {each.num_kv_heads} key heads of "
             f"{each.head_dim}{window}"
         )
-    if config.routing:
-        routing = config.routing
-        kind = "of LoRA (at most)"
-        if isinstance(config.moe, MoeConfig):
-            kind = f"of hidden width {config.moe.expert_dim:,}"
+    routing = adapter.routing(config)
+    if routing:
+        kind = f"of hidden width {config.moe.expert_dim:,}" if config.moe else "of LoRA (at most)"
         lines.append(
-            f"experts     {routing.num_experts} a layer in {len(config.moe_layers)} layers, "
+            f"experts     {routing.num_experts} a layer in "
+            f"{len(adapter.expert_layers(config))} layers, "
             f"{routing.experts_per_token} a token, {kind}"
         )
     return lines
@@ -121,17 +123,12 @@ def _weight_lines(directory: pathlib.Path, config: ModelConfig) -> list[str]:
 def parameters_by_kind(config: ModelConfig) -> list[Kind]:
     """Weight matrices; norms and biases are not counted."""
     kinds: dict[str, Kind] = {}
-    for matrix in matrices(config):
-        count = matrix.parameters
-        if matrix.kind == "experts":
-            routing = config.moe.routing
-            active = count * routing.experts_per_token // routing.num_experts
-        elif matrix.kind == "embedding":  # a token looks its row up; tied, it is the head, too
-            active = count if config.tie_embeddings else 0
-        else:
-            active = count
+    for matrix in config.matrices():
+        active = matrix.active * matrix.in_features * matrix.out_features
         before = kinds.get(matrix.kind, Kind(matrix.kind, 0, 0))
-        kinds[matrix.kind] = Kind(matrix.kind, before.parameters + count, before.active + active)
+        kinds[matrix.kind] = Kind(
+            matrix.kind, before.parameters + matrix.parameters, before.active + active
+        )
     return list(kinds.values())
 
 
@@ -161,18 +158,14 @@ def run_lines(directory: pathlib.Path) -> list[str]:
 def _base_lines(run: RunLog) -> list[str]:
     """Architecture and what is adapted; a base that is not on this machine is only named."""
     try:
-        config = _stored_config(run)
+        config = from_flat(run.config)
         model = read_model_config(find_local(config.model.path))
-        model = with_adapter_experts(model, config.adapter)
-        rows = coverage(model, make_adapter(config, model), config.adapter.targets)
+        adapter = make_adapter(config, model)
+        rows = coverage(model, adapter, config.adapter.targets)
     except UserError as error:
         return [f"base        {run.config.get('model.path')}: {error}"]
-    architecture = architecture_lines(config.model.path, model)
+    architecture = architecture_lines(config.model.path, model, adapter)
     return [*architecture, "", *kind_lines(model), "", *coverage_lines(rows)]
-
-
-def _stored_config(run: RunLog) -> TrainConfig:
-    return from_dict(nested(run.config))
 
 
 def rank_lines(run: RunLog) -> list[str]:

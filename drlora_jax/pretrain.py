@@ -25,7 +25,8 @@ from drlora_jax.data.tokenize import load_tokenizer, pad_token
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
 from drlora_jax.interop.hf_files import find_model, read_config_json, read_model_config
 from drlora_jax.interop.hf_write import write_model
-from drlora_jax.models.transformer import Decoder, DecoderOptions, init_variables
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, init_variables
 from drlora_jax.reporting.progress import Throughput
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.runs.directory import RunDirectory

@@ -7,6 +7,8 @@ saved if a step was taken, and the same command goes on.
 """
 
 import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -81,6 +83,33 @@ def train(run: Run) -> int:
             return _start_or_resume(run, watchdog)
 
 
+def train_job(job: Job) -> int:
+    """Creates or resumes a run and takes its steps; what the command does after its checks.
+
+    Args:
+      job: From `prepare`, perhaps with another policy: `job._replace(policy=...)`.
+
+    Returns:
+      0 when the last step was taken, now or before, and 75 when a signal stopped the run: its state
+      is saved, and the same call goes on from there.
+
+    Raises:
+      UserError: If the directory of the run is in use or has no room.
+      RunError: If the run cannot go on, such as after a diverged loss.
+    """
+    return train(build(job))
+
+
+class _Callable(types.ModuleType):
+    """Lets `drlora_jax.train` be this module and the function of the public API."""
+
+    def __call__(self, job: Job) -> int:
+        return train_job(job)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+
 def _start_or_resume(run: Run, watchdog: Watchdog) -> int:
     job, config = run.job, run.job.config
     # 1. All processes have the same config, base model, data and newest checkpoint.
@@ -113,7 +142,7 @@ def _start_or_resume(run: Run, watchdog: Watchdog) -> int:
 
 def _create(run: Run) -> None:
     job = run.job
-    facts = made_with(run.mesh, job.model_config.moe_layers, job.policy, job.adapter.max_rank)
+    facts = made_with(run.mesh, job.expert_layers, job.policy, job.adapter.max_rank)
     facts["resolved"] = job.resolved.to_json()
     job.run_dir.create(job.config, job.origin, job.schedule_steps, facts)
 
@@ -273,7 +302,7 @@ class Loop:
 
     def _show_ranks(self) -> None:
         job, ranks_LE = self.run.job, self.position.capacity.ranks_LE
-        self.progress.show_ranks(ranks_LE, job.adapter.max_rank, job.model_config.moe_layers)
+        self.progress.show_ranks(ranks_LE, job.adapter.max_rank, job.expert_layers)
 
 
 class Due(NamedTuple):
@@ -322,7 +351,8 @@ def _print_plan(run: Run) -> None:
     if run.mesh.size > 1:
         trees = {"params": run.abstract_params, "lora": run.abstract_state.lora}
         trees |= {"mask_LER": run.abstract_state.mask_LER, "stats": run.abstract_state.stats}
-        print("\n".join(mesh_lib.partition_lines(run.mesh, trees)), "\n", flush=True)
+        lines = mesh_lib.partition_lines(run.mesh, trees, run.job.policy.stat_axes)
+        print("\n".join(lines), "\n", flush=True)
 
 
 def _rate_line(run: Run) -> str | None:

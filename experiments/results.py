@@ -5,7 +5,7 @@ import json
 import pathlib
 import statistics
 
-from drlora_jax.config import TrainConfig, from_dict
+from drlora_jax.config import TrainConfig, from_dict, own_fields
 from experiments.study import Cell, Losses, Study, known_cells
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -65,12 +65,14 @@ def collect(study: Study, out: pathlib.Path) -> dict:
 
 
 def differences(stored: dict, base: TrainConfig) -> dict:
-    """Fields of a stored config that are not as in the base config, places left out."""
+    """Returns the fields of a stored config that are not as in the base config, without places and
+    what its kinds do not have.
+    """
     before = json.loads(json.dumps(dataclasses.asdict(base)))  # as config.json has it
     stored = json.loads(json.dumps(stored))
     changes = {}
     for section, fields in stored.items():
-        for name, value in fields.items():
+        for name, value in own_fields(section, fields).items():
             if value != before[section][name] and f"{section}.{name}" not in PLACES:
                 changes[f"{section}.{name}"] = value
     return changes

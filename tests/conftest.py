@@ -46,3 +46,13 @@ def pytest_collection_modifyitems(items):
 def no_silent_broadcasting():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """The generator; torch exists for some Pythons only, and not for every machine."""
+    for name in ("torch", "peft"):
+        pytest.importorskip(name, reason="live comparison; stored results are compared above")
+    from tests.oracles import make_oracles
+
+    return make_oracles

@@ -8,11 +8,11 @@ import subprocess
 import sys
 
 import pytest
-from tiny import MIXTRAL, write_rows, write_tiny_model
 
 from drlora_jax import cli, convert, export, inspect, report, train
 from drlora_jax.errors import UserError
 from drlora_jax.evaluation import compare
+from tests.support.tiny import MIXTRAL, write_rows, write_tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 

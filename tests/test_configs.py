@@ -7,26 +7,20 @@ import pathlib
 import re
 
 import pytest
-from tiny import OLMOE, write_tiny_model
 
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.adapters.targets import coverage
 from drlora_jax.config import load_config
+from drlora_jax.config.resolve import make_adapter
+from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
 from drlora_jax.parallel.mesh import AXES, resolve_sizes
 from drlora_jax.parallel.mesh_checks import check_mesh
 from drlora_jax.training.job import prepare
+from tests.support.llama import LLAMA_2_7B
+from tests.support.tiny import OLMOE, write_tiny_model
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 MIXLORA = str(CONFIGS / "mixlora_smollm2.py")
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
 ALPHALORA = str(CONFIGS / "alphalora_smollm2.py")
 SMOLLM2_135M = {
     "model_type": "llama",
@@ -60,7 +54,7 @@ def docstring(config=MIXLORA) -> str:
 
 
 def trained(config, values=SMOLLM2_135M) -> int:
-    model_config = with_adapter_experts(parse_config(values), config.adapter)
+    model_config = parse_config(values)
     adapter = make_adapter(config, model_config)
     return sum(row.trained for row in coverage(model_config, adapter, config.adapter.targets))
 
@@ -86,7 +80,7 @@ def test_it_prepares_with_a_model_alone(tmp_path, config):
     write_tiny_model(tmp_path / "model", OLMOE | {"model_type": "llama"})
     local = [f"model.path={tmp_path / 'model'}", f"run.dir={tmp_path / 'run'}", "data.max_rows=20"]
     job = prepare(load_config(str(CONFIGS / config), local))
-    assert job.adapter.experts_module == "mlp" and len(job.loader.documents) == 20
+    assert job.adapter.kind == "mixlora" and len(job.loader.documents) == 20
 
 
 @pytest.mark.parametrize("layers", ["5555", ",".join(["4", "6"] * 15)])
@@ -125,7 +119,7 @@ def test_it_prepares_from_a_local_file(tmp_path, overrides):
     ]
     job = prepare(load_config(MIXLORA, [*local, *overrides]))
     (document,) = job.loader.documents
-    assert job.adapter.experts_module == ("moe" if overrides else "mlp")
+    assert job.adapter.kind == ("lora" if overrides else "mixlora")
     assert document.is_target.any() and not document.is_target.all()
 
 
@@ -134,7 +128,7 @@ def documented_commands():
     root = CONFIGS.parent
     files = [
         root / "README.md",
-        *root.glob("docs/*.md"),
+        *root.glob("docs/**/*.md"),
         *root.glob("launch/*"),
         *CONFIGS.iterdir(),
     ]
@@ -147,13 +141,21 @@ def documented_commands():
                 yield file.name, words.split()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [pytest.param(words, id=f"{file}: {words[1:]}") for file, words in documented_commands()],
-)
-def test_documented_meshes_of_mixtral_are_accepted(words):
-    path, *overrides = words
+DOCUMENTED = list(documented_commands())
+
+
+def check_mixtral(path: str, overrides: list[str]) -> tuple[int, ...]:
+    """Sizes of the mesh that a command asks for, on eight devices where it leaves one open."""
     config = load_config(str(CONFIGS.parent / path), overrides)
     sizes = [getattr(config.mesh, axis) for axis in AXES]
     wanted = resolve_sizes(config.mesh, 8 if -1 in sizes else math.prod(sizes))
     check_mesh(config, parse_config(MIXTRAL_8X7B), wanted)
+    return wanted
+
+
+def test_documented_meshes_of_mixtral_are_accepted():
+    meshes = [check_mixtral(path, overrides) for _, (path, *overrides) in DOCUMENTED]
+    assert len(meshes) > 3 and max(map(math.prod, meshes)) >= 64
+    path, *overrides = DOCUMENTED[0][1]
+    with pytest.raises(UserError, match="must be a multiple of mesh.data"):
+        check_mixtral(path, [*overrides, "train.batch_size=1", "train.micro_batches=1"])

@@ -10,15 +10,15 @@ import subprocess
 import sys
 
 import pytest
-from error_cases import CASES
-from error_cases.case import CONFIG, HACKED, make_world, run_case, run_command, watching
-from error_cases.document import row
-from error_cases.environment import running
-from error_cases.model import PAYLOAD
 
 from drlora_jax import cli
 from drlora_jax.config import load_config
 from drlora_jax.training.job import prepare
+from tests.error_cases import CASES
+from tests.error_cases.case import CONFIG, HACKED, make_world, run_case, run_command, watching
+from tests.error_cases.document import row
+from tests.error_cases.environment import running
+from tests.error_cases.model import PAYLOAD
 
 DOCUMENT = pathlib.Path(__file__).parents[1] / "docs" / "errors.md"
 

@@ -7,9 +7,15 @@ import struct
 import pytest
 import tokenizers
 import transformers
-from tiny import MIXTRAL, OLMOE, write_tiny_model
 
-from drlora_jax.config import TrainConfig, all_fields, apply_overrides, from_dict, to_dict
+from drlora_jax.config import (
+    AllocationSection,
+    TrainConfig,
+    all_fields,
+    apply_overrides,
+    from_dict,
+    to_dict,
+)
 from drlora_jax.data.layouts import read_row, read_text
 from drlora_jax.data.segments import BadRow
 from drlora_jax.data.sources import read_rows
@@ -18,7 +24,9 @@ from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import read_config_json, read_headers
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.families import FAMILIES, parse_config
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
+from tests.support.tiny import MIXTRAL, OLMOE, write_tiny_model
 
 ODD_TEXTS = (
     *("", " ", "0", "-1", "1e999", "-inf", "nan", "none", "true", "0x10", "1_0", "1.5", "9" * 5000),
@@ -54,10 +62,18 @@ def _is_taken(function) -> bool:
     return True
 
 
+def _kinds_with(name: str) -> list[list[str]]:
+    """Overrides that choose a policy which has a field, for each policy."""
+    section, field = name.split(".")
+    owners = AllocationSection.owners(field) if section == "allocation" else []
+    return [[f"allocation.kind={owner}"] for owner in owners] or [[]]
+
+
 def test_every_field_with_every_odd_text():
     taken = sum(
-        _is_taken(lambda: apply_overrides(TrainConfig(), [f"{name}={text}"]))  # noqa: B023
+        _is_taken(lambda: apply_overrides(TrainConfig(), [f"{name}={text}", *kind]))  # noqa: B023
         for name, _, _ in all_fields()
+        for kind in _kinds_with(name)
         for text in ODD_TEXTS
     )
     assert 0 < taken < len(all_fields()) * len(ODD_TEXTS) / 2

@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from tiny import tiny_config, write_tiny_model
 
 from drlora_jax import evaluate, train
 from drlora_jax.errors import EXIT_DONE, UserError
 from drlora_jax.evaluation import compare
 from drlora_jax.training.job import prepare
+from tests.support.tiny import tiny_config, write_tiny_model
 
 ONE = "mesh.data=1"  # device: sharded programs take longer to compile
 ARC = [

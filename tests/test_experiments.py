@@ -6,10 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 from scipy import stats
-from tiny import tiny_config
 
-from drlora_jax.allocation import CapacityShapes, make_policy
+from drlora_jax.allocation import CapacityShapes
 from drlora_jax.config import apply_overrides, from_dict, to_dict
+from drlora_jax.config.resolve import make_policy
 from experiments import analyse, report
 from experiments import run as run_lib
 from experiments.results import RESULTS, differences, finished_losses, read_results
@@ -23,6 +23,7 @@ from experiments.study import (
     source_of_ranks,
     tuned_rate,
 )
+from tests.support.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDY = load_study(ROOT / "experiments" / "growth.py")

@@ -6,11 +6,11 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import write_tiny_model
-from trained_models import MODELS, STEP, write_run
 
 from drlora_jax import export
 from drlora_jax.errors import RunError, UserError
+from tests.support.tiny import write_tiny_model
+from tests.support.trained_models import MODELS, STEP, write_run
 
 
 @pytest.fixture(scope="module")

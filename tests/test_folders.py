@@ -2,12 +2,13 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "drlora_jax"
-CIRCLES = [{"adapters", "models"}]  # the decoder knows the modules of MixLoRA and MoLA
+ENTRY = "entry points"
 
 
 def place(module: str) -> str | None:
@@ -56,17 +57,32 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     return [set(group) for group in groups if group]
 
 
-def test_no_other_folders_import_in_a_circle():
-    graph = graph_of(PACKAGE)
-    assert {"models", "training", "train"} <= graph.keys()
-    assert circles(graph) == CIRCLES
-
-
-def test_every_folder_is_described():
+def layers() -> dict[str, int]:
+    """The layer of every place, as docs/design.md states it."""
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     table = page.partition("## Folders")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", table, re.MULTILINE)
+    found = {place: int(layer) for layer, places in rows for place in re.findall(r"\w+", places)}
+    return found | {ENTRY: int(rows[-1][0])}
+
+
+def test_no_folders_import_in_a_circle():
+    graph = graph_of(PACKAGE)
+    assert {"models", "training", "train"} <= graph.keys()
+    assert circles(graph) == []
+
+
+def test_places_import_from_the_layers_below_their_own():
+    stated, graph = layers(), graph_of(PACKAGE)
     folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
-    assert all(f"`{folder}`" in table for folder in folders) and len(folders) > 10
+    assert folders <= stated.keys() and len(folders) > 10
+    above = {
+        (place, other)
+        for place, others in graph.items()
+        for other in others
+        if stated.get(other, stated[ENTRY]) >= stated.get(place, stated[ENTRY] + 1)
+    }
+    assert above == set()
 
 
 @pytest.mark.parametrize(

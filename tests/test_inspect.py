@@ -7,14 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from run_logs import logged, write_run
 from safetensors import safe_open
-from tiny import BUNDLED, MIXTRAL, write_tiny_model
 
 from drlora_jax import cli, inspect
 from drlora_jax.interop.hf_files import read_model_config
 from drlora_jax.models.families import parse_config
 from drlora_jax.training.costs import active_parameters, flops_per_token
+from tests.support.run_logs import logged, write_run
+from tests.support.tiny import BUNDLED, MIXTRAL, write_tiny_model
 
 MODEL = BUNDLED / "tiny_moe"
 

@@ -4,12 +4,12 @@ import json
 import signal
 
 import pytest
-from tiny import OLMOE, write_tiny_model
 
 from drlora_jax import pretrain
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, UserError
 from drlora_jax.interop.hf_read import load_model
 from drlora_jax.runs.directory import RunDirectory
+from tests.support.tiny import OLMOE, write_tiny_model
 
 CONFIG = """
 from drlora_jax.config import *

@@ -7,11 +7,11 @@ import shlex
 
 import numpy as np
 import pytest
-from test_step import Stepper
 
 from drlora_jax import train
 from drlora_jax.allocation import CapacityShapes
 from drlora_jax.training.state import start
+from tests.support.stepper import Stepper
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

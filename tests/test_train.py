@@ -8,7 +8,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config, write_rows
 
 from drlora_jax import train as train_lib
 from drlora_jax.errors import EXIT_DONE, EXIT_RESUMABLE, RunError, UserError
@@ -16,6 +15,7 @@ from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.training.job import prepare
 from drlora_jax.training.optimizer import make_schedule
 from drlora_jax.training.state import restore, restore_newest, start
+from tests.support.tiny import tiny_config, write_rows
 
 NOT_LEARNED = {"tokens_per_second", "host_peak_bytes"}  # in the log, but of the machine
 STOP_AFTER = 5  # between the growth events after steps 3 and 7; 12 steps in all

@@ -49,7 +49,7 @@ GROWING = (
 )
 DENSE = (
     "adapter.kind=lora adapter.targets=q,v,up allocation.kind=uniform allocation.r_target=4 "
-    "allocation.r_init=4 allocation.r_max=4"
+    "allocation.r_max=4"
 )
 
 

@@ -37,10 +37,11 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="the shares as JSON")
     args = parser.parse_args(argv)
     loaded = load_run(args.run, step=args.step, model_path=args.model_path)
-    if not loaded.model.config.moe_layers:
+    layers = loaded.model.options.adapter.expert_layers(loaded.model.config)
+    if not layers:
         raise UserError(f"{args.run} has no experts, so no expert has a load.")
     shares_LE = expert_shares(loaded, args.data, args.limit)
-    print("\n".join(lines(loaded.model.config.moe_layers, shares_LE)))
+    print("\n".join(lines(layers, shares_LE)))
     if args.out:
         rows = [[None if np.isnan(x) else round(x, 5) for x in row] for row in shares_LE.tolist()]
         args.out.write_text(json.dumps({"shares": rows}) + "\n")

@@ -10,14 +10,14 @@ import sys
 import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 # As in the tests: eight simulated devices on a CPU.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from error_cases import CASES  # noqa: E402  (the path is set above)
-from error_cases.case import make_world, run_case  # noqa: E402
-from error_cases.document import page, row  # noqa: E402
+from tests.error_cases import CASES  # noqa: E402  (the path is set above)
+from tests.error_cases.case import make_world, run_case  # noqa: E402
+from tests.error_cases.document import page, row  # noqa: E402
 
 
 def main() -> None:

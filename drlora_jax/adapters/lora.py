@@ -1,10 +1,5 @@
-"""Low-rank adapters: W' = W + s * B A, with A and B stored as rank rows a [R, D_in] and b [R,
-D_out].
-
-`AdapterSpec` says which matrices of the model are adapted. A starts Kaiming-uniform with a =
-sqrt(5), that is U(+-1 / sqrt(D_in)), for every allocated rank; B starts at zero, so an adapted
-model starts as its base. The scale is constant: it does not depend on the active rank, which keeps
-growth function-preserving.
+"""Placement `lora`: one pair of LoRA matrices for each adapted projection of attention or a dense
+FFN.
 
 With DoRA (arXiv 2402.09353) the update turns the columns of W and their lengths train apart,
 
@@ -17,94 +12,84 @@ LoRA Dropout (arXiv 2404.09610) leaves out columns of A and rows of B (inputs an
 update, never ranks), the same for all tokens of a micro-batch.
 """
 
-import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from drlora_jax.adapters.low_rank import drop_in_training, init_a, lora_delta
+from drlora_jax.errors import UserError
+from drlora_jax.models.architecture import ATTENTION, EXPERTS, FFN, Matrix, ModelConfig
+from drlora_jax.models.placement import Coverage, Placement, PlacementOptions
+from drlora_jax.system.fields import fraction, option
 
-@dataclass(frozen=True)
-class AdapterSpec:
-    """Which modules carry low-rank factors; static and hashable."""
-
-    paths: frozenset[str] = frozenset()  # module paths, such as segment_0/layer_0/attention/q
-    scale: float = 1.0
-    dropout: float = 0.0
-    expert_scale: float | None = None  # None: as plain LoRA's
-    expert_dropout: float | None = None
-    rank: int = 0  # of plain LoRA
-    max_rank: int = 0  # of every expert
-    train_router: bool = False
-    # Whose paths mean factors of experts: the base's, mlp (MixLoRA), or * for any (MoLA).
-    experts_module: str = "moe"
-    # Of an adapter's own experts, those of every layer that exist; (): as many everywhere.
-    experts_per_layer: tuple[int, ...] = ()
-    dora: bool = False  # of plain LoRA
-    factor_dropout: float = 0.0  # of plain LoRA
-
-    @property
-    def of_experts(self) -> "AdapterSpec":
-        """The same with the scale and dropout of experts as its own."""
-        own = {"scale": self.expert_scale, "dropout": self.expert_dropout}
-        return replace(self, **{name: value for name, value in own.items() if value is not None})
-
-
-NO_ADAPTER = AdapterSpec()
 SMALLEST_NORM = 1e-15  # of a column with DoRA: one of zeros stays one
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def lora_delta(x_BTD: jax.Array, a_RD: jax.Array, b_RF: jax.Array, scale: float) -> jax.Array:
-    """s * (x A^T) B in the dtype of x; gradients of A and B are summed in f32."""
-    return _low_rank(x_BTD, a_RD, scale) @ b_RF.astype(x_BTD.dtype)
+@dataclass(frozen=True)
+class LoraOptions(PlacementOptions):
+    text = "one pair of LoRA matrices per adapted matrix"
+
+    factor_dropout: float = option(
+        0.0, "share of A's columns and of B's rows left out of a step (LoRA Dropout)"
+    )
+    dora: bool = option(False, "the column norms of W' train apart (DoRA)")
+    freeze_a: bool = option(False, "only B trains (FFA-LoRA)")
+
+    def check(self, section) -> None:
+        fraction("adapter", {"factor_dropout": self.factor_dropout})
 
 
-def _low_rank(x_BTD, a_RD, scale: float):
-    return ((x_BTD @ a_RD.astype(x_BTD.dtype).T) * scale).astype(x_BTD.dtype)
+@dataclass(frozen=True)
+class Lora(Placement):
+    """Plain LoRA; placements for experts adapt the matrices beside them in the same way."""
 
+    scale: float = 1.0  # alpha / rank
+    dropout: float = 0.0  # on the input of a low-rank product, in training
+    rank: int = 0
+    dora: bool = False
+    factor_dropout: float = 0.0  # the rate of LoRA Dropout
 
-def _lora_delta_forward(x_BTD, a_RD, b_RF, scale):
-    z_BTR = _low_rank(x_BTD, a_RD, scale)
-    return z_BTR @ b_RF.astype(x_BTD.dtype), (x_BTD, z_BTR, a_RD, b_RF)
+    kind: ClassVar[str] = "lora"
+    options: ClassVar[type[PlacementOptions]] = LoraOptions
 
+    @classmethod
+    def accepts(cls, matrix: Matrix) -> bool:
+        return matrix.kind in (ATTENTION, FFN)
 
-def _lora_delta_backward(scale, saved, dy_BTF):
-    """Written out: what autodiff makes of it transposes the cotangent of all tokens for B's
-    gradient, which on CPU takes longer than the product.
-    """
-    x_BTD, z_BTR, a_RD, b_RF = saved
-    dz_BTR = _low_rank(dy_BTF, b_RF, scale)
-    tokens = tuple(range(x_BTD.ndim - 1))
+    @classmethod
+    def check_paths(cls, config: ModelConfig, paths: frozenset[str]) -> None:
+        if any(matrix.kind == EXPERTS and matrix.path in paths for matrix in config.matrices()):
+            raise UserError(
+                "adapter.targets: adapter.kind=lora does not adapt experts; use expert_lora."
+            )
 
-    def gram(left, right):
-        axes = (tokens, tokens)
-        return jnp.tensordot(left, right, axes, preferred_element_type=jnp.float32)
+    @classmethod
+    def from_section(cls, config, section, paths, *, rank, max_rank):
+        return cls(
+            paths=paths,
+            max_rank=max_rank,
+            scale=section.scale,
+            dropout=section.dropout,
+            rank=rank,
+            dora=section.dora,
+            factor_dropout=section.factor_dropout,
+        )
 
-    dx_BTD = dz_BTR @ a_RD.astype(dz_BTR.dtype)
-    return dx_BTD, gram(dz_BTR, x_BTD), gram(z_BTR, dy_BTF)
+    def delta(self, module, x_BTD, product_BTF, kernel_DF, segment_ids_BT):
+        pair = LoraPair(product_BTF.shape[-1], self, name="lora")
+        return pair(x_BTD, product_BTF, kernel_DF), []
 
-
-lora_delta.defvjp(_lora_delta_forward, _lora_delta_backward)
-
-
-def init_a(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Kaiming-uniform with a = sqrt(5) over the last axis: U(+-1 / sqrt(D_in)), f32."""
-    bound = shape[-1] ** -0.5
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
-def drop_inputs(x_BTD: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    keep = jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape)
-    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
-
-
-def drop_in_training(module: nn.Module, x_BTD: jax.Array, rate: float) -> jax.Array:
-    """The input of a low-rank product: as it is, unless the module was given dropout's key."""
-    if rate == 0 or not module.has_rng("dropout"):
-        return x_BTD
-    return drop_inputs(x_BTD, rate, module.make_rng("dropout"))
+    def cover(self, config: ModelConfig, matrix: Matrix, frozen: Coverage) -> list[Coverage]:
+        if matrix.path not in self.paths:
+            return [frozen]
+        each = self.rank * (matrix.in_features + matrix.out_features)
+        label = f"LoRA, rank {self.rank}"
+        if self.dora:
+            label, each = f"DoRA, rank {self.rank}", each + matrix.out_features
+        return [frozen._replace(trained=matrix.count * each, status=label)]
 
 
 def dora_scale(
@@ -122,11 +107,11 @@ def dora_scale(
     return (jnp.sqrt(base_F) + growth_F) / norm_F
 
 
-class PlainLora(nn.Module):
-    """One pair of factors for one matrix; gives what is added to its product x W."""
+class LoraPair(nn.Module):
+    """A and B of one matrix; returns what they add to its product x W."""
 
     features: int
-    adapter: AdapterSpec
+    adapter: "Lora"
 
     @nn.compact
     def __call__(self, x_BTD, product_BTF, kernel_DF):

@@ -7,62 +7,117 @@ Expert e of a token x computes the whole FFN with its own factors,
 
 with w the renormalised softmax of the best K, so that an adapter with B = 0 is its base. W1 and W3
 are shared and linear in x: once per token. W2 is shared and linear in h: once per token, after the
-hidden vectors are combined. What the experts add is in `ops.expert_deltas`.
+hidden vectors are combined. What the experts add is in `ops.lora_deltas`.
 
 Dropout draws one mask for a projection's input, shared by the experts (one for every slot on the
 down projection, whose input differs by slot). Letters as in `models.layers`.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_lora import ExpertLora
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec, drop_in_training
-from drlora_jax.models.architecture import DenseFfnConfig
+from drlora_jax.adapters.expert_base import (
+    BesideOptions,
+    OwnExpertOptions,
+    OwnExperts,
+    active_experts,
+    check_alike,
+    choose_active,
+)
+from drlora_jax.adapters.low_rank import ExpertPairs, drop_in_training
+from drlora_jax.errors import UserError
+from drlora_jax.models.architecture import FFN, FFN_ROLES, DenseFfnConfig, Matrix, ModelConfig
 from drlora_jax.models.layers import Projection
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import NO_ADAPTER, Coverage, PlacementOptions
 from drlora_jax.models.remat import keep
-from drlora_jax.models.routing import RoutingStats, choose_open, open_experts, routing_stats
+from drlora_jax.models.routing import RoutingStats, routing_stats
 from drlora_jax.ops.experts.shared import ACTIVATIONS
-from drlora_jax.ops.lora_deltas import deltas_of
 
-ROLES = ("gate", "up", "down")
 ROUTER_INIT = 0.02  # standard deviation
+
+
+@dataclass(frozen=True)
+class MixLoraOptions(OwnExpertOptions, BesideOptions):
+    text = "LoRA experts on the FFNs of a dense model, with a router per layer"
+
+
+@dataclass(frozen=True)
+class MixLora(OwnExperts):
+    """The placement; other adapted matrices (attention) have plain LoRA."""
+
+    kind: ClassVar[str] = "mixlora"
+    options: ClassVar[type[PlacementOptions]] = MixLoraOptions
+    expert_modules: ClassVar[tuple[str, ...]] = ("mlp",)
+
+    @classmethod
+    def from_section(cls, config, section, paths, *, rank, max_rank):
+        adapter = super().from_section(config, section, paths, rank=rank, max_rank=max_rank)
+        own = {"expert_scale": section.expert_scale, "expert_dropout": section.expert_dropout}
+        return replace(adapter, **own)
+
+    @classmethod
+    def check_paths(cls, config: ModelConfig, paths: frozenset[str]) -> None:
+        if not any(check_alike(cls.kind, config, paths)):
+            raise UserError(
+                "adapter.targets: adapter.kind=mixlora adapts no FFN; add gate, up or down, or set "
+                "adapter.kind=lora."
+            )
+
+    def ffn(self, config: DenseFfnConfig, options: DecoderOptions) -> nn.Module:
+        return MixtureFfn(config, options, name="mlp")
+
+    def cover(self, config: ModelConfig, matrix: Matrix, frozen: Coverage) -> list[Coverage]:
+        rows = super().cover(config, matrix, frozen)
+        if (matrix.kind, matrix.role) == (FFN, "gate"):
+            path = matrix.path.replace("/gate", "/router")
+            rows.append(self.router_row(config, matrix, path))
+        return rows
+
+    @property
+    def ffn_passes(self) -> int:
+        return self.own_routing.experts_per_token
+
+    @classmethod
+    def instead_of_export(cls, run_dir: str) -> str:
+        return f"For MoE-PEFT: python -m drlora_jax.convert export --run {run_dir} --out DIR"
 
 
 class MixtureFfn(nn.Module):
     config: DenseFfnConfig
-    location: str
-    dtype: jnp.dtype
-    adapter: AdapterSpec
-    expert_deltas: Callable = deltas_of  # of `Ops`
+    options: DecoderOptions  # whose adapter is a `MixLora`
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, RoutingStats]:
-        width, hidden, routing = x_BTD.shape[-1], self.config.hidden_dim, self.config.routing
+    def __call__(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, list[RoutingStats]]:
+        """The output [B, T, D], and the statistics of the router."""
+        adapter = self.options.adapter
+        width, hidden, routing = x_BTD.shape[-1], self.config.hidden_dim, adapter.own_routing
         x_TD, is_valid_T = x_BTD.reshape(-1, width), segment_ids_BT.reshape(-1) > 0
         router_DE = self.variable("lora", "router", self._init_router, width).value
         shapes = {role: (width, hidden) for role in ("gate", "up")} | {"down": (hidden, width)}
         lora = {
-            role: ExpertLora(
-                routing.num_experts, *shapes[role], self.adapter, name=f"{role}_lora"
+            role: ExpertPairs(
+                routing.num_experts, *shapes[role], adapter.max_rank, name=f"{role}_lora"
             )()
-            for role in ROLES
-            if f"{self.location}/{role}" in self.adapter.paths
+            for role in FFN_ROLES
+            if role in adapter.paths
         }
         any_lora = next(iter(lora.values()))
-        is_open_E = open_experts(any_lora.gate_ER)  # ranks are a layer's
+        is_active_E = active_experts(any_lora.gate_ER)  # ranks are a layer's
         logits_TE = x_TD.astype(jnp.float32) @ router_DE
-        logits_TE, chosen = choose_open(logits_TE, is_open_E, routing)
+        logits_TE, chosen = choose_active(logits_TE, is_active_E, routing)
         stats = routing_stats(logits_TE, chosen, is_valid_T)
-        scale = self.adapter.of_experts.scale
-        deltas = self.expert_deltas(chosen.expert_TK, any_lora, scale)
+        deltas = self.options.ops.expert_deltas(
+            chosen.expert_TK, any_lora, adapter.of_experts.scale
+        )
 
         def base(role, features, rows_TX):
-            place = f"{self.location}/{role}"
-            return Projection(features, place, self.dtype, NO_ADAPTER, name=role)(rows_TX)
+            projection = Projection(features, replace(self.options, adapter=NO_ADAPTER), name=role)
+            return projection(rows_TX, segment_ids_BT)[0]
 
         hidden_TF = {role: keep(base(role, hidden, x_TD), "mlp_gu") for role in ("gate", "up")}
         slots = chosen.expert_TK.shape[1]
@@ -80,11 +135,11 @@ class MixtureFfn(nn.Module):
         if "down" in lora:
             rows = [self._drop(slot_TF) for slot_TF in rows]
             y_TD = y_TD + deltas.of_slots(rows, chosen.weight_TK, lora["down"])
-        return y_TD.reshape(x_BTD.shape), stats
+        return y_TD.reshape(x_BTD.shape), [stats]
 
     def _drop(self, rows_TX):
-        return drop_in_training(self, rows_TX, self.adapter.of_experts.dropout)
+        return drop_in_training(self, rows_TX, self.options.adapter.of_experts.dropout)
 
     def _init_router(self, width: int):
-        shape = (width, self.config.routing.num_experts)
+        shape = (width, self.options.adapter.own_routing.num_experts)
         return ROUTER_INIT * jax.random.normal(self.make_rng("params"), shape)

@@ -26,27 +26,99 @@ in the order they had; a pruned rank is as before step 1 and does not come back.
 all its ranks. There is no orthogonality penalty, which is about singular vectors.
 """
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.allocation.base import (
-    CapacityShapes,
     CapacityState,
+    Context,
     Event,
     Policy,
     StepStats,
-    rank_importance,
+    zero_stats,
 )
-from drlora_jax.allocation.schedule import event_window, last_event_words
+from drlora_jax.allocation.measurements import IMPORTANCES, ImportanceName
+from drlora_jax.allocation.schedule import EventFields, last_event_words
 from drlora_jax.errors import UserError
+from drlora_jax.system.fields import fraction, option, require
+
+if TYPE_CHECKING:
+    import jax
 
 
 class Stats(NamedTuple):
-    importance_LPER: jax.Array  # f32, EMA
-    uncertainty_LPER: jax.Array  # f32, EMA
+    importance_LPER: "jax.Array"  # f32, EMA
+    uncertainty_LPER: "jax.Array"  # f32, EMA
+
+
+AXES = Stats("LPER", "LPER")
+
+
+@dataclass(frozen=True)
+class AdaLora(EventFields):
+    name = "adalora"
+    text = "AdaLoRA: ranks are pruned from r_init to r_target, the least important of a layer first"
+
+    r_init: int = option(8, "active ranks of every expert at the start, to be pruned")
+    importance_decay: float = option(0.9, "of the smoothed sensitivity, AdaLoRA's beta1")
+    uncertainty_decay: float = option(0.85, "of the sensitivity's uncertainty, AdaLoRA's beta2")
+    importance: ImportanceName = option(
+        "gate_abs", "how the sensitivity of a rank is measured; not probe"
+    )
+
+    def check(self, section) -> None:
+        require(
+            0 < section.r_target <= self.r_init <= section.r_max,
+            "allocation.kind=adalora prunes from r_init to r_target: it needs 0 < r_target <= "
+            f"r_init <= r_max, got r_target={section.r_target}, r_init={self.r_init}, "
+            f"r_max={section.r_max}.",
+        )
+        self.check_events()
+        fraction("allocation", {"importance_decay": self.importance_decay})
+        fraction("allocation", {"uncertainty_decay": self.uncertainty_decay})
+        require(
+            not IMPORTANCES[self.importance].is_of_next_rank,
+            "allocation.importance=probe measures the next rank, and adalora prunes the present "
+            "ones: set gate_abs, gate_sq or elementwise_product.",
+        )
+
+    def refuses(self, section, adapter) -> str | None:
+        if adapter.shares_matrices:
+            return (
+                "allocation.kind=adalora moves the ranks of an expert that stay to the front, and "
+                f"with adapter.kind={adapter.kind} the experts of a layer share these ranks. Use a "
+                "policy that does not prune, such as dr_lora or uniform."
+            )
+        return None
+
+    def allocated_rank(self, section, adapter) -> int:
+        return self.r_init
+
+    def make(self, context: Context) -> Policy:
+        """Raises UserError when no event fits into the run although ranks are to be pruned."""
+        shapes, schedule = context.shapes, make_schedule(context, self)
+        form = IMPORTANCES[self.importance]
+        first_LE = np.full((shapes.layers, shapes.experts), self.r_init, np.int32)
+        at = f" at steps {schedule.first + self.interval} to {schedule.last}"
+        return Policy(
+            name=self.name,
+            init=lambda: CapacityState(first_LE.copy()),
+            init_stats=lambda: zero_stats(AXES, shapes),
+            accumulate=functools.partial(_accumulate, self),
+            is_event=schedule.is_event,
+            update=lambda state, stats, step: prune(state, stats, schedule.budget(step)),
+            budget=schedule.target,
+            stat_axes=AXES,
+            last_event=schedule.last if schedule.count else 0,
+            measures=form.measures,
+            describe=(
+                f"adalora: rank {self.r_init} pruned to a mean of {context.r_target}, "
+                f"{schedule.count} events{at if schedule.count else ''}"
+            ),
+        )
 
 
 class Schedule(NamedTuple):
@@ -69,69 +141,33 @@ class Schedule(NamedTuple):
         return self.target + (self.start - self.target) * left**3 // span**3
 
 
-def adalora(
-    shapes: CapacityShapes,
-    *,
-    total_steps: int,
-    r_init: int,
-    r_target: int,
-    interval: int,
-    importance_decay: float,
-    uncertainty_decay: float,
-    warmup_ratio: float,
-    last_event: int | None = None,
-    importance: str = "gate_abs",
-) -> Policy:
-    """The policy for `shapes`; arguments are the fields of the config section `allocation`.
+def make_schedule(context: Context, fields: AdaLora) -> Schedule:
+    """Returns when events happen; none if there is nothing to prune.
 
     Raises UserError when no event fits into the run although ranks are to be pruned.
     """
-    first, last = event_window(
-        total_steps=total_steps,
-        warmup_ratio=warmup_ratio,
-        interval=interval,
-        last_event=last_event,
-    )
+    (first, last), interval = fields.event_window(context), fields.interval
+    experts, r_init, r_target = context.shapes.experts, fields.r_init, context.r_target
     count = max(0, (last - first) // interval) if r_init > r_target else 0
     if r_init > r_target and not count:
         raise UserError(
             f"allocation: no pruning event fits: warm-up ends at step {first}, an event comes "
             f"{interval} steps later at the earliest, and "
-            f"{last_event_words(last, total_steps, interval)}. Lower allocation.interval "
+            f"{last_event_words(last, context.total_steps, interval)}. Lower allocation.interval "
             f"({interval}) or raise train.steps."
         )
-    schedule = Schedule(first, interval, count, shapes.experts * r_init, shapes.experts * r_target)
+    return Schedule(first, interval, count, experts * r_init, experts * r_target)
 
-    def init_stats():
-        return Stats(jnp.zeros(shapes, jnp.float32), jnp.zeros(shapes, jnp.float32))
 
-    def accumulate(stats: Stats, step: StepStats) -> Stats:
-        now_LPER = rank_importance(step, importance)
-        smooth_LPER = importance_decay * stats.importance_LPER + (1 - importance_decay) * now_LPER
-        apart_LPER = jnp.abs(now_LPER - smooth_LPER)
-        return Stats(
-            smooth_LPER,
-            uncertainty_decay * stats.uncertainty_LPER + (1 - uncertainty_decay) * apart_LPER,
-        )
+def _accumulate(fields: AdaLora, stats: Stats, step: StepStats) -> Stats:
+    """Moves the averages by one step; jnp, in the step."""
+    import jax.numpy as jnp
 
-    def update(state: CapacityState, stats: Stats, step: int):
-        return prune(state, stats, schedule.budget(step))
-
-    return Policy(
-        name="adalora",
-        init=lambda: CapacityState(np.full((shapes.layers, shapes.experts), r_init, np.int32)),
-        init_stats=init_stats,
-        accumulate=accumulate,
-        is_event=schedule.is_event,
-        update=update,
-        budget=schedule.target,
-        last_event=schedule.last if count else 0,
-        needs_elementwise=importance == "elementwise_product",
-        describe=(
-            f"adalora: rank {r_init} pruned to a mean of {r_target}, {count} events"
-            + (f" at steps {first + interval} to {schedule.last}" if count else "")
-        ),
-    )
+    beta1, beta2 = fields.importance_decay, fields.uncertainty_decay
+    now_LPER = IMPORTANCES[fields.importance].of(step)
+    smooth_LPER = beta1 * stats.importance_LPER + (1 - beta1) * now_LPER
+    apart_LPER = jnp.abs(now_LPER - smooth_LPER)
+    return Stats(smooth_LPER, beta2 * stats.uncertainty_LPER + (1 - beta2) * apart_LPER)
 
 
 def prune(state: CapacityState, stats: Stats, budget: int) -> tuple[CapacityState, Stats, Event]:

@@ -18,16 +18,59 @@ L * E * r ranks of the model are shared out among all experts of all layers.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
+from drlora_jax.allocation.base import CapacityShapes, Context, Policy, static_policy
+from drlora_jax.allocation.exponents import ExponentFields
+from drlora_jax.allocation.shares import divide
 from drlora_jax.errors import UserError
+from drlora_jax.system.fields import option, positive
 
 Rounding = Literal["largest_remainder", "upstream"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 MOST_EXPERTS = 1_000_000  # more can only be a slip
+
+
+@dataclass(frozen=True)
+class AlphaLora(ExponentFields):
+    name = "alphalora"
+    text = "AlphaLoRA: experts of a layer, or ranks of experts, by the exponents of their weights"
+    shares_among_layers = True
+
+    experts: int | None = option(
+        None, "LoRA experts of all layers together, with adapter.kind=mixlora or mola"
+    )
+
+    def check(self, section) -> None:
+        if self.experts is not None:
+            positive("allocation", {"experts": self.experts})
+        super().check(section)
+
+    def refuses(self, section, adapter) -> str | None:
+        if adapter.makes_experts != (self.experts is not None):
+            return (
+                "allocation.experts is how many experts alphalora gives to all layers of "
+                "adapter.kind=mixlora or mola together, which need it; the experts of another "
+                f"kind are there already. Got {self.experts} with adapter.kind={adapter.kind}."
+            )
+        return None
+
+    def allocated_rank(self, section, adapter) -> int:
+        return section.r_target if adapter.makes_experts else section.r_max  # all or none
+
+    def wants_exponents(self) -> bool:
+        return True
+
+    def make(self, context: Context) -> Policy:
+        found, beta, rank = context.exponents(), self.alpha_beta, context.r_target
+        if context.has_new_experts:
+            return alphalora_experts(
+                context.shapes, found.layer_L, total=self.experts, rank=rank, beta=beta
+            )
+        return alphalora_ranks(context.shapes, found.expert_LE, r_target=rank, beta=beta)
 
 
 def allocate_experts(
@@ -55,23 +98,6 @@ def allocate_experts(
     return divide(alpha_L, total, beta=beta, most=total)
 
 
-def divide(alpha_N: np.ndarray, total: int, *, beta: float, most: int) -> np.ndarray:
-    """Whole numbers from 1 to `most` in proportion to alpha^beta, i64 [N], with the sum `total`.
-
-    What is due above `most` goes to the others in proportion.
-    """
-    power_N = beta * np.log(alpha_N)
-    weight_N = np.exp(power_N - power_N.max())  # of the largest: no beta overflows
-    share_N = total * weight_N / weight_N.sum()
-    is_full_N = share_N > most
-    while (share_N > most).any():
-        rest = total - most * is_full_N.sum()
-        free = weight_N[~is_full_N].sum()
-        share_N = np.where(is_full_N, most, rest * weight_N / (free or 1.0))
-        is_full_N |= share_N > most
-    return largest_remainder(share_N, total, most=most)
-
-
 def _check(alpha_L: np.ndarray, total: int, beta: float) -> None:
     if alpha_L.ndim != 1 or not alpha_L.size:
         raise UserError(f"exponents must be one for each layer, got shape {list(alpha_L.shape)}.")
@@ -86,21 +112,6 @@ def _check(alpha_L: np.ndarray, total: int, beta: float) -> None:
         )
 
 
-def largest_remainder(
-    share_L: np.ndarray, total: int, *, least: int = 1, most: float = np.inf
-) -> np.ndarray:
-    """Whole numbers from `least` to `most` near the shares, i64, with the sum `total`; among equal
-    remainders the first layer wins.
-    """
-    count_L = np.maximum(np.floor(share_L).astype(np.int64), least)
-    while count_L.sum() < total:
-        count_L[np.argmax(np.where(count_L < most, share_L - count_L, -np.inf))] += 1
-    while count_L.sum() > total:  # ones in the place of zeros: paid by who is furthest above
-        above_L = np.where(count_L > least, count_L - share_L, -np.inf)
-        count_L[np.argmax(above_L)] -= 1
-    return count_L
-
-
 def _as_upstream(weight_L: np.ndarray, total: int) -> np.ndarray:
     """Nearest whole numbers, halves to even; then one at a time by weight (not share) - count."""
     count_L = np.round(total * weight_L / weight_L.sum()).astype(np.int64)
@@ -110,20 +121,6 @@ def _as_upstream(weight_L: np.ndarray, total: int) -> np.ndarray:
         else:
             count_L[np.argmax(weight_L - count_L)] -= 1
     return count_L
-
-
-def spectral_prior(alpha_LE: np.ndarray, power: float) -> np.ndarray:
-    """(alpha / its layer's mean)^power: a factor for the saliency of experts, float64 [L, E]."""
-    return (alpha_LE / alpha_LE.mean(axis=1, keepdims=True)) ** power
-
-
-def spectral_start(alpha_LE: np.ndarray, rank: int, *, beta: float, most: int) -> np.ndarray:
-    """First ranks, i32 [L, E]: each layer shares out E * rank in proportion to alpha^beta, from 1
-    to `most`.
-    """
-    total = rank * alpha_LE.shape[1]
-    ranks = [divide(alpha_E, total, beta=beta, most=most) for alpha_E in alpha_LE]
-    return np.array(ranks, np.int32)
 
 
 def alphalora_experts(

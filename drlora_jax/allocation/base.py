@@ -1,17 +1,26 @@
-"""What an allocation policy is: who decides the active ranks, and when.
+"""Defines an allocation policy: who decides the active ranks, and when.
 
-A policy is four functions over plain values; a new method is one file with a factory that checks
-its arguments and returns a `Policy`. `accumulate` runs inside the jitted step (jnp); everything
-else runs on the host, in NumPy. Letters: L MoE layers, P adapted projections, E experts, R
-allocated ranks, M micro-batches.
+A policy is one file. It declares its own config fields as a `PolicyFields`, whose `make` returns a
+`Policy`: functions over plain values. `accumulate` runs inside the jitted step (jnp); everything
+else runs on the host, in NumPy. Configs are read without jax, so files of policies import it where
+the step is traced. Letters: L MoE layers, P adapted projections, E experts, R allocated ranks, M
+micro-batches.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from drlora_jax.allocation.spectra import Exponents
+from drlora_jax.system.fields import positive
+
+if TYPE_CHECKING:
+    import jax
+
+    from drlora_jax.allocation.measurements import Measurement
+
+LARGEST_RANK = 65536
 
 
 class CapacityShapes(NamedTuple):
@@ -30,15 +39,13 @@ class CapacityState(NamedTuple):
 class StepStats(NamedTuple):
     """What one optimizer step measured, summed over all devices."""
 
-    gate_grad_MLPER: (
-        jax.Array
-    )  # f32, d loss / d gate of every rank, by micro-batch; 0 where inactive
-    elementwise_LPER: jax.Array | None  # f32, sum|A dA| * sum|B dB|; only if the policy asks for it
-    count_MLE: jax.Array  # f32, times each expert was chosen by valid tokens
-    weight_MLE: jax.Array  # f32, combine weight each expert got
-    tokens_M: jax.Array  # f32, valid tokens
-    # f32, |d loss / d B|^2 of every expert's next inactive rank, 0 elsewhere; only if asked for
-    probe_LPER: jax.Array | None = None
+    # f32, d loss / d gate of every rank, by micro-batch; 0 where inactive
+    gate_grad_MLPER: "jax.Array"
+    count_MLE: "jax.Array"  # f32, times each expert was chosen by valid tokens
+    weight_MLE: "jax.Array"  # f32, combine weight each expert got
+    tokens_M: "jax.Array"  # f32, valid tokens
+    # by the names of the policy's `measures`
+    measured: dict[str, "jax.Array"] = {}
 
 
 class Event(NamedTuple):
@@ -46,8 +53,20 @@ class Event(NamedTuple):
 
     saliency_LE: np.ndarray  # f32
     # i32, for a policy that prunes: new rank k of an expert is its old rank order[k], so that the
-    # active ranks stay a prefix. Factors and moments follow; the policy moves its own statistics.
+    # active ranks stay a prefix. LoRA matrices and moments follow; the policy moves its own
+    # statistics.
     order_LER: np.ndarray | None = None
+
+
+class Profile(NamedTuple):
+    """What a policy measures before step 1, on the first rows of the training data."""
+
+    rows: int
+    # Names of `PROFILE_PASSES` in training/growth.py: each is a pass over the rows, and an array
+    # that is summed over them.
+    measures: tuple[str, ...]
+    # From the sums by name: the capacity to start with, recorded as an event.
+    decide: Callable[[dict[str, np.ndarray]], tuple[CapacityState, Event]]
 
 
 class Policy(NamedTuple):
@@ -59,20 +78,74 @@ class Policy(NamedTuple):
     update: Callable[[CapacityState, Any, int], tuple[CapacityState, Any, Event]]
     # active ranks of a layer at the end; of each layer, where they differ
     budget: int | tuple[int, ...]
+    # The statistics' axes: a tree like them of letters, "LE" or "LPER". What has an axis E is
+    # sharded with the experts; without axes statistics are replicated.
+    stat_axes: Any = None
     last_event: int = 0  # optimizer steps a run needs at least
-    needs_elementwise: bool = False
-    needs_probe: bool = False  # the step lets every expert's next inactive rank have a gradient
-    # A policy that wants to see how the base routes the task: rows of training data to read before
-    # step 1, and from the counts f32 [L, E] the capacity to start with, recorded as an event.
-    profile_rows: int = 0
-    start: Callable[[np.ndarray], tuple[CapacityState, Event]] | None = None
+    # what every step measures for `accumulate`, besides gates and routing
+    measures: tuple["Measurement", ...] = ()
+    profile: Profile | None = None
     describe: str = ""  # one line for the start of a run
+
+
+class Context(NamedTuple):
+    """What a policy is made for: a model, a run, and the fields that all policies share."""
+
+    shapes: CapacityShapes
+    r_target: int
+    total_steps: int = 0  # that its schedule is made for
+    warmup_ratio: float = 0.0  # of the learning rate
+    seed: int = 0
+    # experts of every layer where they differ; () where all layers are alike
+    counts_L: tuple[int, ...] = ()
+    # the adapter brings its experts, instead of adapting those of the base model
+    has_new_experts: bool = False
+    # reads or computes the exponents of the base model's weights
+    exponents: Callable[[], Exponents] | None = None
+
+
+class PolicyFields:
+    """A policy as the config knows it: base of frozen dataclasses of a policy's own fields.
+
+    `section` is the config section `allocation`, of which `r_target` and `r_max` are shared by all
+    policies; `adapter` is the section `adapter`.
+    """
+
+    name: ClassVar[str]
+    text: ClassVar[str]  # one line for the reference
+    needs_experts: ClassVar[bool] = True  # among which ranks are shared
+    shares_among_layers: ClassVar[bool] = False  # which must then have the same number of experts
+    # False: `make` is given layers of different numbers of experts as they are, in `counts_L`
+    wants_equal_layers: ClassVar[bool] = True
+
+    def check(self, section: Any) -> None:
+        """Refuses values that cannot be."""
+        positive("allocation", {"r_target": section.r_target, "r_max": section.r_max})
+
+    def refuses(self, section: Any, adapter: Any) -> str | None:
+        """Returns why the policy cannot allocate for a placement; None if it can."""
+        return None
+
+    def allocated_rank(self, section: Any, adapter: Any) -> int:
+        """Returns the ranks that every expert has memory for."""
+        return section.r_max
+
+    def wants_exponents(self) -> bool:
+        """Returns whether `make` asks for the exponents of the base model's weights."""
+        return False
+
+    def first_ranks_show_files(self) -> bool:
+        """Returns whether another file that gives the same first ranks makes the same run."""
+        return True
+
+    def make(self, context: Context) -> Policy:
+        raise NotImplementedError
 
 
 def static_policy(
     name: str, ranks_LE: np.ndarray, *, budget: int | tuple[int, ...], describe: str
 ) -> Policy:
-    """Ranks that stay as they are from the first step to the last."""
+    """Returns a policy whose ranks stay as they are from the first step to the last."""
 
     def update(state, stats, step):
         raise AssertionError(f"{name} has no events, asked at step {step}")
@@ -85,22 +158,20 @@ def static_policy(
         is_event=lambda step: False,
         update=update,
         budget=budget,
+        stat_axes=(),
         describe=describe,
     )
 
 
-def rank_importance(step: StepStats, form: str) -> jax.Array:
-    """How much every rank matters to the loss of one step, f32 [L, P, E, R]; jnp, in the step.
+def zero_stats(axes: Any, shapes: CapacityShapes) -> Any:
+    """Returns f32 zeros of the shape that each leaf of `axes` names by its letters."""
+    import jax
+    import jax.numpy as jnp
 
-    The sign is dropped once, after the sum over micro-batches and devices: the gate gradient is
-    linear.
-    """
-    if form == "elementwise_product":
-        return step.elementwise_LPER
-    if form == "probe":
-        return step.probe_LPER
-    importance_LPER = jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
-    return importance_LPER**2 if form == "gate_sq" else importance_LPER
+    sizes = dict(zip("LPER", shapes, strict=True))
+    return jax.tree.map(
+        lambda letters: jnp.zeros([sizes[letter] for letter in letters], jnp.float32), axes
+    )
 
 
 def masks_from_ranks(ranks_LE: np.ndarray, max_rank: int) -> np.ndarray:

@@ -1,11 +1,14 @@
 """Policies for layers with different numbers of experts (MoLA's patterns, AlphaLoRA).
 
-Arrays have room for the layer with most experts; in a layer with n of them the first n are open and
-the others have rank 0 for good. A policy knows nothing of that: one is made for every number there
-is, for the layers that have it, so that budget and quota of a layer follow its own experts.
+Arrays have room for the layer with most experts; in a layer with n of them the first n are
+available and the others have rank 0 for good. A policy knows nothing of that: one is made for every
+number there is, for the layers that have it, so that budget and quota of a layer follow its own
+experts.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,58 +19,64 @@ from drlora_jax.allocation.base import CapacityShapes, CapacityState, Event, Pol
 def for_counts(
     counts_L: tuple[int, ...], shapes: CapacityShapes, make: Callable[[CapacityShapes], Policy]
 ) -> Policy:
-    """The policy that `make` gives, for layers of `counts_L` experts.
+    """Returns the policy that `make` gives, for layers of `counts_L` experts.
 
     Args:
       shapes: of the arrays; `experts` is the largest count.
       make: a policy for layers alike. It may look at its statistics by layer and expert only, and
-        its leaves end in _LE or _LPER.
+        declares their axes.
     """
     whole, counts = make(shapes), np.asarray(counts_L)
-    parts = {}
+    parts = []
     for count in sorted(set(counts_L)):
         rows = np.flatnonzero(counts == count)
-        part = make(shapes._replace(layers=rows.size, experts=count))
-        parts[count] = rows, part
+        parts.append(Part(make(shapes._replace(layers=rows.size, experts=count)), rows, count))
 
     def init() -> CapacityState:
         ranks_LE = np.zeros((shapes.layers, shapes.experts), np.int32)
-        for count, (rows, part) in parts.items():
-            ranks_LE[rows, :count] = part.init().ranks_LE
+        for part in parts:
+            ranks_LE[part.rows, : part.count] = part.policy.init().ranks_LE
         return CapacityState(ranks_LE)
 
-    def update(state: CapacityState, stats, step: int):
-        ranks_LE = state.ranks_LE.copy()
-        stats = jax.tree.map(np.array, stats)
-        saliency_LE = np.zeros(ranks_LE.shape, np.float32)
-        order_LER = np.tile(np.arange(shapes.max_rank, dtype=np.int32), (*ranks_LE.shape, 1))
-        is_reordered = False
-        for count, (rows, part) in parts.items():
-            own = CapacityState(ranks_LE[rows, :count])
-            own_stats = jax.tree.map(lambda leaf, at=(rows, count): _cut(leaf, *at), stats)
-            own, own_stats, event = part.update(own, own_stats, step)
-            ranks_LE[rows, :count] = own.ranks_LE
-            saliency_LE[rows, :count] = event.saliency_LE
-            if event.order_LER is not None:
-                order_LER[rows, :count], is_reordered = event.order_LER, True
-            for leaf, new in zip(jax.tree.leaves(stats), jax.tree.leaves(own_stats), strict=True):
-                leaf[(rows, *_experts(leaf, count))] = new
-        order = order_LER if is_reordered else None
-        return CapacityState(ranks_LE), stats, Event(saliency_LE, order)
-
+    budgets = {part.count: part.policy.budget for part in parts}
     return whole._replace(
         init=init,
-        update=update,
-        budget=tuple(parts[count][1].budget for count in counts_L),
+        update=functools.partial(_update, parts, whole.stat_axes, shapes.max_rank),
+        budget=tuple(budgets[count] for count in counts_L),
         describe=f"{whole.describe}; {counts.min()} to {counts.max()} experts a layer, "
         f"{counts.sum()} in all",
     )
 
 
-def _experts(leaf: np.ndarray, count: int) -> tuple[slice, ...]:
-    """The first experts of a leaf [L, E] or [L, P, E, R], behind its layers."""
-    return (slice(None),) * (leaf.ndim // 2 - 1) + (slice(count),)
+class Part(NamedTuple):
+    """The layers with one number of experts."""
+
+    policy: Policy
+    rows: np.ndarray  # which layers
+    count: int  # of their experts
+
+    def place(self, letters: str) -> tuple:
+        """Where the part's numbers are in an array with the axes `letters`, of which L is first."""
+        return (self.rows, *(slice(None),) * (letters.index("E") - 1), slice(self.count))
 
 
-def _cut(leaf: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-    return leaf[(rows, *_experts(leaf, count))]
+def _update(parts: list[Part], axes: Any, max_rank: int, state: CapacityState, stats, step: int):
+    """An event: every part's policy updates its own layers."""
+    ranks_LE, (leaves, tree) = state.ranks_LE.copy(), jax.tree.flatten(stats)
+    leaves, letters = [np.array(leaf) for leaf in leaves], jax.tree.leaves(axes)
+    saliency_LE = np.zeros(ranks_LE.shape, np.float32)
+    order_LER = np.tile(np.arange(max_rank, dtype=np.int32), (*ranks_LE.shape, 1))
+    is_reordered = False
+    for part in parts:
+        at, places = part.place("LE"), [part.place(each) for each in letters]
+        own_stats = [leaf[place] for leaf, place in zip(leaves, places, strict=True)]
+        own, own_stats, event = part.policy.update(
+            CapacityState(ranks_LE[at]), jax.tree.unflatten(tree, own_stats), step
+        )
+        ranks_LE[at], saliency_LE[at] = own.ranks_LE, event.saliency_LE
+        if event.order_LER is not None:
+            order_LER[at], is_reordered = event.order_LER, True
+        for leaf, place, new in zip(leaves, places, jax.tree.leaves(own_stats), strict=True):
+            leaf[place] = new
+    event = Event(saliency_LE, order_LER if is_reordered else None)
+    return CapacityState(ranks_LE), jax.tree.unflatten(tree, leaves), event

@@ -6,47 +6,46 @@ others none, and nothing changes afterwards. The ranks of a layer sum to E * r_t
 other policy, so a chosen expert has E * r_target / chosen of them.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from drlora_jax.allocation.base import (
-    CapacityShapes,
-    CapacityState,
-    Event,
-    Policy,
-    static_policy,
-)
+from drlora_jax.allocation.base import Context, Policy
+from drlora_jax.allocation.profiled import ProfileFields
 from drlora_jax.errors import UserError
+from drlora_jax.system.fields import option, require
 
 
-def moe_sieve(shapes: CapacityShapes, *, r_target: int, share: float, profile_rows: int) -> Policy:
-    """The policy for `shapes`; arguments are the fields of the config section `allocation`.
+@dataclass(frozen=True)
+class MoeSieve(ProfileFields):
+    name = "moe_sieve"
+    text = "MoE-Sieve: the most used share of a layer's experts has all ranks, the others none"
 
-    Raises UserError when the budget does not fit into the chosen experts.
-    """
-    chosen, budget = max(1, round(share * shapes.experts)), shapes.experts * r_target
-    needed = -(-budget // chosen)
-    if needed > shapes.max_rank:
-        raise UserError(
-            f"allocation.kind=moe_sieve gives the layer's {budget} ranks to {chosen} of "
-            f"{shapes.experts} experts, up to {needed} each, but allocation.r_max is "
-            f"{shapes.max_rank}: raise it to {needed}, or allocation.share ({share})."
+    share: float = option(0.25, "share of a layer's experts that get ranks")
+
+    def check(self, section) -> None:
+        super().check(section)
+        require(0 < self.share <= 1, f"allocation.share must be in (0, 1], got {self.share}.")
+
+    def make(self, context: Context) -> Policy:
+        """Raises UserError when the budget does not fit into the chosen experts."""
+        shapes, share = context.shapes, self.share
+        chosen, budget = max(1, round(share * shapes.experts)), shapes.experts * context.r_target
+        needed = -(-budget // chosen)
+        if needed > shapes.max_rank:
+            raise UserError(
+                f"allocation.kind=moe_sieve gives the layer's {budget} ranks to {chosen} of "
+                f"{shapes.experts} experts, up to {needed} each, but allocation.r_max is "
+                f"{shapes.max_rank}: raise it to {needed}, or allocation.share ({share})."
+            )
+        return self.decided_by_use(
+            context,
+            lambda use_E: sieve(use_E, chosen, budget),
+            describe=(
+                f"moe_sieve: the {chosen} of {shapes.experts} experts that {self.profile_rows} "
+                f"rows use most have rank {budget / chosen:g}, the others none"
+            ),
         )
-
-    def start(count_LE: np.ndarray) -> tuple[CapacityState, Event]:
-        ranks_LE = np.stack([sieve(count_E, chosen, budget) for count_E in count_LE])
-        total_L1 = np.maximum(count_LE.sum(axis=1, keepdims=True), 1.0)
-        return CapacityState(ranks_LE), Event((count_LE / total_L1).astype(np.float32))
-
-    policy = static_policy(
-        "moe_sieve",
-        np.zeros((shapes.layers, shapes.experts), np.int32),  # until the rows were read
-        budget=budget,
-        describe=(
-            f"moe_sieve: the {chosen} of {shapes.experts} experts that {profile_rows} rows use "
-            f"most have rank {budget / chosen:g}, the others none"
-        ),
-    )
-    return policy._replace(profile_rows=profile_rows, start=start)
 
 
 def sieve(count_E: np.ndarray, chosen: int, budget: int) -> np.ndarray:

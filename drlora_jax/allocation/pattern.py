@@ -5,33 +5,66 @@ they are, or because of when they came.
 """
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
+from drlora_jax.allocation.base import (
+    CapacityShapes,
+    Context,
+    Policy,
+    PolicyFields,
+    static_policy,
+)
 from drlora_jax.errors import UserError
+from drlora_jax.system.fields import option, require
 from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 
 
-def pattern(
-    shapes: CapacityShapes, *, path: str, r_target: int, counts_L: tuple[int, ...] = ()
-) -> Policy:
-    """Ranks [L][E] of `path` from the first step to the last.
+@dataclass(frozen=True)
+class Pattern(PolicyFields):
+    name = "pattern"
+    text = "the ranks of a file from the first step to the last"
+    wants_equal_layers = False
 
-    Args:
-      counts_L: experts of every layer, where an adapter's own are not as many everywhere.
+    pattern: str | None = option(
+        None, "file of ranks [layers][experts], or a run's ranks.jsonl", is_path=True
+    )
 
-    Raises UserError when the table does not fit the model, the allocated ranks or the budget.
-    """
-    ranks_LE = read_ranks(path, shapes)
-    for layer, count in enumerate(counts_L):
+    def check(self, section) -> None:
+        super().check(section)
+        require(
+            bool(self.pattern),
+            "allocation.kind=pattern needs allocation.pattern=FILE: ranks [layers][experts] "
+            "as JSON, or the ranks.jsonl of a run.",
+        )
+
+    def make(self, context: Context) -> Policy:
+        """Raises UserError when the table does not fit the model, the allocated ranks or the
+        budget.
+        """
+        shapes, path, counts_L = context.shapes, self.pattern, context.counts_L
+        ranks_LE = read_ranks(path, shapes)
+        experts_L = np.array(counts_L or (shapes.experts,) * shapes.layers)
+        budget_L = experts_L * context.r_target
+        _check_budget(path, ranks_LE, experts_L, context.r_target)
+        return static_policy(
+            self.name,
+            ranks_LE,
+            budget=tuple(budget_L.tolist()) if len(set(counts_L)) > 1 else int(budget_L[0]),
+            describe=f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
+            f"a mean of {ranks_LE.mean():g}",
+        )
+
+
+def _check_budget(path: str, ranks_LE: np.ndarray, experts_L: np.ndarray, r_target: int) -> None:
+    for layer, count in enumerate(experts_L):
         if ranks_LE[layer, count:].any():
             raise UserError(
                 f"allocation.pattern={path} gives ranks to more experts than the {count} that "
                 f"adapter.experts_per_layer has for layer {layer}: {ranks_LE[layer].tolist()}."
             )
-    experts_L = np.array(counts_L or (shapes.experts,) * shapes.layers)
-    budget_L, used_L = experts_L * r_target, ranks_LE.sum(axis=1)
+    used_L, budget_L = ranks_LE.sum(axis=1), experts_L * r_target
     if (used_L > budget_L).any():
         layer = int(np.argmax(used_L - budget_L))
         raise UserError(
@@ -39,17 +72,9 @@ def pattern(
             f"{experts_L[layer]} experts * allocation.r_target ({r_target}) = {budget_L[layer]}."
         )
 
-    return static_policy(
-        "pattern",
-        ranks_LE,
-        budget=tuple(budget_L.tolist()) if len(set(counts_L)) > 1 else int(budget_L[0]),
-        describe=f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
-        f"a mean of {ranks_LE.mean():g}",
-    )
-
 
 def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
-    """i32 [L, E] from a JSON file that holds [L][E], or from a run's ranks.jsonl: its last row."""
+    """Reads i32 [L, E] from a JSON file of [L][E], or from the last row of a run's ranks.jsonl."""
     file = local_path(path, "allocation.pattern")
     if kind_of(file) != FILE:
         raise UserError(

@@ -10,38 +10,51 @@ policy; a layer has E * r_l of them, the same for each of its experts: 4 to 12, 
 does, to prune single entries of A while training, is not about ranks and is not done here.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from drlora_jax.allocation.alphalora import largest_remainder
-from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
-from drlora_jax.errors import UserError
+from drlora_jax.allocation.base import Context, Policy, PolicyFields, static_policy
+from drlora_jax.allocation.shares import largest_remainder
+from drlora_jax.system.fields import option, require
+
+
+@dataclass(frozen=True)
+class PriLora(PolicyFields):
+    name = "prilora"
+    text = "PRILoRA: ranks rise linearly from the first layer to the last"
+    shares_among_layers = True
+
+    r_init: int = option(8, "rank of the first layer; the last one has 2 r_target - r_init")
+
+    def check(self, section) -> None:
+        super().check(section)
+        last = last_rank(self.r_init, section.r_target)
+        require(
+            0 <= min(self.r_init, last) and max(self.r_init, last) <= section.r_max,
+            f"allocation.kind=prilora goes from r_init ({self.r_init}) in the first layer to "
+            f"2 * r_target - r_init ({last}) in the last; both must be from 0 to "
+            f"allocation.r_max ({section.r_max}).",
+        )
+
+    def allocated_rank(self, section, adapter) -> int:
+        return max(self.r_init, last_rank(self.r_init, section.r_target))
+
+    def make(self, context: Context) -> Policy:
+        shapes, r_target = context.shapes, context.r_target
+        share_L = np.linspace(self.r_init, last_rank(self.r_init, r_target), shapes.layers)
+        if shapes.layers == 1:  # no depth to rise over
+            share_L[:] = r_target
+        rank_L = largest_remainder(share_L, shapes.layers * r_target, least=0)
+        return static_policy(
+            self.name,
+            np.broadcast_to(rank_L[:, None], (shapes.layers, shapes.experts)),
+            budget=tuple((shapes.experts * rank_L).tolist()),
+            describe=f"prilora: rank {rank_L[0]} in the first layer to {rank_L[-1]} in the last, "
+            f"a mean of {r_target}",
+        )
 
 
 def last_rank(r_init: int, r_target: int) -> int:
-    """r_f of equation (1)."""
+    """Returns r_f of equation (1)."""
     return 2 * r_target - r_init
-
-
-def prilora(shapes: CapacityShapes, *, r_init: int, r_target: int, r_max: int) -> Policy:
-    """The policy for `shapes`; arguments are the fields of the config section `allocation`.
-
-    Raises UserError when the line leaves the ranks there can be.
-    """
-    ends = r_init, last_rank(r_init, r_target)
-    if min(ends) < 0 or max(ends) > r_max:
-        raise UserError(
-            f"allocation.kind=prilora goes from r_init ({ends[0]}) in the first layer to "
-            f"2 * r_target - r_init ({ends[1]}) in the last; both must be from 0 to "
-            f"allocation.r_max ({r_max})."
-        )
-    share_L = np.linspace(*ends, shapes.layers)
-    if shapes.layers == 1:  # no depth to rise over
-        share_L[:] = r_target
-    rank_L = largest_remainder(share_L, shapes.layers * r_target, least=0)
-    return static_policy(
-        "prilora",
-        np.broadcast_to(rank_L[:, None], (shapes.layers, shapes.experts)),
-        budget=tuple((shapes.experts * rank_L).tolist()),
-        describe=f"prilora: rank {rank_L[0]} in the first layer to {rank_L[-1]} in the last, "
-        f"a mean of {r_target}",
-    )

@@ -1,14 +1,45 @@
-"""Plain LoRA: every expert has `rank` active ranks from the first step to the last."""
+"""Plain LoRA: every expert has `r_target` active ranks from the first step to the last."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from drlora_jax.allocation.base import CapacityShapes, Policy, static_policy
+from drlora_jax.allocation.base import Context, Policy, PolicyFields, static_policy
+from drlora_jax.system.fields import option
 
 
-def uniform(shapes: CapacityShapes, *, rank: int) -> Policy:
-    return static_policy(
-        "uniform",
-        np.full((shapes.layers, shapes.experts), rank, np.int32),
-        budget=shapes.experts * rank,
-        describe=f"uniform: every expert has rank {rank}",
+@dataclass(frozen=True)
+class Uniform(PolicyFields):
+    name = "uniform"
+    text = "plain LoRA: every expert has rank r_target from the first step to the last"
+    needs_experts = False
+
+    rank_rule: Literal["fixed", "per_top_k", "per_expert"] = option(
+        "fixed", "r_target as it is, or divided by the experts per token, or by those of a layer"
     )
+
+    def refuses(self, section, adapter) -> str | None:
+        if self.rank_rule != "fixed" and adapter.kind == "lora":
+            return (
+                f"allocation.rank_rule={self.rank_rule} divides by a number of experts; "
+                "adapter.kind=lora has none."
+            )
+        if self.rank_rule == "per_top_k" and adapter.top_p is not None:
+            return (
+                "allocation.rank_rule=per_top_k divides by the experts of a token, and with "
+                f"adapter.top_p={adapter.top_p} tokens have different numbers of them."
+            )
+        return None
+
+    def allocated_rank(self, section, adapter) -> int:
+        return section.r_target
+
+    def make(self, context: Context) -> Policy:
+        shapes, rank = context.shapes, context.r_target
+        return static_policy(
+            self.name,
+            np.full((shapes.layers, shapes.experts), rank, np.int32),
+            budget=shapes.experts * rank,
+            describe=f"uniform: every expert has rank {rank}",
+        )

@@ -6,6 +6,7 @@ in the run directory is executed or changed.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,17 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
-from drlora_jax.adapters.rank_trees import expert_roles, gates_tree
+from drlora_jax.adapters.rank_trees import masks_tree, rank_axes
 from drlora_jax.allocation import masks_from_ranks
 from drlora_jax.config import MeshSection, TrainConfig
 from drlora_jax.data.tokenize import check_vocabulary
 from drlora_jax.inference.words import Words, of_base, of_run
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_headers, read_model_config
 from drlora_jax.interop.hf_read import load_params, match_keys
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import NO_ADAPTER, Placement
 from drlora_jax.models.transformer import (
     Decoder,
-    DecoderOptions,
     abstract_lora,
     abstract_params,
 )
@@ -70,7 +71,6 @@ class Loaded(NamedTuple):
         """The same model without its adapter."""
         options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
         return self._replace(
-            # A dense layer with routing and no adapter is a dense layer.
             model=self.model.clone(options=options),
             variables={"params": self.variables["params"]},
             step=None,
@@ -127,8 +127,6 @@ def load_run(
         mesh or MeshSection(),
         source.base_fingerprint,
     )
-    if not base_only:
-        loaded = loaded._replace(model=loaded.model.clone(config=source.model_config))
     loaded = loaded._replace(config=source.config, run_dir=source.run_dir)
     return loaded if base_only else _with_adapter(loaded, source)
 
@@ -140,8 +138,7 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSo
     model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
     lora = abstract_lora(model)
     lora = mesh_lib.with_shardings(lora, mesh_lib.shardings_for(mesh, lora, "lora"))
-    routing = source.model_config.routing
-    shape = (len(source.model_config.moe_layers), routing.num_experts if routing else 0)
+    shape = (len(source.expert_layers), rank_axes(model)[1])
     ranks = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=mesh_lib.replicated(mesh))
     wanted = {"lora": lora, "ranks_LE": ranks}
     found = read_newest(source.checkpoints, source.steps, wanted)
@@ -149,34 +146,56 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSo
     return found.state["lora"], np.array(found.state["ranks_LE"]), used
 
 
-def _load(
-    words: Words, dtype: str, adapter: AdapterSpec, section: MeshSection, digest=None
-) -> Loaded:
-    directory = words.directory
+class Base(NamedTuple):
+    """A base model on its mesh."""
+
+    model: Decoder
+    params: dict
+    mesh: Mesh
+    experts: str  # how experts are computed
+
+
+def place_base(
+    directory: pathlib.Path, dtype: str, section: MeshSection, check=lambda vocab_size: None
+) -> Base:
+    """The base model of a directory on a mesh; `dtype` may be `auto`.
+
+    Args:
+      check: called with the size of the vocabulary before weights are read.
+    """
     model_config = read_model_config(directory)
     sizes = mesh_lib.resolve_sizes(section, mesh_lib.count_devices(), jax.process_count())
     check_model_divides(model_config, sizes)
     plain = Decoder(model_config, DecoderOptions(dtype=jnp.dtype(resolve_dtype(dtype))))
     abstract = abstract_params(plain)
     match_keys(model_config, read_headers(directory), abstract)
-    check_vocabulary(words.tokenizer, model_config.vocab_size)
+    check(model_config.vocab_size)
     mesh = mesh_lib.make_mesh(sizes)
-    dtype = plain.options.dtype
-    experts = checked_expert_backend(model_config, dtype, mesh.devices.flat[0], "auto")
-    ops = sharded_ops(mesh, experts=experts)
-    options = dataclasses.replace(plain.options, adapter=adapter, ops=ops)
+    experts = checked_expert_backend(
+        model_config, plain.options.dtype, mesh.devices.flat[0], "auto"
+    )
+    options = dataclasses.replace(plain.options, ops=sharded_ops(mesh, experts=experts))
     abstract = mesh_lib.with_shardings(abstract, mesh_lib.shardings_for(mesh, abstract, "params"))
     params = load_params(model_config, directory, abstract)
-    digest = digest or fingerprint(directory)
+    return Base(Decoder(model_config, options), params, mesh, experts)
+
+
+def _load(
+    words: Words, dtype: str, adapter: Placement, section: MeshSection, digest=None
+) -> Loaded:
+    directory = words.directory
+    check = functools.partial(check_vocabulary, words.tokenizer)
+    base = place_base(directory, dtype, section, check)
+    options = dataclasses.replace(base.model.options, adapter=adapter)
     return Loaded(
-        model=Decoder(model_config, options),
-        variables={"params": params},
+        model=base.model.clone(options=options),
+        variables={"params": base.params},
         tokenizer=words.tokenizer,
         end_token_ids=words.end_token_ids,
         directory=directory,
-        base_fingerprint=digest,
-        mesh=mesh,
-        experts=experts,
+        base_fingerprint=digest or fingerprint(directory),
+        mesh=base.mesh,
+        experts=base.experts,
     )
 
 
@@ -187,11 +206,9 @@ def _with_adapter(loaded: Loaded, source: RunSource) -> Loaded:
     return loaded._replace(variables=variables, step=source.step, ranks_LE=ranks_LE)
 
 
-def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh) -> dict:
+def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh | None = None) -> dict:
     """The `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
-    adapter = model.options.adapter
-    mask_LER = masks_from_ranks(ranks_LE, adapter.max_rank)
-    mask_LER = processes.place(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
-    roles = expert_roles(adapter)
-    shape = (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
-    return gates_tree(model.config, roles, jnp.broadcast_to(mask_LER[:, None], shape))
+    mask_LER = masks_from_ranks(ranks_LE, model.options.adapter.max_rank)
+    if mesh is not None:
+        mask_LER = processes.place(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))
+    return masks_tree(model, jnp.asarray(mask_LER))

@@ -22,11 +22,17 @@ Found = list[tuple[int | None, float]]  # of a layer's matrices: whose expert's,
 
 
 def read_exponents(
-    config: ModelConfig, directory: pathlib.Path, *, file: str | None, estimator: Estimator
+    config: ModelConfig,
+    directory: pathlib.Path,
+    layers: tuple[int, ...],
+    *,
+    file: str | None,
+    estimator: Estimator,
 ) -> Exponents:
     """The exponents of the model in `directory`.
 
     Args:
+      layers: model layer indices of the layers with experts, the L axis.
       file: of `drlora_jax.alpha --out`; None: from the weights or their cached spectra.
 
     Raises:
@@ -41,7 +47,7 @@ def read_exponents(
         ]
     else:
         by_layer = _from_file(file, directory, config.num_layers, estimator)
-    chosen = [by_layer[layer] for layer in config.moe_layers]
+    chosen = [by_layer[layer] for layer in layers]
     layer_L = np.array([np.mean([alpha for _, alpha in found]) for found in chosen])
     experts = config.moe.routing.num_experts if config.moe else 0
     return Exponents(layer_L, _by_expert(chosen, experts))

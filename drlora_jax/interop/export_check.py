@@ -18,12 +18,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from drlora_jax.adapters.lora import AdapterSpec
 from drlora_jax.errors import RunError
 from drlora_jax.interop.hf_read import disk_view, leaf_at
 from drlora_jax.interop.hf_write import NUMPY_DTYPES
 from drlora_jax.interop.layer_reader import LayerReader
-from drlora_jax.interop.lora_tables import LayerFactors, Pair, Place
+from drlora_jax.interop.lora_tables import LayerUpdate, Pair
 from drlora_jax.interop.merge import adapted_tensors, column_norms, merge_layer
 from drlora_jax.interop.peft_read import PeftFiles
 from drlora_jax.interop.verify import (
@@ -34,7 +33,8 @@ from drlora_jax.interop.verify import (
     largest_change,
     run_variants,
 )
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import Layer, ModelConfig
+from drlora_jax.models.placement import Placement
 
 MAX_KL = 1e-5  # nats a token
 MIN_CHANGE = 1e-6  # of some logit
@@ -44,10 +44,10 @@ class Trained(NamedTuple):
     """A run's model, as host arrays."""
 
     config: ModelConfig
-    adapter: AdapterSpec
+    adapter: Placement
     lora: dict
     gates: dict  # the collection rank_mask
-    factors: list[LayerFactors]  # the same, as exports need it
+    updates: list[LayerUpdate]  # the same, as exports need it
 
 
 class Measured(NamedTuple):
@@ -77,7 +77,7 @@ def measure(
       dtype: of the export: of all tensors, or None for f32 factors, or for the base's own dtypes.
     """
     variants = {
-        "base": Variant(reader.ends, lambda place: {"params": reader.layer(place)}),
+        "base": Variant(reader.ends, lambda layer: {"params": reader.layer(layer)}),
         "adapted": trained_variant(trained, reader),
         "exported": _exported(trained.config, reader, target, is_merged=is_merged),
     }
@@ -139,39 +139,39 @@ def trained_variant(trained: Trained, reader: LayerReader) -> Variant:
     """The model of the run: the base with factors and rank mask beside its weights."""
     collections = {"lora": trained.lora, "rank_mask": trained.gates}
 
-    def layer(place: Place) -> dict:
-        return {"params": reader.layer(place)} | {
-            name: jax.tree.map(lambda leaf: leaf[place.repeat], place.below(tree))
+    def variables(layer: Layer) -> dict:
+        return {"params": reader.layer(layer)} | {
+            name: jax.tree.map(lambda leaf: leaf[layer.repeat], layer.below(tree))
             for name, tree in collections.items()
         }
 
-    return Variant(reader.ends, layer, trained.adapter)
+    return Variant(reader.ends, variables, trained.adapter)
 
 
 def _exported(config: ModelConfig, reader: LayerReader, target, *, is_merged: bool) -> Variant:
     if is_merged:
         own = LayerReader(config, target)
-        return Variant(own.ends, lambda place: {"params": own.layer(place)})
+        return Variant(own.ends, lambda layer: {"params": own.layer(layer)})
     files = PeftFiles(config, target)
     return Variant(reader.ends, lambda p: {"params": files.apply(reader.layer(p), p)})
 
 
-Change = Callable[[dict, LayerFactors], LayerFactors]
+Change = Callable[[dict, LayerUpdate], LayerUpdate]
 
 
 def _merged(trained: Trained, reader: LayerReader, change: Change) -> Variant:
-    def layer(place: Place) -> dict:
-        params = reader.layer(place)
-        factors = change(params, trained.factors[place.number])
-        return {"params": merge_layer(params, factors)}
+    def variables(layer: Layer) -> dict:
+        params = reader.layer(layer)
+        update = change(params, trained.updates[layer.number])
+        return {"params": merge_layer(params, update)}
 
-    return Variant(reader.ends, layer)
+    return Variant(reader.ends, variables)
 
 
 def _is_exact(trained: Trained, reader: LayerReader, *, is_merged: bool, dtype) -> bool:
     if dtype is not None or not is_merged:
         return dtype in (None, "float32")
-    changed = adapted_tensors(reader.table, trained.factors)
+    changed = adapted_tensors(reader.table, trained.updates)
     return all(reader.dtype(key) == "F32" for key in changed)
 
 
@@ -180,20 +180,20 @@ def _round(array: np.ndarray, dtype) -> np.ndarray:
 
 
 def _rounded_factors(trained: Trained, reader: LayerReader, dtype: str) -> Variant:
-    def change(params: dict, factors: LayerFactors) -> LayerFactors:
+    def change(params: dict, update: LayerUpdate) -> LayerUpdate:
         plain, experts = (
             {name: Pair(*(_round(part, dtype) for part in pair)) for name, pair in pairs.items()}
-            for pairs in (factors.plain, factors.experts)
+            for pairs in (update.plain, update.experts)
         )
-        router_DE = factors.router_DE
+        router_DE = update.router_DE
         if router_DE is not None:
             base_DE = params["moe"]["router"]
             router_DE = _round(base_DE + router_DE, dtype) - base_DE
         magnitudes = {}
-        for path, growth_F in factors.magnitudes.items():
+        for path, growth_F in update.magnitudes.items():
             norms_F = column_norms(leaf_at(params, (*path.split("/"), "kernel")))
             magnitudes[path] = _round(norms_F + growth_F, dtype) - norms_F
-        return LayerFactors(factors.place, plain, experts, router_DE, magnitudes)
+        return LayerUpdate(update.layer, plain, experts, router_DE, magnitudes)
 
     return _merged(trained, reader, change)
 
@@ -202,10 +202,10 @@ def _rounded_merge(trained: Trained, reader: LayerReader, dtype: str | None) -> 
     def on_disk(key: str):
         return np.dtype(dtype) if dtype else NUMPY_DTYPES[reader.dtype(key)]
 
-    def layer(place: Place) -> dict:
-        merged = merge_layer(reader.layer(place), trained.factors[place.number])
+    def variables(layer: Layer) -> dict:
+        merged = merge_layer(reader.layer(layer), trained.updates[layer.number])
         params = jax.tree.map(np.copy, merged)
-        for key, slot in reader.keys(place).items():
+        for key, slot in reader.keys(layer).items():
             view = disk_view(leaf_at(params, slot.path), slot, skip=1)
             view[...] = _round(view, on_disk(key))
         return {"params": params}
@@ -214,4 +214,4 @@ def _rounded_merge(trained: Trained, reader: LayerReader, dtype: str | None) -> 
         found = reader.ends()
         return found if dtype is None else jax.tree.map(lambda leaf: _round(leaf, dtype), found)
 
-    return Variant(ends, layer)
+    return Variant(ends, variables)

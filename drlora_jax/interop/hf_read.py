@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_files import (
     IGNORED_SUFFIXES,
@@ -29,7 +28,9 @@ from drlora_jax.interop.hf_files import (
 from drlora_jax.interop.name_hints import explain_names
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import NO_ADAPTER, Placement
+from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.parallel.processes import place
 
 READABLE_DTYPES = ("F32", "BF16", "F16")
@@ -93,7 +94,7 @@ def _passed_over(tensors: dict[str, TensorInfo]) -> str:
 
 def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: str) -> None:
     """Before a table of every name is made: a config may claim a million layers or experts."""
-    counts = {"layers": sum(len(part.unit) * part.repeats for part in config.segments)}
+    counts = {"layers": config.num_layers}
     if layout == "experts" and config.moe:
         counts["experts"] = config.moe.routing.num_experts
     for what, count in counts.items():
@@ -126,7 +127,7 @@ def _disk_shape(slot: Slot, abstract: dict) -> tuple[int, ...]:
 
 
 def load_model(
-    path: str, *, dtype: str = "float32", adapter: AdapterSpec = NO_ADAPTER
+    path: str, *, dtype: str = "float32", adapter: Placement = NO_ADAPTER
 ) -> tuple[Decoder, dict]:
     """A decoder and its `params` on one device, from whatever `model.path` may be."""
     directory = find_model(path)

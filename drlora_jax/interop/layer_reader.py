@@ -10,10 +10,10 @@ import numpy as np
 
 from drlora_jax.interop.hf_files import open_weights, read_headers
 from drlora_jax.interop.hf_read import disk_view, leaf_at, match_keys
-from drlora_jax.interop.lora_tables import Place
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import Layer, ModelConfig
 from drlora_jax.models.families import Slot
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 
 
 class LayerReader:
@@ -29,20 +29,20 @@ class LayerReader:
         """Of a tensor on disk, as safetensors names it."""
         return self._tensors[key].dtype
 
-    def layer(self, place: Place) -> dict:
+    def layer(self, layer: Layer) -> dict:
         """The parameters of one layer, as its block takes them. The last one read is kept."""
-        if self._last is None or self._last[0] != place.number:
+        if self._last is None or self._last[0] != layer.number:
             self._last = None
-            self._last = place.number, self._read(self.keys(place), skip=1)
+            self._last = layer.number, self._read(self.keys(layer), skip=1)
         return self._last[1]
 
-    def keys(self, place: Place) -> dict[str, Slot]:
+    def keys(self, layer: Layer) -> dict[str, Slot]:
         """The tensors on disk of one layer; paths begin below the layer."""
-        where = (place.segment, place.unit)
+        where = (layer.segment, layer.unit)
         return {
             key: slot._replace(path=slot.path[2:])
             for key, slot in self.table.items()
-            if slot.path[:2] == where and slot.index[:1] == (place.repeat,)
+            if slot.path[:2] == where and slot.index[:1] == (layer.repeat,)
         }
 
     def ends(self) -> dict:

@@ -9,24 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.models.architecture import LayerConfig, ModelConfig
+from drlora_jax.models.architecture import Layer, ModelConfig
+from drlora_jax.models.placement import Placement
 
 ROUTER = "moe/router"
-
-
-class Place(NamedTuple):
-    """A layer of the model, and where the parameter trees hold it."""
-
-    number: int  # in the model, from 0
-    segment: str
-    unit: str  # of the segment: layer_0, ...
-    repeat: int  # index into the leading axis of every leaf
-    layer: LayerConfig
-
-    def below(self, tree: dict):
-        """The subtree of this layer's place; leaves keep their leading [repeats]."""
-        return tree.get(self.segment, {}).get(self.unit, {})
 
 
 class Pair(NamedTuple):
@@ -40,10 +26,10 @@ class Pair(NamedTuple):
         return self.a.shape[-2]
 
 
-class LayerFactors(NamedTuple):
+class LayerUpdate(NamedTuple):
     """What the adapter adds to one layer; all arrays f32."""
 
-    place: Place
+    layer: Layer
     plain: dict[str, Pair]  # by module path below the layer, such as attention/q
     experts: dict[str, Pair]  # by role: gate, up or gate_up, and down
     router_DE: np.ndarray | None  # added to the router; None where it was not trained
@@ -51,45 +37,33 @@ class LayerFactors(NamedTuple):
     magnitudes: dict[str, np.ndarray]
 
 
-def places(config: ModelConfig) -> list[Place]:
-    """Every layer of the model in order."""
-    found = []
-    for index, segment in enumerate(config.segments):
-        for repeat in range(segment.repeats):
-            for unit, layer in enumerate(segment.unit):
-                place = Place(len(found), f"segment_{index}", f"layer_{unit}", repeat, layer)
-                found.append(place)
-    return found
-
-
-def layer_factors(
-    config: ModelConfig, adapter: AdapterSpec, lora: dict, ranks_LE: np.ndarray
-) -> list[LayerFactors]:
+def layer_updates(
+    config: ModelConfig, adapter: Placement, lora: dict, ranks_LE: np.ndarray
+) -> list[LayerUpdate]:
     """What the `lora` collection (host arrays) means with these ranks.
 
-    Expert pairs have as many rows as the most active expert of any layer has ranks: a prefix is
+    Pairs of experts have as many rows as the most active expert of any layer has ranks: a prefix is
     active, the rest of the allocated rows is left out.
     """
-    rows = int(ranks_LE.max(initial=0))
-    moe_layers = list(config.moe_layers)
-    found = []
-    for place in places(config):
+    expert_layers = list(adapter.expert_layers(config))
+    roles = {"/".join(adapter.expert_place(role)): role for role in adapter.expert_roles()}
+    rows, found = int(ranks_LE.max(initial=0)), []
+    for layer in config.layers():
         plain, experts, router_DE, magnitudes = {}, {}, None, {}
-        for path, leaf in _modules(place.below(lora)):
-            if path == "moe/router_delta":
-                update_DE = np.asarray(leaf[place.repeat])
+        for path, leaf in _modules(layer.below(lora)):
+            if path == f"{ROUTER}_delta":
+                update_DE = np.asarray(leaf[layer.repeat])
                 router_DE = update_DE if update_DE.any() else None  # zero until warm-up ends
-            elif path.startswith("moe/"):
-                pair = _pair(leaf, place.repeat, adapter.of_experts.scale)
-                active_E = ranks_LE[moe_layers.index(place.number)]
-                role = path.removeprefix("moe/").removesuffix("_lora")
-                experts[role] = _active(pair, active_E, rows)
+            elif path in roles:
+                pair = _pair(leaf, layer.repeat, adapter.of_experts.scale)
+                active_E = ranks_LE[expert_layers.index(layer.number)]
+                experts[roles[path]] = _active(pair, active_E, rows)
             else:
                 path = path.removesuffix("/lora")
-                plain[path] = _pair(leaf, place.repeat, adapter.scale)
+                plain[path] = _pair(leaf, layer.repeat, adapter.scale)
                 if "magnitude_delta" in leaf:
-                    magnitudes[path] = np.asarray(leaf["magnitude_delta"][place.repeat])
-        found.append(LayerFactors(place, plain, experts, router_DE, magnitudes))
+                    magnitudes[path] = np.asarray(leaf["magnitude_delta"][layer.repeat])
+        found.append(LayerUpdate(layer, plain, experts, router_DE, magnitudes))
     return found
 
 
@@ -108,6 +82,7 @@ def _pair(factors: dict, repeat: int, scale: float) -> Pair:
 
 
 def _active(pair: Pair, ranks_E: np.ndarray, rows: int) -> Pair:
+    """Rows of inactive ranks are zero in both; a matrix that the experts share is repeated."""
     is_active_ER1 = (np.arange(rows)[None] < ranks_E[:, None])[..., None]
     return Pair(*(np.where(is_active_ER1, part[:, :rows], np.float32(0)) for part in pair))
 

@@ -3,14 +3,14 @@
 import numpy as np
 
 from drlora_jax.adapters.lora import SMALLEST_NORM
-from drlora_jax.interop.lora_tables import ROUTER, LayerFactors, Pair, expert_pair
+from drlora_jax.interop.lora_tables import ROUTER, LayerUpdate, Pair, expert_pair
 from drlora_jax.models.families import Slot
 
 GATE_UP, DOWN = "moe/gate_up", "moe/down"
 HALVES = ("gate", "up")  # of a gate_up leaf
 
 
-def delta(factors: LayerFactors, path: tuple[str, ...], weight: np.ndarray) -> np.ndarray | None:
+def delta(update: LayerUpdate, path: tuple[str, ...], weight: np.ndarray) -> np.ndarray | None:
     """What the adapter adds to one leaf of the layer, f32 in the orientation of our tree.
 
     Args:
@@ -19,22 +19,22 @@ def delta(factors: LayerFactors, path: tuple[str, ...], weight: np.ndarray) -> n
     """
     name = "/".join(path)
     if name == ROUTER:
-        return factors.router_DE
+        return update.router_DE
     if name == DOWN:
-        return _product(expert_pair(factors.experts, "down"))
+        return _product(expert_pair(update.experts, "down"))
     if name == GATE_UP:
-        gate, up = (_product(expert_pair(factors.experts, role)) for role in HALVES)
+        gate, up = (_product(expert_pair(update.experts, role)) for role in HALVES)
         if gate is None and up is None:
             return None
         parts = [np.zeros_like(up) if gate is None else gate]
         parts.append(np.zeros_like(gate) if up is None else up)
         return np.concatenate(parts, axis=-1)
     name = name.removesuffix("/kernel")
-    added = _product(factors.plain.get(name))
-    if name not in factors.magnitudes:
+    added = _product(update.plain.get(name))
+    if name not in update.magnitudes:
         return added
     merged_DF = weight + added
-    length_F = column_norms(weight) + factors.magnitudes[name]
+    length_F = column_norms(weight) + update.magnitudes[name]
     return merged_DF * (length_F / column_norms(merged_DF)).astype(np.float32) - weight
 
 
@@ -47,7 +47,7 @@ def _product(pair: Pair | None) -> np.ndarray | None:
     return None if pair is None else np.swapaxes(pair.a, -1, -2) @ pair.b
 
 
-def merge_layer(params: dict, factors: LayerFactors) -> dict:
+def merge_layer(params: dict, update: LayerUpdate) -> dict:
     """One layer's f32 parameters with the adapter added."""
 
     def walk(tree: dict, path: tuple[str, ...]) -> dict:
@@ -57,46 +57,46 @@ def merge_layer(params: dict, factors: LayerFactors) -> dict:
             if isinstance(node, dict):
                 merged[name] = walk(node, here)
                 continue
-            added = delta(factors, here, node)
+            added = delta(update, here, node)
             merged[name] = node if added is None else node + added
         return merged
 
     return walk(params, ())
 
 
-def adapted_tensors(table: dict[str, Slot], factors: list[LayerFactors]) -> dict[str, LayerFactors]:
+def adapted_tensors(table: dict[str, Slot], updates: list[LayerUpdate]) -> dict[str, LayerUpdate]:
     """The tensors on disk that the adapter changes, with what their layer gets."""
-    by_place = {(f.place.segment, f.place.unit, f.place.repeat): f for f in factors}
+    by_layer = {update.layer.key: update for update in updates}
     found = {}
     for key, slot in table.items():
-        layer = by_place.get((*slot.path[:2], slot.index[0])) if slot.index else None
-        if layer is not None and _is_adapted(layer, slot):
-            found[key] = layer
+        update = by_layer.get((*slot.path[:2], slot.index[0])) if slot.index else None
+        if update is not None and _is_adapted(update, slot):
+            found[key] = update
     return found
 
 
-def _is_adapted(factors: LayerFactors, slot: Slot) -> bool:
+def _is_adapted(update: LayerUpdate, slot: Slot) -> bool:
     name = "/".join(slot.path[2:])
     if name == ROUTER:
-        return factors.router_DE is not None
+        return update.router_DE is not None
     if name == DOWN or name == GATE_UP:
         roles = ("down",) if name == DOWN else HALVES if slot.half is None else (HALVES[slot.half],)
-        return any(expert_pair(factors.experts, role) is not None for role in roles)
-    return name.removesuffix("/kernel") in factors.plain
+        return any(expert_pair(update.experts, role) is not None for role in roles)
+    return name.removesuffix("/kernel") in update.plain
 
 
-def merge_tensor(value: np.ndarray, slot: Slot, factors: LayerFactors) -> np.ndarray:
+def merge_tensor(value: np.ndarray, slot: Slot, update: LayerUpdate) -> np.ndarray:
     """An adapted tensor as it is on disk, with the adapter added: f32, unless nothing is added.
 
     An expert without an active rank keeps its tensor as it is, bit by bit.
     """
     if len(slot.index) > 1:  # of one expert
         role = "down" if slot.half is None else HALVES[slot.half]
-        pair = expert_pair(factors.experts, role)
+        pair = expert_pair(update.experts, role)
         added = pair.a[slot.index[1]].T @ pair.b[slot.index[1]]
     else:
         base = np.swapaxes(value, -1, -2) if slot.transpose else value
-        added = delta(factors, slot.path[2:], base.astype(np.float32))
+        added = delta(update, slot.path[2:], base.astype(np.float32))
     if not added.any():
         return value
     return value.astype(np.float32) + (np.swapaxes(added, -1, -2) if slot.transpose else added)

@@ -17,11 +17,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from drlora_jax.adapters.lora import AdapterSpec
+from drlora_jax.adapters.mixlora import MixLora
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_read import leaf_at
-from drlora_jax.interop.lora_tables import places
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import key_table
 
@@ -49,27 +48,27 @@ class Location(NamedTuple):
         return self.path[-1] == "router"
 
 
-def locations(config: ModelConfig, adapter: AdapterSpec) -> Iterator[Location]:
-    """Every tensor of an adapter; `config` has the experts that `with_adapter_experts` gives."""
-    numbers = {(place.segment, place.unit, place.repeat): place.number for place in places(config)}
+def locations(config: ModelConfig, adapter: MixLora) -> Iterator[Location]:
+    """Every tensor of an adapter."""
+    numbers = {layer.key: layer.number for layer in config.layers()}
     for key, slot in key_table(config, "experts").items():
         *module, leaf = slot.path
         if leaf != "kernel" or "/".join(module) not in adapter.paths:
             continue
         stem = "mixlora" + key.removeprefix("model").removesuffix(".weight")
         layer = numbers[(*module[:2], *slot.index)]
-        is_expert = module[2] == adapter.experts_module
+        is_expert = adapter.is_expert("/".join(module))
         path = (*module[:3], f"{module[3]}_lora") if is_expert else (*module, "lora")
-        experts = range(config.moe.routing.num_experts) if is_expert else (None,)
+        experts = range(adapter.own_routing.num_experts) if is_expert else (None,)
         for expert in experts:
             index = slot.index if expert is None else (*slot.index, expert)
             name = stem if expert is None else f"{stem}.experts.{expert}"
             yield Location(f"{name}.lora_A.weight", (*path, "a"), index, layer, expert, False)
             yield Location(f"{name}.lora_B.weight", (*path, "b"), index, layer, expert, True)
-    for place in places(config):
-        path = (place.segment, place.unit, adapter.experts_module, "router")
-        key = f"mixlora.layers.{place.number}.mlp.moe_gate.weight"
-        yield Location(key, path, (place.repeat,), place.number, None, True)
+    for layer in config.layers():
+        path = (layer.segment, layer.unit, "mlp", "router")
+        key = f"mixlora.layers.{layer.number}.mlp.moe_gate.weight"
+        yield Location(key, path, (layer.repeat,), layer.number, None, True)
 
 
 # --------------------------------------------------------------------------------------------- out
@@ -84,7 +83,7 @@ def alpha_of(scale: float, rank: int) -> tuple[int, float]:
 
 
 def pack(
-    config: ModelConfig, adapter: AdapterSpec, lora: dict, ranks_LE: np.ndarray
+    config: ModelConfig, adapter: MixLora, lora: dict, ranks_LE: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int]:
     """The tensors of a file, f32, and their rank: the largest that any pair needs."""
     if not ranks_LE.all():
@@ -96,13 +95,12 @@ def pack(
     rank = max(int(ranks_LE.max()), adapter.rank if has_plain else 0)
     _, factor = alpha_of(adapter.scale, rank)
     expert_factor = factor * adapter.of_experts.scale / adapter.scale
-    rows = {layer: index for index, layer in enumerate(config.moe_layers)}
     tensors = {}
     for place in locations(config, adapter):
         value = np.asarray(leaf_at(lora, place.path), np.float32)[place.index]
         if not place.is_router:
             if place.expert is not None:
-                value = value[: ranks_LE[rows[place.layer], place.expert]]
+                value = value[: ranks_LE[place.layer, place.expert]]
             value = np.pad(value, ((0, rank - len(value)), (0, 0)))
             if place.path[-1] == "b":
                 value = value * np.float32(factor if place.expert is None else expert_factor)
@@ -111,11 +109,11 @@ def pack(
 
 
 def describe(
-    config: ModelConfig, adapter: AdapterSpec, section: AdapterSection, rank: int, base: str
+    config: ModelConfig, adapter: MixLora, section: AdapterSection, rank: int, base: str
 ) -> dict:
     """The values of adapter_config.json."""
     roles = {path.rpartition("/")[2] for path in adapter.paths}
-    own = config.routing  # whose numbers may come from adapter.experts_per_layer
+    own = adapter.own_routing  # whose numbers may come from adapter.experts_per_layer
     routing = {"routing_strategy": "mixlora", "top_k": own.experts_per_token}
     if section.top_p is not None:
         routing = {"routing_strategy": "mixlora-dynamic", "top_p": section.top_p}
@@ -130,9 +128,13 @@ def describe(
         "lora_dropout": section.dropout or NO_DROPOUT,
         "target_modules": [f"{role}_proj" for role in ROLES if role in roles],
         "num_experts": own.num_experts,
-        "act_fn": config.moe.activation,
+        "act_fn": _activation(config),
         **routing,
     }
+
+
+def _activation(config: ModelConfig) -> str:
+    return config.layers()[0].config.ffn.activation
 
 
 # ---------------------------------------------------------------------------------------------- in
@@ -204,7 +206,7 @@ def _dropout(values: Mapping) -> float:
 
 def check_activation(values: Mapping, config: ModelConfig) -> None:
     """Refuses experts with another activation than the base, which is what they have here."""
-    own, name = config.moe.activation, values.get("act_fn")
+    own, name = _activation(config), values.get("act_fn")
     if name is not None and _ACTIVATIONS.get(str(name), name) != own:
         raise UserError(
             f"{CONFIG}: act_fn {name!r}: its experts were trained with another activation than the "
@@ -237,7 +239,7 @@ def modern_key(key: str) -> str:
 
 
 def check_tensors(
-    tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: AdapterSpec
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: MixLora
 ) -> dict[str, np.ndarray]:
     """The tensors by today's names in f32; every one is known and there."""
     tensors = {modern_key(key): np.asarray(value, np.float32) for key, value in tensors.items()}
@@ -250,13 +252,13 @@ def check_tensors(
 
 
 def used_ranks(
-    tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: AdapterSpec
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: MixLora
 ) -> tuple[int, np.ndarray]:
     """Ranks up to the last that is not zero: of plain pairs together, and i32 [L, E], at least 1:
     tokens choose an expert of zeros as well, and get the base's FFN.
     """
-    ranks_LE = np.ones((len(config.moe_layers), config.moe.routing.num_experts), np.int32)
-    rows, plain = {layer: index for index, layer in enumerate(config.moe_layers)}, 0
+    ranks_LE = np.ones((config.num_layers, adapter.own_routing.num_experts), np.int32)
+    plain = 0
     for place in locations(config, adapter):
         if place.is_router:
             continue
@@ -265,7 +267,7 @@ def used_ranks(
         if place.expert is None:
             plain = max(plain, used)
         else:
-            at = rows[place.layer], place.expert
+            at = place.layer, place.expert
             ranks_LE[at] = max(ranks_LE[at], used)
     return plain, ranks_LE
 
@@ -273,7 +275,7 @@ def used_ranks(
 def unpack(
     tensors: Mapping[str, np.ndarray],
     config: ModelConfig,
-    adapter: AdapterSpec,
+    adapter: MixLora,
     abstract: dict,
 ) -> dict:
     """The `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank rows than

@@ -20,8 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from drlora_jax.errors import RunError
 from drlora_jax.interop.hf_read import disk_view, leaf_at
-from drlora_jax.interop.lora_tables import Place
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import Layer, ModelConfig
 from drlora_jax.models.families import key_table
 from drlora_jax.system.paths import read_json
 
@@ -56,9 +55,9 @@ class PeftFiles:
                 raise RunError(f"{directory}: {update.name} is no tensor of a layer of the base.")
             self._updates.setdefault((*slot.path[:2], slot.index[0]), []).append(update)
 
-    def apply(self, params: dict, place: Place) -> dict:
+    def apply(self, params: dict, layer: Layer) -> dict:
         """A copy of one layer's f32 parameters with the adapter of the files added."""
-        updates = self._updates.get((place.segment, place.unit, place.repeat), [])
+        updates = self._updates.get((layer.segment, layer.unit, layer.repeat), [])
         changed = {self._table[update.name].path[2:] for update in updates}
         params = _copy(params, changed)
         for update in updates:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
-from drlora_jax.interop.lora_tables import LayerFactors, Pair, expert_pair, fused_pair
+from drlora_jax.interop.lora_tables import LayerUpdate, Pair, expert_pair, fused_pair
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot, key_table
 
@@ -56,7 +56,7 @@ class Adapter(NamedTuple):
 
 def pack(
     config: ModelConfig,
-    factors: list[LayerFactors],
+    updates: list[LayerUpdate],
     routers: dict[int, np.ndarray],
     layout: str,
     magnitudes: dict[tuple[int, str], np.ndarray] | None = None,
@@ -70,13 +70,13 @@ def pack(
     magnitudes = magnitudes or {}
     fused = _names(key_table(config, "fused"))
     names = fused if layout == FUSED else _names(key_table(config, "experts"))
-    entries = [entry for layer in factors for entry in _entries(layer, names, layout, magnitudes)]
+    entries = [entry for each in updates for entry in _entries(each, names, layout, magnitudes)]
     rank = max(1, *(entry.pair.rank for entry in entries))
     tensors, saved = _tensors_of(entries, rank), []
-    for layer in factors:
-        if layer.place.number in routers:
-            key = _name(fused, layer, "moe", "router")  # of transformers 5 in both layouts
-            tensors[PREFIX + key] = np.ascontiguousarray(routers[layer.place.number].T)
+    for update in updates:
+        if update.layer.number in routers:
+            key = _name(fused, update, "moe", "router")  # of transformers 5 in both layouts
+            tensors[PREFIX + key] = np.ascontiguousarray(routers[update.layer.number].T)
             saved.append(key.removesuffix(".weight"))
     used = sum(int(entry.pair.b.any(axis=-1).sum()) for entry in entries)
     stored = rank * sum(len(e.pair.a) if e.is_parameter else 1 for e in entries)
@@ -165,37 +165,36 @@ def _names(table: dict[str, Slot]) -> Names:
     return names
 
 
-def _name(names: Names, layer: LayerFactors, *path: str, expert=None, half=None) -> str:
-    place = layer.place
-    return names[place.segment, place.unit, place.repeat, "/".join(path), expert, half]
+def _name(names: Names, update: LayerUpdate, *path: str, expert=None, half=None) -> str:
+    return names[*update.layer.key, "/".join(path), expert, half]
 
 
 def _module(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def _entries(layer: LayerFactors, names: Names, layout: str, magnitudes: dict) -> Iterator[Entry]:
-    for path, pair in layer.plain.items():
-        module = _module(_name(names, layer, path, "kernel"))
-        yield Entry(module, module, pair, magnitudes.get((layer.place.number, path)))
-    if layer.experts:
-        yield from (_fused_entries if layout == FUSED else _expert_entries)(layer, names)
+def _entries(update: LayerUpdate, names: Names, layout: str, magnitudes: dict) -> Iterator[Entry]:
+    for path, pair in update.plain.items():
+        module = _module(_name(names, update, path, "kernel"))
+        yield Entry(module, module, pair, magnitudes.get((update.layer.number, path)))
+    if update.experts:
+        yield from (_fused_entries if layout == FUSED else _expert_entries)(update, names)
 
 
-def _fused_entries(layer: LayerFactors, names: Names) -> Iterator[Entry]:
-    gate_up, down = fused_pair(layer.experts), layer.experts.get("down")
+def _fused_entries(update: LayerUpdate, names: Names) -> Iterator[Entry]:
+    gate_up, down = fused_pair(update.experts), update.experts.get("down")
     # peft wraps the module that holds both parameters twice, gate_up inside; a single wrapper is
     # outside whichever parameter it is for.
     for leaf, pair, is_inside in (("gate_up", gate_up, down is not None), ("down", down, False)):
         if pair is not None:
-            parameter = _name(names, layer, "moe", leaf)
+            parameter = _name(names, update, "moe", leaf)
             module = parameter.rpartition(".")[0]
             yield Entry(parameter, f"{module}.base_layer" if is_inside else module, pair)
 
 
-def _expert_entries(layer: LayerFactors, names: Names) -> Iterator[Entry]:
-    pairs = {role: expert_pair(layer.experts, role) for role in ("gate", "up", "down")}
-    moe, width = layer.place.layer.ffn, _model_width(layer.experts)
+def _expert_entries(update: LayerUpdate, names: Names) -> Iterator[Entry]:
+    pairs = {role: expert_pair(update.experts, role) for role in ("gate", "up", "down")}
+    moe, width = update.layer.config.ffn, _model_width(update.experts)
     shapes = {"gate": (width, moe.expert_dim), "up": (width, moe.expert_dim)}
     shapes["down"] = (moe.expert_dim, width)
     for role, pair in pairs.items():
@@ -203,7 +202,7 @@ def _expert_entries(layer: LayerFactors, names: Names) -> Iterator[Entry]:
         for expert in range(moe.routing.num_experts):
             zeros = Pair(*(np.zeros((1, size), np.float32) for size in shapes[role]))
             own = zeros if pair is None else Pair(pair.a[expert], pair.b[expert])
-            module = _module(_name(names, layer, "moe", leaf, expert=expert, half=half))
+            module = _module(_name(names, update, "moe", leaf, expert=expert, half=half))
             yield Entry(module, module, own)
 
 

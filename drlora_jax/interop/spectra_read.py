@@ -34,10 +34,10 @@ from drlora_jax.interop.hf_files import (
     read_headers,
 )
 from drlora_jax.interop.hf_read import match_keys
-from drlora_jax.interop.lora_tables import places
 from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.models.families import Slot
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.system.paths import cache_folder, local_path
 
 METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
@@ -140,7 +140,7 @@ def find_matrices(config: ModelConfig, directory: pathlib.Path) -> list[list[Wei
     """The matrices of every layer, after checking all names and shapes on disk."""
     tensors = read_headers(directory)
     abstract = abstract_params(Decoder(config, DecoderOptions()))
-    numbers = {(place.segment, place.unit, place.repeat): place.number for place in places(config)}
+    numbers = {layer.key: layer.number for layer in config.layers()}
     by_layer: list[list[WeightMatrix]] = [[] for _ in numbers]
     for key, slot in match_keys(config, tensors, abstract).items():
         if slot.index:

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
-from drlora_jax.interop.lora_tables import Place, places
-from drlora_jax.models.architecture import LayerConfig, ModelConfig
+from drlora_jax.models.architecture import Layer, LayerConfig, ModelConfig
 from drlora_jax.models.layers import rms_norm
-from drlora_jax.models.transformer import Block, DecoderOptions, logits
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import NO_ADAPTER, Placement
+from drlora_jax.models.transformer import Block, logits
 
 TEXTS = (
     "Once upon a time there was a small fox who lived at the edge of a wide green forest.",
@@ -36,8 +36,8 @@ LENGTH = 64  # tokens of a prompt at most
 
 class Variant(NamedTuple):
     ends: Callable[[], dict]  # embedding, final norm, head
-    layer: Callable[[Place], dict]  # the variables of a block: params, perhaps lora and rank_mask
-    adapter: AdapterSpec = NO_ADAPTER
+    layer: Callable[[Layer], dict]  # the variables of a block: params, perhaps lora and rank_mask
+    adapter: Placement = NO_ADAPTER
 
 
 class Outputs(NamedTuple):
@@ -68,10 +68,11 @@ def run_variants(
         for name, variant in variants.items():
             embedding = variant.ends()["embedding"]
             hidden[name] = [jnp.asarray(_padded(embedding[ids])[None]) for ids in prompts]
-        for place in places(config):
+        for layer in config.layers():
             for name, variant in variants.items():
-                run = _block(config, place.layer, f"{place.segment}/{place.unit}", variant.adapter)
-                variables = jax.device_put(variant.layer(place))
+                adapter = variant.adapter.below(layer.segment).below(layer.unit)
+                run = _block(config, layer.config, adapter)
+                variables = jax.device_put(variant.layer(layer))
                 for index, ids in enumerate(prompts):
                     hidden[name][index], count_E = run(
                         variables, hidden[name][index], _padded(np.ones_like(ids))[None]
@@ -88,8 +89,8 @@ def run_variants(
 
 
 @functools.lru_cache(maxsize=8)
-def _block(config: ModelConfig, layer: LayerConfig, location: str, adapter: AdapterSpec):
-    block = Block(config, DecoderOptions(adapter=adapter), layer, location)
+def _block(config: ModelConfig, layer: LayerConfig, adapter: Placement):
+    block = Block(config, DecoderOptions(adapter=adapter), layer)
 
     @jax.jit
     def run(variables, x_BTD, segment_ids_BT):

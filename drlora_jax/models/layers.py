@@ -1,16 +1,17 @@
 """Norms, rotary positions and the projection that every weight matrix outside the experts is.
 
 Legend of the letters in names: B batch, T query position, S key position, D model width, N query
-heads, G key-value heads, H head width, E experts, K experts per token, P routed slots (B * T * K),
-F expert hidden, R ranks, L layers, V vocabulary.
+heads, G key-value heads, H head width, E experts, K experts per token, P assignments of a token to
+an expert (B * T * K), F expert hidden, R ranks, L layers, V vocabulary.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.lora import AdapterSpec, PlainLora
 from drlora_jax.models.architecture import RopeConfig
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.routing import RoutingStats
 
 kernel_init = nn.initializers.normal(0.02)
 
@@ -55,22 +56,24 @@ class RmsNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """x @ kernel (+ bias) (+ plain LoRA where the adapter says so)."""
+    """x @ kernel (+ bias), and what the adapter adds where the module's name is one of its paths.
+
+    Returns it with the statistics of the adapter's routers.
+    """
 
     features: int
-    location: str  # of this module in the parameter tree: what adapter targets are matched with
-    dtype: jnp.dtype
-    adapter: AdapterSpec
+    options: DecoderOptions
     has_bias: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD):
-        kernel = self.param("kernel", kernel_init, (x_BTD.shape[-1], self.features), self.dtype)
-        product_BTF = y_BTF = x_BTD @ kernel
+    def __call__(self, x_BTD, segment_ids_BT) -> tuple[jax.Array, list[RoutingStats]]:
+        dtype, adapter = self.options.dtype, self.options.adapter
+        kernel_DF = self.param("kernel", kernel_init, (x_BTD.shape[-1], self.features), dtype)
+        product_BTF = y_BTF = x_BTD @ kernel_DF
         if self.has_bias:
-            bias_F = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+            bias_F = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
             y_BTF = y_BTF + last_axis(bias_F, y_BTF)
-        if self.location in self.adapter.paths:
-            lora = PlainLora(self.features, self.adapter, name="lora")
-            y_BTF = y_BTF + lora(x_BTD, product_BTF, kernel)
-        return y_BTF
+        if self.name not in adapter.paths:
+            return y_BTF, []
+        added_BTF, stats = adapter.delta(self, x_BTD, product_BTF, kernel_DF, segment_ids_BT)
+        return y_BTF + added_BTF, stats

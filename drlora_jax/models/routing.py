@@ -85,28 +85,6 @@ def _limit_to_groups(choice_TE, config: RoutingConfig):
     return jnp.where(keep[:, :, None], grouped, -jnp.inf).reshape(choice_TE.shape)
 
 
-def open_experts(gate_ER: jax.Array) -> jax.Array:
-    """Which of an adapter's own experts can be chosen, bool [E]: those with a rank; where none has
-    one, all of them, which then add nothing.
-    """
-    has_rank_E = gate_ER[:, 0] > 0
-    return has_rank_E | ~jnp.any(has_rank_E)
-
-
-def choose_open(
-    logits_TE: jax.Array, is_open_E: jax.Array, config: RoutingConfig
-) -> tuple[jax.Array, Routing]:
-    """The logits, minus infinity where closed, and the choice among the open experts.
-
-    A layer with fewer open experts than a token may have uses all of them: min(K, open).
-    """
-    logits_TE = jnp.where(is_open_E[None], logits_TE, -jnp.inf)
-    expert_TK, weight_TK = choose_experts(logits_TE, config)
-    is_chosen_TK = jnp.append(is_open_E, False)[expert_TK]
-    expert_TK = jnp.where(is_chosen_TK, expert_TK, is_open_E.size)
-    return logits_TE, Routing(expert_TK, jnp.where(is_chosen_TK, weight_TK, 0.0))
-
-
 def routing_stats(logits_TE: jax.Array, routing: Routing, is_valid_T: jax.Array) -> RoutingStats:
     """Statistics over valid tokens only; counts and weights are of the experts really used."""
     num_experts = logits_TE.shape[-1]
@@ -124,7 +102,7 @@ def routing_stats(logits_TE: jax.Array, routing: Routing, is_valid_T: jax.Array)
 
 
 def mean_stats(routers: list[RoutingStats]) -> RoutingStats | None:
-    """Of several routers over the same tokens, as of one; None of none."""
-    if not routers:
-        return None
+    """The mean over several routers of the same tokens, as if they were one; None for none."""
+    if len(routers) < 2:
+        return routers[0] if routers else None
     return jax.tree.map(lambda *each: sum(each) / len(each), *routers)

@@ -4,132 +4,72 @@
     hidden_BTD, stats = model.apply({"params": params}, tokens_BT, segment_ids_BT, positions_BT)
     logits_BTV = logits(config, params, hidden_BTD)
 
-Collections: `params` (the base), `lora` (trained factors), `rank_mask` (gates of the active ranks),
-and in generation `cache` (keys and values).
+Collections: `params` (the base model), `lora` (what an adapter trains), `rank_mask` (gates of the
+active ranks), and in generation `cache` (keys and values).
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.lora import NO_ADAPTER, AdapterSpec
-from drlora_jax.adapters.mixlora import MixtureFfn
-from drlora_jax.adapters.mola import routed_projection
 from drlora_jax.models.architecture import (
-    DenseFfnConfig,
     LayerConfig,
     ModelConfig,
     MoeConfig,
-    RoutingConfig,
     SegmentConfig,
+    layer_name,
+    segment_name,
 )
 from drlora_jax.models.attention import Attention
+from drlora_jax.models.ffn import DenseFfn
 from drlora_jax.models.layers import RmsNorm, kernel_init
 from drlora_jax.models.moe import ExpertStack, Moe
-from drlora_jax.models.remat import Remat, keep, rematerialised
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.remat import keep, rematerialised
 from drlora_jax.models.routing import RoutingStats, mean_stats
 from drlora_jax.ops import Ops, attend, expert_mlp
-from drlora_jax.ops.experts.shared import ACTIVATIONS
-
-
-@dataclass(frozen=True)
-class DecoderOptions:
-    """How a decoder is run, apart from what it is."""
-
-    dtype: jnp.dtype = (
-        jnp.float32
-    )  # of base weights and activations; routers, norms and softmax are f32 always
-    adapter: AdapterSpec = NO_ADAPTER
-    ops: Ops = Ops()  # on one device, or over a mesh
-    base_grad: bool = False  # gradients of the expert weights themselves (pretraining)
-    remat: Remat = "none"
-    cache_length: int = 0  # key and value slots a row for generation; 0: no cache
-
-
-class DenseFfn(nn.Module):
-    """Returns the statistics of every routed projection, too."""
-
-    config: DenseFfnConfig
-    location: str
-    dtype: jnp.dtype
-    adapter: AdapterSpec
-    routing: RoutingConfig | None = None  # of LoRA experts on the projections
-
-    @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT):
-        routed: list[RoutingStats] = []
-
-        def project(role, features, inputs):
-            y, stats = routed_projection(self, role, features, inputs, segment_ids_BT)
-            routed.extend(stats)
-            return y
-
-        gate = keep(project("gate", self.config.hidden_dim, x_BTD), "mlp_gu")
-        up = keep(project("up", self.config.hidden_dim, x_BTD), "mlp_gu")
-        hidden = ACTIVATIONS[self.config.activation](gate) * up
-        return project("down", x_BTD.shape[-1], hidden), routed
 
 
 class Block(nn.Module):
-    """Pre-norm attention and FFN."""
+    """Pre-norm attention and FFN of one layer."""
 
     config: ModelConfig
     options: DecoderOptions
     layer: LayerConfig
-    location: str
 
     @nn.compact
-    def __call__(self, x_BTD, segment_ids_BT, positions_BT, stack: ExpertStack | None = None):
-        dtype, adapter = self.options.dtype, self.options.adapter
+    def __call__(
+        self, x_BTD, segment_ids_BT, positions_BT, stack: ExpertStack | None = None
+    ) -> tuple[jax.Array, RoutingStats | None]:
+        """The residual stream [B, T, D] behind the layer, and the mean statistics of its routers;
+        None where there are none.
+        """
         epsilon = self.config.norm_epsilon
 
         def norm(name):
-            return RmsNorm(epsilon, dtype, name=name)
+            return RmsNorm(epsilon, self.options.dtype, name=name)
 
-        path = f"{self.location}/attention"
-        attend = self.options.ops.attend
-        attention = Attention(
-            self.layer.attention,
-            path,
-            dtype,
-            adapter,
-            epsilon,
-            attend,
-            self.options.cache_length,
-            self.layer.linear_routing,
-            name="attention",
-        )
+        options = self.options.below("attention")
+        attention = Attention(self.layer.attention, options, epsilon, name="attention")
         attended_BTD, routed = attention(
             norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT
         )
         x_BTD = keep(x_BTD + attended_BTD, "moe_in")
-        y_BTD, stats = norm("ffn_norm")(x_BTD), None
-        if isinstance(self.layer.ffn, MoeConfig):
-            moe = Moe(
-                self.layer.ffn,
-                f"{self.location}/moe",
-                dtype,
-                adapter,
-                self.options.ops.expert_mlp,
-                self.options.base_grad,
-                repeats=self.options.remat == "full",
-                name="moe",
-            )
-            y_BTD, stats = moe(y_BTD, segment_ids_BT, stack)
-        elif self.layer.ffn.routing is not None and adapter.paths:
-            deltas = self.options.ops.expert_deltas
-            place = f"{self.location}/mlp"
-            mixture = MixtureFfn(self.layer.ffn, place, dtype, adapter, deltas, name="mlp")
-            y_BTD, stats = mixture(y_BTD, segment_ids_BT)
-        else:
-            routing, place = self.layer.linear_routing, f"{self.location}/mlp"
-            ffn = DenseFfn(self.layer.ffn, place, dtype, adapter, routing, name="mlp")
-            y_BTD, more = ffn(y_BTD, segment_ids_BT)
-            stats = mean_stats([*routed, *more])
-        return x_BTD + y_BTD, stats
+        y_BTD, more = self._ffn(norm("ffn_norm")(x_BTD), segment_ids_BT, stack)
+        return x_BTD + y_BTD, mean_stats([*routed, *more])
+
+    def _ffn(self, x_BTD, segment_ids_BT, stack) -> tuple[jax.Array, list[RoutingStats]]:
+        config = self.layer.ffn
+        if isinstance(config, MoeConfig):
+            return Moe(config, self.options.below("moe"), name="moe")(x_BTD, segment_ids_BT, stack)
+        options = self.options.below("mlp")
+        ffn = options.adapter.ffn(config, options)
+        if ffn is None:
+            ffn = DenseFfn(config, options, name="mlp")
+        return ffn(x_BTD, segment_ids_BT)
 
 
 class Unit(nn.Module):
@@ -138,14 +78,13 @@ class Unit(nn.Module):
     config: ModelConfig
     options: DecoderOptions
     segment: SegmentConfig
-    location: str
 
     @nn.compact
     def __call__(self, x_BTD, segment_ids_BT, positions_BT, stacks, repeat):
         stats = []
         for index, layer in enumerate(self.segment.unit):
-            name = f"layer_{index}"
-            block = Block(self.config, self.options, layer, f"{self.location}/{name}", name=name)
+            name = layer_name(index)
+            block = Block(self.config, self.options.below(name), layer, name=name)
             stack = ExpertStack(*stacks[name], repeat) if name in stacks else None
             x_BTD, layer_stats = block(x_BTD, segment_ids_BT, positions_BT, stack)
             if layer_stats is not None:
@@ -154,8 +93,8 @@ class Unit(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to final hidden states, with the routing statistics of every MoE layer ([L, ...], None
-    if dense).
+    """Tokens to final hidden states, with the routing statistics of every layer that has a router,
+    the base model's or the adapter's ([L, ...], None if there is none).
     """
 
     config: ModelConfig
@@ -179,8 +118,8 @@ class Decoder(nn.Module):
                 in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
                 length=segment.repeats,
             )
-            name = f"segment_{index}"
-            run = scanned(config, self.options, segment, name, name=name)
+            name = segment_name(index)
+            run = scanned(config, self.options.below(name), segment, name=name)
             inputs = (segment_ids_BT, positions_BT, self._expert_stacks(name))
             x_BTD, stats = run(x_BTD, *inputs, jnp.arange(segment.repeats))
             per_segment.append(stats)
@@ -269,18 +208,24 @@ def _interleave(*units):
     return both.reshape(-1, *both.shape[2:])
 
 
-def split_layers(config: ModelConfig, array_L) -> dict[tuple[str, str], jax.Array]:
-    """The inverse of `stack_layers`: (segment, layer) of every MoE layer to its slice [repeats,
-    ...].
+def split_layers(
+    config: ModelConfig, layers: tuple[int, ...], array_L
+) -> dict[tuple[str, str], jax.Array]:
+    """The inverse of `stack_layers`: (segment, layer) of every layer with experts to its slice
+    [repeats, ...].
+
+    Args:
+      layers: model layer indices, the L axis; of a layer in a unit all repeats or none.
     """
+    numbers = {layer.number: layer.place for layer in config.layers()}
+    places = list(dict.fromkeys(numbers[layer] for layer in layers))
     slices, start = {}, 0
     for index, segment in enumerate(config.segments):
-        layers = [f"layer_{i}" for i, layer in enumerate(segment.unit) if layer.routing is not None]
-        size = segment.repeats * len(layers)
-        part = array_L[start : start + size].reshape(
-            segment.repeats, len(layers), *array_L.shape[1:]
-        )
-        slices |= {(f"segment_{index}", name): part[:, i] for i, name in enumerate(layers)}
+        name = segment_name(index)
+        own = [place for place in places if place.startswith(f"{name}/")]
+        size = segment.repeats * len(own)
+        part = array_L[start : start + size].reshape(segment.repeats, len(own), *array_L.shape[1:])
+        slices |= {(name, place.partition("/")[2]): part[:, i] for i, place in enumerate(own)}
         start += size
     return slices
 
@@ -298,19 +243,20 @@ def unroll(model: Decoder, variables: dict) -> tuple[Decoder, dict]:
             segments.append(replace(segment, repeats=1))
 
     def cut(tree: dict) -> dict:
-        apart = {name: leaf for name, leaf in tree.items() if not name.startswith("segment_")}
+        segments = {segment_name(index) for index, _ in enumerate(config.segments)}
+        apart = {name: leaf for name, leaf in tree.items() if name not in segments}
         for new, (index, repeat) in enumerate(places):
-            if (layers := tree.get(f"segment_{index}")) is not None:
+            if (layers := tree.get(segment_name(index))) is not None:
                 part = jax.tree.map(lambda leaf, at=repeat: leaf[at : at + 1], layers)
-                apart[f"segment_{new}"] = part
+                apart[segment_name(new)] = part
         return apart
 
     def moved(path: str) -> list[str]:
         old, _, rest = path.partition("/")
         return [
-            f"segment_{new}/{rest}"
+            f"{segment_name(new)}/{rest}"
             for new, (index, _) in enumerate(places)
-            if old == f"segment_{index}"
+            if old == segment_name(index)
         ]
 
     adapter = model.options.adapter

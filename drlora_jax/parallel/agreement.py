@@ -14,14 +14,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from drlora_jax import config as config_lib
 from drlora_jax.errors import RunError
 from drlora_jax.parallel import processes
 
 # Settings that say where something is, fields of a config and options of commands. They may differ
-# by host; what is found there is compared instead.
+# by host; what is found there is compared instead. An adapter's files are read before: what they
+# say is in their place.
 PLACES = frozenset(
-    "run.dir model.path data.path data.eval_path allocation.pattern allocation.alpha_file "
-    "run model model_path tasks loss data_dir task_path out".split()
+    [
+        *(name for name in config_lib.PLACES if not name.startswith("adapter.")),
+        *"run model model_path tasks loss data_dir task_path out".split(),
+    ]
 )
 SHARED_WITHIN = 60  # seconds
 

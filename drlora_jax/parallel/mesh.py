@@ -1,15 +1,15 @@
 """The device mesh and where every array lies on it.
 
 Axes: `data` replicates, `fsdp` shards base weights along their width, `expert` shards experts,
-  `tensor` shards attention heads, the hidden width of dense FFNs, the vocabulary, and experts once
-  more. Rows of a batch are sharded over (data, fsdp, expert). Masks, importance and factors of an
-  expert lie with the expert. The rules are one table: the first regular expression that matches a
-  leaf's path decides, and every leaf must match one.
+`tensor` shards attention heads, the hidden width of dense FFNs, the vocabulary, and experts once
+more. Rows of a batch are sharded over (data, fsdp, expert). Masks, importance and LoRA matrices of
+an expert lie with the expert. The rules are one table: the first regular expression that matches a
+leaf's path decides, and every leaf must match one. A policy declares the axes of its statistics.
 """
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,9 +38,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"lora/.*/moe/\w+_lora/[ab]", PartitionSpec(None, EXPERTS)),
     (r"lora/.*", PartitionSpec()),  # plain LoRA, router deltas, experts of an adapter's own
     (r"mask_LER", PartitionSpec(None, EXPERTS)),
-    (r"stats/\w+_LE", PartitionSpec(None, EXPERTS)),
-    (r"stats/\w+_LPER", PartitionSpec(None, None, EXPERTS)),
-    (r"step|stats(/.*)?", PartitionSpec()),
+    (r"step", PartitionSpec()),
 )
 
 
@@ -154,23 +152,42 @@ def _rule(path: str) -> tuple[str, PartitionSpec]:
     raise AssertionError(f"no partition rule matches {path}")
 
 
-def partition_lines(mesh: Mesh, trees: dict[str, Any]) -> list[str]:
-    """Which rule places how many leaves, and what they take on one device; for the log.
+def spec_of_axes(letters: str) -> PartitionSpec:
+    """Returns where an array with the axes `letters` lies: E over the experts' devices, the other
+    axes whole.
+    """
+    return PartitionSpec(*(EXPERTS if letter == "E" else None for letter in letters))
+
+
+def shardings_by_axes(mesh: Mesh, tree: Any, axes: Any) -> Any:
+    """Returns shardings for the statistics of a policy; without `axes` they are replicated."""
+    if axes is None:
+        return jax.tree.map(lambda _: replicated(mesh), tree)
+    return jax.tree.map(
+        lambda leaf, letters: NamedSharding(
+            mesh, fitting_spec(mesh, spec_of_axes(letters), leaf.shape)
+        ),
+        tree,
+        axes,
+    )
+
+
+def partition_lines(mesh: Mesh, trees: dict[str, Any], stat_axes: Any = None) -> list[str]:
+    """Lists which rule places how many leaves, and what they take on one device; for the log.
 
     Args:
       trees: root of the paths to leaves that carry their sharding.
+      stat_axes: the axes of the tree `stats`, as its policy declares them.
     """
     rows: dict[str, list] = {}
-    for root, tree in trees.items():
-        for path, leaf in jax.tree.leaves_with_path(tree):
-            name = _path_name(root, path)
-            pattern, spec = _rule(name)
-            row = rows.setdefault(pattern, [spec, 0, 0, []])
-            row[1] += 1
-            row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            wanted = [axes for axes in spec[: len(leaf.shape)] if shards_of(mesh, axes) > 1]
-            if len(wanted) > sum(shards_of(mesh, axes) > 1 for axes in leaf.sharding.spec):
-                row[3].append(name)
+    for name, rule, leaf in _leaves_with_rules(trees, stat_axes):
+        pattern, spec = rule
+        row = rows.setdefault(pattern, [spec, 0, 0, []])
+        row[1] += 1
+        row[2] += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        wanted = [axes for axes in spec[: len(leaf.shape)] if shards_of(mesh, axes) > 1]
+        if len(wanted) > sum(shards_of(mesh, axes) > 1 for axes in leaf.sharding.spec):
+            row[3].append(name)
     lines = [f"{'partition rule':<32}  {'over':<28}  {'leaves':>6}  on each device"]
     for pattern, (spec, count, size, whole) in rows.items():
         names = ((part,) if isinstance(part, str) else part or ("-",) for part in spec)
@@ -179,6 +196,21 @@ def partition_lines(mesh: Mesh, trees: dict[str, Any]) -> list[str]:
         size = format_bytes(size)
         lines.append(f"{pattern:<32}  {over:<28}  {count:>6}  {size}{note}")
     return lines
+
+
+def _leaves_with_rules(trees: dict[str, Any], stat_axes: Any) -> Iterator[tuple]:
+    """Yields (path, (rule, its spec), leaf)."""
+    for root, tree in trees.items():
+        leaves = jax.tree.leaves_with_path(tree)
+        if root != "stats":
+            rules = [_rule(_path_name(root, path)) for path, _ in leaves]
+        elif stat_axes is None:
+            rules = [("stats", PartitionSpec())] * len(leaves)
+        else:
+            axes = jax.tree.leaves(stat_axes)
+            rules = [(f"stats [{', '.join(each)}]", spec_of_axes(each)) for each in axes]
+        for (path, leaf), rule in zip(leaves, rules, strict=True):
+            yield _path_name(root, path), rule, leaf
 
 
 def shards_of(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:

@@ -32,8 +32,7 @@ def check_model_divides(model_config: ModelConfig, sizes: tuple[int, ...]) -> No
     """Refuses a mesh over which experts or attention heads can not be dealt out equally."""
     expert, tensor = (sizes[AXES.index(axis)] for axis in ("expert", "tensor"))
     moe = model_config.moe
-    # Experts that an adapter makes on a dense FFN are everywhere.
-    if moe and model_config.experts_module == "moe" and moe.routing.num_experts % (expert * tensor):
+    if moe and moe.routing.num_experts % (expert * tensor):
         raise UserError(
             f"mesh.expert x mesh.tensor ({expert} x {tensor}) must divide the number of experts "
             f"({moe.routing.num_experts}); take smaller ones and more mesh.fsdp or mesh.data."

@@ -2,9 +2,12 @@
 the last ranks as a table of numbers.
 """
 
+import contextlib
 import html
 from typing import NamedTuple
 
+from drlora_jax.config import from_flat
+from drlora_jax.errors import UserError
 from drlora_jax.reporting.palette import shade
 from drlora_jax.reporting.read import Frame, RunLog, budgets, frames, is_matrix, layer_indices
 
@@ -81,9 +84,11 @@ def scale_end(values: list[float], cells: int) -> float:
 
 def highest_rank(run: RunLog) -> float:
     """Ranks that an expert can have: as recorded, as configured, or as seen."""
-    is_uniform = run.config.get("allocation.kind") == "uniform"
-    configured = run.config.get("allocation.r_target" if is_uniform else "allocation.r_max")
-    known = run.facts.get("max_rank", configured)
+    known = run.facts.get("max_rank")
+    if known is None:  # an older run
+        with contextlib.suppress(UserError):
+            config = from_flat(run.config)
+            known = config.allocation.own.allocated_rank(config.allocation, config.adapter)
     seen = [value for frame in frames(run, "ranks") for row in frame.values for value in row]
     return max([known if isinstance(known, int) else 0, *seen])
 

@@ -10,7 +10,8 @@ import os.path
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from drlora_jax.config import TrainConfig, to_dict
+from drlora_jax import config as config_lib
+from drlora_jax.config import TrainConfig, own_fields, to_dict
 from drlora_jax.errors import UserError
 
 # Where things are, what is reported, and how long the run is.
@@ -18,7 +19,8 @@ FREE = ("train.steps", "train.epochs", "model.path", "train.eval_every")
 HELDOUT = ("data.eval_path", "data.eval_split", "train.eval_batches")
 # How the same numbers are computed: the result differs by rounding.
 ROUNDING = ("train.micro_batches", "model.remat", "model.experts", "model.attention")
-RANK_FILES = ("allocation.pattern", "allocation.alpha_file")  # what they give is compared
+# Files of policies: what they give is compared.
+RANK_FILES = tuple(name for name in config_lib.PLACES if name.startswith("allocation."))
 # Of data: the order of documents and their rows, which the training tokens do not show.
 ORDER = ("data.shuffle", "data.pack")
 NAMED = 3  # of the changes that are refused, in a message
@@ -169,7 +171,8 @@ def _device_changes(before: dict, now: dict) -> list[Change]:
 
 def _changes(stored: dict, config: TrainConfig) -> list[Change]:
     # A field that is newer than the run had its default.
-    before = _flat(to_dict(TrainConfig())) | _flat(stored["config"])
+    known = {name: own_fields(name, fields) for name, fields in stored["config"].items()}
+    before = _flat(to_dict(TrainConfig())) | _flat(known)
     now = _flat(to_dict(config))
     return [Change(name, before[name], now[name]) for name in now if before[name] != now[name]]
 
@@ -179,8 +182,8 @@ def _may_change(change: Change, stored: dict, config: TrainConfig) -> bool:
     if section == "mesh" or (section == "run" and change.name != "run.seed"):
         return True
     if change.name in RANK_FILES:
-        is_shown_by_ranks = "initial_ranks" in stored and not config.allocation.spectral_prior
-        return is_shown_by_ranks or _is_same_file(change)
+        is_shown = "initial_ranks" in stored and config.allocation.own.first_ranks_show_files()
+        return is_shown or _is_same_file(change)
     return change.name in (*FREE, *HELDOUT, *ROUNDING)
 
 

@@ -4,13 +4,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.resolve import make_adapter, with_adapter_experts
 from drlora_jax.config import TrainConfig, from_dict
+from drlora_jax.config.resolve import make_adapter
 from drlora_jax.errors import UserError
 from drlora_jax.interop.directories import read_run
 from drlora_jax.interop.hf_files import find_model, fingerprint, read_model_config, same_base
 from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.placement import Placement
 from drlora_jax.runs.checkpoint_read import choose_steps
 from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.runs.resolved import Resolved
@@ -25,7 +25,7 @@ class RunSource(NamedTuple):
     directory: pathlib.Path  # of the base
     base_fingerprint: str
     model_config: ModelConfig
-    adapter: AdapterSpec
+    adapter: Placement
     checkpoints: pathlib.Path
     steps: tuple[int, ...]  # the first that is not damaged is taken
     data_fingerprint: str
@@ -34,6 +34,11 @@ class RunSource(NamedTuple):
     @property
     def step(self) -> int:
         return self.steps[0]
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The model layer index of every layer with experts, the base model's or the adapter's."""
+        return self.adapter.expert_layers(self.model_config)
 
 
 def find_run(
@@ -51,7 +56,7 @@ def find_run(
             "right directory with --model-path."
         )
     checkpoints = RunDirectory(run_dir).checkpoints
-    model_config = with_adapter_experts(read_model_config(directory), config.adapter)
+    model_config = read_model_config(directory)
     return RunSource(
         run_dir=local_path(run_dir, "--run"),
         config=config,

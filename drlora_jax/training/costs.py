@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.errors import UserError
-from drlora_jax.models.architecture import ModelConfig, MoeConfig
+from drlora_jax.models.architecture import ModelConfig
 from drlora_jax.ops.attention.api import Call, cannot, choose_backend
 from drlora_jax.ops.experts import backends
 from drlora_jax.ops.experts.backends import Experts
@@ -23,20 +23,7 @@ from drlora_jax.training.memory import (
 
 def active_parameters(config: ModelConfig) -> int:
     """Weights that one token is multiplied with: chosen experts only, no input embedding."""
-    total = config.width * config.vocab_size
-    for segment in config.segments:
-        for layer in segment.unit:
-            attention = layer.attention
-            heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
-            per_layer = heads * attention.head_dim * config.width
-            if isinstance(layer.ffn, MoeConfig):
-                routing = layer.ffn.routing
-                per_layer += config.width * routing.num_experts
-                per_layer += 3 * routing.experts_per_token * config.width * layer.ffn.expert_dim
-            else:
-                per_layer += 3 * config.width * layer.ffn.hidden_dim
-            total += segment.repeats * per_layer
-    return total
+    return sum(each.active * each.in_features * each.out_features for each in config.matrices())
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -45,12 +32,10 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     """
     attention = sum(
         4
-        * _mean_keys(sequence_length, layer.attention.window)
-        * layer.attention.num_heads
-        * layer.attention.head_dim
-        * segment.repeats
-        for segment in config.segments
-        for layer in segment.unit
+        * _mean_keys(sequence_length, layer.config.attention.window)
+        * layer.config.attention.num_heads
+        * layer.config.attention.head_dim
+        for layer in config.layers()
     )
     return 4.0 * active_parameters(config) + 3.5 * attention
 
@@ -64,15 +49,13 @@ def _mean_keys(length: int, window: int | None) -> float:
 def attention_backends(config: ModelConfig, length: int, dtype, platform: str, wanted: str):
     """The backends that the layers' attention takes; a wanted one that can not do it is refused."""
     chosen = set()
-    for segment in config.segments:
-        for layer in segment.unit:
-            section = layer.attention
-            widths = (section.head_dim, section.head_dim)
-            call = Call(length, *widths, dtype, section.soft_cap, section.has_sinks)
-            reason = None if wanted == "auto" else cannot(wanted, platform, call)
-            if reason:
-                raise UserError(f"model.attention={wanted} can not be used here: {reason}.")
-            chosen.add(choose_backend(platform, call) if wanted == "auto" else wanted)
+    for section in {layer.config.attention for layer in config.layers()}:
+        widths = (section.head_dim, section.head_dim)
+        call = Call(length, *widths, dtype, section.soft_cap, section.has_sinks)
+        reason = None if wanted == "auto" else cannot(wanted, platform, call)
+        if reason:
+            raise UserError(f"model.attention={wanted} can not be used here: {reason}.")
+        chosen.add(choose_backend(platform, call) if wanted == "auto" else wanted)
     return sorted(chosen)
 
 
@@ -82,7 +65,7 @@ def checked_expert_backend(config: ModelConfig, dtype, device, wanted: Experts) 
     if wanted == "auto":
         return backends.choose_backend(call)
     reason = backends.cannot(wanted, call)
-    if not _has_expert_operation(config):
+    if config.moe is None:
         reason = "the model has no experts of its own"
     if reason:
         raise UserError(f"model.experts={wanted} can not be used here: {reason}.")
@@ -90,19 +73,15 @@ def checked_expert_backend(config: ModelConfig, dtype, device, wanted: Experts) 
 
 
 def _expert_call(config: ModelConfig, dtype, device) -> backends.Call:
-    widths = (config.width, config.moe.expert_dim) if _has_expert_operation(config) else ()
+    widths = (config.width, config.moe.expert_dim) if config.moe else ()
     return backends.Call(device.platform, dtype, widths, device)
-
-
-def _has_expert_operation(config: ModelConfig) -> bool:
-    return config.experts_module == "moe" and config.moe is not None
 
 
 def backend_line(config: ModelConfig, attention: list[str], experts: Experts, device, dtype) -> str:
     """Which implementations of the operations a run takes."""
     platform = device.platform
     parts = [f"attention {', '.join(attention)}"]
-    if _has_expert_operation(config):
+    if config.moe is not None:
         parts.insert(0, f"experts {experts}{_why_dense(config, experts, device, dtype)}")
     line = f"computed    {'; '.join(parts)} on {platform}"
     if platform == "cpu" and dtype == jnp.float32 and (reason := library.why_not()):

@@ -19,13 +19,11 @@ from drlora_jax.training.step import TrainState
 
 
 def start_profiled(run: Run, params, done: Callable[[], None] = lambda: None) -> Position:
-    """Where a new run starts: as initialised, or as a policy decides that first sees how the base
-    routes the task.
-    """
-    position, policy = start(run), run.job.policy
-    if policy.start is None:
+    """Returns where a new run starts: as initialised, or as a policy decides from its profile."""
+    position, wanted = start(run), run.job.policy.profile
+    if wanted is None:
         return position
-    capacity, event = policy.start(profile(run, params, position.state, done))
+    capacity, event = wanted.decide(profile(run, params, position.state, done))
     log_event(run, 0, capacity, event)
     state = position.state._replace(mask_LER=place_mask(run, capacity))
     return Position(state, capacity, 0)
@@ -33,21 +31,32 @@ def start_profiled(run: Run, params, done: Callable[[], None] = lambda: None) ->
 
 def profile(
     run: Run, params, state: TrainState, done: Callable[[], None] = lambda: None
-) -> np.ndarray:
-    """How often the valid tokens of the first `profile_rows` training rows (whole batches) choose
-    each expert, [L, E]. The factors are still zero, so it is the base that chooses. `done` is
+) -> dict[str, np.ndarray]:
+    """Returns what the policy's profile measures, by name: sums over the first rows of the training
+    data, in whole batches. B is still zero, so it is the base model that is measured. `done` is
     called after each batch.
     """
-    section, total_LE = run.job.config.train, 0.0
+    section, wanted = run.job.config.train, run.job.policy.profile
     rows = section.batch_size // section.micro_batches
-    for first in range(0, run.job.policy.profile_rows, rows):
+    totals = dict.fromkeys(wanted.measures, 0.0)
+    for first in range(0, wanted.rows, rows):
         batch = run.job.loader.batch(first)
         micro = jax.tree.map(lambda array: array[:rows], batch)
         micro = processes.place(micro, mesh_lib.rows(run.mesh))
-        _, _, stats = run.eval_step(params, state.lora, state.mask_LER, micro)
-        total_LE = total_LE + np.asarray(stats.count_E, np.float64)
+        for name in wanted.measures:
+            totals[name] = totals[name] + PROFILE_PASSES[name](run, params, state, micro)
         done()
-    return total_LE
+    return totals
+
+
+def choices(run: Run, params, state: TrainState, batch) -> np.ndarray:
+    """Returns how often valid tokens choose each expert, f64 [L, E], from a forward pass."""
+    _, _, stats = run.eval_step(params, state.lora, state.mask_LER, batch)
+    return np.asarray(stats.count_E, np.float64)
+
+
+# What a profile may measure: passes over a batch (run, params, state, batch) -> array.
+PROFILE_PASSES = {"choices": choices}
 
 
 def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
@@ -81,5 +90,5 @@ def reordered(run: Run, state: TrainState, order_LER: np.ndarray, mask_LER) -> T
 def log_event(
     run: Run, step: int, capacity: CapacityState, event: Event, routing: dict | None = None
 ) -> None:
-    layers, budget = run.job.model_config.moe_layers, run.job.policy.budget
+    layers, budget = run.job.expert_layers, run.job.policy.budget
     run.job.run_dir.log_ranks(step, layers, capacity.ranks_LE, event.saliency_LE, budget, routing)

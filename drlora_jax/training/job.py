@@ -10,19 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drlora_jax.adapters.lora import AdapterSpec
-from drlora_jax.adapters.resolve import (
+from drlora_jax.adapters.targets import coverage, coverage_lines
+from drlora_jax.allocation import CapacityShapes, Policy
+from drlora_jax.allocation.spectra import Exponents
+from drlora_jax.config import DataSection, TrainConfig, settled
+from drlora_jax.config.resolve import (
     capacity_shapes,
     make_adapter,
-    with_adapter_experts,
+    make_policy,
     with_resolved_dtype,
     with_resolved_experts,
     with_resolved_rank,
 )
-from drlora_jax.adapters.targets import coverage, coverage_lines
-from drlora_jax.allocation import CapacityShapes, Policy, make_policy
-from drlora_jax.allocation.spectra import Exponents
-from drlora_jax.config import DataSection, TrainConfig
 from drlora_jax.data.documents import check_paths, digest, load_documents
 from drlora_jax.data.loader import Batch, Loader, eval_batches
 from drlora_jax.data.report import Report
@@ -41,7 +40,9 @@ from drlora_jax.interop.hf_files import (
 )
 from drlora_jax.interop.hf_read import match_keys
 from drlora_jax.models.architecture import ModelConfig
-from drlora_jax.models.transformer import Decoder, DecoderOptions, abstract_params
+from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.placement import Placement
+from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.parallel import processes as processes_lib
 from drlora_jax.parallel.mesh import AXES, count_devices, describe_sizes, resolve_sizes
 from drlora_jax.parallel.mesh_checks import check_exchange, check_mesh
@@ -59,7 +60,7 @@ class Job(NamedTuple):
     directory: object  # pathlib.Path of the base
     origin: dict[str, str]  # fingerprints of base and training data
     model_config: ModelConfig
-    adapter: AdapterSpec
+    adapter: Placement
     policy: Policy
     loader: Loader
     eval_batches: list[Batch]
@@ -70,12 +71,18 @@ class Job(NamedTuple):
     # How rows were written, by which tokenizer, on which base; None where no data were read.
     resolved: Resolved | None = None
 
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The model layer index of every layer with experts, the base model's or the adapter's."""
+        return self.adapter.expert_layers(self.model_config)
+
 
 def prepare(config: TrainConfig) -> Job:
     """Reads and checks everything a run needs; raises UserError for what the user can mend.
 
     What costs little comes first: a mistake in a setting is found before rows are read.
     """
+    config = settled(config)
     run_dir = RunDirectory(config.run.dir, writes=processes_lib.is_main())
     stored = run_dir.stored()
     run_dir.check_place()
@@ -86,7 +93,6 @@ def prepare(config: TrainConfig) -> Job:
     model_config = read_model_config(directory)
     devices = count_devices()
     config = with_resolved_experts(with_resolved_dtype(config), model_config.num_layers)
-    model_config = with_adapter_experts(model_config, config.adapter)
     config = with_resolved_rank(config, model_config)
     if stored is not None:
         run_dir.check_settings(stored, config)
@@ -102,7 +108,7 @@ def prepare(config: TrainConfig) -> Job:
     sizes = resolve_sizes(config.mesh, devices, jax.process_count())
     check_mesh(config, model_config, sizes)
     check_exchange(config.mesh.exchange, jax.devices()[0].platform)
-    shapes = capacity_shapes(config, model_config, adapter)
+    shapes = capacity_shapes(model_config, adapter)
     _check_schedule(config, shapes, stored)
 
     reading = _reading(config.data, stored, before)
@@ -121,7 +127,7 @@ def prepare(config: TrainConfig) -> Job:
     if stored is not None:
         resume_lines = run_dir.check_same(stored, config, origin, _devices_now(sizes))
     schedule_steps = stored["schedule_steps"] if stored else total_steps
-    policy = _make_policy(config, shapes, schedule_steps, model_config, directory)
+    policy = _make_policy(config, shapes, schedule_steps, model_config, adapter, directory)
     _check_balance(config, policy)
     _check_events_fit(total_steps, policy)
     if stored is not None:
@@ -143,7 +149,13 @@ def prepare(config: TrainConfig) -> Job:
         lines.append("data.eval_path is not set: no held-out loss is measured")
     lines += [*passes_lines(loader, config.train, total_steps)]
     lines += length_lines(loader, longest_positions(directory))
-    lines += ["", *coverage_lines(rows), "", f"allocation  {policy.describe}"]
+    lines += [
+        "",
+        *coverage_lines(rows),
+        *adapter.notes(model_config),
+        "",
+        f"allocation  {policy.describe}",
+    ]
     lines.append(f"mesh        {describe_sizes(sizes)} on {_devices_line()}, {config.model.dtype}")
     lines += resume_lines
     return Job(
@@ -198,25 +210,35 @@ def _devices_line() -> str:
 
 
 def _make_policy(
-    config: TrainConfig, shapes: CapacityShapes, steps: int, model_config: ModelConfig, directory
+    config: TrainConfig,
+    shapes: CapacityShapes,
+    steps: int,
+    model_config: ModelConfig,
+    adapter: Placement,
+    directory,
 ) -> Policy:
-    """The policy, with the exponents of the base's weights where it asks for them."""
+    """Returns the policy, with the exponents of the base's weights where it asks for them."""
     section = config.allocation
     policy = _without_exponents(config, shapes, steps)
-    if not section.asks_for_exponents:
+    if not section.own.wants_exponents():
         return policy  # else: what can not be is refused before the analysis
-    exponents = read_exponents(
-        model_config, directory, file=section.alpha_file, estimator=section.alpha_estimator
-    )
+
+    def exponents() -> Exponents:
+        return read_exponents(
+            model_config,
+            directory,
+            adapter.expert_layers(model_config),
+            file=section.alpha_file,
+            estimator=section.alpha_estimator,
+        )
+
     return make_policy(config, shapes, steps, exponents)
 
 
 def _without_exponents(config: TrainConfig, shapes: CapacityShapes, steps: int) -> Policy:
-    """The policy, with exponents that are all alike where it asks for them."""
-    if not config.allocation.asks_for_exponents:
-        return make_policy(config, shapes, steps)
+    """Returns the policy, with exponents that are all alike where it asks for them."""
     alike = Exponents(np.ones(shapes.layers), np.ones((shapes.layers, shapes.experts)))
-    return make_policy(config, shapes, steps, alike)
+    return make_policy(config, shapes, steps, lambda: alike)
 
 
 def _check_balance(config: TrainConfig, policy: Policy) -> None:

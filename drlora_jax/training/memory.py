@@ -15,7 +15,15 @@ from typing import NamedTuple
 
 import jax
 
-from drlora_jax.models.architecture import LayerConfig, ModelConfig, MoeConfig
+from drlora_jax.models.architecture import (
+    ATTENTION,
+    EXPERTS,
+    FFN,
+    INTO_RESIDUAL,
+    ROUTER,
+    LayerConfig,
+    ModelConfig,
+)
 from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
 from drlora_jax.ops.experts.api import READS_STACKS
 from drlora_jax.ops.native.library import parts
@@ -55,110 +63,144 @@ class Layout(NamedTuple):
     slices: int = 1  # of TPU chips
     linear_inputs: int = 0  # numbers a token that plain LoRA of a layer reads, matrix by matrix
     drops: bool = False  # whether dropout leaves some of them out
+    ffn_passes: int = 1  # hidden vectors of a dense FFN per token
+    side_ranks: int = 0  # ranks per token of LoRA experts beside one projection
     reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
 
 
+class Sizes(NamedTuple):
+    """What of one layer's weights decides its memory, summed over its matrices."""
+
+    weights: int  # numbers of all matrices but routers and experts
+    heads: int  # numbers per token of queries, keys, values and the output of attention
+    attention_heads: int
+    wide: int  # numbers per token of a dense FFN's pre-activations
+    experts: int = 0  # of one layer
+    chosen: int = 0  # experts per token
+    expert_weights: int = 0  # numbers of one expert
+    expert_hidden: int = 0
+
+    @property
+    def ffn_hidden(self) -> int:
+        return self.wide // 2
+
+
+def sizes_of(config: ModelConfig, layer: LayerConfig) -> Sizes:
+    """The sizes of one layer."""
+    matrices = list(layer.matrices(config.width))
+    experts = [matrix for matrix in matrices if matrix.kind == EXPERTS]
+    rest = [matrix for matrix in matrices if matrix.kind not in (EXPERTS, ROUTER)]
+    return Sizes(
+        weights=sum(matrix.parameters for matrix in rest),
+        heads=sum(each.inner_features for each in rest if each.kind == ATTENTION),
+        attention_heads=layer.attention.num_heads,
+        wide=sum(
+            each.inner_features
+            for each in rest
+            if each.kind == FFN and each.role not in INTO_RESIDUAL
+        ),
+        experts=max((each.count for each in experts), default=0),
+        chosen=max((each.active for each in experts), default=0),
+        expert_weights=sum(each.in_features * each.out_features for each in experts),
+        expert_hidden=max((each.inner_features for each in experts), default=0),
+    )
+
+
 def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, remat: str) -> int:
-    """What a step adds to what lies on a device anyway."""
-    layers = [(layer, segment.repeats) for segment in config.segments for layer in segment.unit]
-    kept = sum(repeats * _kept(config, layer, layout, remat) for layer, repeats in layers)
-    weights = max(layout.fsdp * _weight_bytes(config, layer, layout) for layer, _ in layers)
+    """What a step adds to what resides on a device anyway."""
+    layers = [
+        (sizes_of(config, layer), segment.repeats)
+        for segment in config.segments
+        for layer in segment.unit
+    ]
+    width = config.width
+    kept = sum(repeats * _kept(width, sizes, layout, remat) for sizes, repeats in layers)
+    weights = max(layout.fsdp * _weight_bytes(sizes, layout) for sizes, _ in layers)
     chunk = min(CHUNK_TOKENS, layout.tokens)
     head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
     linear = DROPPED_COPIES if layout.drops else LINEAR_COPIES
     linear = int(linear * layout.linear_inputs * layout.tokens) * layout.item
-    # What the walk of one layer writes is there once more before it lies in the stack.
+    # What the block loop of one layer writes is there once more before it is in the stack.
     passes = (
-        _working(config, layer, layout)
+        _working(width, sizes, layout)
         + linear
-        + layout.tokens * _walked_bytes(layer, layout, remat)
-        for layer, _ in layers
+        + layout.tokens * _looped_bytes(sizes, layout, remat)
+        for sizes, _ in layers
     )
     working = max(head, *passes)
     return 2 * lora_bytes + kept + weights + working
 
 
-def _kept(config: ModelConfig, layer: LayerConfig, layout: Layout, remat: str) -> int:
+def _kept(width: int, sizes: Sizes, layout: Layout, remat: str) -> int:
     """Bytes of one layer that the backward pass finds."""
-    residual = config.width * layout.item
+    residual = width * layout.item
     if remat == "full":
         return layout.tokens * residual
-    attention = layer.attention
-    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
-    split = heads * attention.head_dim * layout.item + 4 * attention.num_heads
-    token = 2 * residual + split // layout.tensor
+    split = sizes.heads * layout.item + 4 * sizes.attention_heads
+    token = 2 * residual + split // layout.tensor + sizes.wide * layout.item // layout.tensor
     shards = layout.expert_shards * layout.tensor
-    if not isinstance(layer.ffn, MoeConfig):
-        token += 2 * layer.ffn.hidden_dim * layout.item // layout.tensor
-    elif layout.experts in ("ragged", "mosaic", "tokamax") and (shards == 1 or remat == "none"):
-        slots = layer.ffn.routing.experts_per_token * layout.expert_shards
-        wide = 2 * layer.ffn.expert_dim + layout.roles * layout.max_rank
-        token += slots * wide * layout.item
-    token += _walked_bytes(layer, layout, remat)
+    is_sorted = layout.experts in ("ragged", "mosaic", "tokamax")
+    if is_sorted and (shards == 1 or remat == "none"):
+        ranks = layout.roles * layout.max_rank if sizes.experts else 0
+        assigned = sizes.chosen * layout.expert_shards
+        token += assigned * (2 * sizes.expert_hidden + ranks) * layout.item
+    token += _looped_bytes(sizes, layout, remat)
     kept = layout.tokens * token
-    if remat == "none":
-        kept += layout.tokens * NORM_COPIES * config.width * 4
-        kept += layout.tokens * layout.linear_inputs * layout.item if layout.drops else 0
-        if not isinstance(layer.ffn, MoeConfig):
-            slots = layer.ffn.routing.experts_per_token if layer.ffn.routing else 1
-            hidden = slots * layer.ffn.hidden_dim // layout.tensor
-            kept += layout.tokens * FFN_COPIES * hidden * layout.item
-        if layer.linear_routing:
-            ranks = layer.linear_routing.num_experts * layout.max_rank
-            kept += layout.tokens * RANK_COPIES * layout.roles * ranks * layout.item
-        if layout.experts in (*READS_STACKS, "dense") and not layout.reads_stacks:
-            # Its gradient keeps its weights, and the scan stacks them.
-            kept += _expert_bytes(config, layer, layout)
+    return kept + _kept_by_autodiff(width, sizes, layout) if remat == "none" else kept
+
+
+def _kept_by_autodiff(width: int, sizes: Sizes, layout: Layout) -> int:
+    """Bytes of one layer that autodiff keeps besides, unless told not to."""
+    kept = layout.tokens * NORM_COPIES * width * 4
+    kept += layout.tokens * layout.linear_inputs * layout.item if layout.drops else 0
+    hidden = layout.ffn_passes * sizes.ffn_hidden // layout.tensor
+    kept += layout.tokens * FFN_COPIES * hidden * layout.item
+    kept += layout.tokens * RANK_COPIES * layout.roles * layout.side_ranks * layout.item
+    if layout.experts in (*READS_STACKS, "dense") and not layout.reads_stacks:
+        # Its gradient keeps its weights, and the scan stacks them.
+        kept += _expert_bytes(sizes, layout)
     return kept
 
 
-def _walked_bytes(layer: LayerConfig, layout: Layout, remat: str) -> int:
-    """Pre-activations a token that sorted slots on CPU keep of a layer."""
+def _looped_bytes(sizes: Sizes, layout: Layout, remat: str) -> int:
+    """Bytes per token of the pre-activations that sorted assignments on CPU keep of a layer."""
     is_alone = layout.expert_shards * layout.tensor == 1
-    if not (isinstance(layer.ffn, MoeConfig) and layout.experts in READS_STACKS and is_alone):
+    if remat == "full" or layout.experts not in READS_STACKS or not is_alone:
         return 0
-    slots = layer.ffn.routing.experts_per_token
-    return 0 if remat == "full" else slots * 2 * layer.ffn.expert_dim * layout.item
+    return sizes.chosen * 2 * sizes.expert_hidden * layout.item
 
 
-def _expert_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
+def _expert_bytes(sizes: Sizes, layout: Layout) -> int:
     """The experts of one layer on one expert shard, as far as fsdp cuts them."""
-    if not isinstance(layer.ffn, MoeConfig):
-        return 0
-    experts = layer.ffn.routing.num_experts // (layout.expert_shards * layout.tensor)
-    return experts * 3 * config.width * layer.ffn.expert_dim * layout.item // layout.fsdp
+    experts = sizes.experts // (layout.expert_shards * layout.tensor)
+    return experts * sizes.expert_weights * layout.item // layout.fsdp
 
 
-def _weight_bytes(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
-    attention = layer.attention
-    heads = 2 * attention.num_heads + 2 * attention.num_kv_heads
-    matrices = heads * attention.head_dim * config.width
-    if not isinstance(layer.ffn, MoeConfig):
-        matrices += 3 * config.width * layer.ffn.hidden_dim
-    experts = 0 if layout.reads_stacks else _expert_bytes(config, layer, layout)
-    return matrices * layout.item // (layout.fsdp * layout.tensor) + experts
+def _weight_bytes(sizes: Sizes, layout: Layout) -> int:
+    experts = 0 if layout.reads_stacks else _expert_bytes(sizes, layout)
+    return sizes.weights * layout.item // (layout.fsdp * layout.tensor) + experts
 
 
-def _working(config: ModelConfig, layer: LayerConfig, layout: Layout) -> int:
+def _working(width: int, sizes: Sizes, layout: Layout) -> int:
     """One layer's backward pass."""
-    width, own = config.width, TOKEN_COPIES * config.width * layout.tokens
-    if not isinstance(layer.ffn, MoeConfig):
-        wide = WIDE_COPIES * layer.ffn.hidden_dim // layout.tensor
-        return (own + layout.tokens * wide) * layout.item
+    wide = WIDE_COPIES * sizes.ffn_hidden // layout.tensor
+    own = (TOKEN_COPIES * width + wide) * layout.tokens
+    if not sizes.experts:
+        return own * layout.item
     # The tokens of an expert group are gathered on each of its devices.
-    shared, hidden = layout.tokens * layout.expert_shards, layer.ffn.expert_dim
-    slots = shared * layer.ffn.routing.experts_per_token
+    shared, hidden = layout.tokens * layout.expert_shards, sizes.expert_hidden
+    assigned = shared * sizes.chosen
     if layout.experts in ("dense", *READS_STACKS):
         per = {
             "dense": WIDE_COPIES * hidden * shared,
-            "block": int(BLOCK_COPIES * slots) * width,
+            "block": int(BLOCK_COPIES * assigned) * width,
             "native": (parts() - 1) * shared * width,  # sums over experts of each part
         }[layout.experts]
         gathered = SHARED_COPIES * (shared - layout.tokens) * width
         return (own + gathered + per) * layout.item
     widest = max(rows * width + wide * hidden for rows, wide in (INPUT_MOMENT, HIDDEN_MOMENT))
     overlap = 1 if layout.slices == 1 else OVERLAP
-    return int(overlap * (SHARED_COPIES * shared * width + slots * widest)) * layout.item
+    return int(overlap * (SHARED_COPIES * shared * width + assigned * widest)) * layout.item
 
 
 def bytes_on_one_device(tree) -> int:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drlora_jax.adapters.rank_trees import expert_roles
 from drlora_jax.adapters.targets import linear_inputs
 from drlora_jax.allocation import CapacityState, masks_from_ranks
 from drlora_jax.data.loader import BATCH_DTYPES, Batch
@@ -86,7 +85,7 @@ def build(job: Job, devices=None) -> Run:
     params = abstract_params(model)
     params = mesh_lib.with_shardings(params, mesh_lib.shardings_for(mesh, params, "params"))
     state = jax.eval_shape(lambda lora: initial_state(job, tx, lora), abstract_lora(model))
-    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state))
+    state = mesh_lib.with_shardings(state, state_shardings(mesh, tx, state, job.policy.stat_axes))
     layout = memory_layout(job, mesh, experts)
     return Run(
         job=job,
@@ -118,12 +117,11 @@ def _make_model(job: Job, mesh, experts: str) -> Decoder:
 
 def _make_optimizer(job: Job) -> tuple[optax.GradientTransformation, optax.Schedule]:
     section = job.config.adapter
-    has_router = job.adapter.train_router or section.makes_experts
     return make_optimizer(
         job.config.train,
         job.total_steps,
         first_total=job.schedule_steps,
-        router_learning_rate=section.router_learning_rate if has_router else None,
+        router_learning_rate=section.router_learning_rate if job.adapter.trains_routers else None,
     )
 
 
@@ -156,7 +154,7 @@ def _jitted(job: Job, mesh, model: Decoder, tx, state: TrainState) -> dict:
             lambda: init_lora(model, jax.random.key(seed)), out_shardings=shardings_of(state.lora)
         ),
         "reorder": jax.jit(
-            functools.partial(reorder_ranks, model.config, tx),
+            functools.partial(reorder_ranks, model, tx),
             donate_argnums=(0, 1),
             out_shardings=(shardings_of(state.lora), shardings_of(state.opt_state)),
         ),
@@ -171,7 +169,7 @@ def initial_state(job: Job, tx, lora: dict) -> TrainState:
     )
 
 
-def state_shardings(mesh, tx, state: TrainState) -> TrainState:
+def state_shardings(mesh, tx, state: TrainState, stat_axes=None) -> TrainState:
     """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
     lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
     opt_state = optax.tree.map_params(
@@ -186,7 +184,7 @@ def state_shardings(mesh, tx, state: TrainState) -> TrainState:
         lora=lora,
         opt_state=opt_state,
         mask_LER=mesh_lib.shardings_for(mesh, state.mask_LER, "mask_LER"),
-        stats=mesh_lib.shardings_for(mesh, state.stats, "stats"),
+        stats=mesh_lib.shardings_by_axes(mesh, state.stats, stat_axes),
     )
 
 
@@ -223,9 +221,11 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
         fsdp=shape["fsdp"],
         tensor=shape["tensor"],
         max_rank=job.adapter.max_rank,
-        roles=len(expert_roles(job.adapter)),
+        roles=len(job.adapter.expert_roles()),
         slices=mesh_lib.count_slices(mesh.devices.flat) if platform == "tpu" else 1,
         linear_inputs=linear_inputs(job.model_config, job.adapter),
+        ffn_passes=job.adapter.ffn_passes,
+        side_ranks=job.adapter.side_ranks,
         drops=job.adapter.dropout > 0,
         reads_stacks=experts in READS_STACKS and mesh.size == 1,
     )

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from drlora_jax.adapters.rank_trees import over_experts
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.transformer import Decoder
 
 
 def reorder_ranks(
-    config: ModelConfig,
+    model: Decoder,
     tx: optax.GradientTransformation,
     lora: Any,
     opt_state: Any,
@@ -32,8 +32,8 @@ def reorder_ranks(
       order_LER: i32, a permutation of every expert's ranks: new row k is old row order[k].
       mask_LER: f32, the mask after the event; inactive rows become initial.
     """
-    orders = over_experts(config, lora, order_LER[..., None], rest=lambda names: None)
-    active = over_experts(config, lora, mask_LER[..., None] > 0, rest=lambda names: None)
+    orders = over_experts(model, lora, order_LER[..., None], rest=lambda names: None)
+    active = over_experts(model, lora, mask_LER[..., None] > 0, rest=lambda names: None)
 
     def move(value, order, is_active, first):
         if order is None:  # no factor of an expert

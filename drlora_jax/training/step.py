@@ -1,8 +1,8 @@
 """One optimizer step, as pure functions: loss, gradients, importance of every rank, masked update,
 statistics.
 
-    step = make_train_step(model, tx, policy, ...)        build once state, metrics =
-    jax.jit(step)(params, state, batch)   params are frozen, the mask is an array of the state
+    step = jax.jit(make_train_step(model, tx, policy, StepOptions()))  # built and compiled once
+    state, metrics = step(params, state, batch)  # params are frozen; the mask is in the state
 
 The rank mask enters multiplied with a gate of ones, and the gradient with respect to that gate is
 the importance of every rank, measured in the same backward pass. A growth event only replaces the
@@ -18,15 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from drlora_jax.adapters.rank_trees import (
-    elementwise_importance,
-    expert_roles,
-    gates_tree,
-    lora_like,
-    probe_importance,
-    with_probe,
-)
+from drlora_jax.adapters.rank_trees import gates_tree, lora_like, masks_tree, over_roles
 from drlora_jax.allocation.base import Policy, StepStats
+from drlora_jax.allocation.measurements import StepView
 from drlora_jax.data.loader import Batch
 from drlora_jax.models.routing import RoutingStats
 from drlora_jax.models.transformer import (
@@ -124,8 +118,7 @@ def auxiliary_loss(
     return weights.balance * balance + weights.z * jnp.mean(stats.log_z_squared) / tokens
 
 
-# ---------------------------------------------------------------------------------------------
-# optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 class Hold(NamedTuple):
@@ -159,8 +152,7 @@ def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: 
     return optax.apply_updates(lora, updates), opt_state
 
 
-# ---------------------------------------------------------------------------------------------
-# steps
+# -------------------------------------------------------------------------------------------- steps
 
 
 class StepOptions(NamedTuple):
@@ -174,32 +166,8 @@ class StepOptions(NamedTuple):
 def make_train_step(
     model: Decoder, tx: optax.GradientTransformation, policy: Policy, options: StepOptions
 ) -> Callable:
-    """A pure `step(params, state, batch [M, B, T]) -> (state, metrics)` for fine-tuning."""
-    config, adapter = model.config, model.options.adapter
-    roles = expert_roles(adapter)
-
-    def micro_batch(params, state, key, batch, share, targets):
-        """Gradients of this micro-batch's part of the loss, and what it measured."""
-
-        def loss_fn(lora, gate_LPER):
-            mask_LER = state.mask_LER
-            if policy.needs_probe:
-                mask_LER = with_probe(config, mask_LER)
-            masked_LPER = gate_LPER * mask_LER[:, None]
-            variables = {
-                "params": params,
-                "lora": lora,
-                "rank_mask": gates_tree(config, roles, masked_LPER),
-            }
-            terms, stats = batch_loss(model, variables, batch, options.auxiliary, key=key)
-            return terms.nll / targets + share * terms.auxiliary, (terms, stats)
-
-        layers, experts, ranks = state.mask_LER.shape
-        ones_LPER = jnp.ones((layers, len(roles), experts, ranks), jnp.float32)
-        (_, measured), grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
-            state.lora, ones_LPER
-        )
-        return grads, measured
+    """Returns a pure `step(params, state, batch [M, B, T]) -> (state, metrics)` for fine-tuning."""
+    gradients = _make_gradients(model, policy, options)
 
     def step(params, state: TrainState, batch: Batch):
         tokens_M = jnp.sum(batch.segment_ids_BT > 0, axis=(1, 2)).astype(jnp.float32)
@@ -209,7 +177,7 @@ def make_train_step(
         def accumulate(total, inputs):
             index, micro, share = inputs
             micro_key = jax.random.fold_in(key, index)
-            (grads, gate_grad), (terms, stats) = micro_batch(
+            (grads, gate_grad), (terms, stats) = gradients(
                 params, state, micro_key, micro, share, targets
             )
             return jax.tree.map(jnp.add, total, grads), (gate_grad, terms, stats)
@@ -219,74 +187,127 @@ def make_train_step(
         inputs = (jnp.arange(tokens_M.size), batch, shares_M)
         grads, (gate_grad_MLPER, terms_M, stats_ML) = jax.lax.scan(accumulate, zeros, inputs)
 
-        measured = None
-        is_used_LE = jnp.ones(state.mask_LER.shape[:2], bool)
-        stats = state.stats
+        measured, stats = None, state.stats
         if stats_ML is not None:
-            elementwise = (
-                elementwise_importance(config, roles, state.lora, grads)
-                if policy.needs_elementwise
-                else None
-            )
-            probe = (
-                probe_importance(config, roles, grads, state.mask_LER)
-                if policy.needs_probe
-                else None
-            )
-            measured = StepStats(
-                gate_grad_MLPER, elementwise, stats_ML.count_E, stats_ML.weight_E, tokens_M, probe
-            )
+            measured = _measured(model, policy, state, grads, gate_grad_MLPER, stats_ML, tokens_M)
             stats = policy.accumulate(state.stats, measured)
-            if options.freeze_idle_experts:
-                is_used_LE = jnp.sum(measured.count_MLE, axis=0) > 0
-        moves_router = state.step >= options.router_start
-        every_rank = jnp.ones_like(state.mask_LER)
-        trains = lora_like(config, state.lora, is_used_LE, every_rank, moves_router)
-        if options.freeze_a:
-            trains = jax.tree.map_with_path(lambda path, leaf: leaf & (path[-1].key != "a"), trains)
-        hold = Hold(
-            trains=trains,
-            active=lora_like(
-                config, state.lora, jnp.ones_like(is_used_LE), state.mask_LER, moves_router
-            ),
-        )
-        if policy.needs_probe:  # a probe is looked at, not trained
-            grads = jax.tree.map(lambda grad, on: jnp.where(on, grad, 0), grads, hold.active)
+        hold = _hold(model, options, state, measured)
+        if any(each.opens for each in policy.measures):
+            grads = _without_opened(grads, hold)
         lora, opt_state = held_update(tx, grads, state.opt_state, state.lora, hold)
         metrics = {
             "loss": jnp.sum(terms_M.nll) / targets,
             "auxiliary_loss": jnp.sum(terms_M.auxiliary * shares_M),
             "grad_norm": optax.tree.norm(grads),
-            "weight_LE": None,
-            "load_LE": None,
-        }
-        if measured is not None:
-            count_LE = jnp.sum(measured.count_MLE, axis=0)
-            metrics["weight_LE"] = jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(tokens_M)
-            choices_L1 = jnp.sum(count_LE, axis=1, keepdims=True)
-            metrics["load_LE"] = count_LE / jnp.maximum(choices_L1, 1.0)
-        new_state = TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats)
-        return new_state, metrics
+        } | _routing_metrics(measured)
+        return TrainState(state.step + 1, lora, opt_state, state.mask_LER, stats), metrics
 
     return step
+
+
+def _make_gradients(model: Decoder, policy: Policy, options: StepOptions) -> Callable:
+    """Returns `gradients(params, state, key, batch, share, targets)`: of one micro-batch's part of
+    the loss, with respect to LoRA matrices and gates, and what it measured.
+    """
+    adapter = model.options.adapter
+    projections = len(adapter.expert_roles())
+
+    def gradients(params, state: TrainState, key, batch: Batch, share, targets):
+        def loss_fn(lora, gate_LPER):
+            mask_LER = state.mask_LER
+            for each in policy.measures:
+                if each.opens:
+                    mask_LER = each.opens(mask_LER, not adapter.makes_experts)
+            masked_LPER = gate_LPER * mask_LER[:, None]
+            variables = {
+                "params": params,
+                "lora": lora,
+                "rank_mask": gates_tree(model, masked_LPER),
+            }
+            terms, stats = batch_loss(model, variables, batch, options.auxiliary, key=key)
+            return terms.nll / targets + share * terms.auxiliary, (terms, stats)
+
+        layers, experts, ranks = state.mask_LER.shape
+        ones_LPER = jnp.ones((layers, projections, experts, ranks), jnp.float32)
+        (_, measured), grads = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)(
+            state.lora, ones_LPER
+        )
+        return grads, measured
+
+    return gradients
+
+
+def _measured(
+    model: Decoder,
+    policy: Policy,
+    state: TrainState,
+    grads,
+    gate_grad_MLPER: jax.Array,
+    stats_ML: RoutingStats,
+    tokens_M: jax.Array,
+) -> StepStats:
+    """Returns what the policy is shown of a step."""
+    adapter = model.options.adapter
+
+    def each_role(measure):
+        def of_role(layer, role):
+            matrices, gradients = layer(state.lora, role), layer(grads, role)
+            return measure(matrices, gradients, adapter.gated_side(role))
+
+        return over_roles(model, of_role)
+
+    view = StepView(state.lora, grads, state.mask_LER, each_role, not adapter.makes_experts)
+    return StepStats(
+        gate_grad_MLPER,
+        stats_ML.count_E,
+        stats_ML.weight_E,
+        tokens_M,
+        {each.name: each.measure(view) for each in policy.measures},
+    )
+
+
+def _without_opened(grads, hold: Hold):
+    """Returns the gradients without those of ranks that were opened to be measured, not trained."""
+    return jax.tree.map(lambda grad, is_on: jnp.where(is_on, grad, 0), grads, hold.active)
+
+
+def _hold(
+    model: Decoder, options: StepOptions, state: TrainState, measured: StepStats | None
+) -> Hold:
+    """Returns what this step's update may change."""
+    is_used_LE = jnp.ones(state.mask_LER.shape[:2], bool)
+    if measured is not None and options.freeze_idle_experts:
+        is_used_LE = jnp.sum(measured.count_MLE, axis=0) > 0
+    moves_router = state.step >= options.router_start
+    every_rank = jnp.ones_like(state.mask_LER)
+    trains = lora_like(model, state.lora, is_used_LE, every_rank, moves_router)
+    if options.freeze_a:
+        trains = jax.tree.map_with_path(lambda path, leaf: leaf & (path[-1].key != "a"), trains)
+    every_expert = jnp.ones_like(is_used_LE)
+    active = lora_like(model, state.lora, every_expert, state.mask_LER, moves_router)
+    return Hold(trains, active)
+
+
+def _routing_metrics(measured: StepStats | None) -> dict[str, jax.Array | None]:
+    """Returns combine weight per token and share of the choices of every expert; None without
+    experts.
+    """
+    if measured is None:
+        return {"weight_LE": None, "load_LE": None}
+    count_LE = jnp.sum(measured.count_MLE, axis=0)
+    weight_LE = jnp.sum(measured.weight_MLE, axis=0) / jnp.sum(measured.tokens_M)
+    choices_L1 = jnp.sum(count_LE, axis=1, keepdims=True)
+    return {"weight_LE": weight_LE, "load_LE": count_LE / jnp.maximum(choices_L1, 1.0)}
 
 
 def make_eval_step(model: Decoder) -> Callable:
     """A pure `step(params, lora, mask_LER, batch [B, T]) -> (sum of NLL, target tokens, routing
     statistics)`.
     """
-    config = model.config
-    roles = expert_roles(model.options.adapter)
 
     def step(params, lora, mask_LER, batch: Batch):
-        gate_LPER = jnp.broadcast_to(
-            mask_LER[:, None], (mask_LER.shape[0], len(roles), *mask_LER.shape[1:])
-        )
-        variables = {
-            "params": params,
-            "lora": lora,
-            "rank_mask": gates_tree(config, roles, gate_LPER),
-        }
+        gates = masks_tree(model, mask_LER)
+        variables = {"params": params, "lora": lora, "rank_mask": gates}
         terms, stats = batch_loss(model, variables, batch, AuxiliaryWeights())
         return terms.nll, jnp.sum(batch.target_mask_BT), stats
 

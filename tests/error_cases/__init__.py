@@ -4,7 +4,7 @@ The cases run through the real command line, in a folder with a good model, good
 config of which one thing is broken. `docs/errors.md` is written from them.
 """
 
-from error_cases import config, data, environment, model, run, tokenizer
+from tests.error_cases import config, data, environment, model, run, tokenizer
 
 CASES = (
     *config.CASES,

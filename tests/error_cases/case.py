@@ -12,12 +12,12 @@ from typing import NamedTuple
 from unittest import mock
 
 import jax
-from tiny import OLMOE, write_rows, write_tiny_model
 
 from drlora_jax import cli, train
 from drlora_jax.models.transformer import abstract_params
 from drlora_jax.ops.native import library
 from drlora_jax.training import job
+from tests.support.tiny import OLMOE, write_rows, write_tiny_model
 
 CONFIG = """
 from drlora_jax.config import *

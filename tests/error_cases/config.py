@@ -3,7 +3,7 @@
 import os
 import pathlib
 
-from error_cases.case import Case
+from tests.error_cases.case import Case
 
 
 def _file(text: str | bytes, name: str = "config.py"):
@@ -102,6 +102,13 @@ CONFIG_FILES = (
         varies="(?<=TypeError: ).*",
     ),
     _written(
+        "a field of another policy",
+        IMPORT
+        + "def get_config(): return TrainConfig("
+        + "allocation=AllocationSection(kind='prilora', share=0.5))",
+        "allocation.share=0.5 is for kind=moe_sieve, got kind=prilora; leave it out",
+    ),
+    _written(
         "a section in the place of another",
         IMPORT + "def get_config(): return TrainConfig(train=RunSection())",
         "train must be a TrainSection, got RunSection",
@@ -122,6 +129,7 @@ CONFIG_FILES = (
         "got a number of thousands of digits",
     ),
 )
+RANDOM = "allocation.kind=random"
 PRUNING = ("allocation.kind=adalora", "allocation.r_init=4")
 FIELDS = (
     _field("train.steps=many", "train.steps must be int | none, got 'many'"),
@@ -195,6 +203,8 @@ FIELDS = (
     _field(
         "allocation.released=true", "fixes importance=gate_abs", "allocation.importance=gate_sq"
     ),
+    _field("allocation.power=-1", "power must be 0 or more, got -1", "allocation.kind=usage"),
+    _field("allocation.r_init=4", "usage needs 0 <= r_init <= r_tar", "allocation.kind=usage"),
     _field("allocation.kind=adalora", "r_target=2, r_init=1, r_max=4"),
     _field("allocation.importance=probe", "measures the next rank", *PRUNING),
     _field(
@@ -214,9 +224,18 @@ FIELDS = (
         "2 // 4 experts = 0; set allocation.r_target to 4 or more",
         "allocation.kind=uniform",
     ),
-    _field("allocation.rank_rule=per_top_k", "a form of kind=uniform, got kind=dr_lora"),
-    _field("allocation.spectral_prior=1", "got kind=random and", "allocation.kind=random"),
-    _field("allocation.spectral_start=true", "got kind=random and", "allocation.kind=random"),
+    _field(
+        "allocation.interval=4",
+        "is for kind=dr_lora, random or adalora, got kind=uniform; leave it out",
+        "allocation.kind=uniform",
+    ),
+    _field("allocation.rank_rule=per_top_k", "is for kind=uniform, got kind=dr_lora"),
+    _field("allocation.spectral_prior=1", "for kind=dr_lora, got", RANDOM),
+    _field(
+        "allocation.spectral_start=true",
+        "for kind=dr_lora, got kind=random",
+        "allocation.kind=random",
+    ),
     _field("allocation.experts=7", "is for kind=alphalora, got kind=dr_lora"),
     _field("allocation.pattern=ranks.json", "is for kind=pattern, got kind=dr_lora"),
     _field("allocation.alpha_file=alpha.json", "spectral_start, got kind=dr_lora without them"),

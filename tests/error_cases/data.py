@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 
-from error_cases.case import HACKED, PAGE, POINTER, Case
+from tests.error_cases.case import HACKED, PAGE, POINTER, Case
 
 GOOD = {"prompt": "a", "response": "b"}
 TULU = "data.template=tulu"

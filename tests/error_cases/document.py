@@ -4,7 +4,7 @@ import html
 import pathlib
 import re
 
-from error_cases.case import Case, Outcome
+from tests.error_cases.case import Case, Outcome
 
 HEAD = """# Mistakes and their messages
 

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from drlora_jax import train
 from drlora_jax.runs.directory import RunDirectory
-from error_cases.case import Case
-from error_cases.run import IN_USE
+from tests.error_cases.case import Case
+from tests.error_cases.run import IN_USE
 
 FULL = "/dev/full"  # every write to it fails as on a full disk
 
@@ -170,7 +170,7 @@ def _damaged(what: str, message: str, damage, **options) -> Case:
     """A finished run that is to go on, of whose checkpoints, each of them, something is gone."""
 
     def make(folder: pathlib.Path) -> None:
-        from error_cases.case import run_command
+        from tests.error_cases.case import run_command
 
         outcome = run_command(folder, ["--config", "config.py"], running)
         assert outcome.code == 0, outcome

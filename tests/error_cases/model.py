@@ -8,7 +8,7 @@ import struct
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from error_cases.case import DENIED, HACKED, PAGE, POINTER, Case
+from tests.error_cases.case import DENIED, HACKED, PAGE, POINTER, Case
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PAYLOAD = b"cos\nsystem\n(S'touch %s'\ntR." % HACKED.encode()  # a pickle that runs a command

@@ -7,7 +7,7 @@ import pathlib
 import subprocess
 import sys
 
-from error_cases.case import Case
+from tests.error_cases.case import Case
 
 DIGEST = r"\b[0-9a-f]{12}\b"
 
@@ -161,7 +161,7 @@ CASES = (
     _case(
         "several other values",
         r"with train.beta1=0.9, got 0.5, and with adapter.targets=up,down,q, got up,down, and with "
-        r"allocation.gamma=1.2, got 2.0 \(and 1 more\)",
+        r"allocation.last_event=none, got 7 \(and 1 more\)",
         _begun(),
         "allocation.gamma=2",
         "train.beta1=0.5",

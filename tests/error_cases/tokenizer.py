@@ -6,7 +6,7 @@ import pathlib
 import sys
 from unittest import mock
 
-from error_cases.case import HACKED, PAGE, Case
+from tests.error_cases.case import HACKED, PAGE, Case
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 

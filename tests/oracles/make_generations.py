@@ -11,9 +11,9 @@ import tempfile
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from oracles.generations import (  # noqa: E402  (the path is set above)
+from tests.oracles.generations import (  # noqa: E402  (the path is set above)
     BUNDLED,
     CASES,
     NEW_TOKENS,

@@ -15,12 +15,13 @@ import sys
 import tarfile
 import tempfile
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-import conftest  # noqa: E402, F401  (the same flags of XLA as in the tests)
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from oracles.grown_run import ARCHIVE, RESULTS, STOPPED_AT, TRAIN, machine, result_of  # noqa: E402
+
+import tests.conftest  # noqa: E402, F401  (the same flags of XLA as in the tests)
+from tests.oracles.grown_run import ARCHIVE, RESULTS, STOPPED_AT, TRAIN, machine, result_of  # noqa: E402
 
 LEVELS = 4  # of a weight per standard deviation: few enough for the archive to be small
 

@@ -21,9 +21,9 @@ from mixlora.config import MixLoraConfig
 from mixlora.model import inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from oracles.stored import DATA, VOCABULARY  # noqa: E402  (the path is set above)
+from tests.oracles.stored import DATA, VOCABULARY  # noqa: E402  (the path is set above)
 
 RANK, EXPERTS, LAYERS, LENGTH = 3, 5, 2, 30
 MIN_MARGIN, MIN_EFFECT = 3e-4, 0.05

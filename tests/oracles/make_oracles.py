@@ -22,9 +22,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, OlmoeConfig
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
-from oracles.stored import (  # noqa: E402  (the path is set above)
+from tests.oracles.stored import (  # noqa: E402  (the path is set above)
     DATA,
     DENSE_FAMILIES,
     FAMILIES,

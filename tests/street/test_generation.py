@@ -11,10 +11,6 @@ import shutil
 
 import numpy as np
 import pytest
-from oracles import generations
-from oracles.generations import CASES, NEW_TOKENS, NO_ROW
-from test_sandbox import isolated
-from tiny import OLMOE, write_tiny_model
 from tokenizers import Tokenizer
 
 from drlora_jax.config import MeshSection
@@ -28,7 +24,11 @@ from drlora_jax.evaluation.sandbox import Limits, Sandbox
 from drlora_jax.inference.answer_text import AnswerText
 from drlora_jax.inference.generation import Generator
 from drlora_jax.inference.model import load_base
-from street import made
+from tests.oracles import generations
+from tests.oracles.generations import CASES, NEW_TOKENS, NO_ROW
+from tests.street import made
+from tests.support.isolation import isolated
+from tests.support.tiny import OLMOE, write_tiny_model
 
 ONE = MeshSection(data=1)
 
@@ -86,7 +86,7 @@ def test_every_place_that_names_end_tokens_is_read(name, tmp_path):
 def test_stored_answers_are_those_of_the_library(stored, tmp_path):
     if importlib.util.find_spec("torch") is None:
         pytest.skip("stored results are compared above")
-    from oracles.make_generations import generate
+    from tests.oracles.make_generations import generate
 
     case = CASES["generation_config_list"]
     found = generate(generations.write_case(tmp_path, case), case, stored["prompts"][:2])

@@ -5,10 +5,10 @@ import pathlib
 import tarfile
 
 import pytest
-from oracles.grown_run import ARCHIVE, RESULTS, STOPPED_AT, TRAIN, machine, result_of
 
 from drlora_jax import evaluate, export, generate, train
 from drlora_jax.errors import EXIT_DONE
+from tests.oracles.grown_run import ARCHIVE, RESULTS, STOPPED_AT, TRAIN, machine, result_of
 
 RUN = pathlib.Path("run")
 

@@ -22,7 +22,7 @@ from drlora_jax.data.tokenize import (
     load_tokenizer,
     prompt_tail,
 )
-from street.made import CODE, CONTROLS, KINDS, directory
+from tests.street.made import CODE, CONTROLS, KINDS, directory
 
 CLASSES = (
     "GPT2Tokenizer",

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tokenizers import Tokenizer
 
-from street.made import STORED
+from tests.street.made import STORED
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -6,11 +6,9 @@ their resolution is stored as JSON and read again in another folder, after the r
 transformers' own `apply_chat_template`.
 """
 
-import argparse
 import ast
 import json
 import pathlib
-import shutil
 
 import numpy as np
 import pytest
@@ -25,20 +23,12 @@ from drlora_jax.errors import UserError
 from drlora_jax.evaluation import jobs
 from drlora_jax.evaluation.records import Settings
 from drlora_jax.evaluation.tasks import TASKS, Work
-from drlora_jax.inference.words import Words
-from drlora_jax.runs.resolved import Resolved, as_trained, resolve
-from street import made
-from street.chat_templates import KINDS
+from drlora_jax.runs.resolved import Resolved, resolve
+from tests.street import made
+from tests.street.asking import ANSWER, DATE, LENGTH, QUESTION, Run, arguments, asked, chat_row
+from tests.street.chat_templates import KINDS
 
 PACKAGE = pathlib.Path(generate.__file__).parent
-QUESTION, ANSWER = "Tom has 3 apples and buys  4.\nHow many?", "He has 7.\n#### 7"
-DATE = "2025-03-09"
-LENGTH = 2048
-
-
-def chat_row(system=None):
-    turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
-    return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
 
 
 LAYOUTS = {
@@ -65,60 +55,6 @@ TEMPLATES = {
     "alpaca with input": ("auto", "chatml"),
 }
 PAIRS = [(layout, template) for layout, names in TEMPLATES.items() for template in names]
-
-
-class Run:
-    """A run's rows as training read them, and what it stored; the base lies in `base`."""
-
-    def __init__(self, folder, kind, chat_template, rows, **settings):
-        self.base = made.directory(folder, kind, chat_template)
-        self.rows = rows
-        file = folder / "rows.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        section = DataSection(path=(str(file),), date=DATE, **settings)
-        tokenizer = load_tokenizer(self.base)
-        self.documents, self.report = load_documents(section, tokenizer, LENGTH)
-        size = len(tokenizer)
-        found = resolve(self.report, tokenizer, self.base, vocab_size=size, revision=None, base="f")
-        self.stored = json.dumps(found.to_json())
-        file.unlink()
-
-    def words(self, base=None) -> Words:
-        """As `generate` finds them, in another process as far as values go."""
-        base = base or self.base
-        resolved = Resolved.from_json(json.loads(self.stored))
-        tokenizer, notes = as_trained(load_tokenizer(base), resolved, base, "runs/it")
-        ends = resolved.end_token_ids
-        # The source of a run is only asked where nothing is stored.
-        return Words(tokenizer, base, ends, object(), resolved, tuple(notes))
-
-    def prefix(self, number=0) -> list[int]:
-        """What stands before the first learned token of a document."""
-        tokens, is_target, *_ = self.documents[number]
-        return tokens[: int(np.argmax(is_target))].tolist()
-
-    def was_asked(self, ids) -> bool:
-        """Whether a prompt has the ids of training. Where the answer's first letters share a token
-        with the prompt's last ones, which the report counts, that token is left out on both sides.
-        """
-        prefix = self.prefix()
-        if not self.report.straddled:
-            return ids == prefix
-        return ids[: len(prefix) - 1] == prefix[:-1] and len(ids) >= len(prefix)
-
-
-def arguments(**given):
-    names = ("prompt", "input", "system", "messages", "row_format", "stop")
-    values = dict.fromkeys(names) | {"template": "auto", "run": "runs/it"} | given
-    return argparse.Namespace(**values)
-
-
-def asked(words, rows, tmp_path, **given):
-    """What `generate --messages` asks with."""
-    file = tmp_path / "asked.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asker = generate.Asker(words, arguments(messages=str(file), **given))
-    return [prompt for prompt, _ in asker.asked()]
 
 
 def without_answer(row):
@@ -433,107 +369,6 @@ def test_control_tokens_come_from_the_template_only(kind, tmp_path):
     kept = Run(tmp_path / "kept", kind, None, [row], special_tokens="keep")
     count = int((kept.documents[0].tokens == tokenizer.eos_token_id).sum())
     assert count == 2  # the response's own is the end
-
-
-# ------------------------------------------------------------------------------ changed tokenizers
-
-
-def edited(base, tmp_path, name, change):
-    folder = shutil.copytree(base, tmp_path / "edited", dirs_exist_ok=True)
-    values = json.loads((folder / name).read_text())
-    change(values)
-    (folder / name).write_text(json.dumps(values))
-    return folder
-
-
-def test_changed_ids_are_refused(tmp_path):
-    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
-
-    def swap(values):
-        vocabulary = values["model"]["vocab"]
-        a, b = list(vocabulary)[300:302]
-        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
-
-    with pytest.raises(UserError, match="its vocabulary has changed"):
-        run.words(edited(run.base, tmp_path, "tokenizer.json", swap))
-    shutil.rmtree(tmp_path / "edited")
-    lower = {"type": "Lowercase"}
-    change = edited(run.base, tmp_path, "tokenizer.json", lambda v: v.update(normalizer=lower))
-    with pytest.raises(UserError, match="way to cut texts has changed"):
-        run.words(change)
-
-
-def test_control_tokens_that_came_later_are_said_and_not_used(tmp_path):
-    """As where someone adds a token for padding: all ids of the training are as they were."""
-    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
-    pad = load_tokenizer(run.base).pad_token
-    change = edited(
-        run.base, tmp_path, "tokenizer_config.json", lambda v: v.update(pad_token="[P]")
-    )
-    words = run.words(change)
-    [note] = words.notes
-    assert "the token [P] (" in note
-    assert note.endswith("added since the training of runs/it, and not used by it")
-    assert words.tokenizer.pad_token == pad
-    [prompt] = asked(words, [chat_row()], tmp_path)
-    assert prompt.ids == run.prefix()
-
-
-def test_a_changed_template_is_said_and_the_stored_one_used(tmp_path):
-    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
-    other = edited(
-        run.base,
-        tmp_path,
-        "tokenizer_config.json",
-        lambda values: values.update(chat_template=KINDS["zephyr"].template),
-    )
-    words = run.words(other)
-    assert any("chat template" in note and "own is used" in note for note in words.notes)
-    [prompt] = asked(words, [chat_row()], tmp_path)
-    assert prompt.ids == run.prefix()
-
-
-def test_a_chat_template_that_came_later_is_not_used(tmp_path):
-    """`auto` took tulu, as there was none; held-out rows and a resume are written so, too."""
-    run = Run(tmp_path, "gpt_neox", None, [chat_row()])
-    template = KINDS["qwen2"].template
-    other = edited(
-        run.base, tmp_path, "tokenizer_config.json", lambda v: v.update(chat_template=template)
-    )
-    words = run.words(other)
-    assert any("has a chat template now and had none" in note for note in words.notes)
-    [prompt] = asked(words, [chat_row()], tmp_path)
-    assert prompt.ids == run.prefix()
-    file = tmp_path / "heldout.jsonl"
-    file.write_text(json.dumps(chat_row()) + "\n")
-    texts = jobs.make_texts(Settings(), TrainConfig(), words)
-    [item] = TASKS["loss"].items(Work(str(file), [], [], Settings(), texts))
-    assert item.document.tokens.tolist() == run.documents[0].tokens.tolist()
-
-
-def test_changed_ends_are_said_and_the_stored_ones_used(tmp_path):
-    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
-    other = edited(
-        run.base,
-        tmp_path,
-        "tokenizer_config.json",
-        lambda values: values.update(eos_token="<|im_end|>"),
-    )
-    words = run.words(other)
-    assert any("end tokens" in note for note in words.notes)
-    assert words.end_token_ids == run.words().end_token_ids
-    assert words.tokenizer.eos_token_id == run.words().tokenizer.eos_token_id
-
-
-def test_files_that_are_laid_out_otherwise_are_the_same_tokenizer(tmp_path):
-    run = Run(tmp_path, "gpt_neox", KINDS["qwen2"].template, [chat_row()])
-    other = edited(
-        run.base,
-        tmp_path,
-        "tokenizer.json",
-        lambda values: values.update(dict(reversed(list(values.items())))),
-    )
-    assert run.words(other).notes == ()
 
 
 # ----------------------------------------------------------------------------------- one function
