@@ -15,11 +15,11 @@ sys.path.remove(str(ROOT / "tools"))
 
 BARS = {
     "modules directly in the package": 15,
-    "import cycles": 1,
-    "lines of the longest function": 136,
-    "functions above 40 lines": 17,
-    "functions above 60 lines": 8,
-    "arguments of the longest list": 18,
+    "import cycles": 0,
+    "lines of the longest function": 98,
+    "functions above 40 lines": 6,
+    "functions above 60 lines": 1,
+    "arguments of the longest list": 8,
 }
 
 
@@ -45,6 +45,12 @@ class Thing:
     outer, inner = count_structure.functions_of(tmp_path)
     assert outer == (7, 3, "module.py:4 value")
     assert inner == (2, 0, "module.py:7 inner")
+
+
+def test_arguments_of_operations_on_arrays_are_not_counted():
+    for signature, count in {"x_TD, w_DF, *, mask_T, scale": 0, "x_TD, w_DF, scale": 3}.items():
+        [function] = ast.parse(f"def f({signature}): pass").body
+        assert count_structure.count_arguments(function.args) == count
 
 
 @pytest.mark.parametrize(
