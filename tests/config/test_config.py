@@ -329,6 +329,7 @@ def test_from_dict_refuses():
 NEEDED = {  # of a kind that its defaults do not suit
     "adalora": ["allocation.r_init=20"],
     "pattern": ["allocation.pattern=ranks.json"],
+    "lora": ["allocation.kind=uniform"],
 }
 
 
