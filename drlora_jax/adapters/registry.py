@@ -20,6 +20,7 @@ PLACEMENTS = {
             "mixlora:MixLora",
             "mola:Mola",
             "lora:Lora",
+            "shared_expert_lora:SharedExpertLora",
         ),
     )
 }

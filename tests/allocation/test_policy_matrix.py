@@ -52,6 +52,7 @@ PLACEMENTS = {
         dict(alphalora=dict(r_target=RANKS, experts=7)),
     ),
     "lora": Placement(TINY_LLAMA, dict(targets=("up",))),
+    "shared_expert_lora": Placement(OLMOE, dict(targets=("up",))),
 }
 KINDS = {
     "uniform": dict(r_target=RANKS),
@@ -70,6 +71,7 @@ REFUSED |= {
     for kind in ("moe_sieve", "usage")
     for placement in ("mixlora", "mola")
 }
+REFUSED["adalora", "shared_expert_lora"] = "the experts of a layer share these ranks"
 CELLS = [(kind, placement) for placement in PLACEMENTS for kind in KINDS]
 
 
@@ -161,8 +163,10 @@ def check_state(run, position, initial):
     state, ranks_LE = jax.device_get(position.state), position.capacity.ranks_LE
     np.testing.assert_array_equal(state.mask_LER, masks_from_ranks(ranks_LE, RANKS))
     adam = next(part for part in state.opt_state if hasattr(part, "mu"))
-    is_inactive = state.mask_LER[..., None] == 0
     for path, value in expert_rows(state.lora).items():
+        is_inactive = state.mask_LER[..., None] == 0
+        if value.shape[1] == 1:  # shared: a row is used where any expert has its rank
+            is_inactive = is_inactive.all(axis=1, keepdims=True)
         np.testing.assert_array_equal(value * is_inactive, initial[path] * is_inactive)
         for moments in (adam.mu, adam.nu):
             assert not (expert_rows(moments)[path] * is_inactive).any()
