@@ -164,15 +164,7 @@ def run_and_exit(
     if outlives_output and early.handler():
         sys.stdout = Outliving.around(sys.stdout)
     _print_anything()
-    # XLA and Orbax report on standard error below our own messages unless told otherwise.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # transformers is used for tokenizers; it need not say that torch is absent.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # What Orbax logs when it fails comes to us as an error with the same reason.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if early.handler():  # this process is a command
-        sys.unraisablehook = without_closed_loops(sys.unraisablehook)
+    _quieten_libraries()
     try:
         _check_arguments(sys.argv[1:])  # of every command, whatever parses them
         code = main()
@@ -186,18 +178,32 @@ def run_and_exit(
     except KeyboardInterrupt:  # where `early` is not installed
         code = _end("stopped", f"interrupted; {early.ADVICE}", EXIT_RESUMABLE)
     except Exception as error:
-        if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
-            message = f"out of memory; {memory_advice} ({_named(error)})"
-            code = _end("failed", message, EXIT_FAILED)
-        else:
-            # Not foreseen: the traceback helps whoever mends it, the last line says what happened.
-            traceback.print_exc()
-            code = _end("failed", _named(error), EXIT_FAILED)
+        code = _end("failed", _failure(error, memory_advice), EXIT_FAILED)
     if code in (EXIT_FAILED, EXIT_USER_MISTAKE):
         code += failure_offset()
         if jax.distributed.is_initialized():
             processes.leave(code)
     sys.exit(code)
+
+
+def _quieten_libraries() -> None:
+    # XLA and Orbax report on standard error below our own messages unless told otherwise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # transformers is used for tokenizers; it need not say that torch is absent.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # What Orbax logs when it fails comes to us as an error with the same reason.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if early.handler():  # this process is a command
+        sys.unraisablehook = without_closed_loops(sys.unraisablehook)
+
+
+def _failure(error: Exception, memory_advice: str) -> str:
+    """Describes an error that is nobody's message; prints its traceback if it was not foreseen."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+        return f"out of memory; {memory_advice} ({_named(error)})"
+    traceback.print_exc()  # it helps whoever fixes it; the last line says what happened
+    return _named(error)
 
 
 class Outliving(io.RawIOBase):

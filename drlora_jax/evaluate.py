@@ -189,7 +189,18 @@ def _folder(args) -> pathlib.Path | None:
 
 def _parse(argv) -> argparse.Namespace:
     parser = cli.model_parser("python -m drlora_jax.evaluate", __doc__)
-    add = parser.add_argument
+    _add_tasks(parser.add_argument)
+    _add_wording(parser.add_argument)
+    parser.add_argument("overrides", nargs="*", metavar="mesh.field=value | data.field=value")
+    args = parser.parse_intermixed_args(argv)
+    for override in args.overrides:
+        if not override.startswith(OVERRIDES):
+            raise UserError(f"{override!r}: only mesh.field=value and data.field=value can be set.")
+    return args
+
+
+def _add_tasks(add) -> None:
+    """Adds the options that say what is evaluated, and how much of it."""
     add("--tasks", metavar="NAME[=FILE],...", help="tasks; lm_eval:NAME is one of the harness")
     add("--loss", metavar="FILE", nargs="+", default=[], help="files for loss and perplexity")
     add("--data-dir", metavar="DIR", help="searched for the files of tasks")
@@ -206,6 +217,10 @@ def _parse(argv) -> argparse.Namespace:
     add("--batch-size", type=_positive, default=8, metavar="B", help="rows computed at once")
     add("--max-new-tokens", type=_positive, metavar="N", help="default: the task's own")
     add("--max-length", type=_positive, metavar="N", help="tokens a row; default: the run's, 2048")
+
+
+def _add_wording(add) -> None:
+    """Adds the options that say in which words is asked, and what may be run."""
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -227,12 +242,6 @@ def _parse(argv) -> argparse.Namespace:
         help="of the training rows, for runs of earlier versions; default: the run's",
     )
     add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run model's programs")
-    add("overrides", nargs="*", metavar="mesh.field=value | data.field=value")
-    args = parser.parse_intermixed_args(argv)
-    for override in args.overrides:
-        if not override.startswith(OVERRIDES):
-            raise UserError(f"{override!r}: only mesh.field=value and data.field=value can be set.")
-    return args
 
 
 def _positive(text: str) -> int:

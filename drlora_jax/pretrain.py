@@ -31,6 +31,7 @@ from drlora_jax.reporting.progress import Throughput
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.system.host_memory import keep_freed_memory, run_on_calling_thread
+from drlora_jax.system.paths import write_result
 from drlora_jax.system.stop_signals import StopSignals
 from drlora_jax.training.optimizer import make_optimizer
 from drlora_jax.training.step import AuxiliaryWeights, make_eval_step, make_pretrain_step
@@ -49,8 +50,7 @@ def main(argv=None) -> int:
     check_supported(config)
     directory = find_model(config.model.path)
     model_config = read_model_config(directory)
-    tokenizer = load_tokenizer(directory)
-    domains = load_domains(config, tokenizer)
+    domains = load_domains(config, load_tokenizer(directory))
 
     options = DecoderOptions(base_grad=True, remat=config.model.remat)
     model = Decoder(model_config, options)
@@ -76,15 +76,19 @@ def main(argv=None) -> int:
         (params, _), step = restore_or_start(config, tx, params)
         if step < config.train.steps:
             raise RunError(f"The last checkpoint is of step {step}; start the same command again.")
-        report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
-        out = run_dir.path
-        write_model(
-            out / "model", model_config, params, read_config_json(directory), ml_dtypes.bfloat16
-        )
-        tokenizer.save_pretrained(out / "model")
-        (out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {out / 'model'}")
+        _write(config, model, params, domains, directory)
     return EXIT_DONE
+
+
+def _write(config: TrainConfig, model: Decoder, params, domains: list, directory) -> None:
+    """Writes the model with its tokenizer, and what it reaches on the held-out files."""
+    folder = RunDirectory(config.run.dir).path
+    report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
+    values = read_config_json(directory)
+    write_model(folder / "model", model.config, params, values, ml_dtypes.bfloat16)
+    load_tokenizer(directory).save_pretrained(folder / "model")
+    write_result(folder / "pretrain.json", json.dumps(report, indent=2) + "\n")
+    print(f"wrote {folder / 'model'}")
 
 
 def check_supported(config: TrainConfig) -> None:
@@ -163,15 +167,8 @@ def restore_or_start(config: TrainConfig, tx, params):
     return (state, 0) if found is None else (found.state, found.step)
 
 
-def train(
-    config: TrainConfig,
-    model: Decoder,
-    tx,
-    schedule,
-    params,
-    domains: list[Domain],
-) -> bool:
-    """Runs to the last step; False if a signal stopped it (its state is saved)."""
+def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: list[Domain]) -> bool:
+    """Runs to the last step; returns False if a signal stopped it (its state is saved)."""
     section = config.train
     auxiliary = AuxiliaryWeights(section.balance_loss, section.z_loss, section.balance_form)
     train_step = jax.jit(make_pretrain_step(model, tx, auxiliary), donate_argnums=(0, 1))
@@ -189,43 +186,64 @@ def train(
         meter.resume()
         while step < section.steps and not is_stopping:
             batch = mixed_batch(domains, step)
-            params, opt_state, metrics = train_step(
-                params, opt_state, split_micro_batches(batch, section.micro_batches)
-            )
+            parts = split_micro_batches(batch, section.micro_batches)
+            params, opt_state, metrics = train_step(params, opt_state, parts)
             step += 1
             meter.add(count_tokens(batch))
             is_stopping = stop.reached(step)
-            is_saved = (
-                step % config.run.checkpoint_every == 0 or step == section.steps or is_stopping
-            )
-            is_logged = step % config.run.log_every == 0
-            is_evaluated = step % section.eval_every == 0
-            is_read = is_saved or is_logged or is_evaluated
-            # Reading a figure waits for the step, so that the time up to here is that of steps.
-            if is_read and not np.isfinite(float(metrics["grad_norm"])):
-                raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
-            if is_logged:
-                rate = meter.take()["tokens_per_second"]
-                _log(
-                    run_dir,
-                    step=step,
-                    loss=float(metrics["loss"]),
-                    learning_rate=float(schedule(step - 1)),
-                    tokens_per_second=rate,
-                )
+            due = due_after(config, step, is_stopping=is_stopping)
+            _require_finite(due, step, metrics)
+            if due.row:
+                _log_step(run_dir, meter, schedule, step, metrics)
             meter.pause()
-            if is_evaluated:
-                heldout = evaluate(config, model, params, domains)
-                _log(
-                    run_dir,
-                    step=step,
-                    heldout={name: values["loss"] for name, values in heldout.items()},
-                )
-            if is_saved:
+            if due.evaluation:
+                _log_heldout(run_dir, step, evaluate(config, model, params, domains))
+            if due.checkpoint:
                 checkpoints.save(step, (params, opt_state), {})
             meter.resume()
         checkpoints.close()
     return step == section.steps
+
+
+class Due(NamedTuple):
+    """Names what comes after a step."""
+
+    row: bool
+    evaluation: bool
+    checkpoint: bool
+
+
+def due_after(config: TrainConfig, step: int, *, is_stopping: bool) -> Due:
+    is_last = step == config.train.steps
+    return Due(
+        row=step % config.run.log_every == 0,
+        evaluation=step % config.train.eval_every == 0,
+        checkpoint=step % config.run.checkpoint_every == 0 or is_last or is_stopping,
+    )
+
+
+def _require_finite(due: Due, step: int, metrics: dict) -> None:
+    """Reads a figure where anything is due: this waits for the step, so that the time up to here is
+    that of steps.
+    """
+    if any(due) and not np.isfinite(float(metrics["grad_norm"])):
+        raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
+
+
+def _log_step(run_dir: RunDirectory, meter: Throughput, schedule, step: int, metrics: dict) -> None:
+    rate = meter.take()["tokens_per_second"]
+    _log(
+        run_dir,
+        step=step,
+        loss=float(metrics["loss"]),
+        learning_rate=float(schedule(step - 1)),
+        tokens_per_second=rate,
+    )
+
+
+def _log_heldout(run_dir: RunDirectory, step: int, heldout: dict) -> None:
+    losses = {name: values["loss"] for name, values in heldout.items()}
+    _log(run_dir, step=step, heldout=losses)
 
 
 def mixed_batch(domains: list[Domain], step: int) -> Batch:

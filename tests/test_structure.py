@@ -15,11 +15,11 @@ sys.path.remove(str(ROOT / "tools"))
 
 BARS = {
     "modules directly in the package": 15,
-    "import cycles": 1,
-    "lines of the longest function": 136,
-    "functions above 40 lines": 25,
-    "functions above 60 lines": 9,
-    "arguments of the longest list": 18,
+    "import cycles": 0,
+    "lines of the longest function": 98,
+    "functions above 40 lines": 6,
+    "functions above 60 lines": 1,
+    "arguments of the longest list": 8,
 }
 
 
@@ -47,6 +47,12 @@ class Thing:
     assert inner == (2, 0, "module.py:7 inner")
 
 
+def test_arguments_of_operations_on_arrays_are_not_counted():
+    for signature, count in {"x_TD, w_DF, *, mask_T, scale": 0, "x_TD, w_DF, scale": 3}.items():
+        [function] = ast.parse(f"def f({signature}): pass").body
+        assert count_structure.count_arguments(function.args) == count
+
+
 @pytest.mark.parametrize(
     ("line", "names"),
     [
@@ -63,10 +69,8 @@ def test_imports_are_found(line, names):
 @pytest.mark.slow
 def test_a_step_and_an_event_enter_few_files():
     files = count_structure.measured_files(ROOT)
-    assert {"train.py", "training/step.py", "allocation/dr_lora.py"} <= set(
-        files["files of a step"]
-    )
+    assert {"train.py", "training/step.py", "data/loader.py"} <= set(files["files of a step"])
     assert {"training/growth.py", "allocation/dr_lora.py"} <= set(files["files of an event"])
-    assert len(files["files of a step"]) <= 31
+    assert len(files["files of a step"]) <= 33
     assert len(files["files of an event"]) <= 12
-    assert files["files of other placements"] in ([], ["adapters/mola.py"])
+    assert files["files of other placements"] == []

@@ -154,6 +154,10 @@ class Report:
         return f"system message in {self.total('system_rows')} of {of} ({what})"
 
     def _counted_lines(self) -> list[str]:
+        return [*self._field_lines(), *self._template_lines(), *self._length_lines()]
+
+    def _field_lines(self) -> list[str]:
+        """What was in the rows."""
         lines = []
         unread = sum((part.unread for part in self.parts), Counter())
         if unread:
@@ -165,6 +169,11 @@ class Report:
             how = "tokenized as ordinary text" if is_split else "kept as control tokens"
             setting = f"data.special_tokens={self.special_tokens}"
             lines.append(f"{counted(self.guarded, *_OWN_TOKENS)}: {how} ({setting})")
+        return lines
+
+    def _template_lines(self) -> list[str]:
+        """What the chat template made of them."""
+        lines = []
         if self.several:
             lines.append(
                 f"{counted(self.several, 'row')} became one document per answer: the chat template "
@@ -185,6 +194,11 @@ class Report:
                 f"documents begin with {self.added_start}, as the tokenizer's texts do; the chat "
                 "template writes none, so apply_chat_template of transformers gives ids without it"
             )
+        return lines
+
+    def _length_lines(self) -> list[str]:
+        """What was cut or left out."""
+        lines = []
         if self.straddled:
             lines.append(f"{counted(self.straddled, *_INSIDE)}; that token is not learned")
         if self.truncated:

@@ -106,24 +106,18 @@ class Generator:
         _check(prompts, max_new_tokens, stop)
         self._warn(max(map(len, prompts), default=0), max_new_tokens)
         shown = shown_tokens(stop, self.tokenizer)
-
-        def answer_of(index: int) -> Answer:
-            return Answer(
-                AnswerText(self.tokenizer, prompts[index]),
-                limit=max_new_tokens,
-                ends=self._ends,
-                stop=stop,
-                shown=shown,
-                tell=_tell(on_text, index),
-            )
-
+        rules = {"limit": max_new_tokens, "ends": self._ends, "stop": stop, "shown": shown}
         answers: dict[int, Generation] = {}
         # Rows of similar length together: less padding in the first pass.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
-            rows = [answer_of(index) for index in indices]
-            self._run(indices, [prompts[index] for index in indices], rows, sampling, seed)
+            chosen = [prompts[index] for index in indices]
+            rows = [
+                Answer(AnswerText(self.tokenizer, prompt), **rules, tell=_tell(on_text, index))
+                for index, prompt in zip(indices, chosen, strict=True)
+            ]
+            self._run(indices, chosen, rows, sampling, seed)
             for index, row in zip(indices, rows, strict=True):
                 answers[index] = Generation(row.text, row.tokens, row.finish)
         return [answers[index] for index in range(len(prompts))]

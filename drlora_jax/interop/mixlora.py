@@ -149,13 +149,7 @@ class Described(NamedTuple):
 
 def read_description(values: Mapping, *, accept_top_p: bool = False) -> Described:
     """Checks what can be read; raises UserError for the rest."""
-    kind, routing = values.get("peft_type"), values.get("routing_strategy")
-    routing = "mixlora" if routing == "mixtral" else routing  # its name until August 2024
-    if kind != "MIXLORA" or routing not in ROUTINGS:
-        raise UserError(
-            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} can not be read; "
-            f"MIXLORA with {' or '.join(ROUTINGS)} can."
-        )
+    routing = _routing_of(values)
     own = dict(values) | dict(values.get("expert_lora") or {})
     if values.get("use_dora") or own.get("use_dora"):
         raise UserError(
@@ -189,6 +183,17 @@ def read_description(values: Mapping, *, accept_top_p: bool = False) -> Describe
             f"{CONFIG}: not what MoE-PEFT writes: {type(error).__name__}: {error}."
         ) from error
     return Described(section, expert_rank)
+
+
+def _routing_of(values: Mapping) -> str:
+    kind, routing = values.get("peft_type"), values.get("routing_strategy")
+    routing = "mixlora" if routing == "mixtral" else routing  # its name until August 2024
+    if kind != "MIXLORA" or routing not in ROUTINGS:
+        raise UserError(
+            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} can not be read; "
+            f"MIXLORA with {' or '.join(ROUTINGS)} can."
+        )
+    return routing
 
 
 def _scale(values: Mapping) -> float:

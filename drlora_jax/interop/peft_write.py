@@ -72,13 +72,7 @@ def pack(
     names = fused if layout == FUSED else _names(key_table(config, "experts"))
     entries = [entry for each in updates for entry in _entries(each, names, layout, magnitudes)]
     rank = max(1, *(entry.pair.rank for entry in entries))
-    tensors = {}
-    for entry in entries:
-        tensors[f"{PREFIX}{entry.key}.lora_A.weight"] = pack_a(_pad(entry.pair.a, rank))
-        tensors[f"{PREFIX}{entry.key}.lora_B.weight"] = pack_b(_pad(entry.pair.b, rank))
-        if entry.magnitude is not None:
-            tensors[f"{PREFIX}{entry.key}.lora_magnitude_vector"] = entry.magnitude
-    saved = []
+    tensors, saved = _tensors_of(entries, rank), []
     for update in updates:
         if update.layer.number in routers:
             key = _name(fused, update, "moe", "router")  # of transformers 5 in both layouts
@@ -95,6 +89,17 @@ def pack(
         active_share=used / stored,
         is_dora=bool(magnitudes),
     )
+
+
+def _tensors_of(entries: list, rank: int) -> dict[str, np.ndarray]:
+    """Returns the tensors of all entries by name, their ranks filled up with zeros."""
+    tensors = {}
+    for entry in entries:
+        tensors[f"{PREFIX}{entry.key}.lora_A.weight"] = pack_a(_pad(entry.pair.a, rank))
+        tensors[f"{PREFIX}{entry.key}.lora_B.weight"] = pack_b(_pad(entry.pair.b, rank))
+        if entry.magnitude is not None:
+            tensors[f"{PREFIX}{entry.key}.lora_magnitude_vector"] = entry.magnitude
+    return tensors
 
 
 def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[str, str]) -> None:

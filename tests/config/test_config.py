@@ -215,8 +215,9 @@ def test_refused(message):
 def kind_with(name: str) -> list[str]:
     """The override that chooses a policy which has a field."""
     section, field = name.split(".")
-    owners = AllocationSection.owners(field) if section == "allocation" else []
-    return [f"allocation.kind={owner}" for owner in owners[:1]]
+    kinds = {"allocation": AllocationSection, "adapter": AdapterSection}.get(section)
+    owners = kinds.owners(field) if kinds else []
+    return [f"{section}.kind={owner}" for owner in owners[:1]]
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
@@ -328,6 +329,7 @@ def test_from_dict_refuses():
 NEEDED = {  # of a kind that its defaults do not suit
     "adalora": ["allocation.r_init=20"],
     "pattern": ["allocation.pattern=ranks.json"],
+    "lora": ["allocation.kind=uniform"],
 }
 
 
@@ -339,17 +341,23 @@ def test_all_fields_are_what_overrides_accept():
     assert kinds["train.steps"] == ("int | none", 100)
     assert kinds["model.dtype"] == ("auto | float32 | bfloat16", "auto")
     assert kinds["data.path"] == ("a,b,...", ())
-    for kind in AllocationSection.kinds:
-        overrides = NEEDED.get(kind, []) + [f"allocation.kind={kind}"]
-        config = apply_overrides(TrainConfig(), overrides)
-        for name, _, default in rows:
-            section, field = name.split(".")
-            text = ",".join(default) if isinstance(default, tuple) else default
-            if section == "allocation" and not AllocationSection.has(kind, field):
-                with pytest.raises(UserError, match=f"{name}=.* is for kind=.*, got kind={kind}; "):
-                    apply_overrides(TrainConfig(), [*overrides, f"{name}={text}"])
-            elif name != "allocation.kind" and not any(name in text for text in overrides):
-                assert apply_overrides(config, [f"{name}={text}"]) == config
+    chosen = [("allocation", kind) for kind in AllocationSection.kinds]
+    for section, kind in chosen + [("adapter", kind) for kind in AdapterSection.kinds]:
+        overrides = NEEDED.get(kind, []) + [f"{section}.kind={kind}"]
+        check_fields_of(section, kind, overrides, rows)
+
+
+def check_fields_of(section: str, kind: str, overrides: list[str], rows) -> None:
+    """A kind takes the defaults of its own fields, and refuses every other one by name."""
+    config, of = apply_overrides(TrainConfig(), overrides), type(getattr(TrainConfig(), section))
+    for name, _, default in rows:
+        own, field = name.split(".")
+        text = ",".join(default) if isinstance(default, tuple) else default
+        if own == section and not of.has(kind, field):
+            with pytest.raises(UserError, match=f"{name}=.* is for kind=.*, got kind={kind}; "):
+                apply_overrides(TrainConfig(), [*overrides, f"{name}={text}"])
+        elif own == section and field != "kind" and not any(name in text for text in overrides):
+            assert apply_overrides(config, [f"{name}={text}"]) == config
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ CONFIG_FILES = (
     ),
 )
 RANDOM = "allocation.kind=random"
+LORA = ("adapter.kind=lora", "allocation.kind=uniform")
 PRUNING = ("allocation.kind=adalora", "allocation.r_init=4")
 FIELDS = (
     _field("train.steps=many", "train.steps must be int | none, got 'many'"),
@@ -179,19 +180,21 @@ FIELDS = (
     _field("adapter.kind=dora", "adapter.kind must be"),
     _field("adapter.kind=mixlora", "has experts of its own"),
     _field("adapter.kind=mola", "has experts of its own"),
-    _field(
-        "adapter.experts_per_layer=2468", "for adapters with experts of their own.*got expert_lora"
-    ),
+    _field("adapter.experts_per_layer=2468", "is for kind=mixlora or mola, got kind=expert_lora"),
     _field("allocation.r_init=0", "so none could earn one", "adapter.kind=mola"),
-    _field("adapter.factor_dropout=0.5", "for all tokens at once"),
-    _field("adapter.factor_dropout=1", "adapter.factor_dropout must be in"),
+    _field("adapter.factor_dropout=0.5", "is for kind=lora, got kind=expert_lora; leave it out"),
+    _field("adapter.factor_dropout=1", "adapter.factor_dropout must be in", *LORA),
     _field("adapter.expert_scale=0", "adapter.expert_scale must be"),
     _field("adapter.expert_dropout=1", "adapter.expert_dropout must be in"),
-    _field("adapter.expert_scale=3", "experts beside plain LoRA", "adapter.kind=lora"),
-    _field("adapter.dora=true", "every token has other experts"),
-    _field("adapter.experts_per_token=9", "must be from 1 to adapter.num_experts"),
-    _field("adapter.num_experts=0", "adapter.num_experts must be"),
-    _field("adapter.top_p=0", "adapter.top_p must be in"),
+    _field("adapter.expert_scale=3", "is for kind=expert_lora.* or .*, got kind=lora", *LORA),
+    _field("adapter.dora=true", "is for kind=lora, got kind=expert_lora; leave it out"),
+    _field(
+        "adapter.experts_per_token=9",
+        "must be from 1 to adapter.num_experts",
+        "adapter.kind=mixlora",
+    ),
+    _field("adapter.num_experts=0", "adapter.num_experts must be", "adapter.kind=mola"),
+    _field("adapter.top_p=0", "adapter.top_p must be in", "adapter.kind=mola"),
     _field("adapter.kind=lora", "no experts to share ranks among"),
     _field("train.b_learning_rate_ratio=0", "b_learning_rate_ratio must be greater than 0"),
     _field("adapter.rank=0", "adapter.rank must be greater than 0"),
@@ -239,7 +242,7 @@ FIELDS = (
     _field("allocation.experts=7", "is for kind=alphalora, got kind=dr_lora"),
     _field("allocation.pattern=ranks.json", "is for kind=pattern, got kind=dr_lora"),
     _field("allocation.alpha_file=alpha.json", "spectral_start, got kind=dr_lora without them"),
-    _field("adapter.top_p=0.5", "how adapters with experts of their own choose"),
+    _field("adapter.top_p=0.5", "is for kind=mixlora or mola, got kind=expert_lora"),
     _field("adapter.router_learning_rate=1e-3", "for routers that train"),
     _field("mesh.exchange=ragged", "is for TPUs, and the devices here are cpu", "mesh.expert=2"),
     _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),

@@ -160,6 +160,17 @@ def test_other_devices_are_said():
         resume.changed_lines(before, TrainConfig(), origin(), now)
 
 
+def test_stored_fields_of_another_kind_are_no_change():
+    """An older version kept what a config file had set for its own kind."""
+    config = apply_overrides(TrainConfig(), ["allocation.kind=uniform"])
+    before = stored_of(config)
+    before["config"]["allocation"] |= {"r_init": 4, "interval": 10}
+    resume.check_settings("run", before, config)
+    before["config"]["allocation"]["r_target"] = 8
+    with pytest.raises(UserError, match="made with allocation.r_target=8, got 16; undo it"):
+        resume.check_settings("run", before, config)
+
+
 def test_a_file_of_ranks_is_the_same_file_by_another_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = ["allocation.kind=pattern", "allocation.pattern=ranks.json"]

@@ -71,6 +71,15 @@ def choose_backend(platform: str, call: Call) -> str:
     return "chunked" if is_long else "xla"
 
 
+def _resolve(backend: Backend, platform: str, call: Call) -> str:
+    """Resolves `auto`, and refuses a backend that cannot compute the call."""
+    if backend == "auto":
+        return choose_backend(platform, call)
+    if reason := cannot(backend, platform, call):
+        raise ValueError(f"attention backend {backend}: {reason}.")
+    return backend
+
+
 def attend(
     q_BTNH: jax.Array,
     k_BSGH: jax.Array,
@@ -85,7 +94,7 @@ def attend(
     backend: Backend = "auto",
     platform: str | None = None,
 ) -> jax.Array:
-    """Softmax attention, f32 inside, in the dtype of the queries outside.
+    """Computes softmax attention, f32 inside, in the dtype of the queries outside.
 
     Args:
       window: keys a query sees, itself included; None sees all.
@@ -97,25 +106,24 @@ def attend(
       [B, T, N, V].
     """
     platform = platform or jax.default_backend()
-    widths = (q_BTNH.shape[3], v_BSGV.shape[3])
-    call = Call(q_BTNH.shape[1], *widths, q_BTNH.dtype, soft_cap, sinks_N is not None)
-    if backend == "auto":
-        backend = choose_backend(platform, call)
-    elif reason := cannot(backend, platform, call):
-        raise ValueError(f"attention backend {backend}: {reason}.")
+    sizes = (q_BTNH.shape[1], q_BTNH.shape[3], v_BSGV.shape[3])
+    call = Call(*sizes, q_BTNH.dtype, soft_cap, sinks_N is not None)
+    backend = _resolve(backend, platform, call)
     rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     if backend == "splash":
-        interpret = platform != "tpu"
-        return splash.attend_splash(*rows[:4], **options, interpret=interpret)
+        return splash.attend_splash(*rows[:4], **options, interpret=platform != "tpu")
     if backend == "cudnn":
         return _attend_cudnn(*rows, scale, window)  # kept by `models.remat` with its statistics
     if backend == "chunked":
         return _attend_chunked(rows, sinks_N, platform, chunked.Options(**options))
     if backend == "native":
-        options = native.Options(**options)
-        return native.attend_native(*rows, _sinks_or_none(rows, sinks_N), options)
+        sinks_N = _sinks_or_none(rows, sinks_N)
+        return native.attend_native(*rows, sinks_N, native.Options(**options))
+    return _attend_xla(rows, sinks_N, platform, options)
 
+
+def _attend_xla(rows, sinks_N, platform: str, options: dict):
     def attend_row(inputs):
         return _attend_row(*inputs, **options, sinks_N=sinks_N)
 

@@ -73,34 +73,46 @@ def expert_mlp(
       y_TD in the dtype of x_TD.
     """
     platform = platform or jax.default_backend()
-    if backend == "native" or (backend == "auto" and platform == "cpu"):
-        kinds = [array.dtype for array in (x_TD, w_gate_up_EDF, w_down_EFD)]
-        other = next((kind for kind in kinds if kind != jnp.float32), jnp.float32)
-        reason = native.cannot(platform, other, spec.base_grad)
-        if backend == "native" and reason:
-            raise ValueError(f"expert backend native: {reason}.")
-        backend = "block" if reason else "native"
-    elif backend == "auto":
-        backend = "dense"
+    kinds = [array.dtype for array in (x_TD, w_gate_up_EDF, w_down_EFD)]
+    backend = _choose_backend(backend, platform, kinds, spec)
     if not spec.base_grad:
         w_gate_up_EDF, w_down_EFD = lax.stop_gradient((w_gate_up_EDF, w_down_EFD))
     if dropout is None:
         spec, dropout = spec._replace(dropout=0.0), Dropout(jax.random.key(0))
-    weights, weight_TK = (w_gate_up_EDF, w_down_EFD), weight_TK.astype(jnp.float32)
-    if backend in READS_STACKS and layer is None:
-        weights, layer = (w_gate_up_EDF[None], w_down_EFD[None]), 0
-    elif backend not in READS_STACKS and layer is not None:
-        weights = (w_gate_up_EDF[layer], w_down_EFD[layer])
+    weights, layer = _stacked_or_not(backend, (w_gate_up_EDF, w_down_EFD), layer)
+    weight_TK = weight_TK.astype(jnp.float32)
     spec = spec._replace(repeats=spec.repeats or not keeps_hidden)
     arguments = (spec, x_TD, expert_TK, weight_TK, weights, lora, dropout)
     if backend in READS_STACKS:
         module = native if backend == "native" else block
         return module.expert_mlp(*arguments, jnp.asarray(layer, jnp.int32))
-    if backend == "ragged":
-        return ragged.expert_mlp(*arguments, keeps_hidden)
+    if backend == "dense":
+        return dense.expert_mlp(*arguments)
     if backend == "mosaic":
         return mosaic.expert_mlp(*arguments, keeps_hidden)
-    if backend == "tokamax":
-        product = tokamax.product_for(platform)
-        return ragged.expert_mlp(*arguments, keeps_hidden, product)
-    return dense.expert_mlp(*arguments)
+    product = tokamax.product_for(platform) if backend == "tokamax" else ragged.ragged_dot
+    return ragged.expert_mlp(*arguments, keeps_hidden, product)
+
+
+def _stacked_or_not(backend: str, weights: tuple, layer):
+    """Returns the weights as the backend reads them, and the layer that is meant."""
+    if backend in READS_STACKS and layer is None:
+        return tuple(each[None] for each in weights), 0
+    if backend not in READS_STACKS and layer is not None:
+        return tuple(each[layer] for each in weights), layer
+    return weights, layer
+
+
+def _choose_backend(backend: str, platform: str, kinds: list, spec: ExpertSpec) -> str:
+    """Resolves `auto`, and refuses `native` where it cannot compute.
+
+    Args:
+      kinds: dtypes of the tokens and the base weights.
+    """
+    if backend != "native" and (backend != "auto" or platform != "cpu"):
+        return "dense" if backend == "auto" else backend
+    other = next((kind for kind in kinds if kind != jnp.float32), jnp.float32)
+    reason = native.cannot(platform, other, spec.base_grad)
+    if backend == "native" and reason:
+        raise ValueError(f"expert backend native: {reason}.")
+    return "block" if reason else "native"

@@ -100,23 +100,14 @@ def _backward(walk: "_Walk", x_TD, dy_TD, gate_up_PF):
             dx_BD, d_lora = walk.pull_low_rank(block, role, x_BD, part_BF, dx_BD, d_lora)
         if spec.base_grad:
             grads = (_gram(x_BD, d_gate_up_BF), _gram(h_BF, dy_BD))
-            d_weights = tuple(
-                _add_at(total, grad[None, None], walk.layer, block.expert)
-                for total, grad in zip(d_weights, grads, strict=True)
-            )
+            d_weights = walk.add_base_grads(block, d_weights, grads)
         dx_TD = dx_TD.at[block.tokens_B].add(dx_BD.astype(jnp.float32))
         dp_P = dp_P.at[block.slots_B].add(dp_B)
         return dx_TD, dp_P, d_weights, d_lora
 
-    def zeros(leaf):
-        return jnp.zeros(leaf.shape, jnp.float32)
-
-    carry = (
-        jnp.zeros(x_TD.shape, jnp.float32),
-        jnp.zeros(walk.num_slots, jnp.float32),
-        jax.tree.map(zeros, walk.weights if spec.base_grad else ()),
-        jax.tree.map(zeros, walk.lora),
-    )
+    weights = walk.weights if spec.base_grad else ()
+    sums = (x_TD, jax.ShapeDtypeStruct((walk.num_slots,), jnp.float32), weights, walk.lora)
+    carry = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), sums)
     dx_TD, dp_P, d_weights, d_lora = walk.run(one_block, carry)
     if spec.base_grad:
         d_weights = jax.tree.map(lambda grad, w: grad.astype(w.dtype), d_weights, walk.weights)
@@ -222,6 +213,13 @@ class _Walk:
             return out_BF + matmul(z_BQ, page.b_QF)
 
         return self._each_page(block.expert, role, in_BD.dtype, one_page, out_BF)
+
+    def add_base_grads(self, block: _Block, d_weights, grads) -> tuple:
+        """Adds this block's gradients of an expert's base weights to those of all."""
+        return tuple(
+            _add_at(total, grad[None, None], self.layer, block.expert)
+            for total, grad in zip(d_weights, grads, strict=True)
+        )
 
     def pull_low_rank(self, block: _Block, role: str, in_BD, d_out_BF, d_in_BD, d_lora):
         """d_in with this role's share, and the factors' gradients with this block's."""

@@ -19,7 +19,6 @@ ranks.
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,15 +43,7 @@ def ragged_dot(rows, weights_EIO, size_E, is_transposed: bool = False):
 
 
 def expert_mlp(
-    spec,
-    x_TD,
-    expert_TK,
-    weight_TK,
-    weights,
-    lora,
-    dropout,
-    keeps_hidden: bool,
-    product: Callable = ragged_dot,
+    spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden, product=ragged_dot
 ):
     """As `ops.grouped.expert_mlp`; `product` has the signature of `ragged_dot`."""
     w_gate_up_EDF, w_down_EFD = weights
