@@ -20,21 +20,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_base import (
-    BesideOptions,
+from drlora_jax.adapters.lora import BesideOptions, ExpertPairs, drop_in_training
+from drlora_jax.adapters.own_experts import (
     OwnExpertOptions,
     OwnExperts,
     active_experts,
     check_alike,
     choose_active,
 )
-from drlora_jax.adapters.low_rank import ExpertPairs, drop_in_training
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import FFN, FFN_ROLES, DenseFfnConfig, Matrix, ModelConfig
 from drlora_jax.models.layers import Projection
-from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.options import DecoderOptions, keep
 from drlora_jax.models.placement import NO_ADAPTER, Coverage, PlacementOptions
-from drlora_jax.models.remat import keep
 from drlora_jax.models.routing import RoutingStats, routing_stats
 from drlora_jax.ops.experts.shared import ACTIVATIONS
 

@@ -7,7 +7,7 @@ Each adapted projection has a router of its own on its own input and E pairs of 
 with w the renormalised softmax of the best K, so that B = 0 is the base. With the factors of all
 experts side by side along the rank that is one LoRA of rank E * R whose z = A x is multiplied with
 the weights: the cost of plain LoRA, whatever the routing. Layers with fewer experts than the one
-with most have inactive ones beside them: see `expert_base.active_experts`.
+with most have inactive ones beside them: see `own_experts.active_experts`.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_base import (
+from drlora_jax.adapters.lora import ExpertPairs, drop_in_training, init_a
+from drlora_jax.adapters.own_experts import (
     OwnExpertOptions,
     OwnExperts,
     active_experts,
     check_alike,
     choose_active,
 )
-from drlora_jax.adapters.low_rank import ExpertPairs, drop_in_training, init_a
 from drlora_jax.models.architecture import ATTENTION, FFN, Matrix, ModelConfig
 from drlora_jax.models.placement import Coverage, PlacementOptions
 from drlora_jax.models.routing import Routing, routing_stats

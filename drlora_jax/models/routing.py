@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from drlora_jax.models.architecture import RoutingConfig
-from drlora_jax.models.remat import keep
 
 
 class RoutingStats(NamedTuple):
@@ -58,7 +58,7 @@ def choose_experts(
 
 def _highest(score_TE, count: int):
     """Indices of the highest scores, kept: to find them again takes longer than to read them."""
-    return keep(jax.lax.top_k(score_TE, count)[1], "expert")
+    return checkpoint_name(jax.lax.top_k(score_TE, count)[1], "expert")
 
 
 def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:

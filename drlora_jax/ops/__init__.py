@@ -1,5 +1,6 @@
 """The operations with more than one implementation, as one value that a model is given."""
 
+import operator
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -13,11 +14,6 @@ from drlora_jax.ops.experts.backends import Call, Experts, choose_backend
 from drlora_jax.ops.lora_deltas import deltas_of
 
 
-def look_up(table_VD, tokens_BT):
-    """Token embeddings [B, T, D]."""
-    return table_VD[tokens_BT]
-
-
 class Ops(NamedTuple):
     """Functions with the signatures of ours on one device; `parallel.sharded_ops` has those for a
     mesh.
@@ -26,7 +22,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable = expert_mlp
     attend: Callable = attend
     summed_nll: Callable = summed_nll
-    embed: Callable = look_up
+    embed: Callable = operator.getitem  # (table [V, D], tokens [B, T]) -> [B, T, D]
     expert_deltas: Callable = deltas_of
     reads_stacks: bool = False  # expert_mlp takes the stack of all layers with a layer's number
 

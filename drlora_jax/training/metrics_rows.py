@@ -11,11 +11,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from drlora_jax.config import TrainConfig
 from drlora_jax.errors import RunError
 from drlora_jax.reporting.progress import Progress, Throughput, peak_memory
-from drlora_jax.training.optimizer import rate_at
+
+
+def rate_at(schedule: optax.Schedule, step: int) -> float:
+    """The rate after `step` steps, for people. Not computed on an accelerator if it can be helped:
+    there it would wait for all steps that are queued.
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        host = None
+    with jax.default_device(host):
+        return float(schedule(step))
 
 
 class RowWriter:

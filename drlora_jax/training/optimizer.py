@@ -34,18 +34,6 @@ def make_schedule(
     return optax.join_schedules([rise, after], [warmup])
 
 
-def rate_at(schedule: optax.Schedule, step: int) -> float:
-    """The rate after `step` steps, for people. Not computed on an accelerator if it can be helped:
-    there it would wait for all steps that are queued.
-    """
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
-        host = None
-    with jax.default_device(host):
-        return float(schedule(step))
-
-
 def make_optimizer(
     section: TrainSection,
     total_steps: int,

@@ -4,7 +4,6 @@ Nothing is read or allocated here, so a step can be compiled for devices that ar
 """
 
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -59,8 +58,7 @@ class Run(NamedTuple):
     reorder: Any
     abstract_params: dict
     abstract_state: TrainState
-    # Where the arrays [M, B, T] of a step's batch reside.
-    batch_sharding: jax.sharding.Sharding
+    abstract_batch: Batch  # of a step, [M, B, T]
     # How experts are computed, and a line that says which implementations were chosen.
     experts: str
     backends: str
@@ -96,7 +94,7 @@ def build(job: Job, devices=None) -> Run:
         **_jitted(job, mesh, model, tx, state),
         abstract_params=params,
         abstract_state=state,
-        batch_sharding=mesh_lib.rows(mesh, leading=1),
+        abstract_batch=abstract_batch(job, mesh),
         experts=experts,
         backends=backend_line(job.model_config, attention, experts, device, dtype),
         forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
@@ -200,13 +198,6 @@ def place_mask(run: Run, capacity: CapacityState) -> jax.Array:
     return processes.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
-def compile_step(run: Run):
-    """The train step compiled ahead of time, and the seconds it took."""
-    start = time.perf_counter()
-    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
-    return run.step.lower(*inputs).compile(), time.perf_counter() - start
-
-
 def memory_layout(job: Job, mesh, experts: str) -> Layout:
     """What of a run decides what a step takes."""
     section, shape = job.config.train, mesh.shape
@@ -231,9 +222,10 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
     )
 
 
-def abstract_batch(run: Run) -> Batch:
-    """What a step's batch [M, B, T] is, on its shardings."""
-    section = run.job.config.train
+def abstract_batch(job: Job, mesh) -> Batch:
+    """Returns the shapes, dtypes and shardings of a step's batch [M, B, T]."""
+    section = job.config.train
     micro, length = section.batch_size // section.micro_batches, section.sequence_length
-    shape, sharding = (section.micro_batches, micro, length), run.batch_sharding
-    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in BATCH_DTYPES))
+    rows = mesh_lib.rows(mesh, leading=1)
+    shape = (section.micro_batches, micro, length)
+    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in BATCH_DTYPES))

@@ -11,6 +11,7 @@ tokens over the whole batch, in nats; micro-batches and devices add up to exactl
 micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -343,3 +344,12 @@ def make_pretrain_step(
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return step
+
+
+def compile_step(run) -> tuple[Callable, float]:
+    """Compiles the train step of a `program.Run` ahead of time; returns it, and the seconds that
+    it took.
+    """
+    start = time.perf_counter()
+    inputs = run.abstract_params, run.abstract_state, run.abstract_batch
+    return run.step.lower(*inputs).compile(), time.perf_counter() - start

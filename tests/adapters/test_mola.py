@@ -206,7 +206,8 @@ def test_starts_as_its_base_and_counts_every_layer():
 def test_one_expert_of_attention_is_plain_lora():
     """Values and gradients; the FFN's projections are the same function."""
     routed = adapted(LLAMA, config_with(num_experts=1, experts_per_token=1))
-    place = routed.options.below("segment_0").below("layer_0").below("attention")
+    adapter = routed.options.adapter.below("segment_0").below("layer_0").below("attention")
+    place = dataclasses.replace(routed.options, adapter=adapter)
     plain = Lora(place.adapter.paths, scale=place.adapter.scale, rank=8)
     config = routed.config.segments[0].unit[0].attention
     x_BTD = drawn(jnp.zeros((2, 11, 16)))

@@ -16,7 +16,7 @@ from drlora_jax.reporting.progress import describe_ranks
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.training.growth import reordered
 from drlora_jax.training.job import prepare
-from drlora_jax.training.program import abstract_batch, place_mask
+from drlora_jax.training.program import place_mask
 from drlora_jax.training.state import restore
 from tests.support import policies
 from tests.support.dr_lora import make_steps, run_accumulate
@@ -159,7 +159,7 @@ def pruned(folder):
     """A run over its three events, with the positions around each of them."""
     stepper = Stepper(folder, **SECTIONS)
     run = stepper.run
-    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
+    inputs = run.abstract_params, run.abstract_state, run.abstract_batch
     # One program, ahead of time: it refuses other shapes, dtypes and shardings.
     step = run.step.lower(*inputs).compile()
     inputs = run.abstract_params, run.abstract_state.lora, run.abstract_state.mask_LER

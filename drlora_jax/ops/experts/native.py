@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from drlora_jax.ops.experts.shared import ROLES, RoleLora, dropout_seeds
+from drlora_jax.ops.experts.shared import ROLES, Dropout, RoleLora
 from drlora_jax.ops.native import library
 
 
@@ -20,7 +20,7 @@ def cannot(platform: str, dtype, base_grad: bool = False) -> str | None:
     """Why the compiled kernels can not do this in programs compiled for `platform`, or None."""
     if base_grad:
         return "its kernels have no gradients of the base"
-    return library.cannot(platform, dtype)
+    return library.cannot(platform, jnp.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -72,6 +72,12 @@ def _arguments(spec, inputs) -> tuple:
     return (*tokens, *weights, layer, seeds, slots_T, *_factors(lora, weights))
 
 
+def dropout_seeds(dropout: Dropout) -> jax.Array:
+    """Seeds of rows and of columns for each of `ROLES`, u32 [roles, 2]: those of `shared.drop`."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout.key, jnp.arange(len(ROLES)))
+    return jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
+
+
 def _factors(lora: dict[str, RoleLora], weights) -> list[jax.Array]:
     """A, B and gates of all roles; those that are not adapted have no ranks."""
     _, experts, width, both = weights[0].shape
@@ -92,7 +98,7 @@ def _call(name: str, spec, results, arguments):
         return (like,) if isinstance(like, int) else getattr(like, "shape", like)
 
     out = [jax.ShapeDtypeStruct(shape(like), jnp.float32) for like in results]
-    return jax.ffi.ffi_call(library.target(name), out, vmap_method="sequential")(
+    return jax.ffi.ffi_call(library.kernels().targets[name], out, vmap_method="sequential")(
         *arguments,
         scale=np.float32(spec.scale),
         is_gelu=spec.activation == "gelu_tanh",

@@ -60,12 +60,6 @@ def _hash(x):
     return x ^ (x >> 16)
 
 
-def dropout_seeds(dropout: Dropout) -> jax.Array:
-    """Of rows and of columns, for each of `ROLES`: u32 [roles, 2]."""
-    roles = jnp.arange(len(ROLES))
-    return jax.vmap(lambda role: jax.random.bits(_role_key(dropout, role), (2,), jnp.uint32))(roles)
-
-
 def _role_key(dropout: Dropout, role: int | jax.Array):
     return jax.random.fold_in(dropout.key, role)
 
