@@ -323,8 +323,8 @@ def test_what_can_not_be():
     with pytest.raises(UserError, match="without a rank are never chosen"):
         allocation = AllocationSection(r_init=0)
         TrainConfig(adapter=AdapterSection(kind="mola"), allocation=allocation)
-    with pytest.raises(UserError, match="adapters with experts of their own"):
-        AdapterSection(experts_per_layer="2468")
+    with pytest.raises(UserError, match="experts_per_layer=2468 is for kind=mixlora or mola"):
+        AdapterSection(kind="expert_lora", experts_per_layer="2468")
 
 
 # ------------------------------------------------------------------------------------- whole runs
