@@ -232,7 +232,9 @@ def test_what_can_not_be():
         config_with(num_experts=2, experts_per_token=3)
     with pytest.raises(UserError, match="moe_sieve counts"):
         config_with(allocation=AllocationSection(kind="moe_sieve"))
-    with pytest.raises(UserError, match="router=after_warmup is for kind=expert_lora .*, got kind=mixlora"):
+    with pytest.raises(
+        UserError, match="router=after_warmup is for kind=expert_lora .*, got kind=mixlora"
+    ):
         config_with(router="after_warmup")
 
 
