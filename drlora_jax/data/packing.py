@@ -18,7 +18,7 @@ def pack(lengths: np.ndarray, sequence_length: int, order: np.ndarray) -> list[n
     for index in order.tolist():
         length = int(lengths[index])
         if length > sequence_length:
-            raise ValueError(f"Document {index} has {length} tokens, a row {sequence_length}.")
+            raise ValueError(f"Document {index} has {length} tokens, but a row {sequence_length}.")
         row = next((row for row, free in room.items() if free >= length), None)
         if row is None:
             row = len(rows)

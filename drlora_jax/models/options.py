@@ -1,6 +1,7 @@
 """How a decoder is run, apart from what it is: one value that every module of it is given.
 
-`remat` says what the backward pass finds in memory, and what it computes again from that:
+`remat` says what the backward pass finds in memory, and what it computes again from that. `keep` is
+written beside a computation; KEPT has the names that `selective` keeps.
 
     none       whatever autodiff asks for; of custom gradients that includes their weights, which a
                scan over layers then stacks: a copy of the experts
@@ -9,9 +10,8 @@
                routers, sorting and activations are computed again
     full       the residual stream at the start of every layer; the layer is computed again
 
-With a frozen base a step is 4 N floating-point operations a token; `full` makes it 6 N again. All
-three give the same numbers. `keep` is written next to a computation; which of the names are kept
-is decided here.
+With a frozen base a step is 4 N floating-point operations per token; `full` makes it 6 N again. All
+three give the same numbers.
 """
 
 from dataclasses import dataclass

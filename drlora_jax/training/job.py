@@ -231,7 +231,7 @@ def _lines(setting: Setting, rows: Rows, policy: Policy) -> list[str]:
 
 
 def _check_schedule(config: TrainConfig, shapes: CapacityShapes, stored: dict | None) -> None:
-    """Refuses an allocation that can not be, if the steps are known without the rows."""
+    """Refuses an impossible allocation, if the steps are known without the rows."""
     steps = stored["schedule_steps"] if stored else config.train.steps
     if steps is None:
         return

@@ -267,7 +267,7 @@ def test_experts_per_layer(tmp_path):
         with pytest.raises(UserError, match=message):
             resolve_counts(text, 3)
     (tmp_path / "bad.json").write_text('{"layers": [1]}')
-    with pytest.raises(UserError, match="can not be read as the --out"):
+    with pytest.raises(UserError, match="cannot be read as the --out"):
         resolve_counts(str(tmp_path / "bad.json"), 3)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
     (tmp_path / "bad.json").write_text(pointer)
