@@ -193,7 +193,7 @@ def _rounded_factors(trained: Trained, reader: LayerReader, dtype: str) -> Varia
         for path, growth_F in update.magnitudes.items():
             norms_F = column_norms(leaf_at(params, (*path.split("/"), "kernel")))
             magnitudes[path] = _round(norms_F + growth_F, dtype) - norms_F
-        return LayerUpdate(update.layer, plain, experts, router_DE, magnitudes)
+        return LayerUpdate(update.layer, update.matrices, plain, experts, router_DE, magnitudes)
 
     return _merged(trained, reader, change)
 

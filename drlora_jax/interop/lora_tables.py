@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.models.architecture import Layer, ModelConfig
+from drlora_jax.models.architecture import Layer, Matrix, ModelConfig
 from drlora_jax.models.placement import Placement
 
 ROUTER = "moe/router"
@@ -30,11 +30,19 @@ class LayerUpdate(NamedTuple):
     """What the adapter adds to one layer; all arrays f32."""
 
     layer: Layer
+    matrices: tuple[Matrix, ...]  # of the layer; paths begin below it
     plain: dict[str, Pair]  # by module path below the layer, such as attention/q
     experts: dict[str, Pair]  # by role: gate, up or gate_up, and down
     router_DE: np.ndarray | None  # added to the router; None where it was not trained
     # With DoRA, by the same paths: m less the norms of the base's columns, [D_out].
     magnitudes: dict[str, np.ndarray]
+
+    def matrices_in(self, leaf: tuple[str, ...], half: int | None = None) -> list[Matrix]:
+        """Returns the matrices of a leaf of the layer's parameters, or of one half of its columns;
+        none in a norm or a bias.
+        """
+        found = (matrix for matrix in self.matrices if matrix.leaf == leaf)
+        return [matrix for matrix in found if half is None or matrix.half == half]
 
 
 def layer_updates(
@@ -63,7 +71,8 @@ def layer_updates(
                 plain[path] = _pair(leaf, layer.repeat, adapter.scale)
                 if "magnitude_delta" in leaf:
                     magnitudes[path] = np.asarray(leaf["magnitude_delta"][layer.repeat])
-        found.append(LayerUpdate(layer, plain, experts, router_DE, magnitudes))
+        matrices = tuple(layer.config.matrices(config.width))
+        found.append(LayerUpdate(layer, matrices, plain, experts, router_DE, magnitudes))
     return found
 
 

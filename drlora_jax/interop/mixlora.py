@@ -21,14 +21,14 @@ from drlora_jax.adapters.mixlora import MixLora
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_read import leaf_at
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import ATTENTION_ROLES, FFN_ROLES, ModelConfig
 from drlora_jax.models.families import key_table
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
 NO_DROPOUT = 1e-6  # their loader refuses 0
 ROUTINGS = ("mixlora", "mixlora-dynamic")
 _ACTIVATIONS = {"swish": "silu"}  # other names of the same
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 _LEGACY_ROLES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _LEGACY = re.compile(r"(mixlora\.layers\.\d+)\.(?:gate|experts\.(\d+)\.(\w+?))(\..*)")
 

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.interop.lora_tables import LayerUpdate, Pair, expert_pair, fused_pair
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import EXPERTS, Matrix, ModelConfig
 from drlora_jax.models.families import Slot, key_table
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -185,30 +185,30 @@ def _fused_entries(update: LayerUpdate, names: Names) -> Iterator[Entry]:
     gate_up, down = fused_pair(update.experts), update.experts.get("down")
     # peft wraps the module that holds both parameters twice, gate_up inside; a single wrapper is
     # outside whichever parameter it is for.
-    for leaf, pair, is_inside in (("gate_up", gate_up, down is not None), ("down", down, False)):
+    leaves = {matrix.half is not None: matrix.leaf for matrix in _experts(update)}
+    for leaf, pair, is_inside in (
+        (leaves[True], gate_up, down is not None),
+        (leaves[False], down, False),
+    ):
         if pair is not None:
-            parameter = _name(names, update, "moe", leaf)
+            parameter = _name(names, update, *leaf)
             module = parameter.rpartition(".")[0]
             yield Entry(parameter, f"{module}.base_layer" if is_inside else module, pair)
 
 
 def _expert_entries(update: LayerUpdate, names: Names) -> Iterator[Entry]:
-    pairs = {role: expert_pair(update.experts, role) for role in ("gate", "up", "down")}
-    moe, width = update.layer.config.ffn, _model_width(update.experts)
-    shapes = {"gate": (width, moe.expert_dim), "up": (width, moe.expert_dim)}
-    shapes["down"] = (moe.expert_dim, width)
-    for role, pair in pairs.items():
-        leaf, half = ("down", None) if role == "down" else ("gate_up", ("gate", "up").index(role))
-        for expert in range(moe.routing.num_experts):
-            zeros = Pair(*(np.zeros((1, size), np.float32) for size in shapes[role]))
+    for matrix in _experts(update):
+        pair = expert_pair(update.experts, matrix.role)
+        for expert in range(matrix.count):
+            sizes = (matrix.in_features, matrix.out_features)
+            zeros = Pair(*(np.zeros((1, size), np.float32) for size in sizes))
             own = zeros if pair is None else Pair(pair.a[expert], pair.b[expert])
-            module = _module(_name(names, update, "moe", leaf, expert=expert, half=half))
-            yield Entry(module, module, own)
+            name = _name(names, update, *matrix.leaf, expert=expert, half=matrix.half)
+            yield Entry(_module(name), _module(name), own)
 
 
-def _model_width(experts: dict[str, Pair]) -> int:
-    role, pair = next(iter(experts.items()))
-    return (pair.b if role == "down" else pair.a).shape[-1]
+def _experts(update: LayerUpdate) -> list[Matrix]:
+    return [matrix for matrix in update.matrices if matrix.kind == EXPERTS]
 
 
 def _shorten(targets: list[str], names: Names, parts: int) -> list[str]:

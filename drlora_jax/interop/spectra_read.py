@@ -34,15 +34,20 @@ from drlora_jax.interop.hf_files import (
     read_headers,
 )
 from drlora_jax.interop.hf_read import match_keys
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import (
+    ATTENTION_ROLES,
+    FFN_ROLES,
+    ROUTER,
+    Matrix,
+    ModelConfig,
+)
 from drlora_jax.models.families import Slot
 from drlora_jax.models.options import DecoderOptions
 from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.system.paths import cache_folder, local_path
 
 METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
-HALVES = ("gate", "up")  # rows of a fused tensor, in this order
-ROLES = ("q", "k", "v", "o", *HALVES, "down")
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 SLOW = 2.0  # seconds; a layer that took longer is reported
 
 
@@ -140,36 +145,37 @@ def find_matrices(config: ModelConfig, directory: pathlib.Path) -> list[list[Wei
     """The matrices of every layer, after checking all names and shapes on disk."""
     tensors = read_headers(directory)
     abstract = abstract_params(Decoder(config, DecoderOptions()))
-    numbers = {layer.key: layer.number for layer in config.layers()}
-    by_layer: list[list[WeightMatrix]] = [[] for _ in numbers]
+    layers = {layer.key: layer for layer in config.layers()}
+    by_layer: list[list[WeightMatrix]] = [[] for _ in layers]
     for key, slot in match_keys(config, tensors, abstract).items():
         if slot.index:
-            layer = numbers[(*slot.path[:2], slot.index[0])]
-            by_layer[layer] += _matrices_in(key, slot, tensors[key], layer)
+            layer = layers[(*slot.path[:2], slot.index[0])]
+            matrices = [
+                matrix
+                for matrix in layer.config.matrices(config.width)
+                if matrix.kind != ROUTER and matrix.leaf == slot.path[2:]
+            ]
+            by_layer[layer.number] += _matrices_in(key, slot, tensors[key], layer.number, matrices)
     for found in by_layer:
         found.sort(key=lambda each: (each.expert or 0, ROLES.index(each.role)))
     return by_layer
 
 
-def _matrices_in(key: str, slot: Slot, info: TensorInfo, layer: int) -> Iterator[WeightMatrix]:
-    """The matrices of one tensor; none in a norm, a bias or a router."""
-    leaf = slot.path[-1]
-    if leaf == "kernel":
-        yield WeightMatrix(layer, slot.path[-2], None, key, info.file, (), info.shape)
-        return
-    if slot.path[-2] != "moe" or leaf not in ("gate_up", "down"):
+def _matrices_in(
+    key: str, slot: Slot, info: TensorInfo, layer: int, matrices: list[Matrix]
+) -> Iterator[WeightMatrix]:
+    """The matrices of one tensor, of those in its leaf; none in a norm, a bias or a router."""
+    matrices = [each for each in matrices if slot.half is None or each.half == slot.half]
+    if not matrices:
         return
     *stacked, rows, columns = info.shape
-    is_fused = leaf == "gate_up" and slot.half is None
-    if is_fused:
-        rows //= 2
-        parts = {role: (slice(i * rows, (i + 1) * rows),) for i, role in enumerate(HALVES)}
-    else:
-        parts = {leaf if slot.half is None else HALVES[slot.half]: ()}
-    for expert in range(stacked[0]) if stacked else slot.index[1:]:
-        for role, part in parts.items():
+    rows //= len(matrices)
+    is_fused = len(matrices) > 1  # one above the other
+    parts = [(slice(i * rows, (i + 1) * rows),) if is_fused else () for i in range(len(matrices))]
+    for expert in range(stacked[0]) if stacked else slot.index[1:] or (None,):
+        for matrix, part in zip(matrices, parts, strict=True):
             index = (expert, *part) if stacked else part
-            yield WeightMatrix(layer, role, expert, key, info.file, index, (rows, columns))
+            yield WeightMatrix(layer, matrix.role, expert, key, info.file, index, (rows, columns))
 
 
 def read_matrix(matrix: WeightMatrix) -> np.ndarray:

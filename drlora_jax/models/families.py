@@ -16,6 +16,7 @@ import numpy as np
 
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import (
+    FFN_ROLES,
     AttentionConfig,
     DenseFfnConfig,
     LayerConfig,
@@ -65,7 +66,7 @@ class Family:
             return keys | self._moe_keys(layer.ffn, layout)
         return keys | {
             f"mlp.{role}_proj.weight": Slot(("mlp", role, "kernel"), transpose=True)
-            for role in ("gate", "up", "down")
+            for role in FFN_ROLES
         }
 
     def _moe_keys(self, moe: MoeConfig, layout: Layout) -> dict[str, Slot]:
@@ -370,6 +371,6 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(
         parse=_parse_olmoe,
         router="mlp.gate.weight",
-        experts={role: f"mlp.experts.{{e}}.{role}_proj.weight" for role in ("gate", "up", "down")},
+        experts={role: f"mlp.experts.{{e}}.{role}_proj.weight" for role in FFN_ROLES},
     ),
 }
