@@ -42,7 +42,7 @@ ARMS = (
         ("allocation.kind=uniform", "allocation.r_target=32"),
     ),
     Arm("dr_lora", "DR-LoRA, 8 to a mean of 16, at most 32", ()),
-    Arm("random", "its schedule, experts drawn by lot", ("allocation.kind=random",)),
+    Arm("random", "its schedule, experts chosen at random", ("allocation.kind=random",)),
     Arm(
         "moe_sieve",
         "rank 64 on the quarter of experts used most",

@@ -144,7 +144,7 @@ def rank_table(study: Study, results: dict, task: str) -> str:
                 f"{related.correlation:+.2f} ({layers})",
             ]
         )
-    head = ["arm", "ranks a layer", "range", "sd in a layer", "rank a choice meets"]
+    head = ["arm", "ranks per layer", "range", "sd within a layer", "mean rank per assignment"]
     return _markdown([*head, "r(rank, use), by layer"], rows)
 
 
@@ -190,10 +190,10 @@ def information_table(study: Study, results: dict) -> str:
 
 
 CONTRASTS = (  # question, arm, minus
-    ("growth by saliency against growth by lot", "dr_lora", "random"),
+    ("growth by saliency against growth at random", "dr_lora", "random"),
     ("growth by saliency against its own final ranks from step 1", "dr_lora", "frozen_final"),
     ("its final ranks from step 1 against uniform ranks", "frozen_final", "lora_r16"),
-    ("growth by lot against uniform ranks", "random", "lora_r16"),
+    ("growth at random against uniform ranks", "random", "lora_r16"),
     ("growth by saliency against the static quarter", "dr_lora", "moe_sieve"),
     ("growth that ends after a quarter of the steps", "early_end", "dr_lora"),
     ("Adam that counts by rank", "rank_adam", "dr_lora"),
@@ -232,7 +232,7 @@ def cost_table(study: Study, results: dict) -> str:
                     str(len(ratios)),
                 ]
             )
-    head = ["arm", f"time a token over `{study.reference}` (quartiles)", "peak memory over it"]
+    head = ["arm", f"time per token over `{study.reference}` (quartiles)", "peak memory over it"]
     return _markdown([*head, "pairs"], rows)
 
 
