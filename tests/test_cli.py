@@ -126,7 +126,7 @@ def test_dry_run_writes_nothing(files, monkeypatch, capsys):
         ("model.path=FILES/small_vocabulary", "512"),
         ("data.path=FILES/empty.jsonl", "empty"),
         ("data.path=FILES/no_field.jsonl", "no_field.jsonl:2"),
-        ("allocation.interval=45", "budget can not be reached"),
+        ("allocation.interval=45", "budget cannot be reached"),
         ("adapter.targets=q,v", "adapts no expert"),
     ],
 )

@@ -182,7 +182,7 @@ def test_a_rank_shared_by_experts_of_the_adapter(tmp_path, kind, rule, expected)
     [
         (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
         (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "is for kind=uniform, got kind=dr_"),
-        (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora has none"),
+        (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora does not have"),
         (dict(rank_rule="per_top_k"), dict(kind="mixlora", top_p=0.5), "adapter.top_p=0.5"),
     ],
 )
