@@ -211,7 +211,7 @@ def test_the_floor_is_paid_by_the_layer_furthest_above_its_share():
 def test_arguments_that_are_no_such_numbers_are_refused():
     for alphas, total, beta, message in (
         ([2.0, 3.0], 1, 2.5, r"at least the number of layers \(2\).*got 1"),
-        ([2.0, 3.0], 10**7, 2.5, "at most 1,000,000; got 10,000,000"),
+        ([2.0, 3.0], 10**7, 2.5, "at most 1,000,000, got 10,000,000"),
         ([2.0, 0.0], 8, 2.5, "numbers above 0"),
         ([2.0, math.nan], 8, 2.5, "numbers above 0"),
         ([], 8, 2.5, r"one per layer, got shape \[0\]"),

@@ -271,7 +271,7 @@ def test_an_accepted_start_reaches_the_budget_whatever_is_preferred(data):
     try:
         policy = fields.grown_from(context, first_LE)
     except UserError as error:
-        assert "can not be reached" in str(error)
+        assert "cannot be reached" in str(error)
         return
     state, stats = policy.init(), policy.init_stats()
     for step in range(51):

@@ -152,7 +152,7 @@ def tiny_run():
 @pytest.mark.parametrize("experts", ["auto", "native", "block", "dense"])
 def test_a_choice_is_taken_and_logged(tiny_run, experts):
     run, chosen = tiny_run(f"model.experts={experts}"), experts.replace("auto", "native")
-    assert run.backends.startswith(f"computed    experts {chosen}; attention")
+    assert run.backends.startswith(f"kernels     experts={chosen} attention=")
     assert run.model.options.ops.expert_mlp.keywords["backend"] == chosen
     assert run.model.options.ops.reads_stacks == (chosen != "dense")
 

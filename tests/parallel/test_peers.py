@@ -68,10 +68,10 @@ def test_the_process_that_differs_is_named():
     assert agreement.disagreements([same, same], {"mask": "bb"}) == []
     other = same | {"mask": "cc"}
     # Of two, nobody is in the majority: what the mask must be says who is wrong.
-    assert agreement.disagreements([other, same], {"mask": "bb"}) == ["mask of process 0"]
+    assert agreement.disagreements([other, same], {"mask": "bb"}) == ["mask differs on process 0"]
     assert agreement.disagreements([same, other, same | {"step": "dd"}, same], {}) == [
-        "step of process 2",
-        "mask of process 1",
+        "step differs on process 2",
+        "mask differs on process 1",
     ]
 
 
