@@ -294,7 +294,7 @@ def test_output_that_breaks(broken, goes_on):
     os.close(stdout)
     reason = "Broken pipe" if broken == "pipe" else "No space left on device"
     if goes_on:
-        assert done.stderr == f"warning: standard output is lost ({reason}); the run goes on\n"
+        assert done.stderr == f"warning: standard output is lost ({reason}); the run continues\n"
     elif broken == "pipe":
         assert done.stderr == "stopped: standard output was closed by its reader\n"
     else:
