@@ -73,7 +73,7 @@ def _option_of(args: Sequence[str], index: int) -> str:
 
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses `--config FILE.py [--dry-run] [section.field=value ...]`; `--help` lists all fields."""
+    """Parses `--config FILE.py [--dry-run] [section.field=value ...]`; --help lists all fields."""
     fields = "\n".join(map(_described, config_lib.field_rows()))
     parser = Parser(
         prog=prog,

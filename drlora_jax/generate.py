@@ -97,7 +97,7 @@ class Asker:
             notes += [note] if note else []
         if self._unread:
             fields = by_rows(self._unread)
-            notes.append(f"{self._args.messages}: fields that are ignored: {fields}")
+            notes.append(f"{self._args.messages}: fields that are not read: {fields}")
         return notes
 
     def asked(self) -> list[tuple[Prompt, str]]:

@@ -168,7 +168,7 @@ FIELDS = (
     _field("model.attention=native", "its kernels compute in float32", "model.dtype=bfloat16"),
     _field("model.experts=mosaic", "cannot be used here: its kernels are for NVIDIA's Hopper"),
     _field("model.experts=tokamax", "cannot be used here: it has kernels for TPU and NVIDIA"),
-    _field("model.experts=ragged", "on cpu it is no kernel, but multiplies rows with every"),
+    _field("model.experts=ragged", "on cpu and multiplies every row with every expert"),
     _field("adapter.targets=", "adapter.targets must name at least one projection"),
     _field(
         "adapter.targets=w1",

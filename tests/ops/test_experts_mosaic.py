@@ -260,7 +260,10 @@ def test_a_later_jax_without_these_kernels(monkeypatch):
         return lhs
 
     monkeypatch.setattr(mosaic_lib, "jax_version", lambda: (1, 0, 0))
-    for kernel, reason in ((gone, "does not bring its kernels"), (lambda: ragged_dot, "another")):
+    for kernel, reason in (
+        (gone, "does not provide its kernels"),
+        (lambda: ragged_dot, "a different"),
+    ):
         monkeypatch.setattr(mosaic_lib, "_row_kernel", kernel)
         mosaic_lib._lacks_kernels.cache_clear()
         assert reason in backends.cannot("mosaic", call())

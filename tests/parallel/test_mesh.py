@@ -161,7 +161,7 @@ def test_every_process_has_a_part_of_the_mesh():
 
 
 def test_sending_rows_as_they_are_is_for_tpus(tmp_path):
-    with pytest.raises(UserError, match="exchange=ragged is for TPUs, .* are cpu; .* padded"):
+    with pytest.raises(UserError, match="exchange=ragged is for TPUs, .* is cpu; .* padded"):
         prepare(tiny_config(tmp_path, mesh=dict(expert=2, exchange="ragged")))
 
 

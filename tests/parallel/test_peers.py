@@ -53,7 +53,10 @@ def test_peers_are_found_in_the_environment(environment, expected):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID are set, JAX_COORDINATOR_ADDRESS and JAX_NUM"),
+        (
+            {"JAX_PROCESS_ID": "1"},
+            "JAX_PROCESS_ID are set, but JAX_COORDINATOR_ADDRESS and JAX_NUM",
+        ),
         (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "from 0 to JAX_NUM_PROCESSES - 1, got 4 of 4"),
         (EXPLICIT | {"JAX_PROCESS_ID": "one"}, "got one of 4"),
     ],
