@@ -43,7 +43,7 @@ def main(argv=None) -> int:
     parts = (run.abstract_params, run.abstract_state.lora, run.abstract_state.opt_state)
     base, lora, moments = (format_bytes(bytes_on_one_device(part)) for part in parts)
     layout = memory_layout(job, run.mesh, "mosaic")
-    print(f"memory      base {base}, factors {lora}, moments {moments} on each of {args.devices}")
+    print(f"memory      base {base}, adapter {lora}, moments {moments} on each of {args.devices}")
     states = (run.abstract_params, run.abstract_state)
     print(memory_forecast(job.model_config, layout, *states, config.model.remat))
     return 0

@@ -1,4 +1,4 @@
-"""What the entry points share: arguments, and how mistakes and failures end a process."""
+"""Shared by the entry points: parses arguments, and ends a process after mistakes and failures."""
 
 import argparse
 import contextlib
@@ -22,16 +22,16 @@ from drlora_jax.system.text import first_line
 MAX_MESSAGE = 2000  # characters
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA names it
 FAILURE_OFFSET = "DRLORA_FAILURE_OFFSET"
-ADVICE = "use a smaller --batch-size or --max-length where there is one, or more devices"
-# The first half can be followed on resume, the second can not.
+ADVICE = "use a smaller --batch-size or --max-length if the command has them, or more devices"
+# The first half can be followed when resuming, the second cannot.
 TRAINING_ADVICE = (
-    "with more train.micro_batches, model.remat=full or more devices the same run.dir goes on; a "
+    "with more train.micro_batches, model.remat=full or more devices the same run.dir resumes; a "
     "smaller train.batch_size, train.sequence_length or allocation.r_max needs a new run.dir"
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """Arguments that can not be parsed are a mistake like any other."""
+    """Parses arguments; those that cannot be parsed raise UserError like any other mistake."""
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -51,8 +51,8 @@ def check_text(option: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{option} is not UTF-8 at character {error.start + 1} ({value[error.start]!r}). If it "
-            "is where it was written, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
+            f"{option} is not UTF-8 at character {error.start + 1} ({value[error.start]!r}). If "
+            "your text is UTF-8, set LC_ALL=C.UTF-8 or PYTHONUTF8=1."
         ) from None
 
 
@@ -62,7 +62,7 @@ def _check_arguments(args: Sequence[str]) -> None:
 
 
 def _option_of(args: Sequence[str], index: int) -> str:
-    """What the argument at an index belongs to, for a message."""
+    """Names the option that the argument at an index belongs to, for a message."""
     name, is_assigned, _ = args[index].partition("=")
     if is_assigned and name.isascii():  # --prompt=TEXT, section.field=value
         return "The prompt" if name == "--prompt" else name
@@ -73,7 +73,7 @@ def _option_of(args: Sequence[str], index: int) -> str:
 
 
 def parse_arguments(prog: str, description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """`--config FILE.py [--dry-run] [section.field=value ...]`; `--help` lists every field."""
+    """Parses `--config FILE.py [--dry-run] [section.field=value ...]`; --help lists all fields."""
     fields = "\n".join(map(_described, config_lib.field_rows()))
     parser = Parser(
         prog=prog,
@@ -99,38 +99,44 @@ def _described(row: config_lib.FieldRow) -> str:
 
 
 def model_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that say which model to use, for `load_model`."""
+    """Returns a parser with the arguments that name a model, for `load_model`."""
     parser = Parser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", metavar="DIR", help="run.dir of a training")
+    source.add_argument("--run", metavar="DIR", help="run.dir of a training run")
     source.add_argument(
-        "--model", metavar="PATH", help="a base alone: a directory, a hub name or bundled:NAME"
+        "--model",
+        metavar="PATH",
+        help="a base model alone: a directory, a hub name or bundled:NAME",
     )
     parser.add_argument(
-        "--step", default="latest", help="of the run: latest (default), best, or a number"
+        "--step", default="latest", help="checkpoint of the run: latest (default), best, or a step"
     )
     parser.add_argument(
-        "--base", action="store_true", help="the run's base, without what it learned"
+        "--base", action="store_true", help="use the run's base model, without its adapter"
     )
-    parser.add_argument("--model-path", metavar="PATH", help="where the run's base is, if moved")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the run's")
+    parser.add_argument(
+        "--model-path", metavar="PATH", help="where the run's base model is now, if it has moved"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of weights; default: the run's"
+    )
     return parser
 
 
 def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = None, words=None):
-    """The model that the arguments of `model_parser` mean, in memory.
+    """Loads the model that the arguments of `model_parser` name.
 
     Args:
-      words: of `open_words`, if they are there already.
+      words: From `open_words`, if they have been opened already.
     """
     from drlora_jax.inference.model import load_base, load_run
     from drlora_jax.inference.words import open_words
 
-    count_devices()  # a mistake in the environment is said in one line
+    count_devices()  # reports a mistake in the environment in one line
     keep_compiled_programs(jax.default_backend())  # before anything is compiled
     words = words or open_words(args)
     if args.model is not None:
@@ -143,7 +149,7 @@ def load_model(args: argparse.Namespace, mesh: config_lib.MeshSection | None = N
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Refuses whole-number arguments below 1."""
+    """Refuses integer arguments below 1."""
     for name in names:
         if getattr(args, name) < 1:
             option = name.replace("_", "-")
@@ -157,23 +163,23 @@ def run_and_exit(
     traceback.
 
     Args:
-      memory_advice: what to do when the memory is not enough.
-      outlives_output: whether the work goes on when nobody reads standard output any more, or the
-        disk of the file that it goes to is full.
+      memory_advice: What to do when memory does not suffice.
+      outlives_output: Whether the work continues when standard output is closed by its reader, or
+        the disk of the file that it is redirected to is full.
     """
     if outlives_output and early.handler():
         sys.stdout = Outliving.around(sys.stdout)
     _print_anything()
     _quieten_libraries()
     try:
-        _check_arguments(sys.argv[1:])  # of every command, whatever parses them
+        _check_arguments(sys.argv[1:])  # for every command, whatever parses them
         code = main()
     except UserError as error:
         code = _end("error", str(error), EXIT_USER_MISTAKE)
     except RunError as error:
         code = _end("failed", str(error), EXIT_FAILED)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # discards what is still in the buffer
         code = _end("stopped", "standard output was closed by its reader", EXIT_FAILED)
     except KeyboardInterrupt:  # where `early` is not installed
         code = _end("stopped", f"interrupted; {early.ADVICE}", EXIT_RESUMABLE)
@@ -187,11 +193,11 @@ def run_and_exit(
 
 
 def _quieten_libraries() -> None:
-    # XLA and Orbax report on standard error below our own messages unless told otherwise.
+    # By default XLA and Orbax write to standard error after our own messages.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # transformers is used for tokenizers; it need not say that torch is absent.
+    # transformers is used only for tokenizers; its warning that torch is missing is irrelevant.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # What Orbax logs when it fails comes to us as an error with the same reason.
+    # What Orbax logs when it fails is also raised as an error with the same reason.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if early.handler():  # this process is a command
@@ -199,16 +205,18 @@ def _quieten_libraries() -> None:
 
 
 def _failure(error: Exception, memory_advice: str) -> str:
-    """Describes an error that is nobody's message; prints its traceback if it was not foreseen."""
+    """Describes an error that is neither UserError nor RunError; prints its traceback unless it is
+    an out-of-memory error.
+    """
     if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
         return f"out of memory; {memory_advice} ({_named(error)})"
-    traceback.print_exc()  # it helps whoever fixes it; the last line says what happened
+    traceback.print_exc()  # for bug reports; our own last line says what happened
     return _named(error)
 
 
 class Outliving(io.RawIOBase):
-    """Standard output that may break: the first failure is said on standard error, and what is
-    written from then on is lost.
+    """Wraps standard output so that a run survives its loss: the first failure is reported on
+    standard error, and later output is discarded.
     """
 
     def __init__(self, number: int):
@@ -226,7 +234,7 @@ class Outliving(io.RawIOBase):
                 return os.write(self._number, data)
             except OSError as error:
                 self._is_broken = True
-                line = f"warning: standard output is lost ({error.strerror}); the run goes on\n"
+                line = f"warning: standard output is lost ({error.strerror}); the run continues\n"
                 with contextlib.suppress(OSError):
                     os.write(2, line.encode())
         return len(data)
@@ -242,14 +250,16 @@ class Outliving(io.RawIOBase):
 
 
 def _print_anything() -> None:
-    """A terminal or a file that lacks a character gets its escape, not the end of the run."""
+    """Escapes characters that a terminal or file cannot encode, instead of failing on them."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def without_closed_loops(hook: Callable) -> Callable:
-    """The hook without what TensorStore says when it fails after Orbax has given up on a read."""
+    """Returns the hook without the errors that TensorStore raises after Orbax has abandoned a
+    read.
+    """
 
     def filtered(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":
@@ -259,8 +269,9 @@ def without_closed_loops(hook: Callable) -> Callable:
 
 
 def failure_offset() -> int:
-    """What a launcher wants added to the exit codes of failures, in the environment. One that only
-    sees the highest code of all processes would take a failure (1, 2) for a lost peer (75).
+    """Returns what a launcher adds, by an environment variable, to the exit codes of failures. A
+    launcher that only sees the highest code of all processes would otherwise mistake a failure
+    (1, 2) for a lost peer (75).
     """
     text = os.environ.get(FAILURE_OFFSET, "0")
     return int(text) if text.isdigit() and len(text) < 4 else 0
@@ -278,8 +289,8 @@ def _end(how: str, message: str, code: int) -> int:
 
 
 def printable(message: str) -> str:
-    """One line that is safe on a terminal: messages quote file names, tensor names and rows of
-    unknown origin, which may hold line breaks or control sequences.
+    """Returns a message as one line that is safe on a terminal: messages quote file names, tensor
+    names and rows of unknown origin, which may contain line breaks or control sequences.
     """
     text = " ".join(message.split())
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

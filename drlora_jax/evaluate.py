@@ -1,4 +1,4 @@
-"""`python -m drlora_jax.evaluate --run DIR --tasks a,b`: what a trained model can do.
+"""`python -m drlora_jax.evaluate --run DIR --tasks a,b`: evaluates a trained model.
 
   --tasks gsm8k,arc_easy            tasks by name, with data from --data-dir or the hub
   --tasks gsm8k=FILE                a task on a file of yours
@@ -6,12 +6,14 @@
   --model PATH                      a base model instead of a run
 
 Multiple choice: arc_easy, arc_challenge, boolq, openbookqa, piqa, siqa, winogrande, hellaswag, by
-log-likelihood; with `:mixlora` by answer label, with `:instruct` by writing the answer. Also gsm8k,
-loss, and with --allow-code-execution humaneval and mbpp. Other names run lm-evaluation-harness.
+log-likelihood; with `:mixlora` by answer label, with `:instruct` by generating the answer. Also
+gsm8k, loss, and with --allow-code-execution humaneval and mbpp. Other names run
+lm-evaluation-harness.
 
-Scores are printed and, for a run or with --out, kept: eval.json, and one line a sample in eval/.
-`python -m drlora_jax.evaluation.compare A.jsonl B.jsonl` pairs two files of samples. A model that
-needs several machines is started on all of them, like a training (docs/scaling.md).
+Scores are printed and, for a run or with --out, written to eval.json, with one line per sample in
+eval/. `python -m drlora_jax.evaluation.compare A.jsonl B.jsonl` compares two files of samples pair
+by pair. A model that needs several machines is started on all of them, as for training
+(docs/scaling.md).
 Exit codes: 0 done, 2 a mistake in the input, 1 the evaluation failed, 75 another process was lost.
 """
 
@@ -40,14 +42,14 @@ from drlora_jax.parallel.watchdog import Watchdog
 from drlora_jax.runs.provenance import versions
 from drlora_jax.system.paths import local_path
 
-OVERRIDES = ("mesh.", "data.")  # what may be set besides the options
+OVERRIDES = ("mesh.", "data.")  # sections whose fields may be set besides the options
 
 
 def main(argv=None) -> int:
     args = _parse(argv)
     limits = RunSection()
     processes.join(limits.heartbeat_timeout, hears_sigterm=False)
-    count_devices()  # a mistake in the environment is said before any work
+    count_devices()  # reports a mistake in the environment before any work
     with Watchdog(limits.stall_timeout) as watchdog:
         return _run(args, watchdog)
 
@@ -79,7 +81,7 @@ def _run(args: argparse.Namespace, watchdog: Watchdog) -> int:
 
 
 def _check_processes_agree(args, source: "_Source", jobs, others) -> None:
-    """Raises RunError when the processes would not evaluate the same."""
+    """Raises RunError when the processes would not evaluate the same model on the same data."""
     if jax.process_count() == 1:
         return
     prompts = (text for job in jobs for item in job.items for text in job.task.strings(item))
@@ -95,7 +97,7 @@ def _check_processes_agree(args, source: "_Source", jobs, others) -> None:
 
 
 def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list[Score]:
-    """The one loop over tasks; samples are kept as soon as a task has ended."""
+    """Runs the tasks one after the other; samples are written as soon as a task has ended."""
     tools, adapter = jobs_lib.make_tools(loaded, settings, sandbox), jobs_lib.adapter_digest(loaded)
     found = []
     for job in jobs:
@@ -107,7 +109,7 @@ def _evaluate(jobs, settings: Settings, loaded: Loaded, sandbox, folder) -> list
 
 
 def _harness_tasks(names, args, texts) -> harness.Prepared | None:
-    """Tasks of lm-evaluation-harness; a package that few have is imported only for these."""
+    """Prepares tasks of lm-evaluation-harness, an optional package imported only for these."""
     if not names:
         return None
     return harness.prepare(
@@ -153,16 +155,18 @@ def _tell(notes) -> None:
 
 
 class _Source(NamedTuple):
-    """What is evaluated."""
+    """Describes the model to evaluate."""
 
     config: TrainConfig | None  # the run's, with data settings overridden
     words: Words
-    step: int | None = None  # of the run's checkpoint
+    step: int | None = None  # step of the run's checkpoint
     run_digest: str = ""
 
 
 def _source(args) -> _Source:
-    """Finds run and base. What `latest` or `best` is now is kept: a training may be saving."""
+    """Finds the run and its base model. `latest` and `best` are resolved only here, since a
+    training may be saving at the same time.
+    """
     words = open_words(args)
     found = words.source
     if found is None:
@@ -179,7 +183,7 @@ def _only(args, section: str) -> list[str]:
 
 
 def _folder(args) -> pathlib.Path | None:
-    """Where results are kept; made and tried before any work."""
+    """Returns the directory for results, which is created and checked before any work."""
     if args.out is None and args.run is None:
         return None
     folder = local_path(args.out, "--out") if args.out else local_path(args.run, "--run")
@@ -200,35 +204,38 @@ def _parse(argv) -> argparse.Namespace:
 
 
 def _add_tasks(add) -> None:
-    """Adds the options that say what is evaluated, and how much of it."""
-    add("--tasks", metavar="NAME[=FILE],...", help="tasks; lm_eval:NAME is one of the harness")
+    """Adds the options that select what is evaluated, and how much of it."""
+    add("--tasks", metavar="NAME[=FILE],...", help="tasks; lm_eval:NAME is a harness task")
     add("--loss", metavar="FILE", nargs="+", default=[], help="files for loss and perplexity")
-    add("--data-dir", metavar="DIR", help="searched for the files of tasks")
-    add("--out", metavar="DIR", help="where results are kept; default: the run directory")
-    add("--limit", type=_positive, metavar="N", help="a seeded sample of N items a task")
-    add("--seed", type=int, default=0, help="of the sample; default 0")
+    add("--data-dir", metavar="DIR", help="directory with the files of tasks")
+    add("--out", metavar="DIR", help="directory for results; default: the run directory")
+    add("--limit", type=_positive, metavar="N", help="evaluate a seeded sample of N items per task")
+    add("--seed", type=int, default=0, help="seed of the sample; default 0")
     add(
         "--shots",
         type=_natural,
         metavar="K",
-        help="solved examples in front; default: gsm8k 0, a task of the harness as many as its own",
+        help="solved examples before each question; default: 0 for gsm8k, its own for a harness "
+        "task",
     )
-    add("--task-path", metavar="DIR", help="definitions (.yaml) of tasks of the harness")
+    add("--task-path", metavar="DIR", help="directory with definitions (.yaml) of harness tasks")
     add("--batch-size", type=_positive, default=8, metavar="B", help="rows computed at once")
     add("--max-new-tokens", type=_positive, metavar="N", help="default: the task's own")
-    add("--max-length", type=_positive, metavar="N", help="tokens a row; default: the run's, 2048")
+    add(
+        "--max-length", type=_positive, metavar="N", help="tokens per row; default: the run's, 2048"
+    )
 
 
 def _add_wording(add) -> None:
-    """Adds the options that say in which words is asked, and what may be run."""
+    """Adds the options on the wording of prompts, and the permission to run programs."""
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
-        help="ask in the run's own words, or for a base through the tokenizer's chat template; "
-        "--no-chat: in each task's plain prompts; default: written answers as the run was trained, "
-        "multiple choice plain",
+        help="write prompts as in the run's training, or for a base model with the tokenizer's "
+        "chat template; --no-chat: use each task's plain prompts; default: generated answers as in "
+        "training, multiple choice plain",
     )
-    add("--system", metavar="TEXT", help="a system message in front of every question")
+    add("--system", metavar="TEXT", help="a system message before every question")
     add(
         "--template",
         metavar="NAME",
@@ -239,9 +246,13 @@ def _add_wording(add) -> None:
         "--format",
         dest="row_format",
         choices=("prompt_response", "alpaca", "chat", "text"),
-        help="of the training rows, for runs of earlier versions; default: the run's",
+        help="format of the training rows, for runs of earlier versions; default: the run's",
     )
-    add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run model's programs")
+    add(
+        "--allow-code-execution",
+        action="store_true",
+        help="run the programs that the model writes for humaneval and mbpp",
+    )
 
 
 def _positive(text: str) -> int:

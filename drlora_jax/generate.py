@@ -1,9 +1,8 @@
 """`python -m drlora_jax.generate --run DIR --prompt TEXT`: answers prompts with a run's model.
 
 Without --prompt or --messages it reads prompts line by line, on a terminal or from a pipe. Prompts
-are written in the words that the run was trained with: its template, its chat template, its date.
---messages takes rows as training takes them, with history, system message and tools. On a terminal
-a single answer is shown as it is made.
+are formatted as in the run's training: same template, chat template and date. --messages takes rows
+as training does, with history, system message and tools. On a terminal a single answer is streamed.
 """
 
 import argparse
@@ -35,7 +34,7 @@ def main(argv=None) -> int:
     cli.check_positive(args, "max_new_tokens", "batch_size")
     words = open_words(args)
     asker = Asker(words, args)
-    asked = asker.asked()  # what is wrong with a prompt is said before weights are read
+    asked = asker.asked()  # mistakes in prompts are reported before weights are read
     for note in [*words.notes, *asker.notes()]:
         print(f"note: {note}", file=sys.stderr)
     loaded = cli.load_model(args, words=words)
@@ -62,7 +61,7 @@ def main(argv=None) -> int:
 
 
 class Asker:
-    """Prompts in the words of a run, or of a base model."""
+    """Writes prompts as a run, or a base model, expects them."""
 
     def __init__(self, words: Words, args: argparse.Namespace):
         self._words, self._args, self._tokenizer = words, args, words.tokenizer
@@ -77,12 +76,12 @@ class Asker:
         self._named = template is not None or args.row_format is not None
         self.wording = asked_wording(template, args.row_format, self._tokenizer, like)
         self._writer = Writer(self.wording, self._tokenizer)
-        self._unread = Counter()  # by field: rows of --messages
+        self._unread = Counter()  # rows of --messages per unread field
         takes_input = "alpaca" in (self.wording.format, self.wording.template)
         if args.input is not None and words.is_run and not takes_input:
             raise UserError(
-                "--input is the second field of Alpaca rows, and these prompts are written as "
-                f"those of the format {self.wording.format}. Put the text into --prompt."
+                "--input is the second field of Alpaca rows, but these prompts have the format "
+                f"{self.wording.format}. Put the text into --prompt."
             )
 
     def notes(self) -> list[str]:
@@ -90,8 +89,8 @@ class Asker:
         known = self._words.known_wording
         if known is not None and self.wording.template != known.template:
             notes.append(
-                f"prompts are written with the template {self.wording.template}; the run was "
-                f"trained with {known.template}"
+                f"prompts use the template {self.wording.template}, but the run was trained with "
+                f"{known.template}"
             )
         if self._args.system is None and not self._args.messages and not self.wording.is_as_is:
             note = system_note(self._words.resolved)
@@ -102,7 +101,7 @@ class Asker:
         return notes
 
     def asked(self) -> list[tuple[Prompt, str]]:
-        """The prompts of the command line, each with what stands for it in the output."""
+        """Returns the prompts of the command line, each with its label in the output."""
         if self._args.messages is not None:
             return [self._row(row) for row in _rows(self._args.messages)]
         return [(self.question(text), text) for text in self._args.prompt or []]
@@ -120,13 +119,15 @@ class Asker:
             hint = ""
             if isinstance(error, BadRow) and error.reason == "missing field":
                 by = ", the format of the run's rows" if self._words.is_run else ""
-                hint = f" It was read as {wording.format}{by}; --format NAME says another."
+                hint = f" It was read as {wording.format}{by}; set another one by --format NAME."
             raise UserError(f"{row.where}: {str(error).rstrip('.')}.{hint}") from error
         self._unread.update(prompt.unread)
         return prompt, prompt.text
 
     def _wording_of(self, fields: dict) -> Wording:
-        """A run's own wording of such rows; for a base model what the fields look like."""
+        """Returns the run's own wording of such rows, or for a base model the one that the fields
+        suggest.
+        """
         if self._words.resolved is not None and not self._named:
             return self._words.resolved.wording_of(fields)
         if self._words.is_run or self._args.row_format is not None:
@@ -149,13 +150,13 @@ def _rows(path: str) -> list:
 def _parse(argv) -> argparse.Namespace:
     parser = cli.model_parser("python -m drlora_jax.generate", __doc__)
     add = parser.add_argument
-    add("--prompt", action="append", metavar="TEXT", help="may be given often")
-    add("--input", metavar="TEXT", help="the input that belongs to an Alpaca instruction")
-    add("--system", metavar="TEXT", help="a system message in front of every prompt")
+    add("--prompt", action="append", metavar="TEXT", help="a prompt; may be repeated")
+    add("--input", metavar="TEXT", help="the input of an Alpaca instruction")
+    add("--system", metavar="TEXT", help="a system message before every prompt")
     add(
         "--messages",
         metavar="FILE.jsonl",
-        help="rows as in training; their last answer is left out; - is standard input",
+        help="rows as in training, whose last answer is ignored; - is standard input",
     )
     add(
         "--template",
@@ -166,18 +167,18 @@ def _parse(argv) -> argparse.Namespace:
         "--format",
         dest="row_format",
         choices=("prompt_response", "alpaca", "chat", "text"),
-        help="of the rows, for runs of earlier versions; default: the run's",
+        help="format of the rows, for runs of earlier versions; default: the run's",
     )
-    add("--max-new-tokens", type=int, default=256)
-    add("--stop", action="append", metavar="TEXT", help="ends an answer")
-    add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token always")
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=8, help="prompts answered at once")
+    add("--max-new-tokens", type=int, default=256, help="limit per answer; default 256")
+    add("--stop", action="append", metavar="TEXT", help="text that ends an answer; may be repeated")
+    add("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    add("--top-k", type=int, help="sample only from the K likeliest tokens")
+    add("--top-p", type=float, help="sample only from the likeliest tokens with this probability")
+    add("--seed", type=int, default=0, help="seed of sampling; default 0")
+    add("--batch-size", type=int, default=8, help="prompts answered at once; default 8")
     args = parser.parse_args(argv)
     if "" in (args.stop or ()):
-        raise UserError("--stop is empty; it would end every answer before its first token.")
+        raise UserError("--stop is empty and would end every answer before its first token.")
     if args.prompt and args.messages is not None:
         raise UserError("Give --prompt or --messages, not both.")
     if args.input is not None and args.messages is not None:
@@ -188,7 +189,7 @@ def _parse(argv) -> argparse.Namespace:
 def _interact(answer: Callable[[str], None]) -> None:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        print("One prompt a line; an empty line or Ctrl-D ends.", file=sys.stderr)
+        print("One prompt per line; an empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             with early.raising():

@@ -1,9 +1,9 @@
 """`python -m drlora_jax.pretrain`: trains all weights of a small MoE from scratch.
 
-Architecture and tokenizer come from `model.path`, its weights are not read. Each file of
-`data.path` is a domain, and every batch has equal parts of all of them. Resumes from its last
-checkpoint; ends with a Hugging Face directory <run.dir>/model and <run.dir>/pretrain.json (held-out
-loss and expert load by domain).
+Architecture and tokenizer come from `model.path`; its weights are not read. Each file of
+`data.path` is a domain, and every batch has equal parts of all domains. A run resumes from its last
+checkpoint, and ends by writing a Hugging Face directory <run.dir>/model and <run.dir>/pretrain.json
+(held-out loss and expert load per domain).
 """
 
 import hashlib
@@ -75,13 +75,15 @@ def main(argv=None) -> int:
             return EXIT_RESUMABLE
         (params, _), step = restore_or_start(config, tx, params)
         if step < config.train.steps:
-            raise RunError(f"The last checkpoint is of step {step}; start the same command again.")
+            raise RunError(
+                f"The last undamaged checkpoint is of step {step}; start the same command again."
+            )
         _write(config, model, params, domains, directory)
     return EXIT_DONE
 
 
 def _write(config: TrainConfig, model: Decoder, params, domains: list, directory) -> None:
-    """Writes the model with its tokenizer, and what it reaches on the held-out files."""
+    """Writes the model with its tokenizer, and its results on the held-out files."""
     folder = RunDirectory(config.run.dir).path
     report = {"steps": config.train.steps, "heldout": evaluate(config, model, params, domains)}
     values = read_config_json(directory)
@@ -92,7 +94,7 @@ def _write(config: TrainConfig, model: Decoder, params, domains: list, directory
 
 
 def check_supported(config: TrainConfig) -> None:
-    """Refuses what fine-tuning can do and pretraining does not."""
+    """Refuses settings that fine-tuning supports and pretraining does not."""
     if config.train.steps is None:
         raise UserError("Pretraining counts steps: set train.steps, not train.epochs.")
     needed = {
@@ -109,19 +111,19 @@ def check_supported(config: TrainConfig) -> None:
 
 
 def load_domains(config: TrainConfig, tokenizer) -> list[Domain]:
-    """One loader a file of `data.path`, with the held-out batches of the file at the same place of
-    `eval_path`.
+    """Returns one loader per file of `data.path`, with the held-out batches of the file at the same
+    index of `data.eval_path`.
     """
     paths, heldout_paths = config.data.path, config.data.eval_path
     if not paths or len(paths) != len(heldout_paths):
         raise UserError(
-            f"data.path and data.eval_path need a file each for every domain, got "
+            "data.path and data.eval_path need one file each per domain, got "
             f"{len(paths)} and {len(heldout_paths)}."
         )
     if config.train.batch_size % len(paths):
         raise UserError(
-            f"train.batch_size ({config.train.batch_size}) must be a multiple of {len(paths)} "
-            f"domains."
+            f"train.batch_size ({config.train.batch_size}) must be a multiple of the number of "
+            f"domains ({len(paths)})."
         )
     return [
         _load_domain(config, tokenizer, *pair) for pair in zip(paths, heldout_paths, strict=True)
@@ -154,7 +156,7 @@ def init_params(model: Decoder, seed: int) -> dict:
 
 
 def restore_or_start(config: TrainConfig, tx, params):
-    """((params, opt_state), steps done) of the newest checkpoint, or of a fresh start."""
+    """Returns ((params, opt_state), steps done) of the newest checkpoint, or of a fresh start."""
     folder = RunDirectory(config.run.dir).checkpoints
     checkpoints = Checkpoints(folder, keep_last=config.run.keep_last)
     state = (params, jax.jit(tx.init)(params))
@@ -206,7 +208,7 @@ def train(config: TrainConfig, model: Decoder, tx, schedule, params, domains: li
 
 
 class Due(NamedTuple):
-    """Names what comes after a step."""
+    """Names what is due after a step."""
 
     row: bool
     evaluation: bool
@@ -223,8 +225,8 @@ def due_after(config: TrainConfig, step: int, *, is_stopping: bool) -> Due:
 
 
 def _require_finite(due: Due, step: int, metrics: dict) -> None:
-    """Reads a figure where anything is due: this waits for the step, so that the time up to here is
-    that of steps.
+    """Raises RunError when a step diverged. It is checked only where anything is due, because
+    reading a metric waits for the step; the time measured until here is then that of the steps.
     """
     if any(due) and not np.isfinite(float(metrics["grad_norm"])):
         raise RunError(f"The run diverged by step {step}; lower train.learning_rate.")
@@ -247,14 +249,14 @@ def _log_heldout(run_dir: RunDirectory, step: int, heldout: dict) -> None:
 
 
 def mixed_batch(domains: list[Domain], step: int) -> Batch:
-    """Equal parts of every domain, a pure function of the step."""
+    """Returns a batch with equal parts of every domain, a pure function of the step."""
     parts = [domain.loader.batch(step * domain.loader.batch_size) for domain in domains]
     return Batch(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def evaluate(config: TrainConfig, model: Decoder, params, domains: list[Domain]) -> dict:
-    """By domain: held-out loss in nats a token, tokens, and each layer's share of choices by
-    expert.
+    """Returns per domain the held-out loss in nats per token, the number of tokens, and each
+    layer's share of routing choices per expert.
     """
     layers, experts = len(model.config.moe_layers), model.config.moe.routing.num_experts
     eval_step = jax.jit(make_eval_step(model))

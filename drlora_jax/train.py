@@ -1,9 +1,9 @@
 """`python -m drlora_jax.train --config FILE.py [section.field=value ...]`: fine-tunes a model.
 
 Config -> checked job -> mesh -> base weights -> state -> loop. Growth events happen between steps,
-on the host; the step is compiled once, ahead of time, and can not recompile. Exit codes: 0 done (or
-already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a signal: its state is
-saved if a step was taken, and the same command goes on.
+on the host; the step is compiled once, ahead of time, and cannot recompile. Exit codes: 0 done (or
+already complete), 2 a mistake in the input, 1 the run failed, 75 stopped by a signal: the state is
+saved if a step was taken, and the same command resumes.
 """
 
 import functools
@@ -66,7 +66,7 @@ def main(argv=None) -> int:
     print("\n".join(job.lines), flush=True)
     cache = keep_compiled_programs(jax.default_backend())
     if cache is not None:
-        print(f"programs    compiled ones are kept in {cache}")
+        print(f"cache       compiled programs in {cache}")
     run = build(job)
     _print_plan(run)
     job.run_dir.check_room(checkpoint_bytes(run.abstract_state), job.config.run.keep_last)
@@ -74,7 +74,7 @@ def main(argv=None) -> int:
         print(COMPILING, flush=True)
         compiled, _ = compile_step(run)
         print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
-        print("dry run: everything checks out, nothing was written")
+        print("dry run: all checks passed, nothing was written")
         return EXIT_DONE
     return train(run)
 
@@ -82,21 +82,21 @@ def main(argv=None) -> int:
 def train(run: Run) -> int:
     """Creates or resumes the run and takes its steps; returns the exit code."""
     with Watchdog(run.job.config.run.stall_timeout) as watchdog:
-        # All have looked at the run directory before the first writes to it.
+        # All processes have read the run directory before the first one writes to it.
         check_processes_agree(run, "before the start", 0)
         with run.job.run_dir.locked():
             return _start_or_resume(run, watchdog)
 
 
 def train_job(job: Job) -> int:
-    """Creates or resumes a run and takes its steps; what the command does after its checks.
+    """Creates or resumes a run and takes its steps, as the command does after its checks.
 
     Args:
       job: From `prepare`, perhaps with another policy: `job._replace(policy=...)`.
 
     Returns:
       0 when the last step was taken, now or before, and 75 when a signal stopped the run: its state
-      is saved, and the same call goes on from there.
+      is saved, and the same call resumes from there.
 
     Raises:
       UserError: If the directory of the run is in use or has no room.
@@ -124,7 +124,7 @@ def _start_or_resume(run: Run, watchdog: Watchdog) -> int:
     if job.is_new:
         _create(run)
     check_is_shared(job.run_dir.config_file)
-    # 3. The newest checkpoint that is whole is restored; a finished run ends here.
+    # 3. The newest undamaged checkpoint is restored; a finished run ends here.
     with processes.leaving_with_peers(lambda: None):
         watchdog.beat("restoring")
         position, done = restore_newest(run, checkpoints) or (None, 0)
@@ -134,12 +134,12 @@ def _start_or_resume(run: Run, watchdog: Watchdog) -> int:
     # 4. The logs are cut back to the step of that checkpoint.
     for note in job.run_dir.cut_back(done, config.run.log_every):
         print(f"warning: {note}")
-    # 5. The step is compiled before the base model is there: both at once need more memory.
+    # 5. The step is compiled before the base model is loaded: both at once need more memory.
     watchdog.beat("compiling")
     compiled = _compile(run, done)
-    watchdog.beat("loading the base")
+    watchdog.beat("loading the base model")
     params = load_params(job.model_config, job.directory, run.abstract_params, done=watchdog.again)
-    # 6. Without a checkpoint, the state before step 1; a policy may look at the task first.
+    # 6. Without a checkpoint, the state before step 1 is created; a policy may profile data first.
     with processes.leaving_with_peers(lambda: None):
         position = position or start_profiled(run, params, done=watchdog.again)
     return _take_steps(run, compiled, params, position, checkpoints, watchdog)
@@ -155,7 +155,7 @@ def _create(run: Run) -> None:
 def _compile(run: Run, done: int) -> Callable:
     print(COMPILING, flush=True)
     compiled, seconds = compile_step(run)
-    keep_freed_memory(jax.default_backend())  # what compiling took is given back
+    keep_freed_memory(jax.default_backend())  # after the memory of compiling has been returned
     print("\n".join(memory_lines(run.abstract_params, run.abstract_state, compiled)))
     how = "resuming" if done else "starting"
     print(f"compiled in {seconds:.1f} s; {how} at step {done}\n", flush=True)
@@ -168,7 +168,7 @@ def _take_steps(run: Run, compiled, params, position, checkpoints, watchdog) -> 
     if processes.is_main():
         job.run_dir.sinks = open_sinks(job.config.run, job.run_dir.path, done)
     with (
-        StopSignals() as stop,  # before this there was nothing to save, and a signal ends at once
+        StopSignals() as stop,  # until now there was nothing to save, and a signal ended the run
         ReportWriter(job.run_dir.path, writes=processes.is_main()) as report,
         Progress(job.total_steps, done) as progress,
     ):
@@ -197,17 +197,17 @@ class Loop:
         self.rows = RowWriter(run, params, self.meter, progress)
         self.step = int(position.state.step)
         self.is_stopping = stop.reached(self.step)
-        self.made = set()  # steps whose batch waits for its use
+        self.made = set()  # steps whose batch has been prepared and not used
 
     def take_steps(self, compiled) -> int:
-        """Takes the steps that are left, or all until a signal; returns the exit code."""
+        """Takes the remaining steps, or those until a signal; returns the exit code."""
         job, ranks_LE = self.run.job, self.position.capacity.ranks_LE
         if job.policy.last_event or np.unique(ranks_LE).size > 1:
             self._show_ranks()
         if self.step == 0 and job.eval_batches and not self.is_stopping:
             self._evaluate_first()
         batches = made_ahead(self._make_batch, range(self.step, job.total_steps))
-        jax.block_until_ready(self.position.state)  # restoring is not the first step's time
+        jax.block_until_ready(self.position.state)  # restoring does not count as the first step
         self.meter.resume()
         while self.step < job.total_steps and not self.is_stopping:
             metrics = self._take_step(compiled, batches)
@@ -227,7 +227,7 @@ class Loop:
         return self._end()
 
     def _make_batch(self, step: int) -> tuple[Batch, int]:
-        """The batch of a step on its devices, and how many tokens it has."""
+        """Returns the batch of a step on its devices, and its number of tokens."""
         job, section = self.run.job, self.run.job.config.train
         first_row, sharding = step * section.batch_size, self.run.abstract_batch.tokens_BT.sharding
         batch = sharded_batch(job.loader, first_row, section.micro_batches, sharding)
@@ -238,7 +238,7 @@ class Loop:
     def _take_step(self, compiled, batches) -> dict:
         """Takes one step; returns its metrics, which a device may still be computing."""
         self.watchdog.beat(f"step {self.step + 1}")
-        if self.step not in self.made:  # the device waits for the batch anyway
+        if self.step not in self.made:  # the device has to wait for the batch anyway
             self.rows.finish()
         batch, tokens = next(batches)
         state, metrics = compiled(self.params, self.position.state, batch)
@@ -252,13 +252,13 @@ class Loop:
         return metrics
 
     def _pause(self, metrics: dict) -> None:
-        """Waits for the step, which must be sound: what follows is not training time."""
+        """Waits for the step, stops the meter and checks that the step's metrics are finite."""
         jax.block_until_ready(self.position.state.step)
         self.meter.pause()
         require_finite(self.run.job.config, self.step, metrics, self.params)
 
     def _go_on(self) -> None:
-        jax.block_until_ready(self.position.state)  # what an event did to it
+        jax.block_until_ready(self.position.state)  # including the changes of an event
         self.meter.resume()
 
     def _grow(self, metrics: dict) -> None:
@@ -276,7 +276,7 @@ class Loop:
         self.progress.show(row)
 
     def _evaluate(self, metrics: dict) -> dict:
-        """Adds to the row of this step the held-out loss and how its tokens were routed."""
+        """Returns the held-out loss and the routing of this step, for its row."""
         self.watchdog.beat(f"evaluating after step {self.step}")
         return {"eval_loss": self._eval_loss()} | routing(metrics)
 
@@ -289,7 +289,7 @@ class Loop:
         self.report.request()
 
     def _end(self) -> int:
-        """Says how the loop ended, once that is true; returns the exit code."""
+        """Finishes checkpoints, reports how the loop ended, and returns the exit code."""
         step, job = self.step, self.run.job
         self.progress.close()
         self.checkpoints.finish()
@@ -301,7 +301,7 @@ class Loop:
             self.checkpoints.finish()
         kept = "saved" if step else "nothing to save yet"
         self.progress.note(
-            f"stopped by a signal at step {step}, {kept}; the same command goes on from here"
+            f"stopped by a signal at step {step}, {kept}; the same command resumes from here"
         )
         return EXIT_RESUMABLE
 
@@ -311,13 +311,13 @@ class Loop:
 
 
 class Due(NamedTuple):
-    """Names what comes after a step."""
+    """Names what is due after a step."""
 
     event: bool
     evaluation: bool
     checkpoint: bool
     row: bool
-    # Whether anything comes that is no part of training, and that waits for the step.
+    # Anything is due that is not part of training and waits for the step.
     pause: bool
 
 
@@ -380,10 +380,10 @@ def _complete_line(job: Job, done: int) -> str:
     line = f"already complete: {job.run_dir.path} is at step {done}"
     if done == job.total_steps:
         return f"{line} of {done}"
-    asked = f"train.steps={job.total_steps}"
+    requested = f"train.steps={job.total_steps}"
     if job.config.train.steps is None:
-        asked = f"train.epochs={job.config.train.epochs} ({job.total_steps} steps)"
-    return f"{line}, {asked} asks for fewer"
+        requested = f"train.epochs={job.config.train.epochs} ({job.total_steps} steps)"
+    return f"{line}, {requested} requests fewer"
 
 
 if __name__ == "__main__":

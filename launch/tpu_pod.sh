@@ -75,7 +75,7 @@ run() {
     local arguments
     printf -v arguments ' %q' "$@" "run.dir=$RUN_DIR"
     if ! on_workers "cd ~/drlora && \$HOME/venv/bin/python -u -m drlora_jax.train$arguments"; then
-        echo "ended early; '$0 run' with the same arguments goes on from the last checkpoint" >&2
+        echo "ended early; '$0 run' with the same arguments resumes from the last checkpoint" >&2
         return 1
     fi
 }

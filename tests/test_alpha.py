@@ -97,7 +97,10 @@ def test_layers_left_without_an_expert_are_said(model, capsys, monkeypatch):
     "arguments, message",
     [
         (["model"], "following arguments are required: --experts"),
-        (["model", "--experts", "1"], r"--experts 1 --beta 2.5: .* at least that of layers \(2\)"),
+        (
+            ["model", "--experts", "1"],
+            r"--experts 1 --beta 2.5: .* the number of layers \(2\)",
+        ),
         (["model", "--experts", "many"], "--experts: invalid int value: 'many'"),
         (["model", "--experts", "9", "--beta", "nan"], "beta must be a number, got nan"),
         (["model", "--experts", "9", "--estimator", "hill"], "invalid choice: 'hill'"),

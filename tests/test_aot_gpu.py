@@ -36,7 +36,7 @@ def compile_step(*arguments: str):
 def test_the_bundled_step_compiles_for_an_h200(tmp_path):
     done = compile_step("--config", "bundled:tiny", "model.dtype=bfloat16")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "computed    experts mosaic; attention cudnn on gpu" in done.stdout
+    assert "kernels     experts=mosaic attention=cudnn (gpu)" in done.stdout
     assert "for 1 x NVIDIA H200 with jax" in done.stdout and "expansions  none" in done.stdout
     assert "mosaic_gpu" in done.stdout and "not counted in FLOPs: none" in done.stdout
     assert "T bf16" in done.stdout

@@ -126,7 +126,7 @@ def test_dry_run_writes_nothing(files, monkeypatch, capsys):
         ("model.path=FILES/small_vocabulary", "512"),
         ("data.path=FILES/empty.jsonl", "empty"),
         ("data.path=FILES/no_field.jsonl", "no_field.jsonl:2"),
-        ("allocation.interval=45", "budget can not be reached"),
+        ("allocation.interval=45", "budget cannot be reached"),
         ("adapter.targets=q,v", "adapts no expert"),
     ],
 )
@@ -294,7 +294,7 @@ def test_output_that_breaks(broken, goes_on):
     os.close(stdout)
     reason = "Broken pipe" if broken == "pipe" else "No space left on device"
     if goes_on:
-        assert done.stderr == f"warning: standard output is lost ({reason}); the run goes on\n"
+        assert done.stderr == f"warning: standard output is lost ({reason}); the run continues\n"
     elif broken == "pipe":
         assert done.stderr == "stopped: standard output was closed by its reader\n"
     else:

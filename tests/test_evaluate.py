@@ -145,9 +145,11 @@ def test_auto_is_the_template_of_the_run(run_dir, folder):
     [sample] = lines(run_dir, row)
     assert sample["prompt"].startswith("Question: ") and sample["prompt"].endswith("\nAnswer:")
     # It is not an option of its own: tasks that read no template take it.
-    with pytest.raises(UserError, match="--system: arc_easy asks without a template; add --chat"):
+    with pytest.raises(
+        UserError, match="--system: arc_easy uses no template by default; add --chat"
+    ):
         evaluate.main([*arguments, "--tasks", "arc_easy", "--system", "s"])
-    with pytest.raises(UserError, match="--template: arc_easy asks without a template"):
+    with pytest.raises(UserError, match="--template: arc_easy uses no template by default"):
         evaluate.main([*arguments, "--tasks", "arc_easy", "--template", "tulu"])
 
 
@@ -179,7 +181,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(folder, model, run_dir, tmp
         (["--model", str(model), "--tasks", "piqa", *data], "No data for piqa"),
         (["--model", str(model), "--tasks", f"arc_easy={broken}"], "broken.jsonl:2: not a row of"),
         (["--model", str(model), "--tasks", "arc_easy=absent.jsonl"], "absent.jsonl: no such file"),
-        (["--model", str(model), "--tasks", "arc_easy", "--data-dir", "absent"], "no directory"),
+        (["--model", str(model), "--tasks", "arc_easy", "--data-dir", "absent"], "not a directory"),
         (["--model", str(model), "--tasks", "humaneval", *data], "--allow-code-execution"),
         (["--model", str(model), "--tasks", "loss"], "no data.eval_path; give a file"),
         (["--model", str(model), "--loss", str(train_file.parent)], "set data.eval_split=test, or"),
@@ -195,7 +197,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(folder, model, run_dir, tmp
         ),
         (
             ["--model", str(model), "--tasks", f"gsm8k={train_file}", "--shots", "1", *data],
-            "same file",
+            "come from the evaluated file",
         ),
         (
             ["--model", str(model), "--tasks", "winogrande:mixlora", "--chat", *data],

@@ -86,7 +86,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path, config_file, m
     [
         ("model.dtype=bfloat16", "needs model.dtype=float32"),
         ("data.loss_on=response", "needs data.loss_on=all"),
-        ("train.batch_size=3", "must be a multiple of 2 domains"),
+        ("train.batch_size=3", "must be a multiple of the number of domains .2."),
         ("train.epochs=1", "counts steps"),
     ],
 )

@@ -208,12 +208,12 @@ def test_a_run_that_is_asked_for_fewer_steps_than_it_has_says_so(built):
     job = built[0].job
     assert train_lib._complete_line(job, 12).endswith(f"{job.run_dir.path} is at step 12 of 12")
     assert train_lib._complete_line(job, 51).endswith(
-        "is at step 51, train.steps=12 asks for fewer"
+        "is at step 51, train.steps=12 requests fewer"
     )
     section = dataclasses.replace(job.config.train, steps=None, epochs=2)
     job = job._replace(config=dataclasses.replace(job.config, train=section))
     line = train_lib._complete_line(job, 51)
-    assert line.endswith("is at step 51, train.epochs=2 (12 steps) asks for fewer")
+    assert line.endswith("is at step 51, train.epochs=2 (12 steps) requests fewer")
 
 
 def test_a_prolonged_run_says_where_its_rate_goes(built, start_run):

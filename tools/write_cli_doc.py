@@ -16,7 +16,7 @@ HEAD = """# Commands
 
 Written by `tools/write_cli_doc.py` from the parsers of the commands; `--help` says the same.
 All commands exit with 0 when done, with 2 for a mistake in the input, with 1 when the work failed,
-and with 75 when a signal or the loss of another process stopped them: the same command goes on.
+and with 75 when a signal or the loss of another process stopped them: the same command resumes.
 [Config](config.md) has the fields of `section.field=value`.
 """
 

@@ -1,4 +1,6 @@
-"""Who decides the active ranks, and when: a file per policy, which `registry.py` lists."""
+"""Allocation policies decide which ranks are active, and when. Each policy is one file, listed in
+`registry.py`.
+"""
 
 from drlora_jax.allocation.base import (
     CapacityShapes,

@@ -1,29 +1,30 @@
-"""AdaLoRA (arXiv 2303.10512) over experts: all start with `r_init` ranks, and the least important
-ranks of a layer are pruned, event by event, until its budget is met.
+"""AdaLoRA (arXiv 2303.10512) over experts: all experts start with `r_init` ranks, and the least
+important ranks of a layer are pruned, event by event, until its budget is met.
 
 AdaLoRA writes an update as P diag(lambda) Q and prunes triplets: a column of P, a singular value
 and a row of Q. Here a triplet is a rank of an expert: its column of B, its gate c_k and its row of
-A. The gate is what lambda is there; its value is 1, so AdaLoRA's sensitivity |w dL/dw| of it is
+A. The gate plays the part of lambda; its value is 1, so its AdaLoRA sensitivity |w dL/dw| is
 
     I_k = |dL/dc_k| = |sum_j A_kj dL/dA_kj| = |sum_i B_ik dL/dB_ik|                            (1)
 
-which already speaks for the whole triplet, so that the sums over the entries of P and Q that
-AdaLoRA adds are left out, and with them two averages of the size of every factor. Over optimizer
-steps t, with beta1 = `importance_decay` and beta2 = `uncertainty_decay`:
+which already covers the whole triplet. The sums over the entries of P and Q that AdaLoRA adds are
+therefore left out, and with them two running averages of the size of every LoRA matrix. Over
+optimizer steps t, with beta1 = `importance_decay` and beta2 = `uncertainty_decay`:
 
     I-   <- beta1 I-  + (1 - beta1) I                 smoothed sensitivity
     U    <- beta2 U   + (1 - beta2) |I - I-|          its uncertainty
     S_k  =  mean over projections of I- U                                                      (2)
 
-An expert without tokens in a step has I = 0, as the gradient says: that is how being chosen seldom
-counts. From the end of warm-up t0 to the last event t1 a layer may keep
+An expert without tokens in a step has a zero gradient, hence I = 0: rarely chosen experts score
+low. From the end of warm-up t0 to the last event t1 a layer may keep
 
     b(t) = b1 + (b0 - b1) (1 - (t - t0) / (t1 - t0))^3                                         (3)
 
-ranks, b0 = E r_init and b1 = E r_target, rounded down; AdaLoRA has one budget for the whole model,
-this one for each layer. The ranks with the largest S stay. They move to the front of their expert
-in the order they had; a pruned rank is as before step 1 and does not come back. An expert may lose
-all its ranks. There is no orthogonality penalty, which is about singular vectors.
+ranks, rounded down, with b0 = E r_init and b1 = E r_target. AdaLoRA has one budget for the whole
+model; here every layer has its own. The ranks with the largest S stay and move to the front of
+their expert in their previous order; a pruned rank is reset to its state before step 1 and does not
+return. An expert may lose all its ranks. There is no orthogonality penalty, since it concerns
+singular vectors.
 """
 
 import functools
@@ -60,11 +61,13 @@ AXES = Stats("LPER", "LPER")
 @dataclass(frozen=True)
 class AdaLora(EventFields):
     name = "adalora"
-    text = "AdaLoRA: ranks are pruned from r_init to r_target, the least important of a layer first"
+    text = "AdaLoRA: prunes ranks from r_init to r_target, each layer's least important ones first"
 
     r_init: int = option(8, "active ranks of every expert at the start, to be pruned")
-    importance_decay: float = option(0.9, "of the smoothed sensitivity, AdaLoRA's beta1")
-    uncertainty_decay: float = option(0.85, "of the sensitivity's uncertainty, AdaLoRA's beta2")
+    importance_decay: float = option(0.9, "decay of the smoothed sensitivity, AdaLoRA's beta1")
+    uncertainty_decay: float = option(
+        0.85, "decay of the sensitivity's uncertainty, AdaLoRA's beta2"
+    )
     importance: ImportanceName = option(
         "gate_abs", "how the sensitivity of a rank is measured; not probe"
     )
@@ -72,24 +75,24 @@ class AdaLora(EventFields):
     def check(self, section) -> None:
         require(
             0 < section.r_target <= self.r_init <= section.r_max,
-            "allocation.kind=adalora prunes from r_init to r_target: it needs 0 < r_target <= "
-            f"r_init <= r_max, got r_target={section.r_target}, r_init={self.r_init}, "
-            f"r_max={section.r_max}.",
+            "allocation.kind=adalora prunes from r_init to r_target and needs "
+            f"0 < r_target <= r_init <= r_max, got r_target={section.r_target}, "
+            f"r_init={self.r_init}, r_max={section.r_max}.",
         )
         self.check_events()
         fraction("allocation", {"importance_decay": self.importance_decay})
         fraction("allocation", {"uncertainty_decay": self.uncertainty_decay})
         require(
             not IMPORTANCES[self.importance].is_of_next_rank,
-            "allocation.importance=probe measures the next rank, and adalora prunes the present "
-            "ones: set gate_abs, gate_sq or elementwise_product.",
+            "allocation.importance=probe scores the next inactive rank, but adalora prunes active "
+            "ranks: set gate_abs, gate_sq or elementwise_product.",
         )
 
     def refuses(self, section, adapter) -> str | None:
         if adapter.shares_matrices:
             return (
-                "allocation.kind=adalora moves the ranks of an expert that stay to the front, and "
-                f"with adapter.kind={adapter.kind} the experts of a layer share these ranks. Use a "
+                "allocation.kind=adalora reorders the ranks of each expert, but with "
+                f"adapter.kind={adapter.kind} the experts of a layer share these ranks. Use a "
                 "policy that does not prune, such as dr_lora or uniform."
             )
         return None
@@ -122,11 +125,12 @@ class AdaLora(EventFields):
 
 
 class Schedule(NamedTuple):
-    first: int  # optimizer steps done at the end of warm-up; nothing is pruned yet
+    # Optimizer steps done at the end of warm-up; nothing is pruned yet.
+    first: int
     interval: int
-    count: int  # events, each `interval` after the one before
-    start: int  # ranks of a layer at first
-    target: int  # and after the last event
+    count: int  # number of events, `interval` steps apart
+    start: int  # ranks per layer at the start
+    target: int  # ranks per layer after the last event
 
     @property
     def last(self) -> int:
@@ -136,13 +140,13 @@ class Schedule(NamedTuple):
         return self.first < step <= self.last and (step - self.first) % self.interval == 0
 
     def budget(self, step: int) -> int:
-        """Ranks a layer may have after the event at `step`, equation (3) in whole numbers."""
+        """Returns the ranks that a layer keeps after the event at `step`, equation (3)."""
         left, span = self.last - step, self.last - self.first
         return self.target + (self.start - self.target) * left**3 // span**3
 
 
 def make_schedule(context: Context, fields: AdaLora) -> Schedule:
-    """Returns when events happen; none if there is nothing to prune.
+    """Returns the schedule of pruning events, empty if there is nothing to prune.
 
     Raises UserError when no event fits into the run although ranks are to be pruned.
     """
@@ -151,16 +155,15 @@ def make_schedule(context: Context, fields: AdaLora) -> Schedule:
     count = max(0, (last - first) // interval) if r_init > r_target else 0
     if r_init > r_target and not count:
         raise UserError(
-            f"allocation: no pruning event fits: warm-up ends at step {first}, an event comes "
-            f"{interval} steps later at the earliest, and "
-            f"{last_event_words(last, context.total_steps, interval)}. Lower allocation.interval "
-            f"({interval}) or raise train.steps."
+            f"allocation: no pruning event fits: warm-up ends at step {first}, the first event is "
+            f"{interval} steps later, and {last_event_words(last, context.total_steps, interval)}. "
+            f"Lower allocation.interval ({interval}) or raise train.steps."
         )
     return Schedule(first, interval, count, experts * r_init, experts * r_target)
 
 
 def _accumulate(fields: AdaLora, stats: Stats, step: StepStats) -> Stats:
-    """Moves the averages by one step; jnp, in the step."""
+    """Updates the moving averages; runs inside the jitted step."""
     import jax.numpy as jnp
 
     beta1, beta2 = fields.importance_decay, fields.uncertainty_decay
@@ -171,7 +174,7 @@ def _accumulate(fields: AdaLora, stats: Stats, step: StepStats) -> Stats:
 
 
 def prune(state: CapacityState, stats: Stats, budget: int) -> tuple[CapacityState, Stats, Event]:
-    """An event: every layer keeps the `budget` ranks with the largest scores, equation (2)."""
+    """Applies an event: every layer keeps the `budget` ranks with the largest scores (2)."""
     importance_LPER, uncertainty_LPER = (np.asarray(value, np.float64) for value in stats)
     score_LER = (importance_LPER * uncertainty_LPER).mean(axis=1)
     layers = zip(score_LER, state.ranks_LE, strict=True)
@@ -190,10 +193,10 @@ def prune(state: CapacityState, stats: Stats, budget: int) -> tuple[CapacityStat
 
 
 def keep_best(score_ER: np.ndarray, ranks_E: np.ndarray, budget: int) -> np.ndarray:
-    """bool [E, R]: the `budget` active ranks of one layer with the largest scores.
+    """Returns which `budget` active ranks of one layer have the largest scores, bool [E, R].
 
-    Of equal scores the lower rank stays, then the lower expert: without any signal all experts are
-    cut alike. NaN counts as the lowest.
+    Ties go to the lower rank, then to the lower expert, so that without any signal all experts are
+    pruned equally. NaN counts as the lowest score.
     """
     rank_ER, expert_ER = np.broadcast_arrays(
         np.arange(score_ER.shape[1]), np.arange(score_ER.shape[0])[:, None]

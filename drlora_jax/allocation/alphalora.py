@@ -1,20 +1,20 @@
-"""AlphaLoRA (arXiv 2410.10054): how many LoRA experts a layer gets, from the exponents of its
-pretrained weights and without training.
+"""AlphaLoRA (arXiv 2410.10054): derives how many LoRA experts a layer gets from the heavy-tail
+exponents of its pretrained weights, without training.
 
 With the exponent alpha_l of layer l (the mean over its matrices, `allocation/spectra.py`) and a
-total of T experts, layer l is due
+total of T experts, layer l is entitled to
 
     f_l = T alpha_l^beta / sum_k alpha_k^beta                                                  (1)
 
-A light tail (large alpha) is due more. Shares become whole numbers by largest remainder, and every
-layer has at least one. The authors' own rounding can be had for comparison: it judges by alpha^beta
-itself where the share is meant, takes experts from the layer with the largest exponent, and may
-leave a layer with none or with less.
+experts: a light tail (large alpha) gets more. Shares are rounded to integers by largest remainder,
+and every layer gets at least one. The authors' own rounding is available for comparison: it
+compares counts with alpha^beta instead of with the share, takes experts from the layer with the
+largest exponent, and may leave a layer with zero or a negative number.
 
-As a policy it is static. Where the adapter brings its own experts, layer l has n_l of them with the
-rank r and the others with rank 0. Where the experts are the base's, there is nothing to count, and
-(1) divides ranks instead: alpha_le is the mean over the matrices of expert e in layer l, and the
-L * E * r ranks of the model are shared out among all experts of all layers.
+As a policy it is static. Where the adapter brings its own experts, n_l experts of layer l have
+rank r and the others rank 0. Where the experts are the base model's, their number is fixed and (1)
+divides ranks instead: alpha_le is the mean over the matrices of expert e in layer l, and the
+L * E * r ranks of the model are distributed among all experts of all layers.
 """
 
 from collections.abc import Sequence
@@ -31,17 +31,17 @@ from drlora_jax.system.fields import option, positive
 
 Rounding = Literal["largest_remainder", "upstream"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
-MOST_EXPERTS = 1_000_000  # more can only be a slip
+MOST_EXPERTS = 1_000_000  # more can only be a typing error
 
 
 @dataclass(frozen=True)
 class AlphaLora(ExponentFields):
     name = "alphalora"
-    text = "AlphaLoRA: experts of a layer, or ranks of experts, by the exponents of their weights"
+    text = "AlphaLoRA: sets experts per layer, or ranks per expert, by the exponents of the weights"
     shares_among_layers = True
 
     experts: int | None = option(
-        None, "LoRA experts of all layers together, with adapter.kind=mixlora or mola"
+        None, "total LoRA experts over all layers, with adapter.kind=mixlora or mola"
     )
 
     def check(self, section) -> None:
@@ -52,9 +52,9 @@ class AlphaLora(ExponentFields):
     def refuses(self, section, adapter) -> str | None:
         if adapter.makes_experts != (self.experts is not None):
             return (
-                "allocation.experts is how many experts alphalora gives to all layers of "
-                "adapter.kind=mixlora or mola together, which need it; the experts of another "
-                f"kind are there already. Got {self.experts} with adapter.kind={adapter.kind}."
+                "allocation.experts is the total number of experts that alphalora distributes over "
+                "the layers: adapter.kind=mixlora and mola need it, other kinds have a fixed "
+                f"number. Got {self.experts} with adapter.kind={adapter.kind}."
             )
         return None
 
@@ -80,16 +80,16 @@ def allocate_experts(
     beta: float = 2.5,
     rounding: Rounding = "largest_remainder",
 ) -> np.ndarray:
-    """Experts of every layer, i64 [L]; their sum is `total`.
+    """Returns the number of experts of every layer, i64 [L], with the sum `total`.
 
     Args:
-      alpha_L: exponents, above zero; of layers, or of whatever the experts are divided among.
-      beta: 0 divides evenly; the larger, the more goes to large exponents.
+      alpha_L: Positive exponents of layers, or of whatever the experts are divided among.
+      beta: 0 divides evenly; larger values favour large exponents.
       rounding: `largest_remainder`, at least 1 everywhere; or `upstream`, equal to the authors'
         code, whose numbers can be 0 or negative.
 
     Raises:
-      UserError: fewer experts than layers, exponents or beta that are no such numbers.
+      UserError: If there are fewer experts than layers, or exponents or beta are invalid.
     """
     alpha_L = np.asarray(alpha_L, np.float64)
     _check(alpha_L, total, beta)
@@ -100,20 +100,22 @@ def allocate_experts(
 
 def _check(alpha_L: np.ndarray, total: int, beta: float) -> None:
     if alpha_L.ndim != 1 or not alpha_L.size:
-        raise UserError(f"exponents must be one for each layer, got shape {list(alpha_L.shape)}.")
+        raise UserError(f"exponents must be one per layer, got shape {list(alpha_L.shape)}.")
     if not (np.isfinite(alpha_L) & (alpha_L > 0)).all():
         raise UserError(f"exponents must be numbers above 0, got {alpha_L.tolist()}.")
     if not np.isfinite(beta):
         raise UserError(f"beta must be a number, got {beta}.")
     if not alpha_L.size <= total <= MOST_EXPERTS:
         raise UserError(
-            f"The number of experts must be at least that of layers ({alpha_L.size}), one for "
-            f"each, and at most {MOST_EXPERTS:,}; got {total:,}."
+            f"The number of experts must be at least the number of layers ({alpha_L.size}) and at "
+            f"most {MOST_EXPERTS:,}, got {total:,}."
         )
 
 
 def _as_upstream(weight_L: np.ndarray, total: int) -> np.ndarray:
-    """Nearest whole numbers, halves to even; then one at a time by weight (not share) - count."""
+    """Rounds to the nearest integers, halves to even, then corrects the sum one at a time by
+    weight (not share) - count.
+    """
     count_L = np.round(total * weight_L / weight_L.sum()).astype(np.int64)
     while count_L.sum() != total:
         if count_L.sum() < total:
@@ -126,7 +128,9 @@ def _as_upstream(weight_L: np.ndarray, total: int) -> np.ndarray:
 def alphalora_experts(
     shapes: CapacityShapes, alpha_L: np.ndarray, *, total: int, rank: int, beta: float
 ) -> Policy:
-    """Of every layer's experts the first n_l have `rank`, the others none; `total` = sum of n_l."""
+    """Returns the policy in which the first n_l experts of layer l have `rank` and the others none;
+    the n_l sum to `total`.
+    """
     try:
         count_L = allocate_experts(alpha_L, total, beta=beta)
     except UserError as error:
@@ -134,13 +138,13 @@ def alphalora_experts(
     if total > shapes.experts * shapes.layers:
         raise UserError(
             f"allocation.experts={total} do not fit into {shapes.layers} layers of "
-            f"adapter.num_experts={shapes.experts}; raise it to what the largest layer gets "
-            "(`python -m drlora_jax.alpha` prints it), which is more than the mean."
+            f"adapter.num_experts={shapes.experts}. Raise adapter.num_experts to what the largest "
+            "layer gets, which is more than the mean (`python -m drlora_jax.alpha` prints it)."
         )
     layer, most = int(count_L.argmax()), int(count_L.max())
     if most > shapes.experts:
         raise UserError(
-            f"allocation.experts={total} makes {most} experts in layer {layer}, and a layer has "
+            f"allocation.experts={total} gives {most} experts to layer {layer}, but a layer has "
             f"room for adapter.num_experts={shapes.experts}; set adapter.num_experts={most}."
         )
     is_active_LE = np.arange(shapes.experts) < count_L[:, None]
@@ -148,19 +152,23 @@ def alphalora_experts(
         "alphalora",
         rank * is_active_LE,
         budget=tuple((rank * count_L).tolist()),
-        describe=f"alphalora: {total} experts of rank {rank}, {count_L.min()} to {count_L.max()} a "
-        f"layer, by exponents {alpha_L.min():.2f} to {alpha_L.max():.2f}",
+        describe=(
+            f"alphalora: {total} experts of rank {rank}, {count_L.min()} to {count_L.max()} per "
+            f"layer, by exponents {alpha_L.min():.2f} to {alpha_L.max():.2f}"
+        ),
     )
 
 
 def alphalora_ranks(
     shapes: CapacityShapes, alpha_LE: np.ndarray, *, r_target: int, beta: float
 ) -> Policy:
-    """Ranks in proportion to alpha^beta of every expert, from 1 to r_max, `r_target` on average."""
+    """Returns the policy with ranks in proportion to alpha^beta of every expert, from 1 to r_max,
+    `r_target` on average.
+    """
     if r_target > shapes.max_rank:
         raise UserError(
-            f"allocation.kind=alphalora: r_target ({r_target}) is the mean of the ranks and must "
-            f"be at most allocation.r_max ({shapes.max_rank})."
+            f"allocation.kind=alphalora: r_target ({r_target}) is the mean rank and must be at "
+            f"most allocation.r_max ({shapes.max_rank})."
         )
     total = alpha_LE.size * r_target
     ranks_LE = divide(alpha_LE.ravel(), total, beta=beta, most=shapes.max_rank)
@@ -169,6 +177,8 @@ def alphalora_ranks(
         "alphalora",
         ranks_LE,
         budget=tuple(ranks_LE.sum(axis=1).tolist()),
-        describe=f"alphalora: ranks {ranks_LE.min()} to {ranks_LE.max()}, a mean of {r_target}, by "
-        f"exponents {alpha_LE.min():.2f} to {alpha_LE.max():.2f}",
+        describe=(
+            f"alphalora: ranks {ranks_LE.min()} to {ranks_LE.max()}, a mean of {r_target}, by "
+            f"exponents {alpha_LE.min():.2f} to {alpha_LE.max():.2f}"
+        ),
     )

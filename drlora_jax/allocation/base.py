@@ -1,10 +1,10 @@
-"""Defines an allocation policy: who decides the active ranks, and when.
+"""Defines an allocation policy, which decides which ranks are active, and when.
 
 A policy is one file. It declares its own config fields as a `PolicyFields`, whose `make` returns a
 `Policy`: functions over plain values. `accumulate` runs inside the jitted step (jnp); everything
-else runs on the host, in NumPy. Configs are read without jax, so files of policies import it where
-the step is traced. Letters: L MoE layers, P adapted projections, E experts, R allocated ranks, M
-micro-batches.
+else runs on the host, in NumPy. Configs are read without jax, so policy files import jax only
+inside the functions that are traced. Letters: L MoE layers, P adapted projections, E experts, R
+allocated ranks, M micro-batches.
 """
 
 from collections.abc import Callable
@@ -31,81 +31,84 @@ class CapacityShapes(NamedTuple):
 
 
 class CapacityState(NamedTuple):
-    """The truth about capacity, on the host."""
+    """Holds the active ranks of all experts, on the host; masks are derived from it."""
 
     ranks_LE: np.ndarray  # i32, active ranks; the active set is the prefix [0, rank)
 
 
 class StepStats(NamedTuple):
-    """What one optimizer step measured, summed over all devices."""
+    """Holds the measurements of one optimizer step, summed over all devices."""
 
-    # f32, d loss / d gate of every rank, by micro-batch; 0 where inactive
+    # f32, d loss / d gate of every rank, per micro-batch; 0 where inactive.
     gate_grad_MLPER: "jax.Array"
-    count_MLE: "jax.Array"  # f32, times each expert was chosen by valid tokens
-    weight_MLE: "jax.Array"  # f32, combine weight each expert got
+    count_MLE: "jax.Array"  # f32, number of valid tokens that chose each expert
+    weight_MLE: "jax.Array"  # f32, sum of the combine weights of each expert
     tokens_M: "jax.Array"  # f32, valid tokens
-    # by the names of the policy's `measures`
+    # Values of the policy's `measures`, by their names.
     measured: dict[str, "jax.Array"] = {}
 
 
 class Event(NamedTuple):
-    """What an update decided, for the record."""
+    """Records the decision of an update."""
 
     saliency_LE: np.ndarray  # f32
     # i32, for a policy that prunes: new rank k of an expert is its old rank order[k], so that the
-    # active ranks stay a prefix. LoRA matrices and moments follow; the policy moves its own
-    # statistics.
+    # active ranks stay a prefix. LoRA matrices and optimizer moments are reordered with them; the
+    # policy reorders its own statistics.
     order_LER: np.ndarray | None = None
 
 
 class Profile(NamedTuple):
-    """What a policy measures before step 1, on the first rows of the training data."""
+    """Declares what a policy measures before step 1, on the first rows of the training data."""
 
     rows: int
-    # Names of `PROFILE_PASSES` in training/growth.py: each is a pass over the rows, and an array
-    # that is summed over them.
+    # Names of `PROFILE_PASSES` in training/growth.py: each is a pass over the rows that yields an
+    # array, summed over the rows.
     measures: tuple[str, ...]
-    # From the sums by name: the capacity to start with, recorded as an event.
+    # Maps the sums, by name, to the initial capacity, which is recorded as an event.
     decide: Callable[[dict[str, np.ndarray]], tuple[CapacityState, Event]]
 
 
 class Policy(NamedTuple):
     name: str
     init: Callable[[], CapacityState]
-    init_stats: Callable[[], Any]  # pytree of f32 arrays that lives in the train state
-    accumulate: Callable[[Any, StepStats], Any]  # in the step
-    is_event: Callable[[int], bool]  # is there an update after this many optimizer steps?
+    init_stats: Callable[[], Any]  # pytree of f32 arrays that is part of the train state
+    accumulate: Callable[[Any, StepStats], Any]  # runs inside the jitted step
+    is_event: Callable[[int], bool]  # whether `update` is due after this many optimizer steps
     update: Callable[[CapacityState, Any, int], tuple[CapacityState, Any, Event]]
-    # active ranks of a layer at the end; of each layer, where they differ
+    # Active ranks per layer at the end; one number per layer where layers differ.
     budget: int | tuple[int, ...]
-    # The statistics' axes: a tree like them of letters, "LE" or "LPER". What has an axis E is
-    # sharded with the experts; without axes statistics are replicated.
+    # The axes of the statistics: a pytree of the same structure, with letters such as "LE" or
+    # "LPER" as leaves. An axis E is sharded with the experts; without axes statistics are
+    # replicated.
     stat_axes: Any = None
-    last_event: int = 0  # optimizer steps a run needs at least
-    # what every step measures for `accumulate`, besides gates and routing
+    last_event: int = 0  # the fewest optimizer steps that a run needs
+    # Measurements of every step for `accumulate`, besides gates and routing.
     measures: tuple["Measurement", ...] = ()
     profile: Profile | None = None
     describe: str = ""  # one line for the start of a run
 
 
 class Context(NamedTuple):
-    """What a policy is made for: a model, a run, and the fields that all policies share."""
+    """Describes what a policy is built for: a model, a run, and the fields that all policies
+    share.
+    """
 
     shapes: CapacityShapes
     r_target: int
-    total_steps: int = 0  # that its schedule is made for
-    warmup_ratio: float = 0.0  # of the learning rate
+    total_steps: int = 0  # length of the schedule
+    warmup_ratio: float = 0.0  # warm-up of the learning rate
     seed: int = 0
-    # experts of every layer where they differ; () where all layers are alike
+    # Experts of every layer where they differ; () where all layers have the same number.
     counts_L: tuple[int, ...] = ()
-    # the adapter brings its experts, instead of adapting those of the base model
+    # The adapter brings its own experts, instead of adapting those of the base model.
     has_new_experts: bool = False
-    # reads or computes the exponents of the base model's weights
+    # Reads or computes the exponents of the base model's weights.
     exponents: Callable[[], Exponents] | None = None
 
 
 class PolicyFields:
-    """A policy as the config knows it: base of frozen dataclasses of a policy's own fields.
+    """Base class of the frozen dataclasses that hold a policy's own config fields.
 
     `section` is the config section `allocation`, of which `r_target` and `r_max` are shared by all
     policies; `adapter` is the section `adapter`.
@@ -113,13 +116,15 @@ class PolicyFields:
 
     name: ClassVar[str]
     text: ClassVar[str]  # one line for the reference
-    needs_experts: ClassVar[bool] = True  # among which ranks are shared
-    shares_among_layers: ClassVar[bool] = False  # which must then have the same number of experts
-    # False: `make` is given layers of different numbers of experts as they are, in `counts_L`
+    # The policy distributes ranks among the experts of a layer.
+    needs_experts: ClassVar[bool] = True
+    # The policy distributes ranks among layers, which must have the same number of experts.
+    shares_among_layers: ClassVar[bool] = False
+    # False: `make` receives layers with different numbers of experts as they are, in `counts_L`.
     wants_equal_layers: ClassVar[bool] = True
 
     def check(self, section: Any) -> None:
-        """Refuses values that cannot be."""
+        """Refuses invalid values."""
         positive("allocation", {"r_target": section.r_target, "r_max": section.r_max})
 
     def refuses(self, section: Any, adapter: Any) -> str | None:
@@ -127,15 +132,15 @@ class PolicyFields:
         return None
 
     def allocated_rank(self, section: Any, adapter: Any) -> int:
-        """Returns the ranks that every expert has memory for."""
+        """Returns the number of ranks that are allocated for every expert."""
         return section.r_max
 
     def wants_exponents(self) -> bool:
-        """Returns whether `make` asks for the exponents of the base model's weights."""
+        """Returns whether `make` needs the exponents of the base model's weights."""
         return False
 
     def first_ranks_show_files(self) -> bool:
-        """Returns whether another file that gives the same first ranks makes the same run."""
+        """Returns whether two input files that give the same initial ranks give the same run."""
         return True
 
     def make(self, context: Context) -> Policy:
@@ -145,7 +150,7 @@ class PolicyFields:
 def static_policy(
     name: str, ranks_LE: np.ndarray, *, budget: int | tuple[int, ...], describe: str
 ) -> Policy:
-    """Returns a policy whose ranks stay as they are from the first step to the last."""
+    """Returns a policy whose ranks stay constant from the first step to the last."""
 
     def update(state, stats, step):
         raise AssertionError(f"{name} has no events, asked at step {step}")
@@ -164,7 +169,7 @@ def static_policy(
 
 
 def zero_stats(axes: Any, shapes: CapacityShapes) -> Any:
-    """Returns f32 zeros of the shape that each leaf of `axes` names by its letters."""
+    """Returns f32 zeros, of the shape that the letters of each leaf of `axes` name."""
     import jax
     import jax.numpy as jnp
 
@@ -175,5 +180,5 @@ def zero_stats(axes: Any, shapes: CapacityShapes) -> Any:
 
 
 def masks_from_ranks(ranks_LE: np.ndarray, max_rank: int) -> np.ndarray:
-    """f32 [L, E, R]: 1 for the first `rank` ranks of each expert."""
+    """Returns the masks f32 [L, E, R]: 1 for the first `rank` ranks of each expert, else 0."""
     return (np.arange(max_rank) < ranks_LE[..., None]).astype(np.float32)

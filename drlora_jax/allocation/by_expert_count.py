@@ -1,9 +1,9 @@
-"""Policies for layers with different numbers of experts (MoLA's patterns, AlphaLoRA).
+"""Applies a policy to layers with different numbers of experts (MoLA's patterns, AlphaLoRA).
 
-Arrays have room for the layer with most experts; in a layer with n of them the first n are
-available and the others have rank 0 for good. A policy knows nothing of that: one is made for every
-number there is, for the layers that have it, so that budget and quota of a layer follow its own
-experts.
+Arrays have room for the layer with the most experts; in a layer with n experts the first n are
+available and the others always have rank 0. Policies need not know that: one is built for every
+distinct number of experts, for the layers that have it, so that the budget and quota of a layer
+follow its own number of experts.
 """
 
 import functools
@@ -22,9 +22,9 @@ def for_counts(
     """Returns the policy that `make` gives, for layers of `counts_L` experts.
 
     Args:
-      shapes: of the arrays; `experts` is the largest count.
-      make: a policy for layers alike. It may look at its statistics by layer and expert only, and
-        declares their axes.
+      shapes: Shapes of the arrays; `experts` is the largest count.
+      make: Builds a policy for layers with equal numbers of experts. The policy may treat its
+        statistics only layer by layer and expert by expert, and declares their axes.
     """
     whole, counts = make(shapes), np.asarray(counts_L)
     parts = []
@@ -43,25 +43,27 @@ def for_counts(
         init=init,
         update=functools.partial(_update, parts, whole.stat_axes, shapes.max_rank),
         budget=tuple(budgets[count] for count in counts_L),
-        describe=f"{whole.describe}; {counts.min()} to {counts.max()} experts a layer, "
-        f"{counts.sum()} in all",
+        describe=(
+            f"{whole.describe}; {counts.min()} to {counts.max()} experts per layer, "
+            f"{counts.sum()} in total"
+        ),
     )
 
 
 class Part(NamedTuple):
-    """The layers with one number of experts."""
+    """Groups the layers with the same number of experts."""
 
     policy: Policy
-    rows: np.ndarray  # which layers
-    count: int  # of their experts
+    rows: np.ndarray  # indices of the layers
+    count: int  # experts per layer
 
     def place(self, letters: str) -> tuple:
-        """Where the part's numbers are in an array with the axes `letters`, of which L is first."""
+        """Returns the index of this part in an array with the axes `letters`, L first."""
         return (self.rows, *(slice(None),) * (letters.index("E") - 1), slice(self.count))
 
 
 def _update(parts: list[Part], axes: Any, max_rank: int, state: CapacityState, stats, step: int):
-    """An event: every part's policy updates its own layers."""
+    """Applies an event: every part's policy updates its own layers."""
     ranks_LE, (leaves, tree) = state.ranks_LE.copy(), jax.tree.flatten(stats)
     leaves, letters = [np.array(leaf) for leaf in leaves], jax.tree.leaves(axes)
     saliency_LE = np.zeros(ranks_LE.shape, np.float32)

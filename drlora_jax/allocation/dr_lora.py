@@ -1,22 +1,22 @@
-"""DR-LoRA (arXiv 2601.04823): the ranks of experts grow, layer by layer, where saliency is high.
+"""DR-LoRA (arXiv 2601.04823): grows the ranks of experts, layer by layer, where saliency is high.
 
 With the averages f and I of `allocation/growth.py`, per layer l and expert i:
 
     g  =  mean over projections of the mean over active ranks of I_k
     saliency     S = f g / (r + 1) ** gamma, with f and g divided by their sums over the layer
 
-A young average is divided by 1 - beta ** updates, expert by expert, so that an expert that was
-updated less often since the last event is not scored lower for it.
+The averages are de-biased: each is divided by 1 - beta ** updates, expert by expert, so that an
+expert with fewer updates since the last event does not score lower for that reason.
 
-With `importance="probe"` g is what one more rank would bring, instead of what the present ones
-bring: the squared gradient of the B row of the expert's next inactive rank, which is what a small
-gradient step on it would take off the loss. A row of B that is zero has no gate gradient, so new
-ranks dilute the mean of the paper's g; the probe does not depend on the ranks there are.
+With `importance="probe"`, g estimates the benefit of one more rank instead of that of the active
+ones: the squared gradient of the B row of the expert's next inactive rank, which is the decrease of
+the loss by a small gradient step on that row. A row of B that is zero has no gate gradient, so new
+ranks dilute the mean in the paper's g; the probe does not depend on the number of active ranks.
 
-`released` does what the authors' code does instead: ranks are counted in module slots (quota and
-target times the projections, one step counted once per expert), frequency is a decayed sum of
-counts, the importance EMA is applied twice per micro-batch and is not de-biased, and sums are
-floored at 1e-6 absolute. It may end a little above the budget.
+`released` reproduces the authors' code instead: ranks are counted in module slots (quota and target
+are multiplied by the number of projections, but a step is counted once per expert), frequency is a
+decayed sum of counts, the importance EMA is applied twice per micro-batch and is not de-biased, and
+sums have an absolute floor of 1e-6. It may end slightly above the budget.
 """
 
 import functools
@@ -36,20 +36,20 @@ RELEASED_FLOOR = 1e-6
 @dataclass(frozen=True)
 class DrLora(GrowthFields, ExponentFields):
     name = "dr_lora"
-    text = "DR-LoRA: ranks grow from r_init to r_target where experts are used and ranks matter"
+    text = "DR-LoRA: grows ranks from r_init to r_target where experts are used and ranks matter"
 
     gamma: float = option(1.2, "saliency = f * g / (rank + 1) ** gamma")
     saliency: Literal["product", "frequency", "importance"] = option(
         "product", "f * g, or one of them alone"
     )
     released: bool = option(
-        False, "do what the authors' released code does, where it differs from the paper"
+        False, "follow the authors' released code where it differs from the paper"
     )
     spectral_prior: float = option(
-        0.0, "saliency * (alpha of the expert / mean of its layer) ** spectral_prior; 0: off"
+        0.0, "saliency * (alpha of the expert / mean alpha of its layer) ** spectral_prior; 0: off"
     )
     spectral_start: bool = option(
-        False, "first ranks of a layer's experts by alpha ** alpha_beta, r_init on average"
+        False, "initial ranks of a layer's experts by alpha ** alpha_beta, r_init on average"
     )
 
     def check(self, section) -> None:
@@ -66,25 +66,26 @@ class DrLora(GrowthFields, ExponentFields):
         for name in ("spectral_prior", "spectral_start"):
             require(
                 not (getattr(self, name) and self.released),
-                f"allocation.{name}={getattr(self, name)} is not in the authors' code: with "
-                "allocation.released=True leave it out.",
+                f"allocation.{name}={getattr(self, name)} is not in the authors' code and cannot "
+                "be combined with allocation.released=True; omit one of them.",
             )
         require(
             not self.spectral_start or self.r_init > 0,
-            "allocation.spectral_start shares out r_init ranks an expert; set r_init to 1 or more.",
+            "allocation.spectral_start distributes r_init ranks per expert; set r_init to 1 or "
+            "more.",
         )
         require(
             self.alpha_file is None or self.wants_exponents(),
-            f"allocation.alpha_file={self.alpha_file} is for kind=alphalora, spectral_prior and "
-            "spectral_start, got kind=dr_lora without them; leave it out.",
+            f"allocation.alpha_file={self.alpha_file} is used by kind=alphalora, spectral_prior "
+            "and spectral_start, got kind=dr_lora without them; leave it out.",
         )
 
     def refuses(self, section, adapter) -> str | None:
         if adapter.makes_experts and self.wants_exponents():
             name = "spectral_start" if self.spectral_start else "spectral_prior"
             return (
-                f"allocation.{name} compares the pretrained weights of a layer's experts; those "
-                f"of adapter.kind={adapter.kind} are new. Leave it out."
+                f"allocation.{name} compares the pretrained weights of a layer's experts, but the "
+                f"experts of adapter.kind={adapter.kind} are new. Leave it out."
             )
         return super().refuses(section, adapter)
 
@@ -111,12 +112,12 @@ class DrLora(GrowthFields, ExponentFields):
         first_LE: np.ndarray | None = None,
         prior_LE: np.ndarray | None = None,
     ) -> Policy:
-        """Returns the policy with the ranks to start from (None: `r_init` everywhere) and a factor
-        of every expert's saliency.
+        """Returns the policy that starts from the ranks `first_LE` (None: `r_init` everywhere) and
+        multiplies the saliency of every expert by `prior_LE`.
         """
         slots = context.shapes.projections if self.released else 1
         notes = ", times a spectral prior" if self.spectral_prior else ""
-        notes += " (as released: may end a little above the budget)" if self.released else ""
+        notes += " (as released: may end slightly above the budget)" if self.released else ""
         return growing_policy(
             plan_growth(context, self, first_LE, slots_per_rank=slots),
             self.name,
@@ -170,8 +171,8 @@ def _layer_shares(value_LE, floor):
 
 
 def _accumulate_released(fields: DrLora, stats: Stats, step: StepStats) -> Stats:
-    """Counts without (1 - beta), and two EMA updates per micro-batch with the absolute value of its
-    own gradient.
+    """Accumulates as the released code does: counts without the factor (1 - beta), and two EMA
+    updates per micro-batch with the absolute value of that micro-batch's gradient.
     """
     import jax
     import jax.numpy as jnp

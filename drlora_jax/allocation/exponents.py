@@ -1,4 +1,6 @@
-"""Ranks by the heavy-tail exponents of pretrained weights: fields, a prior and first ranks."""
+"""Allocates by the heavy-tail exponents of pretrained weights: config fields, a prior for the
+saliency, and initial ranks.
+"""
 
 from dataclasses import dataclass
 
@@ -16,21 +18,21 @@ class ExponentFields(PolicyFields):
 
     alpha_beta: float = option(2.5, "shares are in proportion to alpha ** alpha_beta")
     alpha_file: str | None = option(
-        None, "exponents that `drlora_jax.alpha --out` wrote; none: computed", is_path=True
+        None, "exponents written by `drlora_jax.alpha --out`; none: computed", is_path=True
     )
     alpha_estimator: Estimator = option(
-        "fix_finger", "where the tail of a spectrum begins, of which alpha is the exponent"
+        "fix_finger", "how the start of a spectrum's tail is found, whose exponent is alpha"
     )
 
 
 def spectral_prior(alpha_LE: np.ndarray, power: float) -> np.ndarray:
-    """(alpha / its layer's mean)^power: a factor for the saliency of experts, float64 [L, E]."""
+    """Returns (alpha / its layer's mean)^power, by which saliency is multiplied, float64 [L, E]."""
     return (alpha_LE / alpha_LE.mean(axis=1, keepdims=True)) ** power
 
 
 def spectral_start(alpha_LE: np.ndarray, rank: int, *, beta: float, most: int) -> np.ndarray:
-    """First ranks, i32 [L, E]: each layer shares out E * rank in proportion to alpha^beta, from 1
-    to `most`.
+    """Returns initial ranks, i32 [L, E]: each layer distributes E * rank in proportion to
+    alpha^beta, from 1 to `most` per expert.
     """
     total = rank * alpha_LE.shape[1]
     ranks = [divide(alpha_E, total, beta=beta, most=most) for alpha_E in alpha_LE]

@@ -1,14 +1,14 @@
-"""Ranks that grow, event by event, until every layer's budget is met: schedule, greedy growth and
-the statistics that `dr_lora` and `random` share.
+"""Grows ranks, event by event, until every layer's budget is met: the schedule, the greedy growth
+and the statistics that `dr_lora` and `random` share.
 
-Events come every `interval` steps from the end of warm-up. At an event each layer shares out a
-quota of ranks greedily by a score of its experts, at most `cap` to one expert, until the layer's
-budget N * r_target is met. Per layer l and expert i, over optimizer steps t:
+Events happen every `interval` steps from the end of warm-up. At an event each layer distributes a
+quota of ranks greedily by a score of its experts, at most `cap` per expert, until the layer's
+budget E * r_target is met. Per layer l and expert i, over optimizer steps t:
 
     frequency    f <- beta f + (1 - beta) w,   w = combine weights of valid tokens / their number
     importance   I_k <- beta I_k + (1 - beta) |dL/dc_k|  for every rank k of an expert with tokens
 
-After growth the importance starts anew; the frequency goes on.
+After an event that grows ranks the importance is reset; the frequency is kept.
 """
 
 import functools
@@ -51,15 +51,15 @@ class GrowthFields(EventFields):
     """Fields of policies that grow ranks."""
 
     r_init: int = option(
-        8, "active ranks of every expert at the start; from 0 it has no importance and grows late"
+        8, "active ranks of every expert at the start; with 0 it has no importance and grows late"
     )
     p_grow: float = option(
         0.1, "an expert gains at most ceil(p_grow * (r_max - r_init)) ranks per event"
     )
-    frequency_decay: float = option(0.9, "of the moving average of the routing frequency, per step")
-    importance_decay: float = option(0.9, "of the moving average of the rank importance, per step")
+    frequency_decay: float = option(0.9, "decay per step of the routing frequency's average")
+    importance_decay: float = option(0.9, "decay per step of the rank importance's average")
     frequency: Literal["weight", "count"] = option(
-        "weight", "what counts as use of an expert: combine weights, or how often it is chosen"
+        "weight", "how the use of an expert is measured: by combine weights, or by assignments"
     )
     importance: ImportanceName = option(
         "gate_abs", "how the importance of a rank is measured; probe: of the next inactive rank"
@@ -80,8 +80,8 @@ class GrowthFields(EventFields):
     def refuses(self, section, adapter) -> str | None:
         if adapter.makes_experts and self.r_init == 0:
             return (
-                f"allocation.r_init=0 with adapter.kind={adapter.kind}: its experts without a "
-                "rank are never chosen, so none could earn one; set allocation.r_init=1 or more."
+                f"allocation.r_init=0 with adapter.kind={adapter.kind}: experts without ranks are "
+                "never chosen, so none could gain one; set allocation.r_init=1 or more."
             )
         return None
 
@@ -93,9 +93,10 @@ class GrowthFields(EventFields):
 class Schedule(NamedTuple):
     first: int  # optimizer steps done at the first event
     interval: int
-    count: int  # events there is room for
-    quota: int  # per layer and event: expert ranks, or module slots if released
-    cap: int  # ranks one expert may gain at an event
+    count: int  # number of events that fit into the run
+    # Per layer per event: ranks, or module slots as in the released code.
+    quota: int
+    cap: int  # the most ranks that one expert gains at an event
 
     @property
     def last(self) -> int:
@@ -106,19 +107,20 @@ class Schedule(NamedTuple):
 
 
 class Growth(NamedTuple):
-    """Where the ranks of a run's experts start, and how they grow."""
+    """Describes where the ranks of a run start, and how they grow."""
 
     fields: GrowthFields
     shapes: CapacityShapes
     schedule: Schedule
-    first_LE: np.ndarray  # i32, ranks at the start, `r_init` on average
+    first_LE: np.ndarray  # i32, initial ranks, `r_init` on average
     r_target: int
-    # 1; as released, the projections: what one rank counts when the layer is compared with `target`
+    # Slots that one rank counts for when a layer is compared with `target`: 1, or the number of
+    # projections as in the released code.
     slots_per_rank: int
 
     @property
     def target(self) -> int:
-        """Slots of a layer at the end."""
+        """Returns the slots of a layer at the end."""
         return self.shapes.experts * self.r_target * self.slots_per_rank
 
 
@@ -145,7 +147,7 @@ def plan_growth(
 
 
 def make_schedule(context: Context, fields: GrowthFields, needed: int) -> Schedule:
-    """Returns when events happen and what one shares out of the `needed` slots of a layer.
+    """Returns when events happen, and how many of a layer's `needed` slots each distributes.
 
     Raises UserError when no event fits into the run although ranks are to grow.
     """
@@ -173,8 +175,8 @@ def growing_policy(
     """Returns the policy that grows ranks by `score(state, stats, step)` [L, E].
 
     Args:
-      accumulate: of the statistics; None: `accumulate` of this file.
-      notes: end of the line that describes the policy.
+      accumulate: Updates the statistics in the step; None: as in the paper.
+      notes: End of the line that describes the policy.
     """
     fields, shapes, schedule, target = plan.fields, plan.shapes, plan.schedule, plan.r_target
     unit = "slots" if plan.slots_per_rank > 1 else "ranks"
@@ -192,8 +194,8 @@ def growing_policy(
         describe=(
             f"{name}: rank {_range(plan.first_LE, fields.r_init)} to a mean of {target} (at most "
             f"{shapes.max_rank}), {schedule.count} events at steps {schedule.first} to "
-            f"{schedule.last}, {schedule.quota} {unit} a layer and event, at most {schedule.cap} "
-            f"an expert{notes}"
+            f"{schedule.last}, {schedule.quota} {unit} per layer per event, at most {schedule.cap} "
+            f"per expert{notes}"
         ),
     )
 
@@ -204,7 +206,7 @@ def _range(ranks_LE: np.ndarray, mean: int) -> str:
 
 
 def _accumulate(fields: GrowthFields, stats: Stats, step: StepStats) -> Stats:
-    """Moves the averages by one step; jnp, in the step."""
+    """Updates the moving averages; runs inside the jitted step."""
     import jax.numpy as jnp
 
     beta_f, beta_i = fields.frequency_decay, fields.importance_decay
@@ -222,7 +224,7 @@ def _accumulate(fields: GrowthFields, stats: Stats, step: StepStats) -> Stats:
 
 
 def _update(plan: Growth, score: Callable, state: CapacityState, stats: Stats, step: int):
-    """An event: every layer grows by the scores of its experts."""
+    """Applies an event: every layer grows by the scores of its experts."""
     saliency_LE = score(state, stats, step)
     layers = zip(state.ranks_LE, saliency_LE, strict=True)
     ranks_LE = np.stack([_grow_layer(plan, *layer) for layer in layers])
@@ -261,11 +263,13 @@ def grow(
     """Returns the ranks of one layer after an event: greedy by saliency, ties by expert index.
 
     Args:
-      ranks_E: i32 [E]. saliency_E: f32 [E]; NaN never wins.
-      quota, target: what may be handed out, and the layer's goal, in slots.
-      slots_per_rank: slots one rank counts for when the layer is compared with its target. What an
-        expert gains is taken off the quota rank by rank; the released code mixes the two units,
-        consistent units have 1.
+      ranks_E: i32 [E].
+      saliency_E: f32 [E]; NaN ranks last.
+      quota: The most slots to distribute.
+      target: Slots of the layer at the end.
+      slots_per_rank: Slots that one rank counts for when the layer is compared with its target. An
+        expert's gain is subtracted from the quota in ranks: the released code mixes the two units;
+        with 1 they are the same.
     """
     ranks_E = ranks_E.copy()
     left = min(quota, target - slots_per_rank * int(ranks_E.sum()))
@@ -281,9 +285,11 @@ def grow(
 def _check_reachable(
     schedule: Schedule, first_E: np.ndarray, max_rank: int, target: int, slots_per_rank: int
 ) -> None:
-    """Plays a layer's schedule from its first ranks against the worst preferences: the fewest ranks
-    that any can hand out. A preference that comes to this may not exist, so the check errs on the
-    strict side.
+    """Raises UserError when the schedule may miss a layer's budget.
+
+    Simulates the schedule from the layer's initial ranks under the worst preferences, with the
+    fewest ranks that each event can distribute. No real sequence of scores may be that bad, so the
+    check errs on the strict side.
     """
     start, room_E, cap = int(first_E.sum()), max_rank - first_E, schedule.cap
     given, needed = 0, -(-target // slots_per_rank) - start
@@ -295,19 +301,19 @@ def _check_reachable(
         given += min(schedule.quota, left, room)
     if given < needed:
         raise UserError(
-            f"allocation: the budget can not be reached: {schedule.count} events of "
-            f"{schedule.quota} ranks, at most {cap} an expert and {max_rank} in all, "
-            f"may give only {start + given} of {target / slots_per_rank:g} ranks a layer. "
-            "Raise allocation.p_grow or r_max, or lower interval."
+            f"allocation: the budget cannot be reached: {schedule.count} events of "
+            f"{schedule.quota} ranks, at most {cap} per expert per event and {max_rank} per expert "
+            f"in total, may give only {start + given} of {target / slots_per_rank:g} ranks per "
+            "layer. Raise allocation.p_grow or r_max, or lower interval."
         )
 
 
 def _least_handed_out(room_E: np.ndarray, event: int, cap: int, *, free: int) -> int:
-    """The fewest ranks that an event can hand out, at most `cap` to an expert.
+    """Returns the fewest ranks that an event can distribute, at most `cap` per expert.
 
-    After so many events an expert has at least `floor` = room - event * cap ranks free. The least
-    is left to hand out when the other free ranks lie where they add least for their number: what an
-    expert has free above `cap` adds nothing.
+    After `event` events an expert has at least `floor` = room - event * cap free ranks. An event
+    distributes least when the remaining free ranks belong to the experts where they add least per
+    rank: free ranks of an expert beyond `cap` add nothing.
     """
     floor_E = np.maximum(0, room_E - event * cap)
     at_floor_E, size_E = np.minimum(cap, floor_E), room_E - floor_E
@@ -316,7 +322,7 @@ def _least_handed_out(room_E: np.ndarray, event: int, cap: int, *, free: int) ->
     is_alike = (room_E == room_E[:1]).all()
     for expert in np.argsort(cost_E / np.maximum(size_E, 1), kind="stable"):
         if spare < size_E[expert]:
-            # A part of an expert's: exact where all are alike, else what it adds in proportion.
+            # Part of an expert's ranks: exact where all experts are alike, else in proportion.
             part = min(cap, int(floor_E[expert]) + spare) - int(at_floor_E[expert])
             in_proportion = -(-int(cost_E[expert]) * spare // int(size_E[expert]))
             return least + (part if is_alike else in_proportion)

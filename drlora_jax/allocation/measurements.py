@@ -1,8 +1,8 @@
-"""What a step can measure for a policy, and the ways to say how much a rank matters.
+"""Defines what a step can measure for a policy, and the measures of a rank's importance.
 
 Gate gradients and routing are measured in every step (`StepStats`). Anything else is a
-`Measurement` that a policy declares; the step takes the values of `Policy.measures` and knows none
-of them by name.
+`Measurement` that a policy declares; the step evaluates `Policy.measures` without knowing any of
+them by name.
 """
 
 from collections.abc import Callable
@@ -15,31 +15,32 @@ if TYPE_CHECKING:
 
 
 class StepView(NamedTuple):
-    """What a measurement sees of a step, after its gradients."""
+    """Gives a measurement access to a step, after its gradients are computed."""
 
     lora: Any
-    grads: Any  # like `lora`, summed over micro-batches and devices
+    grads: Any  # same structure as `lora`, summed over micro-batches and devices
     mask_LER: "jax.Array"  # f32, the active ranks
-    # each_role(measure) -> f32 [L, P, E, R] of measure(matrices, gradients, side) -> [..., E, R],
-    # the first two {"a": [..., E, R, D], "b": [..., E, R, D]} of one role of a layer (E is 1 where
-    # the experts share one), and the side that starts at zero and is never shared
+    # each_role(measure) -> f32 [L, P, E, R] calls measure(matrices, gradients, side) -> [..., E, R]
+    # for every role of a layer. Matrices and gradients are {"a": [..., E, R, D], "b": [..., E, R,
+    # D]}, with E = 1 where the experts share a matrix; `side` is the one that starts at zero and is
+    # never shared.
     each_role: Callable[[Callable[[dict, dict, str], "jax.Array"]], "jax.Array"]
-    # an expert without a rank still computes: it is one of the base model's
+    # An expert without ranks still computes, since it is one of the base model's.
     has_base_experts: bool
 
 
 class Measurement(NamedTuple):
-    """Something that a step measures because a policy asks for it."""
+    """Defines a quantity that a step measures for a policy that declares it."""
 
     name: str
     measure: Callable[[StepView], "jax.Array"]  # f32 [L, P, E, R]
     # (mask_LER, has_base_experts) -> the mask that the loss is computed with; None: the active
-    # ranks. What it opens is measured and not trained.
+    # ranks. Ranks that it activates in addition are measured but not trained.
     opens: Callable[["jax.Array", bool], "jax.Array"] | None = None
 
 
 def _elementwise(view: StepView) -> "jax.Array":
-    """(sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank."""
+    """Returns (sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank."""
     import jax.numpy as jnp
 
     def sides(matrices: dict, gradients: dict, _) -> "jax.Array":
@@ -52,9 +53,10 @@ def _elementwise(view: StepView) -> "jax.Array":
 
 
 def _with_next_rank(mask_LER: "jax.Array", has_base_experts: bool) -> "jax.Array":
-    """Opens every expert's next inactive rank. Its row of the matrix that starts at zero is zero,
-    so the model computes the same; that row has a gradient. An adapter's own expert without a rank
-    stays inactive.
+    """Returns the mask in which every expert's next inactive rank is active too.
+
+    The row of that rank is zero in the matrix that starts at zero, so the output of the model is
+    unchanged, but the row has a gradient. An expert of the adapter that has no rank stays inactive.
     """
     import jax.numpy as jnp
 
@@ -65,8 +67,8 @@ def _with_next_rank(mask_LER: "jax.Array", has_base_experts: bool) -> "jax.Array
 
 
 def _next_rank(view: StepView) -> "jax.Array":
-    """sum_i dB_ik^2 for the rank k that `_with_next_rank` opened, 0 for all others; with A in the
-    place of B where it is A that starts at zero.
+    """Returns sum_i dB_ik^2 for the rank k that `_with_next_rank` activates, 0 for all others; with
+    A in place of B where A is the matrix that starts at zero.
     """
     import jax.numpy as jnp
 
@@ -85,16 +87,17 @@ PROBE = Measurement("probe", _next_rank, opens=_with_next_rank)
 
 
 class Importance(NamedTuple):
-    """How much every rank matters to the loss of one step."""
+    """Measures how much every rank matters to the loss of one step."""
 
-    of: Callable[[StepStats], "jax.Array"]  # f32 [L, P, E, R]; jnp, in the step
+    of: Callable[[StepStats], "jax.Array"]  # f32 [L, P, E, R]; runs inside the jitted step
     measures: tuple[Measurement, ...] = ()
-    is_of_next_rank: bool = False  # of one inactive rank of an expert, not of its active ones
+    # It scores the next inactive rank of every expert, not the active ones.
+    is_of_next_rank: bool = False
 
 
 def _gate_abs(step: StepStats) -> "jax.Array":
-    """|d loss / d gate|: the sign is dropped once, after the sum over micro-batches and devices,
-    because the gate gradient is linear.
+    """Returns |d loss / d gate|. The absolute value is taken once, after the sum over micro-batches
+    and devices, because the gate gradient is linear.
     """
     import jax.numpy as jnp
 

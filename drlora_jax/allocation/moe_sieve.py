@@ -1,9 +1,9 @@
-"""MoE-Sieve (arXiv 2603.24044): LoRA only on the experts that the task's tokens use most.
+"""MoE-Sieve (arXiv 2603.24044): puts LoRA only on the experts that the task's tokens use most.
 
 Before step 1 the base model reads some rows of the training data and counts, layer by layer, how
-often valid tokens choose each expert. The `share` of experts with the highest counts get ranks, the
-others none, and nothing changes afterwards. The ranks of a layer sum to E * r_target, as in every
-other policy, so a chosen expert has E * r_target / chosen of them.
+often valid tokens choose each expert. The `share` of experts with the highest counts gets ranks,
+the others none, and nothing changes afterwards. The ranks of a layer sum to E * r_target, as in
+every other policy, so a selected expert has E * r_target / selected of them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from drlora_jax.system.fields import option, require
 @dataclass(frozen=True)
 class MoeSieve(ProfileFields):
     name = "moe_sieve"
-    text = "MoE-Sieve: the most used share of a layer's experts has all ranks, the others none"
+    text = "MoE-Sieve: gives all ranks to the most used share of a layer's experts"
 
     share: float = option(0.25, "share of a layer's experts that get ranks")
 
@@ -28,7 +28,7 @@ class MoeSieve(ProfileFields):
         require(0 < self.share <= 1, f"allocation.share must be in (0, 1], got {self.share}.")
 
     def make(self, context: Context) -> Policy:
-        """Raises UserError when the budget does not fit into the chosen experts."""
+        """Raises UserError when the budget does not fit into the selected experts."""
         shapes, share = context.shapes, self.share
         chosen, budget = max(1, round(share * shapes.experts)), shapes.experts * context.r_target
         needed = -(-budget // chosen)
@@ -42,15 +42,15 @@ class MoeSieve(ProfileFields):
             context,
             lambda use_E: sieve(use_E, chosen, budget),
             describe=(
-                f"moe_sieve: the {chosen} of {shapes.experts} experts that {self.profile_rows} "
-                f"rows use most have rank {budget / chosen:g}, the others none"
+                f"moe_sieve: rank {budget / chosen:g} for the {chosen} of {shapes.experts} experts "
+                f"that {self.profile_rows} rows use most, 0 for the others"
             ),
         )
 
 
 def sieve(count_E: np.ndarray, chosen: int, budget: int) -> np.ndarray:
-    """Ranks i32 [E]: `budget` shared equally by the `chosen` largest counts, ties by index; what
-    does not divide goes to the largest.
+    """Returns ranks i32 [E]: the experts with the `chosen` largest counts share `budget` equally,
+    the remainder goes to the largest counts, ties by index.
     """
     ranks_E = np.zeros(count_E.shape, np.int32)
     best = np.argsort(-count_E, kind="stable")[:chosen]

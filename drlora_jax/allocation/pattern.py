@@ -1,7 +1,7 @@
-"""Fixed ranks from a file: a table that was made by hand, or the last row of another run.
+"""Reads fixed ranks from a file: a table written by hand, or the last row of another run.
 
-With the ranks.jsonl of a finished DR-LoRA run this answers whether its ranks help because of where
-they are, or because of when they came.
+With the ranks.jsonl of a finished DR-LoRA run this tells whether its ranks help because of where
+they are, or because of when they were added.
 """
 
 import json
@@ -24,7 +24,7 @@ from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 @dataclass(frozen=True)
 class Pattern(PolicyFields):
     name = "pattern"
-    text = "the ranks of a file from the first step to the last"
+    text = "keeps the ranks of a file from the first step to the last"
     wants_equal_layers = False
 
     pattern: str | None = option(
@@ -52,8 +52,10 @@ class Pattern(PolicyFields):
             self.name,
             ranks_LE,
             budget=tuple(budget_L.tolist()) if len(set(counts_L)) > 1 else int(budget_L[0]),
-            describe=f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
-            f"a mean of {ranks_LE.mean():g}",
+            describe=(
+                f"pattern: ranks of {path}, {ranks_LE.min()} to {ranks_LE.max()}, "
+                f"a mean of {ranks_LE.mean():g}"
+            ),
         )
 
 
@@ -78,8 +80,8 @@ def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
     file = local_path(path, "allocation.pattern")
     if kind_of(file) != FILE:
         raise UserError(
-            f"allocation.pattern={path} is {kind_of(file)}; give a JSON file of ranks [layers]"
-            "[experts] or a run's ranks.jsonl."
+            f"allocation.pattern={path} is {kind_of(file)}; give a JSON file of ranks "
+            "[layers][experts] or a run's ranks.jsonl."
         )
     check_downloaded(file)
     try:
@@ -87,7 +89,7 @@ def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
         value = json.loads(lines[-1] if file.suffix == ".jsonl" else "\n".join(lines))
         table = np.array(value["ranks"] if isinstance(value, dict) else value)
     except (ValueError, KeyError, RecursionError, OSError) as error:
-        raise UserError(f"allocation.pattern={path} can not be read as ranks: {error}.") from error
+        raise UserError(f"allocation.pattern={path} cannot be read as ranks: {error}.") from error
     wanted = (shapes.layers, shapes.experts)
     if table.shape != wanted or table.dtype.kind != "i":
         raise UserError(
@@ -97,6 +99,6 @@ def read_ranks(path: str, shapes: CapacityShapes) -> np.ndarray:
     if table.min() < 0 or table.max() > shapes.max_rank:
         raise UserError(
             f"allocation.pattern={path} has ranks from {table.min()} to {table.max()}; they must "
-            f"be in 0 to allocation.r_max ({shapes.max_rank})."
+            f"be between 0 and allocation.r_max ({shapes.max_rank})."
         )
     return table.astype(np.int32)

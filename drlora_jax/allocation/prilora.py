@@ -1,13 +1,13 @@
-"""PRILoRA's ranks (arXiv 2401.11316): they rise linearly from the first layer to the last.
+"""PRILoRA's ranks (arXiv 2401.11316) rise linearly from the first layer to the last.
 
-Of L layers, layer l is due
+With L layers, layer l has the rank
 
     r_l = r_s + (r_f - r_s) l / (L - 1),      r_s = `r_init`,  r_f = 2 `r_target` - r_s          (1)
 
 so that the mean is `r_target` and a model has L * E * r_target active ranks, as with every other
-policy; a layer has E * r_l of them, the same for each of its experts: 4 to 12, say, in the place of
-8 everywhere. Ranks become whole numbers by largest remainder over the layers. What else the paper
-does, to prune single entries of A while training, is not about ranks and is not done here.
+policy. All experts of a layer have the same rank: 4 to 12, say, in place of 8 everywhere. Ranks are
+rounded to integers by largest remainder over the layers. The paper also prunes single entries of A
+during training; that does not concern ranks and is not implemented.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from drlora_jax.system.fields import option, require
 @dataclass(frozen=True)
 class PriLora(PolicyFields):
     name = "prilora"
-    text = "PRILoRA: ranks rise linearly from the first layer to the last"
+    text = "PRILoRA: raises ranks linearly from the first layer to the last"
     shares_among_layers = True
 
     r_init: int = option(8, "rank of the first layer; the last one has 2 r_target - r_init")
@@ -33,7 +33,7 @@ class PriLora(PolicyFields):
         require(
             0 <= min(self.r_init, last) and max(self.r_init, last) <= section.r_max,
             f"allocation.kind=prilora goes from r_init ({self.r_init}) in the first layer to "
-            f"2 * r_target - r_init ({last}) in the last; both must be from 0 to "
+            f"2 * r_target - r_init ({last}) in the last; both must be between 0 and "
             f"allocation.r_max ({section.r_max}).",
         )
 
@@ -50,8 +50,10 @@ class PriLora(PolicyFields):
             self.name,
             np.broadcast_to(rank_L[:, None], (shapes.layers, shapes.experts)),
             budget=tuple((shapes.experts * rank_L).tolist()),
-            describe=f"prilora: rank {rank_L[0]} in the first layer to {rank_L[-1]} in the last, "
-            f"a mean of {r_target}",
+            describe=(
+                f"prilora: rank {rank_L[0]} in the first layer to {rank_L[-1]} in the last, "
+                f"a mean of {r_target}"
+            ),
         )
 
 

@@ -1,4 +1,4 @@
-"""Static ranks that are decided by how the base model routes the task, before step 1."""
+"""Derives static ranks from how the base model routes the training data before step 1."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class ProfileFields(PolicyFields):
     """Fields of policies that profile the base model's routing."""
 
     profile_rows: int = option(
-        64, "rows of training data that are read before step 1 to count who is used"
+        64, "rows of training data read before step 1 to count how often experts are chosen"
     )
 
     def check(self, section) -> None:
@@ -32,16 +32,17 @@ class ProfileFields(PolicyFields):
     def refuses(self, section, adapter) -> str | None:
         if adapter.makes_experts:
             return (
-                f"allocation.kind={self.name} counts whom a trained router chooses; the router of "
-                f"adapter.kind={adapter.kind} is new. Use uniform, dr_lora, random or pattern."
+                f"allocation.kind={self.name} ranks experts by routing frequency, which needs a "
+                f"trained router; the router of adapter.kind={adapter.kind} is randomly "
+                "initialised. Use uniform, dr_lora, random or pattern."
             )
         return None
 
     def decided_by_use(
         self, context: Context, ranks_of: Callable[[np.ndarray], np.ndarray], describe: str
     ) -> Policy:
-        """Returns the policy whose layers have the ranks `ranks_of(choices_E)`, i32 [E], with a sum
-        of E * r_target, from how often each expert of the layer was chosen.
+        """Returns the policy whose layers have the ranks `ranks_of(choices_E)`, i32 [E] with the
+        sum E * r_target, where choices_E counts how often each expert of the layer is chosen.
         """
         shapes = context.shapes
 
@@ -53,7 +54,7 @@ class ProfileFields(PolicyFields):
 
         policy = static_policy(
             self.name,
-            np.zeros((shapes.layers, shapes.experts), np.int32),  # until the rows were read
+            np.zeros((shapes.layers, shapes.experts), np.int32),  # until the rows are read
             budget=shapes.experts * context.r_target,
             describe=describe,
         )

@@ -1,4 +1,6 @@
-"""The schedule of DR-LoRA with experts drawn at random: what choosing them is worth."""
+"""Grows ranks by DR-LoRA's schedule, but for experts drawn at random: the control experiment that
+shows what choosing experts by saliency is worth.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from drlora_jax.allocation.growth import GrowthFields, Stats, growing_policy, pl
 @dataclass(frozen=True)
 class RandomGrowth(GrowthFields):
     name = "random"
-    text = "the schedule of dr_lora, with experts drawn at random"
+    text = "grows ranks by the schedule of dr_lora, for experts drawn at random"
 
     def make(self, context: Context) -> Policy:
         """Raises UserError when the schedule cannot reach the budget."""

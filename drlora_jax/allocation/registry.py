@@ -1,4 +1,4 @@
-"""The allocation policies: a line each, in the order of the reference."""
+"""Lists the allocation policies, one line per policy, in the order of the reference."""
 
 import importlib
 

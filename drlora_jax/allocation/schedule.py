@@ -1,4 +1,4 @@
-"""When the events of a policy may happen."""
+"""Determines when the events of a policy may happen."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ class EventFields(PolicyFields):
 
     interval: int = option(200, "optimizer steps between events")
     warmup_ratio: float | None = option(
-        None, "share of all steps before the first event; none: train.warmup_ratio"
+        None, "fraction of all steps before the first event; none: train.warmup_ratio"
     )
     last_event: int | None = option(
-        None, "the step after which no rank changes; none: the last step minus interval"
+        None, "step after which no rank changes; none: the last step minus interval"
     )
 
     def check_events(self) -> None:
@@ -29,25 +29,25 @@ class EventFields(PolicyFields):
         )
 
     def event_window(self, context: Context) -> tuple[int, int]:
-        """Returns the optimizer steps done at the end of warm-up, and at the last possible event:
-        `interval` before the end of the run unless it is given.
+        """Returns the number of optimizer steps at the end of warm-up, and at the last possible
+        event: `interval` before the end of the run unless `last_event` is set.
         """
         total, ratio = context.total_steps, self.warmup_ratio
         first = max(1, int((context.warmup_ratio if ratio is None else ratio) * total))
         last = total - self.interval if self.last_event is None else self.last_event
         if last > total:
             raise UserError(
-                f"allocation.last_event ({last}) must not lie behind the last step of the run "
+                f"allocation.last_event ({last}) must not be after the last step of the run "
                 f"({total})."
             )
         return first, last
 
 
 def last_event_words(last: int, total_steps: int, interval: int) -> str:
-    """Says where the last event may be, for the message that none fits."""
+    """Describes where the last event may be, for the message that no event fits."""
     if last > 0:
         return f"the last event may be at step {last} of {total_steps}"
     return (
-        f"the last event comes {interval} steps before the end, which would be before step 1 of "
+        f"the last event is {interval} steps before the end, which would be before step 1 of "
         f"{total_steps}"
     )

@@ -1,8 +1,8 @@
-"""How heavy-tailed a weight matrix is: the exponent of a power law fitted to its spectrum.
+"""Measures how heavy-tailed a weight matrix is: the exponent of a power law fitted to its spectrum.
 
 The spectrum of W is the eigenvalues of W W^T, the squares of its singular values, ascending:
-lambda_0 <= ... <= lambda_{N-1}, N the smaller side of W. Above lambda_i a density ~ x^-alpha has
-the exponent of greatest likelihood (Hill; AlphaLoRA's PL_Alpha_Hill, arXiv 2410.10054)
+lambda_0 <= ... <= lambda_{N-1}, N the smaller side of W. Above lambda_i, the maximum-likelihood
+exponent of a density ~ x^-alpha is (Hill; AlphaLoRA's PL_Alpha_Hill, arXiv 2410.10054)
 
     alpha_i = 1 + n / sum_{j >= i} ln(lambda_j / lambda_i),    n = N - i                       (1)
 
@@ -10,9 +10,9 @@ and its Kolmogorov-Smirnov distance from the n eigenvalues is
 
     KS_i = max_{j >= i} | 1 - (lambda_j / lambda_i)^(1 - alpha_i) - (j - i) / n |              (2)
 
-An estimator says where the tail begins. Exponents are plain numbers without a unit, above 1; a
-larger one is a lighter tail, which the method takes for a layer that training has shaped less.
-Everything is float64 NumPy.
+An estimator decides where the tail begins. Exponents are dimensionless and above 1; a larger
+exponent is a lighter tail, which the method reads as a layer that training has shaped less.
+Everything is computed in float64 NumPy.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -23,30 +23,35 @@ from drlora_jax.errors import UserError
 
 Estimator = Literal["fix_finger", "median"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
-BINS = 100  # of the histogram in which fix_finger looks for the peak of the spectrum
+BINS = 100  # bins of the histogram in which fix_finger searches the peak of the spectrum
 
 
 class Exponents(NamedTuple):
-    """Of the L layers of a model that have experts: plain means over matrices, float64."""
+    """Holds the exponents of the L layers of a model that have experts: unweighted means over
+    matrices, float64.
+    """
 
     layer_L: np.ndarray  # over all matrices of the layer
-    expert_LE: np.ndarray | None  # over those of the expert; None where the base has no experts
+    # Over the matrices of the expert; None where the base model has no experts.
+    expert_LE: np.ndarray | None
 
 
 class TailFit(NamedTuple):
     alpha: float
-    first: int  # the tail is lambda_first ... lambda_{N-1}, of the eigenvalues above zero
-    distance: float  # KS, between 0 and 1
+    # The tail is lambda_first ... lambda_{N-1}, counted among the eigenvalues above zero.
+    first: int
+    distance: float  # KS distance, between 0 and 1
 
 
 def eigenvalues(weight_MN: np.ndarray) -> np.ndarray:
-    """f64 [min(M, N)], ascending: the squares of the singular values of a matrix.
+    """Returns the squared singular values of a matrix, f64 [min(M, N)], ascending.
 
-    From the smaller Gram matrix, in float64 whatever the weights are: errors are some 1e-16 of the
-    largest eigenvalue, which is what float32 singular values resolve, in less time.
+    They are computed from the smaller Gram matrix, in float64 for every dtype of the weights:
+    errors are about 1e-16 of the largest eigenvalue, the resolution of float32 singular values, in
+    less time.
 
     Raises:
-      UserError: a weight is infinite or not a number.
+      UserError: If a weight is infinite or not a number.
     """
     weight_MN = np.asarray(weight_MN, np.float64)
     if not np.isfinite(weight_MN).all():
@@ -57,22 +62,23 @@ def eigenvalues(weight_MN: np.ndarray) -> np.ndarray:
 
 
 def fit_tail(eigenvalues_N: np.ndarray, estimator: Estimator = "fix_finger") -> TailFit:
-    """The power law of a spectrum.
+    """Fits a power law to the tail of a spectrum.
 
     Args:
-      eigenvalues_N: ascending and not negative. Those that rounding cannot tell from zero (below N
-        * 2^-52 of the largest) are left out: their logarithms mean nothing.
-      estimator: `fix_finger`, the authors' choice: of all starts near or below the peak of the
-        spectrum that with the smallest KS. `median`: the upper half of the spectrum.
+      eigenvalues_N: Ascending and not negative. Those that rounding cannot distinguish from zero
+        (below N * 2^-52 of the largest) are ignored: their logarithms are meaningless.
+      estimator: `fix_finger`, the authors' choice, takes the start with the smallest KS distance
+        among those near or below the peak of the spectrum. `median` takes the upper half of the
+        spectrum.
 
     Raises:
-      UserError: fewer than two eigenvalues above zero, or all alike: there is no tail.
+      UserError: If fewer than two eigenvalues are above zero, or all are equal: there is no tail.
     """
     eigenvalues_N = np.asarray(eigenvalues_N, np.float64)
     smallest = eigenvalues_N[-1:] * eigenvalues_N.size * np.finfo(np.float64).eps
     kept_N = eigenvalues_N[eigenvalues_N > smallest]
     if kept_N.size < 2:
-        raise UserError(f"{kept_N.size} of its eigenvalues are above zero; a tail needs two.")
+        raise UserError(f"only {kept_N.size} of its eigenvalues are above zero; a tail needs two.")
     log_N = np.log(kept_N)
     alpha_N = _hill(log_N)
     if estimator == "fix_finger":
@@ -83,22 +89,24 @@ def fit_tail(eigenvalues_N: np.ndarray, estimator: Estimator = "fix_finger") -> 
     best = int(np.argmin(distances))
     first = int(candidates[best])
     if not np.isfinite(alpha_N[first]):
-        raise UserError("its largest eigenvalues are all alike: there is no tail to fit.")
+        raise UserError("its largest eigenvalues are all equal: there is no tail to fit.")
     return TailFit(float(alpha_N[first]), first, float(distances[best]))
 
 
 def _hill(log_N: np.ndarray) -> np.ndarray:
-    """alpha_i of equation (1) for every i but the last; infinite where the tail is one value."""
+    """Returns alpha_i of equation (1) for every i but the last; infinite where all values of the
+    tail are equal.
+    """
     count_N = np.arange(log_N.size, 0, -1)
     sum_N = np.cumsum(log_N[::-1])[::-1] - count_N * log_N
-    # From the tail's own values: a sum of differences is exactly zero where all are equal.
+    # Decided by the values themselves: rounding may leave a nonzero sum where all are equal.
     sum_N[log_N == log_N[-1]] = 0.0
     with np.errstate(divide="ignore"):
         return (1 + count_N / sum_N)[:-1]
 
 
 def _distance(log_N: np.ndarray, first: int, alpha: float) -> float:
-    """KS_i of equation (2); 1 where there is no exponent, which is the worst."""
+    """Returns KS_i of equation (2); 1, the worst value, where there is no exponent."""
     if not (np.isfinite(alpha) and alpha > 1):
         return 1.0
     tail_n = log_N[first:]
@@ -107,12 +115,12 @@ def _distance(log_N: np.ndarray, first: int, alpha: float) -> float:
 
 
 def _starts_near_peak(kept_N: np.ndarray) -> np.ndarray:
-    """Where the tail may begin for fix_finger.
+    """Returns where the tail may begin for fix_finger.
 
-    From log10(0.95 peak) to 1.5 peak, where peak is the lower edge of the fullest of 100 bins over
-    log10(lambda). That the lower bound is a logarithm is the authors' code, kept because exponents
-    are compared with theirs; with a peak below 1 it excludes nothing, above it may, so that the
-    result can depend on the scale of the weights.
+    Candidates range from log10(0.95 peak) to 1.5 peak, where peak is the lower edge of the fullest
+    of 100 bins over log10(lambda). The logarithm in the lower bound follows the authors' code, so
+    that exponents can be compared with theirs. With a peak below 1 it excludes nothing; above 1 it
+    may, so the result can depend on the scale of the weights.
     """
     counts, edges = np.histogram(np.log10(kept_N), bins=BINS)
     peak = 10 ** edges[np.argmax(counts)]

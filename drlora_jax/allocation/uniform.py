@@ -1,4 +1,4 @@
-"""Plain LoRA: every expert has `r_target` active ranks from the first step to the last."""
+"""Plain LoRA: gives every expert `r_target` active ranks from the first step to the last."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,23 +12,23 @@ from drlora_jax.system.fields import option
 @dataclass(frozen=True)
 class Uniform(PolicyFields):
     name = "uniform"
-    text = "plain LoRA: every expert has rank r_target from the first step to the last"
+    text = "plain LoRA: gives every expert rank r_target from the first step to the last"
     needs_experts = False
 
     rank_rule: Literal["fixed", "per_top_k", "per_expert"] = option(
-        "fixed", "r_target as it is, or divided by the experts per token, or by those of a layer"
+        "fixed", "use r_target as it is, or divide it by the experts per token or per layer"
     )
 
     def refuses(self, section, adapter) -> str | None:
         if self.rank_rule != "fixed" and adapter.kind == "lora":
             return (
-                f"allocation.rank_rule={self.rank_rule} divides by a number of experts; "
-                "adapter.kind=lora has none."
+                f"allocation.rank_rule={self.rank_rule} divides by a number of experts, which "
+                "adapter.kind=lora does not have."
             )
         if self.rank_rule == "per_top_k" and adapter.top_p is not None:
             return (
-                "allocation.rank_rule=per_top_k divides by the experts of a token, and with "
-                f"adapter.top_p={adapter.top_p} tokens have different numbers of them."
+                "allocation.rank_rule=per_top_k divides by the number of experts per token, which "
+                f"differs between tokens with adapter.top_p={adapter.top_p}."
             )
         return None
 

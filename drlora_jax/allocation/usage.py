@@ -1,11 +1,11 @@
-"""Ranks graded by use: the base model reads some rows of the training data and counts, layer by
-layer, how often valid tokens choose each expert. Of a layer's N * r_target ranks, expert e gets
+"""Grades ranks by use: the base model reads some rows of the training data and counts, layer by
+layer, how often valid tokens choose each expert. Of a layer's E * r_target ranks, expert e gets
 
     r_e  ~  use_e ** power,      r_init <= r_e <= r_max                                        (1)
 
-in whole numbers by largest remainder. Shares outside of the bounds are set to them, and the other
-experts share the rest in proportion; where all used experts have r_max, the unused ones share what
-is left equally. Nothing changes afterwards.
+rounded to integers by largest remainder. Shares outside the bounds are clipped, and the other
+experts share the rest in proportion; where all used experts have r_max, the unused ones share the
+rest equally. Nothing changes afterwards.
 """
 
 import bisect
@@ -22,10 +22,10 @@ from drlora_jax.system.fields import option, require
 @dataclass(frozen=True)
 class Usage(ProfileFields):
     name = "usage"
-    text = "ranks of a layer's experts in proportion to a power of their use, from r_init to r_max"
+    text = "gives ranks in proportion to a power of each expert's use, from r_init to r_max"
 
-    r_init: int = option(8, "fewest ranks of an expert")
-    power: float = option(0.5, "ranks are in proportion to use ** power; 0: all alike")
+    r_init: int = option(8, "the fewest ranks of an expert")
+    power: float = option(0.5, "ranks are in proportion to use ** power; 0: all equal")
 
     def check(self, section) -> None:
         super().check(section)
@@ -49,8 +49,8 @@ class Usage(ProfileFields):
 
 
 def graded(use_E: np.ndarray, total: int, *, power: float, least: int, most: int) -> np.ndarray:
-    """Returns ranks i32 [E] of equation (1) with the sum `total`; of equal remainders the first
-    expert's counts more.
+    """Returns ranks i32 [E] of equation (1) with the sum `total`; ties between remainders go to the
+    first expert.
     """
     scale = float(use_E.max()) or 1.0  # so that no power overflows
     weights = [Fraction(float(weight)) for weight in (use_E / scale) ** power]
@@ -63,7 +63,7 @@ def graded(use_E: np.ndarray, total: int, *, power: float, least: int, most: int
 
 
 def _shares(weights: list[Fraction], total: int, least: int, most: int) -> list[Fraction]:
-    """Returns exact shares between the bounds with the sum `total`."""
+    """Returns exact fractional shares between the bounds, with the sum `total`."""
     unused = weights.count(0)
     left = total - most * (len(weights) - unused)
     if unused and left >= least * unused:
@@ -75,7 +75,7 @@ def _shares(weights: list[Fraction], total: int, least: int, most: int) -> list[
     def used_up(level: Fraction) -> Fraction:
         return sum(clipped(level))
 
-    # Their sum is linear in the level between those at which a share meets a bound.
+    # The sum is piecewise linear in the level, with a knot wherever a share meets a bound.
     marks = sorted({bound / weight for weight in weights if weight for bound in (least, most)})
     above = bisect.bisect_left(marks, total, key=used_up)
     if above == 0:

@@ -1,9 +1,11 @@
-"""What `drlora_jax.evaluate` is made of: tasks, protocols, scoring, statistics, code execution.
+"""Implements `drlora_jax.evaluate`: tasks, protocols, scoring, statistics, code execution.
 
-questions, prompts, answers   rows and texts; no model
+answers, sources              texts and rows, without a model
 multiple_choice, generated,
-loss, code_tasks              items to samples, with a model
-tasks                         the table
-statistics, results           samples to scores, and the files of a run directory
-sandbox, sandbox_child        programs in a process of their own
+loss, code_tasks              from items to samples, with a model
+tasks, jobs                   the table of tasks, and the tasks of one command
+harness*                      tasks of lm-evaluation-harness
+statistics, results           from samples to scores, and the files of a run directory
+compare                       two files of samples, pair by pair
+sandbox*                      programs in an isolated process
 """

@@ -1,8 +1,8 @@
-"""Finding the answer in generated text.
+"""Extracts the answer from generated text.
 
-GSM8K answers are numbers and are compared as numbers: 18, 18.0, $18 and 18. are equal. `strict` is
-the number behind the first `####`, which is where a model that learned the format puts it;
-`flexible` is the last number of the text.
+GSM8K answers are compared as numbers: 18, 18.0, $18 and 18. are equal. `strict` is the number after
+the first `####`, where a model that has learned the format puts it; `flexible` is the last number
+of the text.
 """
 
 import decimal
@@ -16,14 +16,14 @@ _NOTES = re.compile(r"<<[^<>\n]*>>")
 
 
 def strict_number(text: str) -> decimal.Decimal | None:
-    """The number behind the first `####`; None where there is no `####` with a number."""
+    """Returns the number after the first `####`; None if there is no `####` with a number."""
     first = text.find("####")
     found = _MARKED.match(text, first) if first >= 0 else None
     return _number(found[1] or found[2], found[3]) if found else None
 
 
 def last_number(text: str) -> decimal.Decimal | None:
-    """The last number of a text; None where there is none."""
+    """Returns the last number of a text; None if there is none."""
     last = None
     for found in _SIGNED.finditer(text):
         last = _number(found[1] or "", found[2] or found[3])
@@ -31,14 +31,14 @@ def last_number(text: str) -> decimal.Decimal | None:
 
 
 def without_notes(text: str) -> str:
-    """GSM8K's reference answers without their calculator notes, <<48/2=24>>."""
+    """Removes the calculator notes of GSM8K's reference answers, <<48/2=24>>."""
     return _NOTES.sub("", text)
 
 
 def option_of(text: str, options: tuple[str, ...]) -> str | None:
-    """The option that is named first: `answer2` in "the correct answer is answer2".
+    """Returns the option that is named first: `answer2` in "the correct answer is answer2".
 
-    Case does not matter, and an option is a word of its own: answer1 is not in answer12.
+    Case is ignored, and an option must be a whole word: answer12 does not contain answer1.
     """
     names = "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True))
     found = re.search(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE)

@@ -1,4 +1,6 @@
-"""HumanEval and MBPP: the model writes a function, its tests run in the sandbox; pass@1, greedy."""
+"""Evaluates HumanEval and MBPP: the model writes a function, whose tests run in the sandbox (pass@1
+with greedy decoding).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,7 +16,7 @@ MBPP_SHOTS, MBPP_TEST = (2, 3, 4), range(11, 511)  # task ids
 
 
 class Item(NamedTuple):
-    """A prompt, and the program around what is written: `before` + text + `after`."""
+    """Holds a prompt, and the program around the generated text: `before` + text + `after`."""
 
     id: str
     prompt: str
@@ -28,13 +30,13 @@ def humaneval_item(row: Row) -> Item:
 
 
 def mbpp_items(rows: Sequence[Row]) -> list[Item]:
-    """Tasks 11 to 510 behind three solved ones of the same file."""
+    """Returns tasks 11 to 510, each after three solved examples from the same file."""
     by_id = {row.fields.get("task_id"): row for row in rows}
     missing = [number for number in MBPP_SHOTS if number not in by_id]
     if missing:
         raise UserError(
-            f"{rows[0].where}: MBPP's examples are its tasks {MBPP_SHOTS}, and the file has no "
-            f"task_id {missing[0]}; give the full file."
+            f"{rows[0].where}: MBPP's examples are its tasks {MBPP_SHOTS}, but the file has no "
+            f"task_id {missing[0]}; use the full file."
         )
     shots = "".join(
         f"{_mbpp_prompt(by_id[number])}{_text(by_id[number], 'code')}\n[DONE]\n\n"
@@ -42,7 +44,7 @@ def mbpp_items(rows: Sequence[Row]) -> list[Item]:
     )
     tasks = [by_id[number] for number in MBPP_TEST if number in by_id]
     return [
-        # Set-up code comes behind the function: in two tasks it uses it.
+        # Set-up code follows the function, which it uses in two tasks.
         Item(
             str(row.fields["task_id"]),
             shots + _mbpp_prompt(row),
@@ -60,7 +62,9 @@ def answer_code(
     tokens: int,
     run: Callable[[str], NamedTuple],
 ) -> list[Sample]:
-    """`run` takes a program and returns an outcome with `is_passed`, `verdict` and `detail`."""
+    """Generates programs and tests them: `run` executes a program and returns an outcome with
+    `is_passed`, `verdict` and `detail`.
+    """
     samples = []
     answers = generate([item.prompt for item in items], stop, tokens)
     for item, written in zip(items, answers, strict=True):
@@ -89,7 +93,7 @@ def _mbpp_prompt(row: Row) -> str:
 def _tests(row: Row) -> list[str]:
     tests = row.fields.get("test_list")
     if not tests or not all(isinstance(test, str) for test in tests):
-        raise UserError(f"{row.where}: test_list must be a list of texts; give MBPP's rows.")
+        raise UserError(f"{row.where}: test_list must be a list of texts; use MBPP's rows.")
     return list(tests)
 
 
@@ -97,7 +101,7 @@ def _text(row: Row, name: str) -> str:
     value = row.fields.get(name)
     if not isinstance(value, str):
         raise UserError(
-            f"{row.where}: needs the field {name} as a text; got the fields "
+            f"{row.where}: needs the text field {name}; got the fields "
             f"{', '.join(map(str, row.fields))}."
         )
     return value

@@ -1,7 +1,7 @@
-"""`python -m drlora_jax.evaluation.compare A.jsonl B.jsonl`: two evaluations of the same items.
+"""`python -m drlora_jax.evaluation.compare A.jsonl B.jsonl`: compares two evaluations.
 
-Both files are what `drlora_jax.evaluate` wrote for one task, for example of a base and of a run.
-The items are paired, and a difference is only called one if it is more than noise.
+Both files were written by `drlora_jax.evaluate` for the same task, for example for a base model and
+a run. The items are paired, and a difference is reported as one only if it exceeds noise.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv=None) -> int:
 
 
 def read_samples(file: str) -> dict[str, dict]:
-    """The lines of a file of samples, by id."""
+    """Reads the lines of a file of samples, by id."""
     path = local_path(file)
     check_downloaded(path)
     try:
@@ -36,17 +36,17 @@ def read_samples(file: str) -> dict[str, dict]:
         return {line["id"]: line for line in lines if line["values"] is not None}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is no file of samples ({type(error).__name__}: {error}); give one of "
+            f"{file} is not a file of samples ({type(error).__name__}: {error}); give one of "
             "<run>/eval/*.jsonl."
         ) from error
 
 
 def compare_files(first: str, second: str) -> str:
-    """The second evaluation minus the first, paired item by item, as text."""
+    """Describes the second evaluation minus the first, paired item by item."""
     samples = [read_samples(file) for file in (first, second)]
     metrics = [list(next(iter(lines.values()), {"values": {}})["values"]) for lines in samples]
     if metrics[0] != metrics[1] or not metrics[0]:
-        raise UserError(f"{first} and {second} have other metrics; compare the same task.")
+        raise UserError(f"{first} and {second} have different metrics; compare the same task.")
     changed = [
         key
         for key in samples[0].keys() & samples[1].keys()
@@ -54,8 +54,8 @@ def compare_files(first: str, second: str) -> str:
     ]
     if changed:
         raise UserError(
-            f"{len(changed)} items have other prompts in {first} and {second} (id {changed[0]}); "
-            "evaluate both with the same task, template and shots."
+            f"{len(changed)} items have different prompts in {first} and {second} (id "
+            f"{changed[0]}); evaluate both with the same task, template and shots."
         )
     lines = []
     for metric in metrics[0]:

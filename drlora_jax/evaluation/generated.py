@@ -1,8 +1,8 @@
-"""Tasks that are answered by writing: GSM8K, and instruction rows with an answer format.
+"""Evaluates tasks with generated answers: GSM8K, and instruction rows with an answer format.
 
-A model is asked in the words it was trained with: the prompts go through the run's own template.
-Examples in front of the question (`shots`) are written with the same template: as earlier turns of
-a chat, or as blocks with an empty line between.
+Prompts are formatted as in training, by the run's own template. Examples before the question
+(`shots`) are formatted by the same template: as earlier turns of a chat, or as blocks separated by
+an empty line.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from drlora_jax.errors import UserError
 from drlora_jax.evaluation.answers import last_number, option_of, strict_number, without_notes
 from drlora_jax.evaluation.records import Sample
 
-# Prompts as texts or token ids, stop strings, tokens at most -> what was written, with `.text` and
+# (prompts as texts or token ids, stop strings, maximum tokens) -> answers with `.text` and
 # `.finish`.
 Generate = Callable[[Sequence[str | list[int]], Sequence[str], int], Sequence]
 
-# Where the next turn or example would begin.
+# Text with which the next turn or example would begin.
 _STOPS = {
     "question_answer": ("Question:",),
     "alpaca": ("### Instruction:",),
@@ -29,13 +29,13 @@ _STOPS = {
 
 
 class Item(NamedTuple):
-    """A prompt and the reference answer."""
+    """Holds a prompt and its reference answer."""
 
     id: str
     prompt: str
-    ids: list[int]  # of the prompt
+    ids: list[int]  # token ids of the prompt
     gold: str
-    options: tuple[str, ...] = ()  # of an instruction row
+    options: tuple[str, ...] = ()  # possible answers of an instruction row
 
 
 def gsm8k_item(
@@ -43,14 +43,14 @@ def gsm8k_item(
 ) -> Item:
     question, answer = question_and_answer(row)
     if strict_number(answer) is None:
-        raise UserError(f"{row.where}: the reference has no number behind ####; correct the row.")
+        raise UserError(f"{row.where}: the reference has no number after ####; correct the row.")
     examples = [question_and_answer(shot) for shot in shots]
     prompt = writer.question(question, system=system, shots=examples)
     return Item(name, prompt.text, prompt.ids, answer)
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:
-    """GSM8K's own fields, or prompt and response; without calculator notes."""
+    """Reads GSM8K's own fields, or prompt and response, without calculator notes."""
     for names in (("question", "answer"), ("prompt", "response")):
         texts = [row.fields.get(name) for name in names]
         if all(isinstance(text, str) for text in texts):
@@ -65,14 +65,14 @@ def instruct_item(name: str, row: Row, writer: Writer, system: str | None = None
     options = instruction_options(row)
     answer = row.fields["answer"]
     if answer not in options:
-        raise UserError(f"{row.where}: the answer {answer!r} is none of {', '.join(options)}.")
+        raise UserError(f"{row.where}: the answer {answer!r} is not one of {', '.join(options)}.")
     extra = row.fields.get("input") or ""
     prompt = writer.question(row.fields["instruction"], extra=extra, system=system)
     return Item(name, prompt.text, prompt.ids, answer, options)
 
 
 def stop_strings(writer: Writer, *, shots: int = 0) -> tuple[str, ...]:
-    """What ends an answer besides the end-of-text token."""
+    """Returns the strings that end an answer, besides the end-of-text token."""
     template = writer.wording.template
     if template == "plain":
         return ("\n\n",) if shots else ()

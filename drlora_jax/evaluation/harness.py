@@ -1,16 +1,16 @@
-"""Tasks of lm-evaluation-harness, run in this process on a model of ours.
+"""Runs tasks of lm-evaluation-harness in this process on our models.
 
-    prepared = prepare(["arc_easy"], Settings(limit=100), tokenizer)
+    prepared = prepare(["arc_easy"], Settings(limit=100))
     for samples, scores in run(prepared, loaded): ...
 
-The harness writes the prompts and computes the metrics; requests are answered by `JaxLM`, and what
-comes out are the scores and samples of every other task here. Definitions in a folder of the user
-(`--task-path`) with data beside them need no network. A definition may name Python functions, which
-are run: give only folders that you trust. Tasks that run programs written by a model are refused:
-the harness does not isolate them.
+The harness writes the prompts and computes the metrics; `JaxLM` answers the requests, and the
+results are scores and samples like those of every other task here. Definitions in the user's folder
+(`--task-path`) whose data are local need no network. A definition may name Python functions, which
+are executed: use only folders that you trust. Tasks that run programs written by a model are
+refused, since the harness does not isolate them.
 
-No process is forked (that would deadlock under JAX): the harness computes no standard errors, they
-are computed here.
+No process is forked, which would deadlock under JAX: standard errors are therefore computed here
+and not by the harness.
 """
 
 import dataclasses
@@ -31,16 +31,16 @@ from drlora_jax.system.paths import local_path
 from drlora_jax.system.text import did_you_mean, first_line
 
 INSTALL = "'drlora-jax[eval]'"
-PREFIX = "lm_eval:"  # of a task's name in scores: our own arc_easy is another task
-SHOT_SEED = 1234  # the harness's own draw of examples; --seed is added
+PREFIX = "lm_eval:"  # prefix of a task's name in scores: our own arc_easy is a different task
+SHOT_SEED = 1234  # the harness's own seed for drawing examples; --seed is added
 
 
 class Prepared(NamedTuple):
-    """Tasks with their data, checked; no model is needed yet."""
+    """Holds checked tasks with their data; no model is needed yet."""
 
-    found: Mapping[str, Any]  # what the harness loaded: tasks, groups
+    found: Mapping[str, Any]  # tasks and groups, as loaded by the harness
     settings: Settings
-    writer: Writer | None = None  # of chats; None: plain prompts
+    writer: Writer | None = None  # writer of chats; None: plain prompts
 
 
 def prepare(
@@ -54,14 +54,14 @@ def prepare(
     """Finds tasks, groups and tags by name, and reads their data.
 
     Args:
-      writer: of chats, for `settings.chat`.
-      shots: examples in front; None: as many as each task has by itself.
-      task_path: a folder of task definitions (.yaml), looked into first.
+      writer: Writer of chats, for `settings.chat`.
+      shots: Examples before each question; None: each task's own number.
+      task_path: A folder of task definitions (.yaml), which is searched first.
     """
     load_package("lm_eval", f"--tasks {','.join(names)}", install=INSTALL)
     for name in ("system", "template"):
         if getattr(settings, name) is not None and writer is None:
-            raise UserError(f"--{name}: tasks of the harness ask without a template; add --chat.")
+            raise UserError(f"--{name}: harness tasks use no template by default; add --chat.")
     manager = _manager(names, task_path)
     for name in names:
         _check_name(name, manager, task_path)
@@ -75,7 +75,7 @@ def prepare(
 def run(
     prepared: Prepared, loaded: Loaded, *, adapter_fingerprint: str | None = None
 ) -> list[tuple[list[Sample], list[Score]]]:
-    """Samples and scores of every task; groups follow, without samples of their own."""
+    """Returns samples and scores of every task, followed by groups, which have no samples."""
     from lm_eval.evaluator import evaluate
 
     from drlora_jax.evaluation.harness_model import JaxLM
@@ -113,18 +113,18 @@ def run(
 
 
 def _manager(names: Sequence[str], task_path: str | None):
-    """The index of task definitions: the user's folder alone if it has all of them."""
+    """Returns the index of task definitions, only of the user's folder if it has all of them."""
     from lm_eval.tasks import TaskManager
 
     if task_path is not None:
         folder = local_path(task_path, "--task-path")
         if not folder.is_dir():
-            raise UserError(f"--task-path {task_path} is no directory; give a folder of tasks.")
+            raise UserError(f"--task-path {task_path} is not a directory; give a folder of tasks.")
         manager = TaskManager(include_path=folder, include_defaults=False)
         if all(name in manager.task_index for name in names):
             return manager
         task_path = folder
-    # Some ten thousand files are read.
+    # This reads about ten thousand files.
     print("reading the task definitions of lm-evaluation-harness ...", file=sys.stderr, flush=True)
     return TaskManager(include_path=task_path)
 
@@ -134,15 +134,15 @@ def _check_name(name: str, manager, task_path: str | None) -> None:
     if name not in index:
         hint = did_you_mean(name, index, count=3) or "see its list of tasks."
         where = f" or in --task-path {task_path}" if task_path else ""
-        raise UserError(f"--tasks {name}: no task of lm-evaluation-harness{where}; {hint}")
-    # Before loading: loading such a task may already fetch and run code.
+        raise UserError(f"--tasks {name}: no such task in lm-evaluation-harness{where}; {hint}")
+    # Checked before loading, which may already download and run code.
     for config in _definitions(name, index):
         if config.get("unsafe_code"):
             raise _unsafe(config.get("task", name))
 
 
 def _definitions(name: str, index: Mapping) -> Iterator[Mapping]:
-    """The definitions that a task, group or tag consists of, functions unresolved."""
+    """Yields the definitions that a task, group or tag consists of, with functions unresolved."""
     entry = index.get(name)
     if entry is None:
         return
@@ -167,16 +167,16 @@ def _unsafe(name: str) -> UserError:
 
 
 def _load(manager, names: Sequence[str]) -> Mapping:
-    # Otherwise `datasets` tells the hub of every load, of local files too.
+    # Otherwise `datasets` reports every load to the hub, even of local files.
     load_package("datasets.config", "Reading a task").HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         return manager.load(list(names))
-    except Exception as error:  # definitions hold code of others, and data may come from anywhere
+    except Exception as error:  # definitions contain third-party code and name arbitrary data
         reason = first_line(error)
         raise UserError(
-            f"--tasks {','.join(names)}: the task does not load: {type(error).__name__}: {reason} "
-            "Its definition names the data; without a network, give one with local files in "
-            "--task-path DIR."
+            f"--tasks {','.join(names)}: the task cannot be loaded: {type(error).__name__}: "
+            f"{reason} Its definition names the data; without a network, use one with local files "
+            "in --task-path DIR."
         ) from error
 
 
@@ -184,12 +184,12 @@ def _check_task(name: str, task) -> None:
     if getattr(task, "UNSAFE_CODE", False):
         raise _unsafe(name)
     if getattr(task, "MULTIMODAL", False):
-        raise UserError(f"--tasks {name}: it has images or sound; only text is supported.")
+        raise UserError(f"--tasks {name} contains images or sound; only text is supported.")
 
 
 def _set_up(task, settings: Settings, shots: int | None) -> None:
-    """The number of examples, their draw and the length of answers."""
-    # As the harness does: a task that says 0 itself has no examples to give.
+    """Sets the number of examples, their seed and the length of answers."""
+    # As in the harness: a task that sets 0 itself has no examples to give.
     if shots is not None and task.config.num_fewshot != 0:
         task.set_config(key="num_fewshot", value=shots)
     elif task.config.num_fewshot is None:
@@ -204,7 +204,7 @@ def _set_up(task, settings: Settings, shots: int | None) -> None:
 
 
 def _parts(prepared: Prepared) -> dict[str, list[int]]:
-    """The documents of tasks that have more than --limit; the sample of every other task here."""
+    """Returns the sampled documents of tasks with more than --limit, drawn as for our tasks."""
     sizes = {name: len(task.eval_docs) for name, task in prepared.found["tasks"].items()}
     limit = prepared.settings.limit
     return {
@@ -215,7 +215,7 @@ def _parts(prepared: Prepared) -> dict[str, list[int]]:
 
 
 def _common(name: str, task, entries, settings: Settings, loaded: Loaded) -> dict:
-    """What the scores of a task have in common."""
+    """Returns the fields that all scores of a task share."""
     names = ("limit", "chat", "template", "system", "max_new_tokens", "max_length")
     stored = settings.stored(names) | {
         "shots": task.config.num_fewshot,
@@ -237,7 +237,7 @@ def _json(value: Any) -> str:
 
 
 def _data_name(task) -> str:
-    """A task's data as its definition names it."""
+    """Returns the name of a task's data in its definition."""
     config = task.config
     files = (config.dataset_kwargs or {}).get("data_files")
     if files:
@@ -254,7 +254,7 @@ def _groups(prepared: Prepared, output: Mapping, answered: Mapping) -> Iterator[
             "version": str(group.version),
             "samples": None,
         }
-        for field in ("prompt_hash", "data", "data_fingerprint"):  # of all tasks
+        for field in ("prompt_hash", "data", "data_fingerprint"):  # over all tasks of the group
             common[field] = text_hash(getattr(part, field) for part in parts)
         values = harness_scores.group_values(group, row, parts)
         yield [], [Score(**common | value._asdict()) for value in values]

@@ -1,10 +1,10 @@
-"""A model of ours as lm-evaluation-harness sees one: texts in, log-likelihoods and texts out.
+"""Adapts our models to lm-evaluation-harness: texts in, log-likelihoods and texts out.
 
-What the harness leaves to a model is done as its own `hf` model does it: how a text becomes token
-ids, what stands before an empty context, which end of a long context is cut off, and where a
-written answer ends; but a written answer keeps the blank that it begins with, which `hf` drops with
-some tokenizers. `benchmarks/harness_parity.py` compares the two sample by sample. This file is
-imported where lm_eval is installed, by `harness`.
+What the harness leaves to a model is done as in its own `hf` model: tokenization, the token before
+an empty context, which end of a long context is truncated, and where a generated answer ends.
+However, a generated answer keeps its leading space, which `hf` drops with some tokenizers.
+`benchmarks/harness_parity.py` compares the two sample by sample. `harness` imports this file, where
+lm_eval is installed.
 """
 
 import functools
@@ -23,14 +23,14 @@ from drlora_jax.inference.generation import GREEDY, Generator, Sampling
 from drlora_jax.inference.model import Loaded
 from drlora_jax.inference.scoring import Scorer
 
-DEFAULT_LENGTH = 2048  # tokens, of a model that names no longest context
-NO_LIMIT = 10**9  # a tokenizer's model_max_length above this means that it knows none
-NEW_TOKENS = 256  # of a task that names no number
+DEFAULT_LENGTH = 2048  # tokens, for a model that names no maximum context
+NO_LIMIT = 10**9  # a tokenizer's model_max_length above this means that it has none
+NEW_TOKENS = 256  # default of tasks that name no number
 _NUMBERS_OF_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class Options(NamedTuple):
-    """What the harness asks of one written answer."""
+    """Holds the harness's settings of a generated answer."""
 
     stop: tuple[str, ...]
     new_tokens: int
@@ -38,13 +38,13 @@ class Options(NamedTuple):
 
 
 class JaxLM(TemplateLM):
-    """Answers the harness's requests in batches, each sort with one set of compiled programs.
+    """Answers the harness's requests in batches, with one set of compiled programs per type.
 
     Args:
-      max_length: tokens that the model sees; None: what its config.json says.
-      seed: of sampled answers; greedy ones do not depend on it.
-      writer: of chats; None: in the tokenizer's own chat template.
-      has_system: whether the user gave a system message, which is not to be left out.
+      max_length: Tokens that the model reads; None: as in its config.json.
+      seed: Seed of sampled answers; greedy answers do not depend on it.
+      writer: Writer of chats; None: the tokenizer's own chat template.
+      has_system: Whether the user gave a system message, which must then not be dropped.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class JaxLM(TemplateLM):
 
     @functools.cached_property
     def _generator(self) -> Generator:
-        # Made when a task writes: on some devices it holds a second copy of the weights.
+        # Created when a task generates: on some devices it holds a second copy of the weights.
         return Generator(self._loaded, batch_size=self.batch_size)
 
     @property
     def eot_token_id(self) -> int:
-        """The tokenizer's eos, or what else ends an answer."""
+        """Returns the tokenizer's eos token, or the first token that ends an answer."""
         if not self._loaded.end_token_ids:
             raise UserError(
-                "The tokenizer has no bos and no eos token, and config.json no eos_token_id: there "
-                "is nothing that could stand before a text without context. Set eos_token in "
+                "The tokenizer has no bos or eos token, and config.json has no eos_token_id, so "
+                "there is no token to precede a text without context. Set eos_token in "
                 "tokenizer_config.json."
             )
         return self._loaded.end_token_ids[0]
@@ -103,10 +103,10 @@ class JaxLM(TemplateLM):
         return list(self.tokenizer(string, add_special_tokens=add_special_tokens).input_ids)
 
     def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
-        """A conversation in the words of the run, or as the tokenizer's template writes it.
+        """Formats a conversation as in the run's training, or by the tokenizer's template.
 
-        Control tokens in the text of others stay guarded until `tok_encode`. Without a generation
-        prompt the last turn is the beginning of the answer.
+        Control tokens in user text stay escaped until `tok_encode`. Without a generation prompt the
+        last turn is the beginning of the answer.
         """
         turns, begun = list(chat_history), ""
         writer = self._writer or self._own_writer()
@@ -119,7 +119,7 @@ class JaxLM(TemplateLM):
             if len(others) == len(turns) or self._has_system:
                 raise
             prompt = writer.turns(others)
-            self._say_once("the template writes no system message; those of the task are left out")
+            self._say_once("the template has no system message; those of the task are dropped")
         return "".join(segment.text for segment in prompt.segments) + begun
 
     def _own_writer(self) -> Writer:
@@ -133,28 +133,28 @@ class JaxLM(TemplateLM):
     def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         for request in requests:
             if not request.args[1]:
-                raise RunError(f"Task {request.task_name}: there is no text to score.")
+                raise RunError(f"Task {request.task_name} requests the score of an empty text.")
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
         pairs = []
         for (_, text), context, continuation in requests:
             self._check(text, continuation)
-            # A context of spaces alone gives them to the continuation, and has no token left.
+            # A context of only spaces passes them to the continuation and has no tokens left.
             pairs.append((context or [self.prefix_token_id], continuation))
         return [(found.total, found.is_greedy) for found in self._score(pairs)]
 
     def _check(self, text: str, continuation: Sequence[int]) -> None:
         if not continuation:
-            raise RunError(f"{text[:80]!r} has no token of its own behind its context.")
+            raise RunError(f"{text[:80]!r} adds no token to its context.")
         if len(continuation) > self.max_length:
             raise UserError(
-                f"An answer has {len(continuation)} tokens ({text[:80]!r}...), the model sees "
-                f"{self.max_length}; give a larger --max-length or another task."
+                f"An answer has {len(continuation)} tokens ({text[:80]!r}...), but --max-length is "
+                f"{self.max_length}; use a larger --max-length or another task."
             )
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-        """Every token is predicted once, from as many tokens before it as its window has."""
+        """Predicts every token once, from the preceding tokens of its window."""
         del disable_tqdm
         windows = [self._windows(request.args[0]) for request in requests]
         found = iter(self._score([pair for part in windows for pair in part]))
@@ -170,7 +170,7 @@ class JaxLM(TemplateLM):
         return [make_disjoint_window(cut) for cut in cuts]
 
     def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
-        """Requests of equal options are answered together."""
+        """Answers requests, those of equal options together."""
         del disable_tqdm
         groups: dict[Options, list[int]] = {}
         for index, request in enumerate(requests):
@@ -183,12 +183,12 @@ class JaxLM(TemplateLM):
         return texts
 
     def _prompt(self, context: str, options: Options) -> list[int]:
-        """The end of the context, as much of it as leaves room for the answer."""
+        """Returns the end of the context, truncated on the left to leave room for the answer."""
         room = self.max_length - options.new_tokens
         if room < 1:
             raise UserError(
-                f"A task asks for {options.new_tokens} new tokens, the model sees "
-                f"{self.max_length} in all; give a smaller --max-new-tokens."
+                f"A task requests {options.new_tokens} new tokens, but prompt and answer together "
+                f"have at most {self.max_length}; use a smaller --max-new-tokens."
             )
         return self.tok_encode(context)[-room:] or [self.prefix_token_id]
 
@@ -204,10 +204,10 @@ class JaxLM(TemplateLM):
 
 
 def read_options(given: dict) -> Options:
-    """A task's generation settings.
+    """Reads a task's generation settings.
 
     Raises:
-      UserError: for a setting that would be ignored.
+      UserError: If a setting would be ignored.
     """
     left = dict(given)
     stop = left.pop("until", None) or []
@@ -215,19 +215,19 @@ def read_options(given: dict) -> Options:
     numbers = [left.pop(name, None) for name in _NUMBERS_OF_TOKENS]
     new_tokens = int(next((number for number in numbers if number is not None), NEW_TOKENS))
     if left.pop("num_beams", 1) != 1:
-        raise UserError("A task asks for beam search (num_beams), which there is none of here.")
+        raise UserError("A task requests beam search (num_beams), which is not supported.")
     sampling = _sampling(left)
     if left:
         raise UserError(
-            f"A task has the generation settings {', '.join(sorted(left))}, which are not known "
-            f"here; known: until, {', '.join(_NUMBERS_OF_TOKENS)}, do_sample, temperature, top_p, "
-            "top_k."
+            f"A task has the generation settings {', '.join(sorted(left))}, which are not "
+            f"supported; supported are until, {', '.join(_NUMBERS_OF_TOKENS)}, do_sample, "
+            "temperature, top_p and top_k."
         )
     return Options(tuple(text for text in stop if text), new_tokens, sampling)
 
 
 def _sampling(left: dict) -> Sampling:
-    """Takes its settings out of `left`; without do_sample, a temperature above 0 asks for it."""
+    """Pops the sampling settings from `left`; a temperature above 0 implies do_sample."""
     temperature = left.pop("temperature", None)
     top_k, top_p = left.pop("top_k", None), left.pop("top_p", None)
     is_sampled = left.pop("do_sample", None)
@@ -243,7 +243,7 @@ def _sampling(left: dict) -> Sampling:
 
 
 def context_length(loaded: Loaded) -> int:
-    """Tokens that the model was made for: of config.json, else of the tokenizer."""
+    """Returns the model's maximum context in tokens: of config.json, or else of the tokenizer."""
     values = json.loads((loaded.directory / "config.json").read_text(encoding="utf-8"))
     values = values.get("text_config") or values
     given = values.get("max_position_embeddings") or loaded.tokenizer.model_max_length

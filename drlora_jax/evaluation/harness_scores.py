@@ -1,8 +1,8 @@
-"""From what lm-evaluation-harness logs to our samples and scores.
+"""Converts the logs of lm-evaluation-harness to our samples and scores.
 
-The harness logs one entry for each document and filter (a filter extracts an answer from a text).
-Values are its own. Standard errors are ours: in closed form where a metric is a mean, a ratio or
-the exponential of one, else by drawing documents again, in this process.
+The harness logs one entry per document and filter (a filter extracts an answer from a text). The
+values are those of the harness. Standard errors are ours: in closed form where a metric is a mean,
+a ratio or the exponential of one, otherwise by bootstrapping documents, in this process.
 """
 
 import json
@@ -17,13 +17,13 @@ import numpy as np
 from drlora_jax.evaluation import statistics
 from drlora_jax.evaluation.records import Sample, Score
 
-NO_FILTER = "none"  # the harness's name for it
-DRAWS = 100  # of documents, for metrics without a closed form
-Entry = Mapping[str, Any]  # of the harness's log
+NO_FILTER = "none"  # as the harness names it
+DRAWS = 100  # bootstrap samples, for metrics without a closed form
+Entry = Mapping[str, Any]  # entry of the harness's log
 
 
 class Value(NamedTuple):
-    """One number of a task."""
+    """Holds the value of one metric of a task."""
 
     metric: str
     value: float
@@ -33,15 +33,15 @@ class Value(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one document gives to a metric that is a mean, or a function of one."""
+    """Holds the contribution of one document to a metric that is a mean, or a function of one."""
 
     value: float
     weight: float
-    name: str  # of the value, where it is not the metric itself
+    name: str  # name of the value, which may differ from the metric
 
 
 def values_of(task, entries: Sequence[Entry], row: Mapping[str, Any]) -> list[Value]:
-    """The metrics of a task's row of results, with standard errors."""
+    """Returns the metrics of a task's row of results, with standard errors."""
     found = []
     for key, value in row.items():
         metric, _, chosen = key.rpartition(",")
@@ -54,7 +54,7 @@ def values_of(task, entries: Sequence[Entry], row: Mapping[str, Any]) -> list[Va
 
 
 def group_values(group, row: Mapping[str, Any], scores: Sequence[Score]) -> list[Value]:
-    """The metrics of a group; its tasks are independent, their errors add up by their weights."""
+    """Returns the metrics of a group; the errors of its tasks are independent and add by weight."""
     by_size = {config.metric: config.weight_by_size for config in group.aggregate_metric_list}
     found = []
     for key, value in row.items():
@@ -73,7 +73,7 @@ def group_values(group, row: Mapping[str, Any], scores: Sequence[Score]) -> list
 
 
 def samples_of(task, entries: Sequence[Entry]) -> list[Sample]:
-    """One sample a document, with what all filters found."""
+    """Returns one sample per document, with the results of all filters."""
     by_document: dict[int, list[Entry]] = {}
     for entry in entries:
         by_document.setdefault(entry["doc_id"], []).append(entry)
@@ -81,7 +81,7 @@ def samples_of(task, entries: Sequence[Entry]) -> list[Sample]:
 
 
 def asked_texts(entries: Sequence[Entry]) -> list[str]:
-    """All that the model was given, in order: what the prompt hash covers."""
+    """Returns all texts that the model received, in order, for the prompt hash."""
     texts = []
     for entry in entries:
         if entry["filter"] == entries[0]["filter"]:
@@ -95,12 +95,12 @@ def _name(metric: str, chosen: str) -> str:
 
 
 def _aggregation(task, metric: str) -> Callable | None:
-    """None: the harness takes the mean of what it has no rule for."""
+    """Returns the harness's aggregation of a metric; None: the mean."""
     return task.aggregation().get(metric)
 
 
 def _part(aggregation: Callable | None, item: Any, metric: str) -> Part | None:
-    """None where the metric is no function of a mean."""
+    """Returns a document's contribution to a metric; None if that is no function of a mean."""
     match getattr(aggregation, "__name__", "mean"), item:
         case "mean", bool() | numbers.Real():
             return Part(float(item), 1.0, metric)
@@ -114,7 +114,7 @@ def _part(aggregation: Callable | None, item: Any, metric: str) -> Part | None:
 
 
 def _estimate(aggregation: Callable | None, items: Sequence) -> tuple:
-    """Standard error and 95 % interval."""
+    """Returns standard error and 95 % interval."""
     parts = [_part(aggregation, item, "metric") for item in items]
     if any(part is None for part in parts):
         return _drawn(aggregation, items)
@@ -125,13 +125,13 @@ def _estimate(aggregation: Callable | None, items: Sequence) -> tuple:
 
 
 def _drawn(aggregation: Callable, items: Sequence) -> tuple:
-    """By the spread of the metric over documents drawn with replacement."""
+    """Returns standard error and interval by bootstrap, drawing documents with replacement."""
     if len(items) < 2:
         return None, None
     draw = np.random.default_rng(0)
     picks = draw.integers(0, len(items), size=(DRAWS, len(items)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a draw may hold one class alone
+        warnings.simplefilter("ignore")  # a draw may contain a single class
         values = [aggregation([items[index] for index in pick]) for pick in picks]
     return _interval(float(aggregation(list(items))), float(np.std(values, ddof=1)))
 
@@ -147,14 +147,14 @@ def _sample(task, number: int, entries: Sequence[Entry]) -> Sample:
             part = _part(_aggregation(task, metric), entry[metric], metric)
             if part is not None:
                 parts[_name(part.name, entry["filter"])] = part
-    # A sample has one weight. Of a text's words and bytes the bytes count.
+    # A sample has one weight: of the words and bytes of a text, the number of bytes.
     weight = max((part.weight for part in parts.values()), default=1.0)
     values = {name: part.value for name, part in parts.items() if part.weight == weight}
     return Sample(str(number), values, _fields(entries), weight)
 
 
 def _fields(entries: Sequence[Entry]) -> dict:
-    """What was asked and answered, as JSON takes it."""
+    """Returns requests and answers as JSON values."""
     first = entries[0]
     arguments = [tuple(each) for each in first["arguments"]]
     answers = [each[0] if len(each) == 1 else each for each in first["resps"]]
@@ -183,5 +183,5 @@ def _plain_text(value: Any) -> str:
 
 
 def _known(value: Any) -> Any:
-    """NumPy's numbers as numbers; anything else as Python writes it."""
+    """Converts NumPy numbers to numbers, and anything else to its repr."""
     return value.item() if isinstance(value, np.generic) else repr(value)

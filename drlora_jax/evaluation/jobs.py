@@ -1,4 +1,4 @@
-"""From what the user asked for to tasks with their items, and from these to scores."""
+"""Turns the user's request into tasks with their items, and these into scores."""
 
 import dataclasses
 import functools
@@ -31,29 +31,29 @@ from drlora_jax.runs.resolved import asked_wording, system_note
 from drlora_jax.system.paths import local_path
 from drlora_jax.system.text import counted
 
-HARNESS = "lm_eval:"  # in front of a task of lm-evaluation-harness
-MAX_LENGTH = 2048  # tokens that a model sees of context and answer
+HARNESS = "lm_eval:"  # prefix of a task of lm-evaluation-harness
+MAX_LENGTH = 2048  # tokens of context and answer together
 
 
 class Request(NamedTuple):
-    """A task by its name, and the file if one was named."""
+    """Names a task, and its file if the user gave one."""
 
     name: str
     file: str | None
 
 
 class Job(NamedTuple):
-    """A task that is ready to be answered."""
+    """Holds a task with everything that is needed to answer it."""
 
     task: Task
-    label: str  # of its file of samples
+    label: str  # name of its file of samples
     work: Work
     items: list
     data_fingerprint: str
 
 
 def parse_requests(tasks: str | None, losses: Sequence[str]) -> tuple[list[Request], list[str]]:
-    """Our tasks, and the names that are left for lm-evaluation-harness."""
+    """Returns requests for our own tasks, and the names that go to lm-evaluation-harness."""
     ours, others = [], []
     for part in filter(None, (part.strip() for part in (tasks or "").split(","))):
         name, _, file = part.partition("=")
@@ -68,7 +68,7 @@ def _harness_task(name: str) -> str:
     if importlib.util.find_spec("lm_eval") is None:
         own = name.removeprefix(HARNESS).partition("=")[0]
         raise UserError(
-            f"--tasks {name}: no task of this package ({suggest(own)}). Other names run "
+            f"--tasks {name}: this package has no such task ({suggest(own)}). Other names run "
             "lm-evaluation-harness, which is not installed: pip install 'drlora-jax[eval]'."
         )
     return name.removeprefix(HARNESS)
@@ -77,12 +77,12 @@ def _harness_task(name: str) -> str:
 def prepare_jobs(
     requests: Sequence[Request], settings: Settings, config: TrainConfig | None, texts: Texts
 ) -> list[Job]:
-    """Reads all data and writes all prompts; user mistakes end here, before a model is loaded."""
+    """Reads all data and writes all prompts: mistakes are found before a model is loaded."""
     jobs = []
     for request in requests:
         if TASKS[request.name].is_code and not settings.allow_code:
             raise UserError(
-                f"--tasks {request.name} runs programs that a model wrote; say so with "
+                f"--tasks {request.name} runs programs that a model wrote; allow this with "
                 "--allow-code-execution. They run in a process without network and files."
             )
         if request.name == "loss" and request.file is None:
@@ -95,20 +95,20 @@ def prepare_jobs(
 def make_texts(
     settings: Settings, config: TrainConfig | None, words: Words, row_format: str | None = None
 ) -> Texts:
-    """A run's way to read and write texts; without a run, that of a new config.
+    """Returns how texts are read and written: as by the run, or without a run as by a new config.
 
     Args:
-      config: of the run, with data settings overridden.
-      row_format: of the run's rows, for one that did not keep it.
+      config: Config of the run, with data settings overridden.
+      row_format: Format of the run's rows, if the run did not record it.
     """
     known = config or TrainConfig()
     length = settings.max_length or known.train.sequence_length
     date = words.resolved.date if words.resolved else None
     section = known.data
     if words.is_run and words.resolved is None and section.special_tokens == "auto":
-        section = dataclasses.replace(section, special_tokens="keep")  # as it was read then
+        section = dataclasses.replace(section, special_tokens="keep")  # as earlier versions did
 
-    @functools.cache  # so that what is missed is said once
+    @functools.cache  # so that its note is printed once
     def find_own() -> Writer | None:
         writer = own_writer(settings, words, row_format)
         if writer is not None and not writer.wording.is_as_is and settings.system is None:
@@ -119,7 +119,7 @@ def make_texts(
 
 
 def own_writer(settings: Settings, words: Words, row_format: str | None) -> Writer | None:
-    """In the words of the run, or those that `--template` names; None for plain text."""
+    """Returns a writer with the wording of the run or of `--template`; None for plain text."""
     if settings.template is None and not words.is_run:
         return None
     like = words.wording(settings.template, row_format)
@@ -136,7 +136,7 @@ def _tell(note: str | None) -> None:
 
 def _heldout(config: TrainConfig | None) -> tuple[str, ...]:
     if config is None or not config.data.eval_path:
-        raise UserError("--tasks loss: the run has no data.eval_path; give a file, loss=FILE.")
+        raise UserError("--tasks loss: the run has no data.eval_path; give a file as loss=FILE.")
     return config.data.eval_path
 
 
@@ -151,23 +151,23 @@ def _job(request: Request, settings: Settings, texts: Texts) -> Job:
     work = Work(data.name, data.rows, _shots(task, data, settings), settings, texts)
     items = task.items(work)
     if not items:
-        raise UserError(f"{data.name}: no item of {task.name} is left; give another file.")
+        raise UserError(f"{data.name}: no item of {task.name} remains; give another file.")
     label = task.name
-    if request.file:  # several files of one task: names and digests tell their samples apart
+    if request.file:  # names and digests distinguish the samples of several files of one task
         stem = pathlib.PurePath(request.file.partition(":")[2] or request.file).name.split(".")[0]
         label = f"{task.name}-{stem}-{data.fingerprint[:6]}"
     return Job(task, label, work, items, data.fingerprint)
 
 
 def _shots(task: Task, data: sources.Data, settings: Settings) -> list[Row]:
-    """The first rows of the task's file of examples."""
+    """Returns the first rows of the task's file of examples."""
     if not settings.shots:
         return []
     found = sources.read_source(task.name, task.shots, None, settings.data_dir)
     if found.fingerprint == data.fingerprint:
         raise UserError(
-            f"--shots {settings.shots}: the examples and the questions of {task.name} are the same "
-            f"file, {data.name}; evaluate other rows."
+            f"--shots {settings.shots}: the examples of {task.name} come from the evaluated file, "
+            f"{data.name}; evaluate other rows."
         )
     if len(found.rows) < settings.shots:
         raise UserError(
@@ -181,10 +181,10 @@ def _file_digest(path: str) -> str:
     try:
         return hashlib.sha256(local_path(str(file)).read_bytes()).hexdigest()[:16]
     except OSError:
-        return text_hash([path])  # a `datasets` name, or what reading it will explain
+        return text_hash([path])  # a `datasets` name, or a path whose error reading will report
 
 
-# --------------------------------------------------------------------------------------------- run
+# -------------------------------------------------------------------------------------------- run
 
 
 def make_tools(loaded: Loaded, settings: Settings, sandbox: Sandbox | None) -> Tools:
@@ -194,7 +194,7 @@ def make_tools(loaded: Loaded, settings: Settings, sandbox: Sandbox | None) -> T
     def score(pairs):
         longest = max((len(continuation) for _, continuation in pairs), default=0)
         if longest > length:
-            raise UserError(f"an answer has {longest} tokens; raise --max-length ({length}).")
+            raise UserError(f"An answer has {longest} tokens; raise --max-length ({length}).")
         return score_continuations(loaded, pairs, batch_size=settings.batch_size, max_length=length)
 
     def generate(texts, stop, tokens):
@@ -210,7 +210,7 @@ def make_tools(loaded: Loaded, settings: Settings, sandbox: Sandbox | None) -> T
 def run_job(
     job: Job, tools: Tools, adapter_fingerprint: str | None
 ) -> tuple[list[Sample], list[Score]]:
-    """Answers the items of a task; the scores carry what is needed to judge them."""
+    """Answers the items of a task; returns samples, and scores with all that reproduces them."""
     samples = job.task.answer(job.items, job.work, tools)
     loaded, settings = tools.loaded, job.work.settings
     stored = settings.stored(job.task.options)
@@ -228,7 +228,7 @@ def run_job(
 
 
 def adapter_digest(loaded: Loaded) -> str | None:
-    """Of factors and ranks, the same on any mesh; None for a base."""
+    """Returns a digest of adapter weights and ranks, equal on any mesh; None for a base model."""
     if not loaded.is_adapted:
         return None
     leaves = map(processes.to_host, jax.tree.leaves(loaded.variables["lora"]))

@@ -1,9 +1,9 @@
-"""Loss and perplexity on files, document by document.
+"""Computes loss and perplexity on files, document by document.
 
 Documents are read, rendered and packed as in training, so the loss of a run's own held-out file is
-the one that training measured; here each document also gets its own, which is what standard errors
-and paired comparisons need. Text files (.txt, .md, plain or .gz) are cut into windows that predict
-every token but the first once. Letters: N predicted positions.
+the one that training measured. Here each document also has its own loss, which standard errors and
+paired comparisons need. Text files (.txt, .md, plain or .gz) are split into windows that predict
+every token except the first once. Letters: N predicted positions.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def is_text_file(path: str) -> bool:
 
 
 class Item(NamedTuple):
-    """A document, or a window of a text."""
+    """Holds a document, or a window of a text."""
 
     id: str  # its number in the file
     document: Document
@@ -49,10 +49,10 @@ class Item(NamedTuple):
 def read_items(
     path: str, section: DataSection, tokenizer, length: int, date: str | None = None
 ) -> list[Item]:
-    """The documents of a file, by the data settings of a run.
+    """Reads the documents of a file by the data settings of a run.
 
     Args:
-      date: of chat templates that read the clock.
+      date: Date for chat templates that read the clock.
     """
     if is_text_file(path):
         document = encode_document([Segment(_read_text(path), True)], tokenizer, "all")
@@ -61,14 +61,14 @@ def read_items(
         section = dataclasses.replace(section, eval_path=(path,))
         found = load_documents(section, tokenizer, length, evaluation=True, date=date)
         documents = found.documents
-        if processes.is_main():  # rows that are left out or cut change the loss
+        if processes.is_main():  # rows that are skipped or truncated change the loss
             for remark in found.report.remarks():
                 print(f"note: {path}: {remark}", file=sys.stderr)
     return [Item(str(number), document) for number, document in enumerate(documents, 1)]
 
 
 def item_texts(item: Item) -> list[str]:
-    """Tokens and what of them is predicted, as text for a hash."""
+    """Returns tokens and predicted positions as texts, for a hash."""
     tokens, is_target = item.document
     return [" ".join(map(str, tokens.tolist())), " ".join(map(str, np.flatnonzero(is_target)))]
 
@@ -76,7 +76,7 @@ def item_texts(item: Item) -> list[str]:
 def answer_items(
     loaded: Loaded, items: Sequence[Item], *, length: int, batch_size: int
 ) -> list[Sample]:
-    """The loss of each document: nats a target token, weighted by target tokens."""
+    """Computes the loss of each document: nats per target token, weighted by target tokens."""
     documents = [item.document for item in items]
     longest = max(items, key=lambda item: len(item.document.tokens))
     warn_beyond(
@@ -98,18 +98,18 @@ def answer_items(
         placed = processes.place(batch, mesh_lib.rows(loaded.mesh))
         log_p_N, _ = jax.device_get(score(loaded.variables, placed, at_N))
         loaded.on_batch()
-        # Positions come row by row, and in a row document by document.
+        # Positions are ordered by row, and within a row by document.
         order = np.concatenate(part)
         owner_N = np.repeat(order, [_targets(documents, [[index]]) for index in order])
         np.add.at(totals, owner_N, -log_p_N[:count].astype(np.float64))
     if not np.isfinite(totals).all():
         number = int(np.argmin(np.isfinite(totals))) + 1
-        raise RunError(f"the loss of document {number} is {totals[number - 1]}.")
+        raise RunError(f"The loss of document {number} is {totals[number - 1]}.")
     return [_sample(item, float(nll)) for item, nll in zip(items, totals, strict=True)]
 
 
 def _targets(documents: Sequence[Document], rows) -> int:
-    """Target tokens of planned rows."""
+    """Counts the target tokens of packed rows."""
     return sum(int(documents[index].is_target.sum()) for row in rows for index in row)
 
 

@@ -1,7 +1,8 @@
-"""Multiple choice by log-likelihood: the model never writes, its probabilities are compared.
+"""Evaluates multiple choice by log-likelihood: the model generates nothing, its probabilities are
+compared.
 
-`acc` takes the choice of the largest log-likelihood, `acc_norm` the largest log-likelihood per
-character of the choice (without the space in front), as lm-evaluation-harness does. Ties go to the
+`acc` selects the choice with the largest log-likelihood, `acc_norm` the largest log-likelihood per
+character of the choice (without the leading space), as lm-evaluation-harness does. Ties go to the
 first choice.
 """
 
@@ -22,13 +23,13 @@ Score = Callable[[Sequence[tuple[list[int], list[int]]]], Sequence]  # pairs -> 
 
 
 class Item(NamedTuple):
-    """Choices of which one is right; `pairs` are what the model scores."""
+    """Holds the choices of a question, one of which is correct, and the pairs to score."""
 
     id: str
     choices: tuple[Choice, ...]
     pairs: tuple[tuple[list[int], list[int]], ...]
     gold: int
-    answers: int  # of the question; labels of other questions may compete, too
+    answers: int  # answers of the question; labels of other questions may compete too
 
 
 def likelihood_item(
@@ -40,7 +41,7 @@ def likelihood_item(
     writer: Writer | None = None,
     system: str | None = None,
 ) -> Item:
-    """Full answers behind a question; with a writer, the question is asked in its words."""
+    """Returns an item that scores full answers; a writer formats the question."""
     choices = likelihood_choices(question, dataset)
     if writer is None:
         pairs = [encode_pair(choice.context, choice.continuation, tokenizer) for choice in choices]
@@ -55,7 +56,7 @@ def likelihood_item(
 
 
 def _behind(prompt: Prompt, answer: Segment, tokenizer) -> tuple[list[int], list[int]]:
-    """The prompt's ids, and those that the answer adds: both as one text, as in training."""
+    """Returns the ids of prompt and answer, which are tokenized as one text as in training."""
     document = encode_document([*prompt.segments, answer], tokenizer, "response")
     is_answer = document.is_target.copy()
     is_answer[-1] = False  # the end-of-text token
@@ -67,20 +68,20 @@ def _behind(prompt: Prompt, answer: Segment, tokenizer) -> tuple[list[int], list
 
 
 def label_item(name: str, question: Question, dataset: str, tokenizer) -> Item:
-    """Labels behind a prompt that lists the choices; one token each."""
+    """Returns an item that scores labels, one token each, after a prompt that lists the choices."""
     prompt, labels, gold = label_prompt(question, dataset)
     ids = encode_prompt(prompt, tokenizer)
     choices = tuple(Choice(prompt, f" {label}", label) for label in labels)
-    # The last piece: some tokenizers cut the space or the first letters off.
+    # Only the last token: some tokenizers split off the space or the first letters.
     pairs = tuple((ids, _ids(f" {label}", tokenizer)[-1:]) for label in labels)
     return Item(name, choices, pairs, gold, len(question.choices) or len(labels))
 
 
 def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of a context and of what follows it.
+    """Returns the token ids of a context and of its continuation.
 
-    Both are tokenised as one text, which is cut where the context's own ids end. Spaces at the end
-    of the context go to the continuation, since words carry their space in front.
+    Both are tokenized as one text, which is split where the context's own ids end. Trailing spaces
+    of the context are moved to the continuation, since tokens contain the space before a word.
     """
     stripped = context.rstrip()
     continuation = context[len(stripped) :] + continuation
@@ -92,7 +93,7 @@ def encode_pair(context: str, continuation: str, tokenizer) -> tuple[list[int], 
 
 
 def answer_items(items: Sequence[Item], score: Score) -> list[Sample]:
-    """Scores all pairs in one go and picks the choices."""
+    """Scores all pairs at once and selects the choices."""
     found = list(score([pair for item in items for pair in item.pairs]))
     samples, start = [], 0
     for item in items:
@@ -100,13 +101,15 @@ def answer_items(items: Sequence[Item], score: Score) -> list[Sample]:
         start += len(item.pairs)
         totals = np.array([each.total for each in part], np.float64)
         if not np.isfinite(totals).all():
-            raise RunError(f"item {item.id} has log-likelihoods {totals.tolist()}: a broken model.")
+            raise RunError(
+                f"Item {item.id} has the log-likelihoods {totals.tolist()}: the model is broken."
+            )
         samples.append(_sample(item, totals))
     return samples
 
 
 def item_texts(item: Item) -> list[str]:
-    """What the prompt hash is made of."""
+    """Returns the texts of an item, for the prompt hash."""
     return [text for choice in item.choices for text in choice[:2]]
 
 
@@ -135,11 +138,11 @@ def _ids(text: str, tokenizer) -> list[int]:
 
 
 def _start(tokenizer) -> int:
-    """What stands before a text without context."""
+    """Returns the token that precedes a text without context."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise UserError(
-            "The tokenizer has neither a bos nor an eos token: there is nothing that could stand "
-            "before a text without context. Set eos_token in tokenizer_config.json."
+            "The tokenizer has neither a bos nor an eos token, so there is no token to precede a "
+            "text without context. Set eos_token in tokenizer_config.json."
         )
     return start

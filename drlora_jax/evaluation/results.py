@@ -1,8 +1,8 @@
-"""From samples to scores, and where they go: the table on the screen, eval.json, sample files.
+"""Turns samples into scores and writes both: the printed table, eval.json and files of samples.
 
-`<run>/eval.json` holds one object, `{"scores": [...]}`. A new score replaces the one of the same
-task, metric, checkpoint step, base and settings; all others stay. `<run>/eval/` has one JSON line a
-sample and task.
+`<run>/eval.json` holds one object, `{"scores": [...]}`. A new score replaces the one with the same
+task, metric, checkpoint step, base model and settings; all others are kept. `<run>/eval/` has one
+file per task with one JSON line per sample.
 """
 
 import json
@@ -23,7 +23,7 @@ _SAME += ("base_fingerprint",)
 
 
 def scores_of(samples: Sequence[Sample], metrics: Sequence[str], common: Mapping) -> list[Score]:
-    """One score a metric; `common` are the other fields. A loss is followed by its perplexity."""
+    """Returns one score per metric, and after a loss its perplexity; `common` are other fields."""
     weights = [sample.weight for sample in samples]
     found = []
     for metric in metrics:
@@ -35,7 +35,7 @@ def scores_of(samples: Sequence[Sample], metrics: Sequence[str], common: Mapping
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Aligned columns."""
+    """Formats scores as a table with aligned columns."""
     rows = [("task", "metric", "value", "stderr", "95 % interval", "n", "step")]
     for score in scores:
         decimals = _decimals(score)
@@ -58,12 +58,12 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def chance_lines(scores: Sequence[Score]) -> list[str]:
-    """A line for every accuracy whose interval is not above what guessing reaches."""
+    """Returns a line for every accuracy whose interval is not above chance."""
     lines = []
     for score in scores:
         if score.chance is None or not score.ci95 or score.ci95[0] > score.chance:
             continue
-        relation = "cannot be told from chance ({}, inside its interval)"
+        relation = "cannot be distinguished from chance ({}, inside its interval)"
         if score.ci95[1] < score.chance:
             relation = "is below chance ({}, above its interval)"
         what = f"{score.task} {score.metric}: {score.value:.4f}"
@@ -72,14 +72,14 @@ def chance_lines(scores: Sequence[Score]) -> list[str]:
 
 
 def _decimals(score: Score) -> int:
-    """Four; of a perplexity as many as make four figures, as it may be 3.207 or 2,267."""
+    """Returns 4, or for a perplexity what gives four significant digits: 3.207 or 2,267."""
     if not score.metric.endswith("perplexity") or not 1 <= score.value < 1e9:
         return 4
     return max(0, 4 - len(str(int(score.value))))
 
 
 def about(loaded, seed: int, settings: Mapping, *, label: str) -> dict:
-    """Returns the fields that all scores of a task have, as far as model and settings say them."""
+    """Returns the fields of a task's scores that follow from model and settings."""
     settings = {**settings, "dtype": np.dtype(loaded.model.options.dtype).name}
     return {
         "step": loaded.step,
@@ -91,7 +91,7 @@ def about(loaded, seed: int, settings: Mapping, *, label: str) -> dict:
 
 
 def samples_name(task: str, step: int | None, settings: Mapping) -> str:
-    """The name of a task's file of samples, below the run directory."""
+    """Returns the path of a task's file of samples, relative to the run directory."""
     parts = [re.sub(r"[^A-Za-z0-9_.@-]+", "-", task)]
     parts += [f"{name}{settings[name]}" for name in ("shots", "limit") if name in settings]
     if "chat" in settings:
@@ -109,10 +109,10 @@ def write_samples(folder: pathlib.Path, name: str, samples: Sequence[Sample]) ->
 
 
 def write_scores(folder: pathlib.Path, scores: Sequence[Score]) -> None:
-    """Adds scores to eval.json; what is there and is not measured again is kept."""
+    """Adds scores to eval.json, keeping those that were not measured again."""
     file = folder / "eval.json"
     rows = {_key(row): row for row in _stored(file)}
-    # A score that is measured again goes to the end: the file reads in order of time.
+    # A score that is measured again moves to the end: the file is in chronological order.
     for row in (json.loads(json.dumps(score.row())) for score in scores):
         rows.pop(_key(row), None)
         rows[_key(row)] = row
@@ -120,14 +120,14 @@ def write_scores(folder: pathlib.Path, scores: Sequence[Score]) -> None:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Before any work: eval.json can be read, and the folder takes files."""
+    """Checks, before any work, that eval.json can be read and the folder is writable."""
     _stored(folder / "eval.json")
     try:
         (folder / "eval").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} can not be written: {error.strerror}.") from error
+        raise UserError(f"{folder} cannot be written: {error.strerror}.") from error
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} can not be written; change its rights, or give --out DIR.")
+        raise UserError(f"{folder} cannot be written; change its permissions or set --out DIR.")
 
 
 def _key(row: Mapping) -> str:
@@ -144,6 +144,6 @@ def _stored(file: pathlib.Path) -> list[dict]:
         raise ValueError("scores is not a list of objects")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} can not be read ({type(error).__name__}: {error}); move it away: it would be "
-            "replaced."
+            f"{file} cannot be read ({type(error).__name__}: {error}) and would be replaced; move "
+            "it away."
         ) from error

@@ -1,15 +1,15 @@
-"""Runs a program that nobody has read, in a child process of new Linux namespaces.
+"""Runs an untrusted program in a child process with new Linux namespaces.
 
-What the program sees: a root of nothing but the interpreter and system libraries, read-only; an
-empty directory in memory; four devices; an empty environment; no network, not even loopback; no
-other process; no file of the user's. It is uid 65534 without capabilities. What it gets: `Limits`,
-for each process and, watched from outside, for all of them together.
+The program sees a read-only root with only the interpreter and system libraries, an empty directory
+in memory, four devices, an empty environment, no network (not even loopback), no other process and
+no file of the user. It runs as uid 65534 without capabilities. `Limits` apply to each process and,
+monitored from outside, to all of them together.
 
-`Sandbox()` first runs a probe inside that tries to get out and reads its limits; where one wall is
-missing it raises UserError, and there is no weaker way to run a program. This keeps mistakes and
-ordinary malice in; it is no defence against faults of the kernel. A verdict can not be had by
-ending early, but a program that searches its interpreter's memory could forge its own: scores
-assume code that tries to solve the task.
+`Sandbox()` first runs a probe inside that tries to escape and reads its limits. If any barrier is
+missing it raises UserError; there is no weaker way to run a program. This contains mistakes and
+ordinary malice; it is no defence against kernel vulnerabilities. A program cannot pass by exiting
+early, but one that searches its interpreter's memory could forge its verdict: scores assume code
+that tries to solve the task.
 """
 
 import json
@@ -27,16 +27,16 @@ from drlora_jax.errors import UserError
 
 _CHILD = pathlib.Path(__file__).with_name("sandbox_child.py")
 _PROBE = pathlib.Path(__file__).with_name("sandbox_probe.py")
-GRACE_SECONDS = 5  # for setting up, beyond the program's own time
+GRACE_SECONDS = 5  # for set-up, in addition to the program's own time
 
 
 class Limits(NamedTuple):
-    cpu_seconds: int = 10  # of each process
+    cpu_seconds: int = 10  # per process
     wall_seconds: int = 15
-    memory_bytes: int = 1 << 30  # address space of each process, resident memory of all
+    memory_bytes: int = 1 << 30  # address space per process, and resident memory of all together
     processes: int = 32
-    file_bytes: int = 10_000_000  # of each file
-    disk_bytes: int = 32_000_000  # of all files
+    file_bytes: int = 10_000_000  # per file
+    disk_bytes: int = 32_000_000  # for all files together
 
 
 LIMITS = Limits()
@@ -52,28 +52,28 @@ class Outcome(NamedTuple):
 
 
 class Sandbox:
-    """Runs programs; making one proves the isolation."""
+    """Runs programs; creating an instance verifies the isolation."""
 
     def __init__(self, limits: Limits = LIMITS):
         self.limits = limits
         reason = "it is not Linux" if sys.platform != "linux" else self._probe()
         if reason:
             raise UserError(
-                "Code of a model is run only in Linux namespaces, and this machine does not give "
-                f"them: {reason}. Run this task where user namespaces are allowed (Linux 5.12 or "
-                "newer; in a container, one that may create them), or leave it out."
+                "Programs written by a model run only in Linux namespaces, which this machine does "
+                f"not provide: {reason}. Run this task where user namespaces are allowed (Linux "
+                "5.12 or newer; in a container, one that may create them), or leave it out."
             )
 
     def run(self, program: str) -> Outcome:
-        """Runs a program to its end; passed means that its last line was reached."""
+        """Runs a program to its end; `passed` means that its last line was reached."""
         outcome = _run(program, self.limits)
         if outcome.verdict == "unavailable":
-            # It was available a moment ago: out of processes or memory outside.
+            # The probe had succeeded: the machine is now out of processes or memory.
             raise UserError(f"The isolation of programs stopped working: {outcome.detail}.")
         return outcome
 
     def _probe(self) -> str:
-        """Why a program would not be isolated; empty if it is."""
+        """Returns why a program would not be isolated; empty if it is."""
         with socket.socket() as server, tempfile.NamedTemporaryFile() as secret:
             server.bind(("127.0.0.1", 0))
             server.listen(1)
@@ -108,7 +108,7 @@ def _run(program: str, limits: Limits) -> Outcome:
             json.dumps(order).encode(), timeout=limits.wall_seconds + GRACE_SECONDS
         )
     except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)  # the supervisor dies with it, and all inside with her
+        os.killpg(child.pid, signal.SIGKILL)  # also kills the supervisor and everything inside
         child.communicate()
         return Outcome("timed out", f"after {limits.wall_seconds + GRACE_SECONDS} s")
     try:

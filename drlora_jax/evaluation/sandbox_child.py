@@ -1,12 +1,12 @@
-"""Builds the walls of `sandbox` and runs one program behind them. Started as a script, on Linux.
+"""Builds the isolation of `sandbox` and runs one program in it. Started as a script, on Linux.
 
     harness ── launcher ─────────── supervisor ───────────── program
                new namespaces       process 1 inside:        its own interpreter, uid 65534,
                                     mounts, limits, verdict  no capabilities, nothing but fd 0 and 3
 
-Standard library only, without site-packages. Reads one JSON object from standard input (`program`,
-`limits`, `nonce`), writes one to standard output (`verdict`, `detail`). Whatever can not be set up
-is an `unavailable` verdict; nothing is skipped.
+Uses only the standard library, without site-packages. Reads one JSON object from standard input
+(`program`, `limits`, `nonce`) and writes one to standard output (`verdict`, `detail`). If anything
+cannot be set up the verdict is `unavailable`; nothing is skipped.
 """
 
 import contextlib
@@ -34,8 +34,8 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 
 DEVICES = ("null", "zero", "random", "urandom")
 SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/nix/store", "/etc/ld.so.cache")
 
-# Runs in the program's interpreter. The nonce is the proof that the last line was reached: an
-# early exit, of whatever code, is no success.
+# Runs in the program's interpreter. The nonce proves that the last line was reached: an early exit
+# with any exit code is a failure.
 RUNNER = """
 import os, sys
 content = os.read(0, 1 << 20)
@@ -59,7 +59,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Unavailable(Exception):
-    """A wall that this machine does not let us build."""
+    """Raised for a part of the isolation that this machine does not support."""
 
 
 def call(what: str, result: int) -> None:
@@ -85,8 +85,9 @@ def answer(verdict: str, detail: str = "") -> None:
 
 
 def enter_namespaces() -> None:
-    """Root uses its own rights for now and gives them up later; others get them in a user
-    namespace."""
+    """Enters new namespaces. Root uses its own privileges and drops them later; other users acquire
+    them in a user namespace.
+    """
     uid, gid = os.geteuid(), os.getegid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if uid != 0:
@@ -96,7 +97,7 @@ def enter_namespaces() -> None:
 
 
 def enter_user_namespace(proc: int, uid: int, gid: int) -> None:
-    """The one user of the namespace is nobody: an exec then loses every capability."""
+    """Enters a user namespace whose only user is nobody, so that exec loses every capability."""
     call("a new user namespace", libc.unshare(CLONE_NEWUSER))
     write_file(proc, "self/setgroups", "deny")
     write_file(proc, "self/uid_map", f"{NOBODY} {uid} 1")
@@ -122,7 +123,7 @@ def open_directory(path: str):
 
 
 def supervise(order: dict) -> None:
-    """Process 1 of the new namespace: when it ends, the kernel ends everything inside."""
+    """Runs as process 1 of the new namespace: when it ends, the kernel kills everything inside."""
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         proc = build_root(order["limits"])
@@ -134,18 +135,18 @@ def supervise(order: dict) -> None:
         os._exit(0)
 
 
-# --------------------------------------------------------------------------------------------- root
+# ------------------------------------------------------------------------------------------- root
 
 
 def build_root(limits: dict) -> int:
-    """A root of nothing but the interpreter and system libraries, all read-only, and an empty
-    directory in memory. Returns a directory descriptor of /proc, which the program never gets.
+    """Builds a root with only the interpreter and system libraries, all read-only, and an empty
+    directory in memory. Returns a directory descriptor of /proc, which the program never receives.
     """
     root = "/tmp" if os.path.isdir("/tmp") else "/mnt"
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     visible = [(path, os.path.realpath(path)) for path in system_paths()]
     links = {path: os.readlink(path) for path, _ in visible if os.path.islink(path)}
-    # Opened before the new root covers the folder that it is built in.
+    # Opened before the new root hides the folder in which it is built.
     sources = {
         path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path, _ in visible if path not in links
     }
@@ -185,10 +186,10 @@ def enter_root(root: str) -> int:
 
 
 def system_paths() -> list[str]:
-    """What an interpreter needs; no path of it is inside another one."""
+    """Returns the paths that an interpreter needs, none of which is inside another one."""
     wanted = [path for path in (*SYSTEM, sys.base_prefix) if os.path.lexists(path)]
     if os.path.realpath(sys.base_prefix) in ("/", os.path.expanduser("~")):
-        raise Unavailable(f"the interpreter's files are all of {sys.base_prefix}")
+        raise Unavailable(f"the interpreter is installed directly in {sys.base_prefix}")
     real = sorted({path for path in wanted if not os.path.islink(path)})
     kept = [path for path in real if not any(path.startswith(other + "/") for other in real)]
     return kept + [path for path in wanted if os.path.islink(path) and path not in kept]
@@ -221,15 +222,15 @@ def protect(path: str, attributes: int, *, is_recursive: bool = True) -> None:
 
 
 def drop_rights(proc: int) -> None:
-    """From root to nobody, in a user namespace of its own; then no way back."""
+    """Changes from root to nobody, in a user namespace of its own, irreversibly."""
     if os.geteuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else the files of /proc/self stay root's
+        libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # otherwise root keeps the files of /proc/self
         enter_user_namespace(proc, NOBODY, NOBODY)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user forgets it
-    # A namespace made inside would give its maker capabilities over it.
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user clears it
+    # The creator of a namespace inside would have capabilities over it.
     write_file(proc, "sys/user/max_user_namespaces", "0")
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
@@ -237,11 +238,11 @@ def drop_rights(proc: int) -> None:
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
-# ------------------------------------------------------------------------------------------ program
+# ---------------------------------------------------------------------------------------- program
 
 
 def run(order: dict, proc: int) -> tuple[str, str]:
-    """Starts the program and watches time, memory and processes of everything inside."""
+    """Starts the program and monitors time, memory and processes of everything inside."""
     limits, nonce = order["limits"], order["nonce"].encode()
     read_source, write_source = os.pipe()
     read_report, write_report = os.pipe()
@@ -269,7 +270,7 @@ def run(order: dict, proc: int) -> tuple[str, str]:
 
 
 def feed(descriptor: int, source: memoryview) -> memoryview:
-    """Writes as much of the program as the pipe takes; closes it at the end."""
+    """Writes as much of the program as fits into the pipe; closes it at the end."""
     if not source.nbytes:
         return source
     try:
@@ -307,7 +308,7 @@ def start_program(limits: dict, source: int, report: int) -> None:
 
 
 def reap(program: int) -> int | None:
-    """The program's exit status once it has one; also collects what it left behind."""
+    """Returns the program's exit status once it has ended; also reaps its orphans."""
     while True:
         try:
             ended, status = os.waitpid(-1, os.WNOHANG)
@@ -320,7 +321,7 @@ def reap(program: int) -> int | None:
 
 
 def too_much(proc: int, limits: dict, deadline: float) -> tuple[str, str] | None:
-    """Limits of the whole: those of `resource` count each process alone."""
+    """Checks the limits for all processes together; those of `resource` apply to each process."""
     if time.monotonic() > deadline:
         return "timed out", f"after {limits['wall_seconds']} s"
     inside = [name for name in os.listdir(proc) if name.isdigit() and name != "1"]
@@ -333,7 +334,7 @@ def too_much(proc: int, limits: dict, deadline: float) -> tuple[str, str] | None
             pages += int(os.read(statm, 200).split()[1])
             os.close(statm)
         except (OSError, IndexError):
-            continue  # ended meanwhile
+            continue  # has ended meanwhile
     if pages * resource.getpagesize() > limits["memory_bytes"]:
         return "limited", f"more than {limits['memory_bytes'] >> 20} MiB of memory"
     return None

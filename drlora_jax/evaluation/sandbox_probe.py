@@ -1,4 +1,4 @@
-"""Run inside the sandbox, behind `FACTS = {...}`: raises at the first wall that is missing."""
+"""Runs inside the sandbox after `FACTS = {...}`: raises at the first barrier that is missing."""
 
 import ctypes
 import os
@@ -46,7 +46,7 @@ require(
 )
 for path in ("/out", "/usr/out", "/dev/out", "/tmp/out", "/etc/out"):
     require(refused(lambda path=path: write(path), OSError), f"{path} can be written")
-# Asked of the mount, since the owner of a file is not always someone else.
+# Read from the mount, since the program may own a file.
 for path in ("/", "/usr", os.path.dirname(os.__file__)):
     is_read_only = os.statvfs(path).f_flag & os.ST_RDONLY if os.path.exists(path) else True
     require(is_read_only, f"{path} is not read-only")

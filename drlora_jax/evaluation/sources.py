@@ -1,7 +1,7 @@
-"""Where the rows of a task come from: a named file, a folder of data, or the hub.
+"""Finds the rows of a task: in a named file, in a folder of data, or on the hub.
 
-A folder is searched for a task's file by the names that `Source.stems` lists, relative to it, with
-any ending that rows are read from (`file_readers.KNOWN`).
+A folder is searched for a task's file by the relative names in `Source.stems`, with any supported
+ending (`file_readers.KNOWN`).
 """
 
 import json
@@ -20,15 +20,15 @@ BUNDLED = "bundled:"  # a file of the package
 
 
 class Source(NamedTuple):
-    """The places of one file of a data set."""
+    """Names the locations of one file of a data set."""
 
-    stems: tuple[str, ...]  # below --data-dir, without endings; the first that exists is taken
+    stems: tuple[str, ...]  # below --data-dir, without endings; the first existing one is used
     elsewhere: str | None = None  # on the hub, NAME or NAME:CONFIG; or bundled:FILE
     split: str = "test"
 
 
 class Data(NamedTuple):
-    """The rows of a file, and what they were."""
+    """Holds the rows of a file, with its name and fingerprint."""
 
     name: str
     rows: list[Row]
@@ -36,7 +36,7 @@ class Data(NamedTuple):
 
 
 def read_source(task: str, source: Source, file: str | None, data_dir: str | None) -> Data:
-    """Reads the named file, else the task's file in the folder, else what is known elsewhere."""
+    """Reads the named file, or else the task's file in the folder, or else from `elsewhere`."""
     name = file or _in_folder(source, data_dir)
     if name is not None:
         rows = list(read_rows(name, split=source.split))
@@ -55,7 +55,7 @@ def read_source(task: str, source: Source, file: str | None, data_dir: str | Non
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
-    """Of what the rows say, not of how their file is packed."""
+    """Returns a fingerprint of the contents of rows, independent of the file format."""
     return text_hash(json.dumps(row.fields, sort_keys=True, default=str) for row in rows)
 
 
@@ -64,13 +64,13 @@ def _in_folder(source: Source, data_dir: str | None) -> str | None:
         return None
     folder = local_path(data_dir, "--data-dir")
     if not folder.is_dir():
-        raise UserError(f"--data-dir {data_dir} is no directory; give the folder of the data.")
+        raise UserError(f"--data-dir {data_dir} is not a directory; give the folder of the data.")
     files = (_with_ending(folder / stem) for stem in source.stems)
     return next((str(file) for file in files if file is not None), None)
 
 
 def _with_ending(place: pathlib.Path) -> pathlib.Path | None:
-    """The file of that name with an ending that is read, in any case."""
+    """Finds the file of that name with a supported ending, ignoring case."""
     if not place.parent.is_dir():
         return None
     beside = (each for each in place.parent.iterdir() if each.name.startswith(place.name))

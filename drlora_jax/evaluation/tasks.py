@@ -1,9 +1,9 @@
-"""The table of tasks, and the one way from rows to samples.
+"""Defines the table of tasks, and how rows become samples.
 
-A task is where its rows are, how rows become items, and how a model answers items. `NAME` ranks
-full answers by log-likelihood, `NAME:mixlora` labels as MixLoRA's evaluation does, `NAME:instruct`
-lets the model write an answer to rows {instruction, answer}. A new task is one row of a table here,
-and one function of items.
+A task defines where its rows are, how rows become items, and how a model answers items. `NAME`
+ranks full answers by log-likelihood, `NAME:mixlora` ranks labels as MixLoRA's evaluation does, and
+`NAME:instruct` lets the model generate an answer to rows {instruction, answer}. A new task is one
+row of a table here, and one function that makes items.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,24 +24,26 @@ from drlora_jax.system.text import did_you_mean
 
 
 class Texts(NamedTuple):
-    """What items are made with; no weights are needed."""
+    """Provides what is needed to make items; no weights are needed."""
 
     tokenizer: object
-    # In the run's words, or those of --template; None: neither, or plain text. Found when a task
-    # asks: a run of an earlier version may not know its words, and not every task needs them.
+    # Returns a writer with the wording of the run or of --template; None: neither, or plain text.
+    # Called on demand: a run of an earlier version may not have recorded its wording, and not every
+    # task needs it.
     find_own: Callable[[], Writer | None]
     section: DataSection  # for the loss: how a run reads its data
-    length: int  # tokens a row, for the loss
-    date: str | None = None  # of templates that read the clock
+    length: int  # for the loss: tokens per row
+    date: str | None = None  # date for templates that read the clock
 
     def named(self, template: str) -> Writer:
-        """A writer in a template that a task or an option names."""
+        """Returns a writer with the template that a task or an option names."""
         wording = named_wording(template, self.tokenizer, date=self.date)
         return Writer(wording, self.tokenizer)
 
     def writer(self, settings: Settings, default: str) -> Writer:
-        """`--chat`: in the words of the run, else of the tokenizer's chat template; `--no-chat`: in
-        the task's own prompts; neither: as the run was trained, else the task's own.
+        """Returns the writer of prompts. `--chat`: the run's wording, or else the tokenizer's chat
+        template; `--no-chat`: the task's own prompts; neither: the run's wording, or else the
+        task's own prompts.
         """
         if settings.chat is None:
             return self.find_own() or self.named(default)
@@ -52,16 +54,16 @@ class Texts(NamedTuple):
 
 
 class Tools(NamedTuple):
-    """What items are answered with."""
+    """Provides what is needed to answer items."""
 
     loaded: Loaded
     score: multiple_choice.Score
-    generate: generated.Generate  # texts, stops, tokens at most -> Generations
-    run_program: Callable | None  # of the sandbox, where code is asked for
+    generate: generated.Generate  # (texts, stops, maximum tokens) -> Generations
+    run_program: Callable | None  # runs a program in the sandbox, for code tasks
 
 
 class Work(NamedTuple):
-    """The rows of one task, and what to do with them."""
+    """Holds the rows of one task, and how to process them."""
 
     path: str
     rows: Sequence[Row]
@@ -71,19 +73,19 @@ class Work(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A benchmark. `items` is called before a model is loaded and finds the mistakes in rows."""
+    """Defines a benchmark. `items` runs before a model is loaded and finds mistakes in rows."""
 
     name: str
     source: Source
     metrics: tuple[str, ...]
     items: Callable[[Work], list]
-    strings: Callable[[object], list[str]]  # of an item: what the prompt hash covers
+    strings: Callable[[object], list[str]]  # the texts of an item that the prompt hash covers
     answer: Callable[[Sequence, Work, Tools], list[Sample]]
-    options: tuple[str, ...]  # of the settings: those that its scores depend on
-    shots: Source | None = None  # where examples come from; None: the task takes none
+    options: tuple[str, ...]  # the settings that its scores depend on
+    shots: Source | None = None  # source of examples; None: the task supports none
     is_code: bool = False
-    reads_itself: bool = False  # items come from the path, not from rows
-    chance: Callable[[object], float] | None = None  # of an item: to guess its answer
+    reads_itself: bool = False  # items are read from the path, not from rows
+    chance: Callable[[object], float] | None = None  # probability of guessing an item's answer
     version: str = "1"
 
 
@@ -92,8 +94,8 @@ def suggest(name: str) -> str:
 
 
 def chosen(items: Sequence, settings: Settings) -> list:
-    """At most `limit` items: a seeded sample, in the order of the file. A smaller limit takes a
-    part of what a larger one takes.
+    """Returns at most `limit` items: a seeded sample, in the order of the file. The sample of a
+    smaller limit is a subset of that of a larger one.
     """
     if settings.limit is None or settings.limit >= len(items):
         return list(items)
@@ -102,12 +104,12 @@ def chosen(items: Sequence, settings: Settings) -> list:
 
 
 def _given(settings: Settings, *names: str) -> str | None:
-    """The first option among these that the user gave; it is refused where nothing reads it."""
+    """Returns the first of these options that the user gave, to be refused where it is not used."""
     values = {name: getattr(settings, name) for name in names}
     return next((f"--{name}" for name, value in values.items() if value not in (None, False)), None)
 
 
-# ---------------------------------------------------------------------------------- multiple choice
+# -------------------------------------------------------------------------------- multiple choice
 
 _TEST = {  # data set: (files, hub, split, metrics)
     "arc_easy": (("arc_easy_test", "ARC-Easy/test"), "allenai/ai2_arc:ARC-Easy", "test"),
@@ -131,7 +133,7 @@ _TEST = {  # data set: (files, hub, split, metrics)
         "validation",
     ),
 }
-# Where lm-evaluation-harness reports acc only: the answers are of one form, or not what is scored.
+# lm-evaluation-harness reports only acc here: answers have one form, or are not what is scored.
 _ACC_ONLY = {"boolq", "siqa", "winogrande"}
 _FOLDERS = ("", "commonsense_structured/", "commonsense/")
 
@@ -146,10 +148,10 @@ def _likelihood_task(dataset: str) -> Task:
         writer = None
         if work.settings.chat:
             if dataset == "winogrande":
-                raise UserError("winogrande scores the rest of a sentence; leave --chat out.")
+                raise UserError("winogrande scores the end of a sentence; leave --chat out.")
             writer = work.texts.chat_writer()
         elif given := _given(work.settings, "system", "template"):
-            raise UserError(f"{given}: {dataset} asks without a template; add --chat.")
+            raise UserError(f"{given}: {dataset} uses no template by default; add --chat.")
         return [
             multiple_choice.likelihood_item(
                 name,
@@ -169,7 +171,7 @@ def _likelihood_task(dataset: str) -> Task:
 def _label_task(dataset: str) -> Task:
     def items(work: Work) -> list:
         if given := _given(work.settings, "chat", "system", "template"):
-            raise UserError(f"{dataset}:mixlora has prompts of its own; leave {given} out.")
+            raise UserError(f"{dataset}:mixlora has its own prompts; leave {given} out.")
         return [
             multiple_choice.label_item(
                 name, read_question(row, dataset), dataset, work.texts.tokenizer
@@ -193,7 +195,7 @@ def _choice_task(name: str, dataset: str, metrics: tuple[str, ...], items) -> Ta
     )
 
 
-# ------------------------------------------------------------------------------------------ written
+# -------------------------------------------------------------------------------------- generated
 
 _WRITTEN = ("limit", "shots", "chat", "template", "system", "max_new_tokens")
 
@@ -249,14 +251,14 @@ def _written_task(name: str, source: Source, metrics, items, answer, **more) -> 
     )
 
 
-# --------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------- loss
 
 
 def _loss_items(work: Work) -> list[loss.Item]:
     if given := _given(work.settings, "system", "template"):
         raise UserError(
-            f"{given}: the loss is that of rows as they are; leave it out, or set "
-            "data.template=NAME for another template."
+            f"{given} does not apply to the loss, which reads rows as in training; leave it out, "
+            "or set data.template=NAME for another template."
         )
     texts = work.texts
     items = loss.read_items(work.path, texts.section, texts.tokenizer, texts.length, texts.date)
@@ -277,13 +279,13 @@ _LOSS = Task(
 )
 
 
-# --------------------------------------------------------------------------------------------- code
+# ------------------------------------------------------------------------------------------- code
 
 
 def _code_items(name: str, read: Callable[[Sequence[Row]], list]) -> Callable[[Work], list]:
     def items(work: Work) -> list:
         if given := _given(work.settings, "chat", "system", "template"):
-            raise UserError(f"{name} has prompts of its own; leave {given} out.")
+            raise UserError(f"{name} has its own prompts; leave {given} out.")
         return chosen(read(work.rows), work.settings)
 
     return items
@@ -298,7 +300,7 @@ def _answer_code(stop, tokens: int):
 
 
 def _named(work: Work) -> list[tuple[str, Row]]:
-    """Rows with their number in the file, which names them whatever the limit is."""
+    """Returns rows with their number in the file, which identifies them under any limit."""
     return chosen([(str(number), row) for number, row in enumerate(work.rows, 1)], work.settings)
 
 
@@ -308,7 +310,7 @@ _GSM8K = _written_task(
     ("exact_match_strict", "exact_match_flexible"),
     _gsm8k_items,
     _answer_gsm8k,
-    # The package's own rows are of the train split: examples are there on every machine.
+    # The bundled rows are of the train split, so examples are available on every machine.
     shots=Source(("gsm8k_train", "gsm8k/train"), "bundled:gsm8k/train.jsonl", "train"),
 )
 _HUMANEVAL = _written_task(

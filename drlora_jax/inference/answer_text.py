@@ -1,8 +1,8 @@
-"""The text of an answer while its tokens come, and where it ends.
+"""Decodes the text of an answer token by token, and finds its end.
 
-Text is what new tokens add behind the prompt's: a decoder drops the first blank of a text, so the
-tokens of an answer are never decoded alone. `AnswerText` keeps a window of tokens, so that a long
-answer costs no more per token than a short one.
+The text of an answer is what its tokens add to the text of the prompt: a decoder drops the leading
+space of a text, so the tokens of an answer are never decoded alone. `AnswerText` keeps a window of
+tokens, so that a long answer costs no more per token than a short one.
 """
 
 import re
@@ -12,14 +12,14 @@ from typing import Literal
 from drlora_jax.data.decoding import decode_after, prompt_tail
 
 WINDOW = 64  # tokens that are decoded again for each new one
-HALF = "\ufffd"  # stands for bytes that are no character yet
+HALF = "\ufffd"  # stands for bytes that do not form a character yet
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 Finish = Literal["stop", "eos", "length"]
 
 
 def shown_tokens(stop: Sequence[str], tokenizer) -> dict[int, str]:
-    """The special tokens that occur in stop strings: decoded text alone does not show them."""
+    """Returns the special tokens that occur in stop strings, which decoded text does not show."""
     if not stop:
         return {}
     added = tokenizer.added_tokens_decoder
@@ -28,14 +28,14 @@ def shown_tokens(stop: Sequence[str], tokenizer) -> dict[int, str]:
 
 
 class AnswerText:
-    """What the tokens of an answer add to the prompt's text."""
+    """Decodes what the tokens of an answer add to the text of the prompt."""
 
     def __init__(self, tokenizer, prompt: Sequence[int]):
         self._tokenizer = tokenizer
         self._tail = prompt_tail(tokenizer, prompt)
-        self._before, self._window = "", []  # text of the tokens in front of the window
+        self._before, self._window = "", []  # text of the tokens before the window
         self.text = ""
-        self.certain = 0  # characters that no later token changes
+        self.certain = 0  # characters that no later token can change
 
     def add(self, token: int) -> None:
         if len(self._window) >= WINDOW and self.certain == len(self.text):
@@ -43,7 +43,7 @@ class AnswerText:
             self._before, self._window = self.text, []
         self._window.append(token)
         text = self._before + decode_after(self._tokenizer, self._tail, self._window)
-        # One bad byte in a row of bytes makes all of them unreadable.
+        # One invalid byte in a run of bytes makes all of them undecodable.
         is_byte = _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "")
         if text != self.text and not is_byte:
             self.certain = len(text.rstrip(HALF))
@@ -51,13 +51,13 @@ class AnswerText:
 
 
 class Answer:
-    """Tokens of one answer as they come, and when it ends.
+    """Collects the tokens of one answer, and decides when it ends.
 
     Args:
-      stop: strings that end the answer; special tokens may be part of them.
-      shown: of `shown_tokens`.
-      ends: tokens that end the answer.
-      tell: called with new text as it becomes certain.
+      ends: Tokens that end the answer.
+      stop: Strings that end the answer; they may contain special tokens.
+      shown: From `shown_tokens`.
+      tell: Called with new text as it becomes certain.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Answer:
         self.text = ""
         self._decoded, self._ends, self._tell = text, frozenset(ends), tell
         self._stop, self._shown = tuple(stop), shown
-        self._marks: list[tuple[int, str]] = []  # special tokens of stop strings: place, text
+        self._marks: list[tuple[int, str]] = []  # special tokens of stop strings: position, text
         self._told = 0
 
     def take(self, token: int) -> None:
@@ -93,7 +93,7 @@ class Answer:
         self._cut()
 
     def _cut(self) -> None:
-        """Ends the text at the first stop string, and tells what is certain of it."""
+        """Ends the text at the first stop string, and passes on the part that is certain."""
         self.text = text = self._decoded.text
         with_marks = self._with_marks()
         cuts = [at for stop in self._stop if (at := with_marks.find(stop)) >= 0]
@@ -108,7 +108,7 @@ class Answer:
             self._told = certain
 
     def _with_marks(self) -> str:
-        """The text with the special tokens of stop strings in it."""
+        """Returns the text including the special tokens of stop strings."""
         text, parts, start = self._decoded.text, [], 0
         for at, mark in self._marks:
             parts += [text[start:at], mark]
@@ -116,7 +116,7 @@ class Answer:
         return "".join([*parts, text[start:]])
 
     def _place(self, at: int) -> int:
-        """The place in the text that a place in `_with_marks()` means."""
+        """Returns the position in the text of a position in `_with_marks()`."""
         for start, mark in self._marks:
             if at <= start:
                 break
@@ -125,6 +125,6 @@ class Answer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text that may be the start of a stop string."""
+    """Returns how many characters at the end of a text may be the start of a stop string."""
     sizes = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,4 +1,4 @@
-"""Says when a text is longer than what the model was made for."""
+"""Warns when a text is longer than the model supports."""
 
 import pathlib
 import sys
@@ -8,11 +8,12 @@ from drlora_jax.parallel import processes
 
 
 def warn_beyond(directory: pathlib.Path, tokens: int, what: str) -> bool:
-    """Prints one line on standard error if `tokens` are more than the model's positions.
+    """Prints one line on standard error if `tokens` exceeds the model's positions; returns whether
+    it does.
 
     Args:
-      directory: of the model.
-      what: has that many tokens; the line begins with it.
+      directory: Directory of the model.
+      what: Names the text that has that many tokens; the line begins with it.
     """
     longest = longest_positions(directory)
     if longest is None or tokens <= longest:
@@ -20,8 +21,8 @@ def warn_beyond(directory: pathlib.Path, tokens: int, what: str) -> bool:
     if processes.is_main():
         print(
             f"warning: {what}: {tokens:,} tokens, more than the model's {longest:,} positions "
-            "(max_position_embeddings of its config.json, rope scaling counted); what is computed "
-            "beyond them is unreliable.",
+            "(max_position_embeddings of its config.json, with rope scaling); results beyond them "
+            "are unreliable.",
             file=sys.stderr,
         )
     return True

@@ -1,13 +1,13 @@
-"""Text from a model: prompts are read in one pass, then tokens come one a step out of a cache.
+"""Generates text: a prefill pass reads the prompts, then each step decodes one token from a cache.
 
     generator = Generator(load_run("runs/tiny"))
     [answer] = generator.generate([encode_prompt(text, generator.tokenizer)], max_new_tokens=64)
 
-Rows of a batch may be of any length: each has its own position, and one compiled step serves all
-of them until the last row has ended: at any of the end tokens that the model directory names
+Rows of a batch may have any length: each has its own position, and one compiled step decodes all of
+them until the last row has ended. A row ends at an end token of the model directory
 (`Loaded.end_token_ids`), at a stop string, or at the limit. Cache sizes and prompt lengths are
-rounded up to powers of two, so few programs are compiled. A prompt's answer does not depend on what
-it is batched with.
+rounded up to powers of two, so few programs are compiled. A prompt's answer does not depend on the
+other prompts of its batch.
 """
 
 import dataclasses
@@ -31,14 +31,14 @@ SHORTEST_PROMPT, SHORTEST_CACHE = 32, 128  # smaller ones are padded to this man
 
 
 class Sampling(NamedTuple):
-    """How the next token is drawn; temperature 0 takes the most likely one."""
+    """Describes how the next token is sampled; temperature 0 selects the most likely token."""
 
     temperature: float = 0.0
-    top_k: int | None = None  # of the k most likely tokens only
-    top_p: float | None = None  # of the smallest set with this probability only
+    top_k: int | None = None  # sample only from the k most likely tokens
+    top_p: float | None = None  # sample only from the smallest set with this probability
 
     def check(self) -> None:
-        """Raises UserError for values that mean nothing."""
+        """Raises UserError for invalid values."""
         if not self.temperature >= 0 or self.temperature == float("inf"):
             raise UserError(f"--temperature must be 0 or more, got {self.temperature}.")
         if self.top_k is not None and self.top_k < 1:
@@ -51,25 +51,25 @@ GREEDY = Sampling()
 
 
 class Generation(NamedTuple):
-    text: str  # what follows the prompt, without the stop string or end token that ended it
-    tokens: list[int]  # all that were generated, an end token included
+    text: str  # the text after the prompt, without the stop string or end token that ended it
+    tokens: list[int]  # all generated tokens, including an end token
     finish: Finish
 
 
 class RowState(NamedTuple):
-    """What a step carries on, besides the cache."""
+    """Holds what a decoding step passes to the next one, besides the cache."""
 
     tokens_B: jax.Array  # i32, the newest token
-    positions_B: jax.Array  # i32, of that token
-    is_active_B: jax.Array  # bool, has met no end token
-    keys_B: jax.Array  # of each row's random numbers
+    positions_B: jax.Array  # i32, position of that token
+    is_active_B: jax.Array  # bool, no end token so far
+    keys_B: jax.Array  # random key of each row
 
 
 class Generator:
     """Generates with one model; compiled programs are kept between calls.
 
     Args:
-      batch_size: rows computed at once; rounded up to the mesh's row shards.
+      batch_size: Rows computed at once, rounded up to a multiple of the mesh's row shards.
     """
 
     def __init__(self, loaded: Loaded, *, batch_size: int = 8):
@@ -98,9 +98,9 @@ class Generator:
         """Continues each prompt until a stop string, an end token or `max_new_tokens`.
 
         Args:
-          prompts: token ids, at least one each.
-          stop: strings that end an answer; they may be, or contain, special tokens.
-          on_text: called with (prompt index, new text) as text becomes certain.
+          prompts: Token ids, at least one per prompt.
+          stop: Strings that end an answer; they may contain special tokens.
+          on_text: Called with (prompt index, new text) as text becomes certain.
         """
         sampling.check()
         _check(prompts, max_new_tokens, stop)
@@ -108,7 +108,7 @@ class Generator:
         shown = shown_tokens(stop, self.tokenizer)
         rules = {"limit": max_new_tokens, "ends": self._ends, "stop": stop, "shown": shown}
         answers: dict[int, Generation] = {}
-        # Rows of similar length together: less padding in the first pass.
+        # Prompts of similar length are batched together, for less padding in the prefill.
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
@@ -123,13 +123,13 @@ class Generator:
         return [answers[index] for index in range(len(prompts))]
 
     def _warn(self, longest_prompt: int, max_new_tokens: int) -> None:
-        """Says once that answers may run beyond the positions that the model was made for."""
+        """Warns once that answers may exceed the positions that the model supports."""
         what = f"a prompt of {longest_prompt:,} and {max_new_tokens:,} new tokens"
         if longest_prompt and not self._has_warned:
             self._has_warned = warn_beyond(self._directory, longest_prompt + max_new_tokens, what)
 
     def _run(self, indices, prompts, rows: list[Answer], sampling: Sampling, seed: int) -> None:
-        """Feeds the rows with tokens until all have ended.
+        """Decodes tokens for the rows until all have ended.
 
         Tokens are read one step late, so that the device never waits for the host.
         """
@@ -152,7 +152,7 @@ class Generator:
         for row, prompt in enumerate(prompts):
             tokens_BT[row, : len(prompt)] = prompt
             lengths_B[row] = len(prompt)
-        # A row's random numbers follow from its place in the call, not in the batch.
+        # A row's random numbers depend on its index in the call, not on its batch.
         places = np.zeros(self.batch_size, np.uint32)
         places[: len(indices)] = indices
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
@@ -167,7 +167,7 @@ class Generator:
         yield processes.to_host(state.tokens_B)
 
     def _compiled(self, slots: int, sampling: Sampling):
-        """The first pass and the step for a cache of that many slots."""
+        """Returns the jitted prefill pass and decoding step for a cache of that many slots."""
         if (slots, sampling) not in self._programs:
             options = dataclasses.replace(self._model.options, cache_length=slots)
             model = self._model.clone(options=options)
@@ -185,7 +185,7 @@ def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence
         if len(prompt) == 0:
             raise UserError(f"Prompt {number} has no token; give some text.")
     if "" in stop:
-        raise UserError("A stop string is empty; it would end every answer before its first token.")
+        raise UserError("A stop string is empty and would end every answer before its first token.")
 
 
 def _row_keys(key_data, places_B) -> jax.Array:
@@ -193,10 +193,10 @@ def _row_keys(key_data, places_B) -> jax.Array:
 
 
 def make_first_pass(model, sampling: Sampling, ends: Sequence[int]) -> Callable:
-    """A pure `first(variables, tokens [B, T], lengths [B], keys [B]) -> (RowState, cache)`.
+    """Returns a pure `first(variables, tokens [B, T], lengths [B], keys [B]) -> (RowState, cache)`.
 
-    Rows are padded on the right; what padding writes into the cache lies behind the row's position
-    and is written over before it can be seen.
+    Rows are padded on the right; what padding writes into the cache is beyond the row's position
+    and is overwritten before it can be attended to.
     """
 
     def first(variables, tokens_BT, lengths_B, keys_B):
@@ -216,7 +216,7 @@ def make_first_pass(model, sampling: Sampling, ends: Sequence[int]) -> Callable:
 
 
 def make_decode_step(model, sampling: Sampling, ends: Sequence[int]) -> Callable:
-    """A pure `step(variables, cache, state) -> (state, cache)`: one token for every row.
+    """Returns a pure `step(variables, cache, state) -> (state, cache)`: one token for every row.
 
     Rows that have ended repeat their last token at their last position and are routed to no expert.
     """
@@ -241,13 +241,13 @@ def make_decode_step(model, sampling: Sampling, ends: Sequence[int]) -> Callable
 
 
 def _is_end(tokens_B: jax.Array, ends: Sequence[int]) -> jax.Array:
-    """bool [B]: the token ends its row; none does where there are no end tokens."""
+    """Returns which tokens are end tokens, bool [B]."""
     ends_E = np.array(ends, np.int32)
     return jnp.any(tokens_B[:, None] == ends_E[None], axis=1)
 
 
 def choose_tokens(logits_BV, keys_B, positions_B, sampling: Sampling) -> jax.Array:
-    """The next token of every row, i32 [B]; a row's draw depends on its key and position only."""
+    """Samples the next token of every row, i32 [B]; a draw depends on key and position only."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = restrict(logits_BV / sampling.temperature, sampling)
@@ -256,14 +256,14 @@ def choose_tokens(logits_BV, keys_B, positions_B, sampling: Sampling) -> jax.Arr
 
 
 def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Minus infinity for the tokens that top-k and top-p exclude; top-k first, as is usual."""
+    """Sets the logits of tokens that top-k and then top-p exclude to minus infinity."""
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         smallest_B1 = jax.lax.top_k(logits_BV, sampling.top_k)[0][:, -1:]
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     if sampling.top_p is not None and sampling.top_p < 1:
         ordered_BV = jnp.sort(logits_BV, axis=-1, descending=True)
         share_BV = jax.nn.softmax(ordered_BV, axis=-1)
-        # A token stays if the more likely ones have less than top_p together: the first always.
+        # A token stays if the sum of the more likely ones is below top_p: the first always does.
         before_BV = jnp.cumsum(share_BV, axis=-1) - share_BV
         kept_BV = jnp.where(before_BV < sampling.top_p, ordered_BV, jnp.inf)
         logits_BV = jnp.where(
@@ -273,7 +273,7 @@ def restrict(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def _rounded(length: int, least: int) -> int:
-    """The next power of two, and at least `least`."""
+    """Returns the next power of two, at least `least`."""
     return max(least, 1 << (length - 1).bit_length())
 
 

@@ -1,8 +1,8 @@
-"""A model to be used: a run's base with its adapter at a checkpoint, or a base alone.
+"""Loads a model for evaluation, generation and export: a run's base model with its adapter at a
+checkpoint, or a base model alone.
 
-What evaluation, generation and export start from. Only factors and ranks are read from a
-checkpoint, never the optimizer's state, and they are placed on whatever mesh there is now. Nothing
-in the run directory is executed or changed.
+Only LoRA matrices and ranks are read from a checkpoint, never the optimizer's state, and they are
+placed on the present mesh. Nothing in the run directory is executed or changed.
 """
 
 import dataclasses
@@ -41,21 +41,22 @@ from drlora_jax.training.costs import checked_expert_backend, experts_line
 
 
 class Loaded(NamedTuple):
-    """A model in memory. `model.apply(variables, tokens, segment_ids, positions)` runs it."""
+    """Holds a model in memory. `model.apply(variables, tokens, segment_ids, positions)` runs it."""
 
     model: Decoder
     variables: dict  # params; with an adapter also lora and rank_mask
     tokenizer: Any
     end_token_ids: tuple[int, ...]  # each of them ends an answer
-    directory: pathlib.Path  # of the base
+    directory: pathlib.Path  # directory of the base model
     base_fingerprint: str
     mesh: Mesh
-    experts: str  # how experts are computed
-    config: TrainConfig | None = None  # of the run; None for a base given by its path
+    experts: str  # backend that computes experts
+    config: TrainConfig | None = None  # the run's; None for a base model given by its path
     run_dir: pathlib.Path | None = None
-    step: int | None = None  # of the checkpoint; None for a base alone
+    step: int | None = None  # step of the checkpoint; None for a base model alone
     ranks_LE: np.ndarray | None = None  # i32, active ranks of the routed experts
-    on_batch: Callable[[], None] = lambda: None  # called when a batch, or a token, is computed
+    # Called after each computed batch, or token.
+    on_batch: Callable[[], None] = lambda: None
 
     @property
     def is_adapted(self) -> bool:
@@ -63,12 +64,12 @@ class Loaded(NamedTuple):
 
     @property
     def computed(self) -> str:
-        """How experts are computed, and where."""
+        """Returns the log line that names the implementation of each operation."""
         device, dtype = self.mesh.devices.flat[0], self.model.options.dtype
         return experts_line(self.model.config, self.experts, device, dtype)
 
     def base(self) -> "Loaded":
-        """The same model without its adapter."""
+        """Returns the same model without its adapter."""
         options = dataclasses.replace(self.model.options, adapter=NO_ADAPTER)
         return self._replace(
             model=self.model.clone(options=options),
@@ -85,10 +86,10 @@ def load_base(
     mesh: MeshSection | None = None,
     words: Words | None = None,
 ) -> Loaded:
-    """A base model: a directory, a hub name or `bundled:NAME`; dtype None: `auto`.
+    """Loads a base model from a directory, a hub name or `bundled:NAME`; dtype None means `auto`.
 
     Args:
-      words: of that path, if they are there already.
+      words: The `Words` of that path, if they have been opened already.
     """
     words = words or of_base(find_model(path, option="--model"))
     return _load(words, dtype or "auto", NO_ADAPTER, mesh or MeshSection())
@@ -104,16 +105,16 @@ def load_run(
     mesh: MeshSection | None = None,
     words: Words | None = None,
 ) -> Loaded:
-    """A run's model at a checkpoint.
+    """Loads a run's model at a checkpoint.
 
     Args:
-      step: `latest`, `best` (smallest held-out loss), a step number that was kept, or steps of
-        which the first that is not damaged is taken.
-      base_only: the base as the run started from it.
-      model_path: where the base is now, if it has moved; the same weights, checked by fingerprint.
-      dtype: of base weights and activations; None: the run's.
-      mesh: None spreads rows over all devices.
-      words: of that run and step, if they are there already.
+      step: `latest`, `best` (smallest held-out loss), the number of a kept step, or several steps,
+        of which the first undamaged one is used.
+      base_only: Load the base model that the run started from, without the adapter.
+      model_path: Where the base model is now, if it has moved; its fingerprint must be the same.
+      dtype: Dtype of base weights and activations; None: the run's.
+      mesh: None shards rows over all devices.
+      words: The `Words` of that run and step, if they have been opened already.
     """
     if words is None:
         step = "latest" if base_only else step
@@ -132,8 +133,11 @@ def load_run(
 
 
 def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSource]:
-    """The `lora` collection on the mesh, and the ranks i32 [L, E], of the source's checkpoint; and
-    the source with the step that they are of, where the first was damaged.
+    """Reads the adapter weights of a checkpoint.
+
+    Returns:
+      The `lora` collection on the mesh, the ranks i32 [L, E], and the source with the step that was
+      read, which differs from the first one if that was damaged.
     """
     model = Decoder(source.model_config, DecoderOptions(adapter=source.adapter))
     lora = abstract_lora(model)
@@ -147,21 +151,21 @@ def read_factors(source: RunSource, mesh: Mesh) -> tuple[dict, np.ndarray, RunSo
 
 
 class Base(NamedTuple):
-    """A base model on its mesh."""
+    """Holds a base model on its mesh."""
 
     model: Decoder
     params: dict
     mesh: Mesh
-    experts: str  # how experts are computed
+    experts: str  # backend that computes experts
 
 
 def place_base(
     directory: pathlib.Path, dtype: str, section: MeshSection, check=lambda vocab_size: None
 ) -> Base:
-    """The base model of a directory on a mesh; `dtype` may be `auto`.
+    """Places the base model of a directory on a mesh; `dtype` may be `auto`.
 
     Args:
-      check: called with the size of the vocabulary before weights are read.
+      check: Called with the size of the vocabulary before weights are read.
     """
     model_config = read_model_config(directory)
     sizes = mesh_lib.resolve_sizes(section, mesh_lib.count_devices(), jax.process_count())
@@ -207,7 +211,7 @@ def _with_adapter(loaded: Loaded, source: RunSource) -> Loaded:
 
 
 def rank_gates(model: Decoder, ranks_LE: np.ndarray, mesh: Mesh | None = None) -> dict:
-    """The `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
+    """Returns the `rank_mask` collection for given ranks: 1 for an active rank, 0 otherwise."""
     mask_LER = masks_from_ranks(ranks_LE, model.options.adapter.max_rank)
     if mesh is not None:
         mask_LER = processes.place(mask_LER, mesh_lib.shardings_for(mesh, mask_LER, "mask_LER"))

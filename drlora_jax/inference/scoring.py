@@ -1,9 +1,9 @@
-"""Log-likelihoods of continuations, many to a row.
+"""Computes log-likelihoods of continuations, packed many to a row.
 
-A pair (context, continuation) is a document of which the continuation is to be predicted. Documents
-are packed into rows like training data, so a short pair costs its own tokens and no padding, and
-what stands beside it changes nothing. Only the hidden states at predicted positions meet the output
-head, in chunks: no [tokens, vocabulary] array is ever made.
+A pair (context, continuation) is a document whose continuation is predicted. Documents are packed
+into rows like training data, so a short pair costs its own tokens and no padding, and its result
+does not depend on its neighbours. Only the hidden states at predicted positions are multiplied by
+the output head, in chunks: no [tokens, vocabulary] array is ever created.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ from drlora_jax.models.transformer import Decoder, logits
 from drlora_jax.parallel import mesh as mesh_lib
 from drlora_jax.parallel import processes
 
-SHORTEST_ROW = 256  # tokens; rows are this long, or the next power of two that takes a document
+SHORTEST_ROW = 256  # tokens; rows have this length, or the next power of two that fits a document
 CHUNK = 256  # predicted positions whose logits exist at once
 
 
 class LogLikelihood(NamedTuple):
     total: float  # nats, summed over the continuation
-    is_greedy: bool  # every token of it is the most likely one
+    is_greedy: bool  # every token of the continuation is the most likely one
     tokens: int
 
 
@@ -36,11 +36,11 @@ Pair = tuple[Sequence[int], Sequence[int]]  # token ids of context and continuat
 
 
 class Scorer:
-    """Log-likelihoods by one model; compiled programs are kept between calls.
+    """Computes log-likelihoods with one model; compiled programs are kept between calls.
 
     Args:
-      batch_size: rows computed at once; rounded up to the mesh's row shards.
-      max_length: tokens the model sees; what is longer loses the start of its context.
+      batch_size: Rows computed at once, rounded up to a multiple of the mesh's row shards.
+      max_length: Tokens that the model reads; of longer pairs the start of the context is cut off.
     """
 
     def __init__(self, loaded: Loaded, *, batch_size: int = 8, max_length: int = 2048):
@@ -50,10 +50,10 @@ class Scorer:
         self._score = jit_score(loaded)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[LogLikelihood]:
-        """log p(continuation | context) of every pair.
+        """Returns log p(continuation | context) of every pair.
 
         Raises:
-          ValueError: for an empty part, or a continuation longer than max_length.
+          ValueError: If a part is empty, or a continuation is longer than max_length.
         """
         documents = [_document(index, pair, self.max_length) for index, pair in enumerate(pairs)]
         self._warn(documents)
@@ -62,7 +62,7 @@ class Scorer:
         for batch, rows in _batches(documents, self._batch_size, pad_id):
             log_p_N, is_top_N = self._run(batch)
             start = 0
-            # Documents by row, and in their order in it: the order of the predicted positions.
+            # Predicted positions are ordered by row, and within a row as its documents are.
             for index in np.concatenate(rows).tolist():
                 count = int(documents[index].is_target.sum())
                 part = slice(start, start + count)
@@ -72,7 +72,7 @@ class Scorer:
         return results
 
     def _warn(self, documents: Sequence[Document]) -> None:
-        """Says once that a pair is longer than what the model was made for."""
+        """Warns once that a pair is longer than the model supports."""
         # Nothing is predicted from the last token.
         longest = max((len(document.tokens) - 1 for document in documents), default=0)
         if not self._has_warned:
@@ -80,7 +80,7 @@ class Scorer:
             self._has_warned = warn_beyond(self._loaded.directory, longest, what)
 
     def _run(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probability of every predicted token of a batch, and whether it is the likeliest."""
+        """Returns the log-probability of every predicted token, and whether it is the likeliest."""
         at_N = np.flatnonzero(batch.target_mask_BT).astype(np.int32)
         padded = np.pad(at_N, (0, -len(at_N) % CHUNK))
         placed = processes.place(batch, mesh_lib.rows(self._loaded.mesh))
@@ -92,12 +92,12 @@ class Scorer:
 def score_continuations(
     loaded: Loaded, pairs: Sequence[Pair], *, batch_size: int = 8, max_length: int = 2048
 ) -> list[LogLikelihood]:
-    """What a `Scorer` made for these pairs alone gives."""
+    """Scores pairs with a `Scorer` of their own."""
     return Scorer(loaded, batch_size=batch_size, max_length=max_length)(pairs)
 
 
 def jit_score(loaded: Loaded):
-    """`make_score` of a model, compiled; every process gets all of the results."""
+    """Returns the jitted `make_score` of a model; every process receives all results."""
     return jax.jit(
         make_score(loaded.model),
         out_shardings=mesh_lib.replicated(loaded.mesh),
@@ -105,8 +105,8 @@ def jit_score(loaded: Loaded):
 
 
 def make_score(model: Decoder):
-    """A pure `score(variables, batch, at [N]) -> (log-probability [N], is the most likely [N])` of
-    the targets at flat positions `at`; N is a multiple of CHUNK.
+    """Returns a pure `score(variables, batch, at [N]) -> (log-probability [N], is the likeliest
+    [N])` of the targets at flat positions `at`; N is a multiple of CHUNK.
     """
 
     def score(variables, batch: Batch, at_N):
@@ -139,7 +139,7 @@ def _document(index: int, pair: Pair, max_length: int) -> Document:
             f"Pair {index}: the continuation has {len(continuation)} tokens, max_length is "
             f"{max_length}."
         )
-    # One more than the model sees: nothing is predicted from the last one.
+    # One more than the model reads, since nothing is predicted from the last token.
     tokens = np.array([*context, *continuation], np.int32)[-(max_length + 1) :]
     return Document(tokens, np.arange(len(tokens)) >= len(tokens) - len(continuation))
 
@@ -147,9 +147,10 @@ def _document(index: int, pair: Pair, max_length: int) -> Document:
 def _batches(
     documents: Sequence[Document], batch_size: int, pad_id: int
 ) -> Iterator[tuple[Batch, list[np.ndarray]]]:
-    """Batches with the document indices of their rows; a program for each power of two of length.
+    """Yields batches with the document indices of their rows, grouped by row length (a power of
+    two), so that one program serves each length.
 
-    Rows of padding fill up the last batch.
+    Rows of padding fill the last batch.
     """
     lengths = np.array([len(document.tokens) for document in documents])
     row_lengths = np.array([max(SHORTEST_ROW, 1 << (n - 1).bit_length()) for n in lengths.tolist()])

@@ -1,4 +1,4 @@
-"""Tokenizer and wording of what `--run` or `--model` names, found before weights are read."""
+"""Opens the tokenizer and the prompt wording of `--run` or `--model`, before weights are read."""
 
 import argparse
 import dataclasses
@@ -15,16 +15,16 @@ from drlora_jax.runs.source import RunSource, find_run
 
 @dataclasses.dataclass
 class Words:
-    """A tokenizer, and how prompts for it are written."""
+    """Holds a tokenizer, and how prompts for it are written."""
 
     tokenizer: Any
-    directory: pathlib.Path  # of the base
+    directory: pathlib.Path  # directory of the base model
     end_token_ids: tuple[int, ...]
-    source: RunSource | None = None  # None: a base alone
-    resolved: Resolved | None = None  # None: a base alone, or a run of an earlier version
+    source: RunSource | None = None  # None: a base model alone
+    resolved: Resolved | None = None  # None: a base model alone, or a run of an earlier version
     notes: tuple[str, ...] = ()
-    known_wording: Wording | None = None  # of the run's prompts, once it is known
-    # Settings of the tokenizer that are the training's and that the directory has otherwise now.
+    known_wording: Wording | None = None  # wording of the run's prompts, once it is known
+    # Tokenizer settings restored from the training, where the directory now has different ones.
     restored: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
@@ -40,8 +40,8 @@ class Words:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def wording(self, template: str | None = None, row_format: str | None = None) -> Wording | None:
-        """The run's own wording. For a run of an earlier version it is found again from base and
-        rows, unless a template is named, which needs neither.
+        """Returns the run's own wording. For a run of an earlier version it is recovered from the
+        base model and the rows, unless a template is named, which needs neither.
         """
         if self.known_wording is not None or template is not None:
             return self.known_wording
@@ -55,10 +55,10 @@ class Words:
 
 
 def open_words(args: argparse.Namespace) -> Words:
-    """Of the model that the arguments of `cli.model_parser` mean.
+    """Opens the `Words` of the model that the arguments of `cli.model_parser` name.
 
     Raises:
-      UserError: when there is no such model, or its tokenizer is not the one of the training.
+      UserError: If there is no such model, or its tokenizer is not the one of the training.
     """
     if args.run is None:
         check_only_run(args)
@@ -68,11 +68,11 @@ def open_words(args: argparse.Namespace) -> Words:
 
 
 def check_only_run(args: argparse.Namespace) -> None:
-    """Refuses options that say something about a run."""
+    """Refuses options that apply only to a run."""
     given = [name for name in ("step", "base", "model_path") if _is_given(args, name)]
     if given:
         option = given[0].replace("_", "-")
-        raise UserError(f"--{option} says something about --run; it has no use with --model.")
+        raise UserError(f"--{option} applies to --run and cannot be used with --model.")
 
 
 def _is_given(args: argparse.Namespace, name: str) -> bool:
@@ -80,13 +80,13 @@ def _is_given(args: argparse.Namespace, name: str) -> bool:
 
 
 def of_base(directory: pathlib.Path) -> Words:
-    vocab_size = read_model_config(directory).vocab_size  # first: it says what is no model
+    vocab_size = read_model_config(directory).vocab_size  # first: refuses what is not a model
     tokenizer = load_tokenizer(directory)
     return Words(tokenizer, directory, end_token_ids(tokenizer, directory, vocab_size))
 
 
 def of_run(source: RunSource) -> Words:
-    """With the chat template, end tokens and date of the training."""
+    """Returns the `Words` of a run, with the chat template, end tokens and date of its training."""
     words = of_base(source.directory)
     if source.resolved is None:
         return dataclasses.replace(words, source=source)

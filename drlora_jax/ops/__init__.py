@@ -1,4 +1,4 @@
-"""The operations with more than one implementation, as one value that a model is given."""
+"""Bundles the operations that have several implementations into one value for a model."""
 
 import operator
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from drlora_jax.ops.lora_deltas import deltas_of
 
 
 class Ops(NamedTuple):
-    """Functions with the signatures of ours on one device; `parallel.sharded_ops` has those for a
-    mesh.
+    """Holds the operations of a model, by default those for one device; `parallel.sharded_ops`
+    returns those for a mesh.
     """
 
     expert_mlp: Callable = expert_mlp
@@ -24,7 +24,8 @@ class Ops(NamedTuple):
     summed_nll: Callable = summed_nll
     embed: Callable = operator.getitem  # (table [V, D], tokens [B, T]) -> [B, T, D]
     expert_deltas: Callable = deltas_of
-    reads_stacks: bool = False  # expert_mlp takes the stack of all layers with a layer's number
+    # expert_mlp receives the weights of all layers, stacked, and the index of a layer.
+    reads_stacks: bool = False
 
 
 def ops_for(
@@ -35,7 +36,7 @@ def ops_for(
     experts: Experts = "auto",
     dtype=jnp.float32,
 ) -> Ops:
-    """What runs in programs compiled for `platform`."""
+    """Returns the operations for programs compiled for `platform`."""
     backend = choose_backend(Call(platform, dtype)) if experts == "auto" else experts
     return Ops(
         expert_mlp=_experts(backend, expert_shards == 1, platform),
@@ -44,7 +45,7 @@ def ops_for(
     )
 
 
-@cache  # one function a choice, so that equal options stay equal
+@cache  # one function per choice, so that equal options compare equal
 def _experts(backend: str, keeps_hidden: bool, platform: str) -> Callable:
     return partial(expert_mlp, backend=backend, keeps_hidden=keeps_hidden, platform=platform)
 

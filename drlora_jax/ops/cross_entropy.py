@@ -1,12 +1,12 @@
-"""Sum of next-token negative log-likelihoods without a [tokens, vocabulary] array.
+"""Sums next-token negative log-likelihoods without a [tokens, vocabulary] array.
 
-The head is applied to chunks of tokens. With a frozen head tokens with a target come first and the
-chunks after the last of them are not computed: a prompt costs nothing here. The gradient of the
-hidden states is computed in the same forward chunk (two matrix products instead of three), and the
+The head is applied to chunks of tokens. With a frozen head, tokens with a target are sorted first
+and chunks without targets are skipped: a prompt costs nothing here. The gradient of the hidden
+states is computed in the same forward chunk (two matrix products instead of three), and the
 backward pass only scales it. With a trained head (pretraining, where every token is a target) each
-chunk is recomputed in the backward pass. With `vocab_axis` every device of that mesh axis has a
-part of the vocabulary: maxima, sums and target logits go over the axis, logits never do. Letters: T
-tokens, D model, V vocabulary, C chunks.
+chunk is recomputed in the backward pass. With `vocab_axis`, every device of that mesh axis holds a
+part of the vocabulary: maxima, sums and target logits are communicated over the axis, logits never
+are. Letters: T tokens, D model, V vocabulary, C chunks.
 """
 
 import functools
@@ -29,14 +29,14 @@ def summed_nll(
     head_grad: bool = False,
     vocab_axis: str | None = None,
 ) -> jax.Array:
-    """Sum over tokens of mask * -log softmax(hidden @ head)[target], in nats, f32.
+    """Returns the sum over tokens of mask * -log softmax(hidden @ head)[target], in nats, f32.
 
     Args:
-      mask_T: f32, 0 leaves a token out.
-      soft_cap: logits become cap * tanh(logits / cap).
-      head_grad: whether the head receives a gradient.
-      vocab_axis: inside a shard_map, the axis over which the columns of a frozen head are cut in
-        equal parts; tokens are the same on all its devices.
+      mask_T: f32, 0 excludes a token.
+      soft_cap: Logits become cap * tanh(logits / cap).
+      head_grad: Whether the head receives a gradient.
+      vocab_axis: Inside a shard_map, the axis over which the columns of a frozen head are sharded
+        evenly; tokens are the same on all its devices.
     """
     size = min(CHUNK_TOKENS, hidden_TD.shape[0])
     pad = -hidden_TD.shape[0] % size
@@ -56,7 +56,7 @@ def summed_nll(
 
 
 class _Static(NamedTuple):
-    size: int  # tokens of a chunk
+    size: int  # tokens per chunk
     soft_cap: float | None
     vocab_axis: str | None
 
@@ -80,7 +80,9 @@ def _frozen_head_nll(static, hidden_TD, targets_T, mask_T, head_DV):
 
 
 def _frozen_chunk(static, hidden_TD, targets_T, mask_T, head_DV):
-    """Sum of NLL, and a function that makes this device's part of its gradient by hidden_TD."""
+    """Returns the summed NLL, and a function that computes this device's part of its gradient with
+    respect to hidden_TD.
+    """
     logits_TV = jnp.matmul(hidden_TD, head_DV, preferred_element_type=jnp.float32)
     slope_TV = None
     if static.soft_cap is not None:
@@ -90,7 +92,7 @@ def _frozen_chunk(static, hidden_TD, targets_T, mask_T, head_DV):
     highest_T1 = jnp.max(logits_TV, axis=1, keepdims=True)
     if axis is not None:
         highest_T1 = lax.pmax(highest_T1, axis)
-        targets_T = targets_T - lax.axis_index(axis) * size  # outside [0, size): another's
+        targets_T = targets_T - lax.axis_index(axis) * size  # outside [0, size): on another device
     share_TV = jnp.exp(logits_TV - highest_T1)
     is_target_TV = jnp.arange(size)[None] == targets_T[:, None]
     total_T = jnp.sum(share_TV, axis=1)
@@ -139,7 +141,7 @@ def _targets_first(mask_T):
 
 
 def _each_chunk(size: int, run, carry, tokens):
-    """`run(carry, start, chunk of tokens)` over the chunks that have a target."""
+    """Calls `run(carry, start, chunk of tokens)` for the chunks that have a target."""
 
     def one(index, carry):
         start = index * size

@@ -1,6 +1,6 @@
-"""What the processes of a run or of an evaluation must have in common, compared by digests.
+"""Compares, by digests, what all processes of a run or of an evaluation must agree on.
 
-jax takes the values of each process for those of all, so a difference would not show by itself.
+jax assumes that all processes pass the same values, so a difference would go unnoticed.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from drlora_jax import config as config_lib
 from drlora_jax.errors import RunError
 from drlora_jax.parallel import processes
 
-# Settings that say where something is, fields of a config and options of commands. They may differ
-# by host; what is found there is compared instead. An adapter's files are read before: what they
-# say is in their place.
+# Settings that name locations: fields of a config and options of commands. They may differ between
+# hosts; the contents are compared instead. An adapter's files have been read already, so their
+# contents stand in place of their paths.
 PLACES = frozenset(
     [
         *(name for name in config_lib.PLACES if not name.startswith("adapter.")),
@@ -46,13 +46,13 @@ def digest_settings(settings: Mapping[str, Any], *more: Any) -> str:
 
 
 def digest_on_devices(array: jax.Array, expected: np.ndarray) -> str:
-    """Returns the digest of `expected` with the parts that this process's devices hold in place."""
+    """Returns the digest of `expected`, overwritten with what this process's devices hold."""
     held = np.array(expected)
     for shard in array.addressable_shards:
         part = np.asarray(shard.data)
         if not np.array_equal(held[shard.index], part):
             held[shard.index] = part
-            break  # a second copy on another device, if right, must not hide it
+            break  # an intact copy on another device must not hide the difference
     return digest(held)
 
 
@@ -62,9 +62,9 @@ def check_agreement(
     """Raises RunError, on all processes, when their digests of a field differ.
 
     Args:
-      fields: name to digest, the same names in the same order everywhere.
-      truths: of some fields what the digest must be; of the others it is what most processes have,
-        process 0 in doubt.
+      fields: Name to digest, the same names in the same order on every process.
+      truths: The correct digests of some fields; for the others it is the digest that most
+        processes have, or that of process 0 in case of a tie.
     """
     own = np.array([list(bytes.fromhex(each)) for each in fields.values()], np.uint8)
     all_PFB = own[None]
@@ -77,44 +77,44 @@ def check_agreement(
     wrong = disagreements(by_process, truths or {})
     if wrong:
         raise RunError(
-            f"The processes of this run do not agree {when}. Not as it must be: "
-            f"{', '.join(wrong)}. Look for a broken host, or other files or versions there, and "
-            "start the same command again; it goes on from the last checkpoint, which is good."
+            f"The processes of this run disagree {when}: {', '.join(wrong)}. Check that host for "
+            "hardware faults and for different files or versions, then start the same command "
+            "again; it resumes from the last checkpoint, which is intact."
         )
 
 
 def disagreements(by_process: list[dict[str, str]], truths: Mapping[str, str]) -> list[str]:
-    """Lists which field of which processes is not what it must be; see `check_agreement`."""
+    """Lists which fields differ on which processes; see `check_agreement`."""
     found = []
     for name in by_process[0]:
         values = [fields[name] for fields in by_process]
-        most = max(values, key=values.count)  # the first of several
+        most = max(values, key=values.count)  # the first in case of a tie
         truth = truths.get(name, most)
         wrong = [str(process) for process, value in enumerate(values) if value != truth]
         if wrong:
             who = "process" if len(wrong) == 1 else "processes"
-            found.append(f"{name} of {who} {' and '.join(wrong)}")
+            found.append(f"{name} differs on {who} {' and '.join(wrong)}")
     return found
 
 
 def check_is_shared(file: pathlib.Path) -> None:
-    """Raises RunError when a process does not find the file of run.dir that process 0 wrote: its
-    part of a checkpoint would be where nobody reads it.
+    """Raises RunError when a process does not find the file that process 0 wrote to run.dir: its
+    part of a checkpoint would be written where no other process reads it.
     """
     if jax.process_count() == 1:
         return
     limit = time.monotonic() + SHARED_WITHIN
     written = processes.from_main(_file_digest(file))
     while not np.array_equal(_file_digest(file), written) and time.monotonic() < limit:
-        time.sleep(1)  # network file systems show a new file late
+        time.sleep(1)  # network file systems show new files with a delay
     check_agreement(
-        "on run.dir, which must be one directory that all share",
+        "on run.dir, which must be one directory shared by all",
         {"run.dir": digest(_file_digest(file))},
         {"run.dir": digest(written)},
     )
 
 
 def _file_digest(file: pathlib.Path) -> np.ndarray:
-    """sha256 of a file, u8 [32]; of nothing if it is not there."""
+    """Returns the sha256 of a file, u8 [32]; that of no bytes if the file does not exist."""
     content = file.read_bytes() if file.is_file() else b""
     return np.frombuffer(hashlib.sha256(content).digest(), np.uint8)

@@ -1,11 +1,11 @@
-"""Rows of tokens to the devices that have their experts, and results back.
+"""Sends tokens to the devices that hold their experts, and the results back (all-to-all).
 
-A token goes once to every device of the axis that has one of its experts, however many of them
-are there; what comes back is summed. Buffers have room for the worst case, every token on one
-device, so nothing is ever dropped. Two kinds move the same rows to the same places:
+A token is sent once to every device of the axis that holds any of its experts; the results that
+come back are summed. Buffers have room for the worst case, every token on one device, so no token
+is ever dropped. Two kinds move the same rows to the same places:
 
-    ragged   `lax.ragged_all_to_all`: moves the rows there are (TPU)
-    padded   `lax.all_to_all` of as many rows as a device has, for each peer (everywhere)
+    ragged   `lax.ragged_all_to_all`: moves only the rows that are needed (TPU)
+    padded   `lax.all_to_all`: for each peer as many rows as a device has (every platform)
 
 Letters: C devices of the axis, T tokens of a device, S rows sent, Q rows received, K experts per
 token, D width.
@@ -22,38 +22,40 @@ RAGGED, PADDED, GATHER = "ragged", "padded", "gather"
 
 
 class Traffic(NamedTuple):
-    """How many rows this device sends to each peer and gets from it, and where they lie. All i32
-    [C].
+    """Holds how many rows this device sends to and receives from each peer, and their offsets. All
+    i32 [C].
     """
 
-    send_from: jax.Array  # first row for a peer, in this device's buffer of rows to send
-    send: jax.Array
-    land_at: jax.Array  # where they begin in the peer's buffer of received rows
-    receive_at: jax.Array  # first row of a peer, in this device's buffer of received rows
-    receive: jax.Array
-    leave_from: jax.Array  # where they began in the peer's buffer
+    send_from: jax.Array  # first row for a peer, in this device's send buffer
+    send: jax.Array  # number of rows sent
+    land_at: jax.Array  # first of these rows in the peer's receive buffer
+    receive_at: jax.Array  # first row of a peer, in this device's receive buffer
+    receive: jax.Array  # number of rows received
+    leave_from: jax.Array  # first of these rows in the peer's send buffer
 
     def back(self) -> "Traffic":
-        """The same rows the other way."""
+        """Returns the traffic that sends the same rows back."""
         return Traffic(
             self.receive_at, self.receive, self.leave_from, self.send_from, self.send, self.land_at
         )
 
 
 class Dispatch(NamedTuple):
-    """Which tokens this device sends, sorted by peer."""
+    """Holds which tokens this device sends, sorted by peer."""
 
-    token_S: jax.Array  # i32; the number of tokens where there is no row
+    token_S: jax.Array  # i32, index of the token; T for unused rows
     traffic: Traffic
 
 
-def plan_dispatch(expert_TK: jax.Array, experts_a_peer: int, axis: str) -> Dispatch:
-    """Inside a shard_map over `axis`: experts [c * experts_a_peer, (c + 1) * experts_a_peer) are
-    peer c's; an index of none of them is sent to nobody.
+def plan_dispatch(expert_TK: jax.Array, experts_per_peer: int, axis: str) -> Dispatch:
+    """Plans the exchange, inside a shard_map over `axis`.
+
+    Peer c holds the experts [c * experts_per_peer, (c + 1) * experts_per_peer); an index outside
+    all of these ranges is sent to no peer.
     """
     peers, me = lax.axis_size(axis), lax.axis_index(axis)
     tokens, choices = expert_TK.shape
-    peer_TK = expert_TK // experts_a_peer
+    peer_TK = expert_TK // experts_per_peer
     goes_CT = jnp.any(peer_TK[None] == jnp.arange(peers)[:, None, None], axis=2)
     send_C = jnp.sum(goes_CT, axis=1, dtype=jnp.int32)
     rows = min(choices, peers) * tokens
@@ -70,7 +72,7 @@ def plan_dispatch(expert_TK: jax.Array, experts_a_peer: int, axis: str) -> Dispa
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def exchange(kind: str, axis: str, places: int, rows_SD: jax.Array, traffic: Traffic) -> jax.Array:
-    """[places, ...]: the rows that this device's peers send it, zero behind the last."""
+    """Returns the rows that the peers send to this device, [places, ...], zero after the last."""
     move = _ragged if kind == RAGGED else _padded
     return move(axis, places, rows_SD, traffic)
 
@@ -81,7 +83,7 @@ def _exchange_forward(kind, axis, places, rows_SD, traffic):
 
 def _exchange_backward(kind, axis, places, saved, d_rows_QD):
     traffic, rows = saved
-    if not jnp.issubdtype(d_rows_QD.dtype, jnp.floating):  # of whole numbers
+    if not jnp.issubdtype(d_rows_QD.dtype, jnp.floating):  # integers have no gradient
         return None, None
     return exchange(kind, axis, rows, d_rows_QD, traffic.back()), None
 
@@ -102,7 +104,7 @@ def _ragged(axis, places, rows_SD, traffic):
 
 
 def _padded(axis, places, rows_SD, traffic):
-    # No peer gets or sends more rows than a device has tokens: the smaller buffer holds them.
+    # No peer sends or receives more rows than a device has tokens: the smaller buffer holds them.
     peers = traffic.send.shape[0]
     most = max(places, rows_SD.shape[0]) // peers
     row_M = jnp.arange(most)
@@ -119,8 +121,8 @@ def _padded(axis, places, rows_SD, traffic):
 
 
 def choose_exchange(wanted: str, platform: str, peers: int, experts_per_token: int) -> str:
-    """The kind that `mesh.exchange` means: `auto` takes `ragged` on TPU where a token's experts
-    are, when spread evenly, on less than half of the devices.
+    """Returns the kind of exchange: `auto` uses `ragged` on TPU if a token's experts, evenly
+    spread, are expected on less than half of the devices, and otherwise gathers all tokens.
     """
     if wanted != "auto":
         return wanted

@@ -1,9 +1,10 @@
-"""The device mesh and where every array lies on it.
+"""Defines the device mesh and the sharding of every array on it.
 
-Axes: `data` replicates, `fsdp` shards base weights along their width, `expert` shards experts,
-`tensor` shards attention heads, the hidden width of dense FFNs, the vocabulary, and experts once
-more. Rows of a batch are sharded over (data, fsdp, expert). Masks, importance and LoRA matrices of
-an expert lie with the expert. The rules are one table: the first regular expression that matches a
+Axes: `data` replicates the base model, `fsdp` shards its weights along the model dimension,
+`expert` shards experts (expert parallelism), `tensor` is tensor parallelism over attention heads,
+the hidden dimension of dense FFNs, the vocabulary, and further shards of experts. Rows of a batch
+are sharded over (data, fsdp, expert). Masks, importance and LoRA matrices of an expert reside on
+the devices of the expert. The rules are one table: the first regular expression that matches a
 leaf's path decides, and every leaf must match one. A policy declares the axes of its statistics.
 """
 
@@ -26,7 +27,8 @@ AXES = ("data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
 EXPERTS = ("expert", "tensor")
 
-# Paths look like params/segment_0/layer_0/moe/gate_up; leaves of a segment lead with [repeats].
+# Paths look like params/segment_0/layer_0/moe/gate_up; the first axis of a segment's leaves is
+# [repeats].
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"params/embedding", PartitionSpec("tensor", "fsdp")),
     (r"params/head", PartitionSpec("fsdp", "tensor")),
@@ -36,30 +38,30 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"params/.*/(q|k|v|gate|up)/bias", PartitionSpec(None, "tensor")),
     (r"params/.*", PartitionSpec()),  # norms, other biases, routers, sinks
     (r"lora/.*/moe/\w+_lora/[ab]", PartitionSpec(None, EXPERTS)),
-    (r"lora/.*", PartitionSpec()),  # plain LoRA, router deltas, experts of an adapter's own
+    (r"lora/.*", PartitionSpec()),  # plain LoRA, router deltas, experts that the adapter brings
     (r"mask_LER", PartitionSpec(None, EXPERTS)),
     (r"step", PartitionSpec()),
 )
 
 
 def count_devices() -> int:
-    """Of all processes. Raises UserError where jax finds none."""
+    """Counts the devices of all processes. Raises UserError where jax finds none."""
     try:
         return jax.device_count()
-    # JAX_PLATFORMS names what is not here, or a device is broken.
+    # JAX_PLATFORMS names a platform that is not available, or a device is broken.
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error) if str(error).strip() else "no backend starts"
         raise UserError(
             f"jax finds no device ({reason}); check JAX_PLATFORMS (got "
-            f"{jax.config.jax_platforms!r}), the drivers, and that jax was installed for them."
+            f"{jax.config.jax_platforms!r}), the drivers, and that jax is installed for them."
         ) from error
 
 
 def resolve_sizes(
     section: MeshSection, device_count: int, process_count: int = 1
 ) -> tuple[int, ...]:
-    """The sizes of AXES with a -1 filled in. One process may leave devices unused; of several each
-    must have a part in the work.
+    """Returns the sizes of AXES, with a -1 replaced by what fits. A single process may leave
+    devices unused; with several processes all devices must be used.
     """
     sizes = [section.data, section.fsdp, section.expert, section.tensor]
     given = int(np.prod([size for size in sizes if size != -1]))
@@ -67,13 +69,13 @@ def resolve_sizes(
         sizes[sizes.index(-1)] = device_count // given
     if -1 in sizes or int(np.prod(sizes)) > device_count:
         raise UserError(
-            f"mesh: {describe_sizes(sizes)} does not fit the {device_count} devices there are; "
-            "change mesh.*."
+            f"mesh: {describe_sizes(sizes)} does not fit the {device_count} devices; change mesh.*."
         )
     if process_count > 1 and int(np.prod(sizes)) != device_count:
         raise UserError(
-            f"mesh: {describe_sizes(sizes)} leaves devices unused, {device_count} of "
-            f"{process_count} processes are there; set one axis to -1, or start fewer processes."
+            f"mesh: {describe_sizes(sizes)} uses {int(np.prod(sizes))} of the {device_count} "
+            f"devices of {process_count} processes; with several processes all must be used. Set "
+            "one axis to -1 or start fewer processes."
         )
     return tuple(sizes)
 
@@ -83,17 +85,17 @@ def describe_sizes(sizes: Sequence[int]) -> str:
 
 
 def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of AXES over all processes' devices, or over those of a described topology.
+    """Returns a mesh of AXES over the devices of all processes, or over those of a topology.
 
-    Where the devices are several slices, which a slower network connects, `data` goes over the
-    slices, or else `fsdp`. When neither can, other axes cross GPU nodes, which jax calls slices as
-    well; for TPUs it raises UserError.
+    If the devices form several slices, which are connected by a slower network, `data` spans the
+    slices, or otherwise `fsdp`. If neither can, other axes cross GPU nodes, which jax also calls
+    slices; for TPUs UserError is raised.
     """
     devices = (jax.devices() if devices is None else devices)[: int(np.prod(sizes))]
     slices = count_slices(devices)
     if devices[0].platform != "tpu" and all(sizes[axis] % slices for axis in (0, 1)):
-        slices = 1  # expert and tensor may go over nodes, at the speed of their network
-    # An axis of 8 on a torus of 4 x 4 x 4 is part of two of its axes.
+        slices = 1  # expert and tensor may span nodes, at the speed of their network
+    # An axis of size 8 on a torus of 4 x 4 x 4 spans parts of two physical axes.
     options = {"allow_split_physical_axes": True}
     if slices > 1:
         across = _axis_across(slices, sizes)
@@ -102,12 +104,12 @@ def make_mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = Non
         placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, **options)
     else:
         placed = mesh_utils.create_device_mesh(sizes, devices, **options)
-    # jax defaults to Explicit axes, which our code does not write shardings for.
+    # jax defaults to Explicit axes, for which our code does not annotate shardings.
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def count_slices(devices: Iterable[jax.Device]) -> int:
-    """Of TPU chips or GPU nodes, between which the network is slower; 1 if jax knows of none."""
+    """Counts TPU slices or GPU nodes, between which the network is slower; 1 if jax names none."""
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -116,23 +118,23 @@ def _axis_across(slices: int, sizes: tuple[int, ...]) -> str:
         if sizes[AXES.index(axis)] % slices == 0:
             return axis
     raise UserError(
-        f"The devices are {slices} slices: mesh.data or mesh.fsdp must be a multiple of {slices}, "
-        f"got data={sizes[0]}, fsdp={sizes[1]}; expert and tensor stay inside a slice."
+        f"The devices form {slices} slices: mesh.data or mesh.fsdp must be a multiple of {slices}, "
+        f"got data={sizes[0]}, fsdp={sizes[1]}; expert and tensor stay within a slice."
     )
 
 
 def platform_of(mesh: Mesh) -> str:
-    """cpu, gpu or tpu: what programs over the mesh are compiled for."""
+    """Returns the platform that programs over the mesh are compiled for: cpu, gpu or tpu."""
     return mesh.devices.flat[0].platform
 
 
 def rows(mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Sharding of batches: the row axis comes after `leading` other axes."""
+    """Returns the sharding of batches whose row axis comes after `leading` other axes."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
 
 
 def whole_shards(mesh: Mesh, row_count: int) -> int:
-    """That many rows, rounded up to what divides among the mesh's row shards."""
+    """Rounds a number of rows up to a multiple of the mesh's row shards."""
     shards = int(np.prod([mesh.shape[axis] for axis in ROWS]))
     return ceil_div(row_count, shards) * shards
 
@@ -153,8 +155,8 @@ def _rule(path: str) -> tuple[str, PartitionSpec]:
 
 
 def spec_of_axes(letters: str) -> PartitionSpec:
-    """Returns where an array with the axes `letters` lies: E over the experts' devices, the other
-    axes whole.
+    """Returns the spec of an array with the axes `letters`: E is sharded over the experts' devices,
+    the other axes are not sharded.
     """
     return PartitionSpec(*(EXPERTS if letter == "E" else None for letter in letters))
 
@@ -173,11 +175,11 @@ def shardings_by_axes(mesh: Mesh, tree: Any, axes: Any) -> Any:
 
 
 def partition_lines(mesh: Mesh, trees: dict[str, Any], stat_axes: Any = None) -> list[str]:
-    """Lists which rule places how many leaves, and what they take on one device; for the log.
+    """Lists for the log how many leaves each rule matches, and their bytes on one device.
 
     Args:
-      trees: root of the paths to leaves that carry their sharding.
-      stat_axes: the axes of the tree `stats`, as its policy declares them.
+      trees: By the root of their paths, trees whose leaves carry their sharding.
+      stat_axes: The axes of the tree `stats`, as its policy declares them.
     """
     rows: dict[str, list] = {}
     for name, rule, leaf in _leaves_with_rules(trees, stat_axes):
@@ -191,15 +193,15 @@ def partition_lines(mesh: Mesh, trees: dict[str, Any], stat_axes: Any = None) ->
     lines = [f"{'partition rule':<32}  {'over':<28}  {'leaves':>6}  on each device"]
     for pattern, (spec, count, size, whole) in rows.items():
         names = ((part,) if isinstance(part, str) else part or ("-",) for part in spec)
-        over = ", ".join("+".join(each) for each in names) or "everywhere whole"
-        note = f"  does not divide: {', '.join(whole[:2])}" if whole else ""
+        over = ", ".join("+".join(each) for each in names) or "replicated"
+        note = f"  not divisible: {', '.join(whole[:2])}" if whole else ""
         size = format_bytes(size)
         lines.append(f"{pattern:<32}  {over:<28}  {count:>6}  {size}{note}")
     return lines
 
 
 def _leaves_with_rules(trees: dict[str, Any], stat_axes: Any) -> Iterator[tuple]:
-    """Yields (path, (rule, its spec), leaf)."""
+    """Yields (path, (rule, spec), leaf)."""
     for root, tree in trees.items():
         leaves = jax.tree.leaves_with_path(tree)
         if root != "stats":
@@ -214,13 +216,13 @@ def _leaves_with_rules(trees: dict[str, Any], stat_axes: Any) -> Iterator[tuple]
 
 
 def shards_of(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
-    """Parts that a dimension is cut into by the axes of its place in a spec."""
+    """Returns into how many shards the axes of one entry of a spec divide a dimension."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))
 
 
 def shardings_for(mesh: Mesh, tree: Any, root: str) -> Any:
-    """A tree like `tree` of shardings; axes that do not divide a dimension are left out."""
+    """Returns shardings in the structure of `tree`, without axes that do not divide a dimension."""
 
     def leaf(path, value):
         spec = spec_for(_path_name(root, path))
@@ -230,7 +232,7 @@ def shardings_for(mesh: Mesh, tree: Any, root: str) -> Any:
 
 
 def fitting_spec(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-    """The spec without the axes that do not divide their dimension."""
+    """Returns the spec without the axes that do not divide their dimension."""
     fits = [
         axes if size % shards_of(mesh, axes) == 0 else None
         for axes, size in zip(spec, shape, strict=False)
@@ -244,7 +246,7 @@ def _path_name(root: str, path) -> str:
 
 
 def with_shardings(abstract: Any, shardings: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s that carry their sharding."""
+    """Returns `jax.ShapeDtypeStruct`s that carry their sharding."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,

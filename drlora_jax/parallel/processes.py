@@ -1,12 +1,12 @@
-"""The processes of a run: how they find each other, exchange values, and end together.
+"""Connects the processes of a run, exchanges values between them, and ends them together.
 
 One process drives the devices of one host. `join` connects it with its peers before jax is used:
-without arguments on TPU pods, under Slurm and Open MPI, else by the environment variables
+without arguments on TPU pods, under Slurm and Open MPI, otherwise by the environment variables
 
     JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=N  JAX_PROCESS_ID=i
 
-Every process computes the same; process 0 decides what ranks grow, writes the run directory and
-speaks. Nobody waits for ever: jax ends a process whose peer gives no sign of life for
+Every process computes the same; process 0 decides which ranks grow, writes the run directory and
+prints. No process waits forever: jax ends a process whose peer sends no heartbeat for
 `run.heartbeat_timeout` seconds, and `parallel.watchdog` one whose peers are alive but stuck.
 """
 
@@ -30,24 +30,24 @@ from drlora_jax.system import early
 from drlora_jax.system.text import first_line
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Seconds for all processes to start, and for all to end after the first that has done its work.
+# Seconds for all processes to start, and for all to end after the first has finished.
 START_TIMEOUT, END_TIMEOUT = 300, 300
-LAST_AFTER = 2  # seconds that process 0 leaves the others to end
-# How collectives and the coordination service name a peer that has gone.
+LAST_AFTER = 2  # seconds that process 0 waits for the others to end
+# Words by which collectives and the coordination service report a lost peer.
 _LOSS_WORDS = ("gloo", "nccl", "connection", "peer", "coordination", "heartbeat", "socket closed")
 _LOSS_STATUS = ("UNKNOWN", "UNAVAILABLE", "INTERNAL", "ABORTED", "DEADLINE_EXCEEDED", "CANCELLED")
 
 
-# -------------------------------------------------------------------------------------- setting up
+# ------------------------------------------------------------------------------------- setting up
 
 
 def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
-    """Connects this process with its peers, if the environment says that there are any.
+    """Connects this process with its peers, if the environment describes any.
 
     Args:
-      heartbeat_timeout: seconds without a sign of life after which a process counts as lost.
-      hears_sigterm: whether the caller asks after every step if one has come; jax's own handler
-        does no more than note it. Otherwise SIGTERM ends the process.
+      heartbeat_timeout: Seconds without a heartbeat after which a process counts as lost.
+      hears_sigterm: Whether the caller checks for SIGTERM after every step; jax's own handler only
+        records it. Otherwise SIGTERM ends the process.
     """
     arguments = cluster_arguments(os.environ)
     if arguments is None or jax.distributed.is_initialized():
@@ -62,8 +62,8 @@ def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"The processes of this run do not find each other ({first_line(error)}); check "
-            f"{ADDRESS}, or set {COUNT}=1 to run one process alone."
+            f"The processes of this run cannot connect to each other ({first_line(error)}); check "
+            f"{ADDRESS}, or set {COUNT}=1 to run a single process."
         ) from error
     if not hears_sigterm:
         signal.signal(signal.SIGTERM, early.handler() or signal.SIG_DFL)
@@ -72,7 +72,7 @@ def join(heartbeat_timeout: int, *, hears_sigterm: bool = True) -> None:
 
 
 def cluster_arguments(environment: Mapping[str, str]) -> dict | None:
-    """What `jax.distributed.initialize` is to be told; None where there is one process only."""
+    """Returns the arguments of `jax.distributed.initialize`; None for a single process."""
     if environment.get(COUNT) == "1":
         return None
     explicit = [name for name in (ADDRESS, COUNT, INDEX) if name in environment]
@@ -81,14 +81,14 @@ def cluster_arguments(environment: Mapping[str, str]) -> dict | None:
     if COUNT in explicit or INDEX in explicit:
         missing = [name for name in (ADDRESS, COUNT, INDEX) if name not in environment]
         raise UserError(
-            f"{' and '.join(explicit)} are set, {' and '.join(missing)} not: give all three, or "
+            f"{' and '.join(explicit)} are set, but {' and '.join(missing)} not: set all three or "
             "none."
         )
-    # A batch script has SLURM_NTASKS and SLURM_PROCID, too; only what srun starts has a step.
+    # A batch script has SLURM_NTASKS and SLURM_PROCID too; only what srun starts has a step.
     if _is_many(environment, "SLURM_NTASKS") and "SLURM_STEP_NODELIST" in environment:
         return _slurm_arguments(environment)
     if _is_many(environment, "OMPI_COMM_WORLD_SIZE") or _is_tpu_host(environment):
-        return {}  # jax asks the cluster
+        return {}  # jax detects the cluster
     return None
 
 
@@ -107,7 +107,7 @@ def _explicit_arguments(environment) -> dict:
 
 
 def _slurm_arguments(environment) -> dict:
-    # jax takes one GPU a task for granted; one task a node is to have all of the node's.
+    # jax assumes one GPU per task; a single task per node shall have all GPUs of the node.
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE"))
     gpus = environment.get("SLURM_GPUS_ON_NODE", "0")
     if tasks is not None and tasks.split("(")[0] == "1" and gpus.isdigit() and int(gpus) > 1:
@@ -134,30 +134,32 @@ _SIGNAL_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 @_SIGNAL_HANDLER
 def _aborted(_):
     message = (
-        "failed: a process of this run is lost, or gave no sign of life in time (the lines above "
-        "say which). The same command, started on all hosts, goes on from the last checkpoint (an "
-        "evaluation begins anew).\n"
+        "failed: a process of this run is lost or sent no heartbeat in time (the lines above say "
+        "which). The same command, started on all hosts, resumes from the last checkpoint (an "
+        "evaluation starts over).\n"
     )
     os.write(2, message.encode())
     os._exit(EXIT_RESUMABLE)
 
 
 def _end_resumably_on_abort() -> None:
-    """jax calls abort() in a thread of its own when a peer is lost. A handler written in Python
-    would wait for the main thread, which waits for the peer; this one runs at once.
+    """Installs a handler that ends this process as resumable when jax aborts it.
+
+    jax calls abort() in a thread of its own when a peer is lost. A handler written in Python would
+    wait for the main thread, which waits for the peer; a C handler runs at once.
     """
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _aborted)
 
 
 def is_main() -> bool:
-    """Whether this is the process that decides, writes and speaks."""
+    """Returns whether this is the process that decides, writes and prints."""
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
-    """Inside, an error that means that another process has gone ends this one, after `before`, with
-    one message: the usual way out would wait for the process that is gone.
+    """Ends this process with one message, after `before`, when an error inside the context means
+    that another process is lost: a normal exit would wait for the lost process.
     """
     try:
         yield
@@ -167,7 +169,7 @@ def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
             reason = first_line(error)
             print(
                 f"failed: process {jax.process_index()} has lost another process of this run "
-                f"({reason}). The same command, started on all hosts, goes on from the last "
+                f"({reason}). The same command, started on all hosts, resumes from the last "
                 "checkpoint.",
                 file=sys.stderr,
             )
@@ -176,10 +178,10 @@ def leaving_with_peers(before: Callable[[], None]) -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-    """Ends this process at once; on the usual way out jax waits for all others to end as well.
+    """Ends this process at once; on a normal exit jax waits for all others to end as well.
 
-    Process 0 is the last: with it goes the coordination service, and others that are about to say
-    why they end would be ended as having lost a peer.
+    Process 0 ends last: the coordination service ends with it, and other processes that are about
+    to report why they end would be terminated for having lost a peer.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -189,20 +191,20 @@ def leave(code: int) -> None:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether what a step raised means that another process has gone."""
+    """Returns whether an error of a step means that another process is lost."""
     text = str(error)
     named = any(word in text.lower() for word in _LOSS_WORDS)
     return jax.process_count() > 1 and named and text.lstrip().startswith(_LOSS_STATUS)
 
 
-# ------------------------------------------------------------------------------------------ values
+# ----------------------------------------------------------------------------------------- values
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Host arrays, the same on every process, as device arrays; each process copies its parts.
+    """Places host arrays, the same on every process, on devices; each process copies its shards.
 
     Args:
-      shardings: one sharding (None: wherever jax puts it), or a tree of them like `tree`.
+      shardings: One sharding (None: jax's default), or a pytree of them in the structure of `tree`.
     """
 
     def leaf(value, sharding):
@@ -217,14 +219,14 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Device arrays, whole, as NumPy arrays on every process."""
+    """Returns whole device arrays as NumPy arrays, on every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def from_main(tree: Any) -> Any:
-    """The NumPy arrays of process 0, on every process."""
+    """Returns the NumPy arrays of process 0, on every process."""
     if jax.process_count() == 1:
         return tree
     shapes = jax.tree.map(lambda value: np.asarray(value).dtype, tree)
@@ -233,7 +235,7 @@ def from_main(tree: Any) -> Any:
 
 
 def all_texts(text: str) -> list[str]:
-    """The texts of all processes, on every process."""
+    """Returns the texts of all processes, on every process."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(), np.uint8)

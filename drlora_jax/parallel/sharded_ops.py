@@ -1,11 +1,11 @@
-"""The operations of `ops` over a mesh, in `shard_map`: each device works on its rows, and on its
+"""Runs the operations of `ops` over a mesh, in `shard_map`: each device computes its rows and its
 experts.
 
-Expert parallelism is dropless: the tokens of an expert group are gathered, or those that a device
-needs are sent to it (`parallel.exchange`), every device runs its own experts on them, and the
-partial sums go back. Over `tensor` a device has some of the
-attention heads, some of the experts (its rows are those of the whole group) and a part of the
-vocabulary. Nothing else of the model needs communication but what the partition rules say.
+Expert parallelism is dropless: the tokens of an expert group are gathered, or each device is sent
+the tokens that it needs (`parallel.exchange`); every device runs its own experts on them, and the
+partial sums are returned. Over `tensor` a device has some of the attention heads, some of the
+experts (for the rows of the whole group) and a part of the vocabulary. The rest of the model needs
+no communication beyond what the partition rules imply.
 """
 
 from functools import partial
@@ -39,11 +39,11 @@ def sharded_ops(
     exchange: str = "auto",
     dtype=jnp.float32,
 ) -> Ops:
-    """Ops for programs of a mesh; plain ones where it has one device.
+    """Returns the operations for programs over a mesh; unsharded ones if it has one device.
 
     Args:
-      dtype: of activations.
-      exchange: how tokens get to their experts: gather, ragged, padded, or auto by sizes.
+      dtype: Dtype of activations.
+      exchange: How tokens reach their experts: gather, ragged, padded, or auto (by sizes).
     """
     ops = ops_for(
         platform_of(mesh),
@@ -64,7 +64,7 @@ def sharded_ops(
 
 
 def _shard_map(function, mesh, in_specs, out_specs):
-    # The replication check does not see through our custom gradients.
+    # The replication check does not support our custom gradients.
     return jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -85,7 +85,7 @@ def _expert_mlp(
     dropout=None,
 ):
     kind = choose_exchange(wanted, platform_of(mesh), mesh.shape["expert"], expert_TK.shape[1])
-    travel = _gathered if kind == GATHER else partial(_exchanged, kind)
+    communicate = _gathered if kind == GATHER else partial(_exchanged, kind)
     has_dropout = dropout is not None
     key = dropout.key if has_dropout else jax.random.key(0)
 
@@ -95,14 +95,14 @@ def _expert_mlp(
         first_slot_T = (first_token + jnp.arange(tokens)) * choices
 
         def run(x_TD, expert_TK, weight_TK, first_slot_T):
-            # Outside [0, local experts): another device's.
+            # Indices outside [0, local experts) belong to other devices.
             local_TK = expert_TK - jax.lax.axis_index(EXPERTS) * w_gate_up_EDF.shape[0]
             weights = (weight_TK, w_gate_up_EDF, w_down_EFD)
             own = Dropout(key, first_slot_T) if has_dropout else None
             return run_local(x_TD, local_TK, *weights, lora, spec, dropout=own)
 
-        experts_a_peer = w_gate_up_EDF.shape[0] * mesh.shape["tensor"]
-        y_TD = travel(run, experts_a_peer, x_TD, expert_TK, weight_TK, first_slot_T)
+        experts_per_peer = w_gate_up_EDF.shape[0] * mesh.shape["tensor"]
+        y_TD = communicate(run, experts_per_peer, x_TD, expert_TK, weight_TK, first_slot_T)
         return jax.lax.psum(y_TD, "tensor")
 
     rows, experts = P(ROWS), P(EXPERTS)
@@ -111,7 +111,7 @@ def _expert_mlp(
 
 
 def _gathered(run, _, *tokens):
-    """Every device of an expert group sees all the group's tokens; partial sums are scattered."""
+    """Gathers all tokens of an expert group on each of its devices, and scatters partial sums."""
 
     def gather(array):
         return jax.lax.all_gather(array, "expert", axis=0, tiled=True)
@@ -120,16 +120,16 @@ def _gathered(run, _, *tokens):
     return jax.lax.psum_scatter(y_TD, "expert", scatter_dimension=0, tiled=True)
 
 
-def _exchanged(kind, run, experts_a_peer, x_TD, expert_TK, weight_TK, first_slot_T):
-    """Every device gets the tokens that chose one of its experts, and sends their sums back."""
+def _exchanged(kind, run, experts_per_peer, x_TD, expert_TK, weight_TK, first_slot_T):
+    """Sends every device the tokens that chose one of its experts, and their sums back."""
     tokens, peers = x_TD.shape[0], jax.lax.axis_size("expert")
-    token_S, traffic = plan_dispatch(expert_TK, experts_a_peer, "expert")
+    token_S, traffic = plan_dispatch(expert_TK, experts_per_peer, "expert")
 
     def send(array, fill=0):
         rows_S = array.at[token_S].get(mode="fill", fill_value=fill)
         return exchange(kind, "expert", peers * tokens, rows_S, traffic)
 
-    # Behind the last row received there are zeros, and 0 is an expert: numbers travel one higher.
+    # Unused rows of the receive buffer are zero, and 0 is an expert: indices are sent plus one.
     numbers_QN = send(jnp.concatenate([expert_TK + 1, first_slot_T[:, None]], axis=1))
     y_QD = run(send(x_TD), numbers_QN[:, :-1] - 1, send(weight_TK), numbers_QN[:, -1])
     y_SD = exchange(kind, "expert", token_S.shape[0], y_QD, traffic.back())
@@ -152,7 +152,7 @@ def _attend(
     splits_groups = groups % tensor == 0
 
     def local(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N):
-        if not splits_groups:  # several devices share a key-value head: each takes its own
+        if not splits_groups:  # several devices share a key-value head: each selects its own
             own = jax.lax.axis_index("tensor") * groups // tensor
             k_BSGH, v_BSGV = (
                 jax.lax.dynamic_slice_in_dim(whole, own, 1, axis=2) for whole in (k_BSGH, v_BSGV)
@@ -182,7 +182,7 @@ def _summed_nll(mesh, run_local, hidden_TD, head_DV, targets_T, mask_T, **option
         return run_local(hidden_TD, head_DV, targets_T, mask_T, **options)[None]
 
     rows, head = P(ROWS), P(None, options.get("vocab_axis"))
-    # One partial sum a shard: a sum inside would be transposed to a second one.
+    # One partial sum per shard: the transpose of a sum inside would sum a second time.
     return jnp.sum(
         _shard_map(local, mesh, (rows, head, rows, rows), rows)(
             hidden_TD, head_DV, targets_T, mask_T
@@ -191,7 +191,7 @@ def _summed_nll(mesh, run_local, hidden_TD, head_DV, targets_T, mask_T, **option
 
 
 def _embed(mesh, table_VD, tokens_BT):
-    """Rows of the table where they lie: tokens travel to them, and their vectors back."""
+    """Looks up rows of a sharded table: token ids are sent to the rows, and vectors sent back."""
     spec = fitting_spec(mesh, spec_for("params/embedding"), table_VD.shape)
 
     def local(table_VD, tokens_BT):
@@ -199,7 +199,7 @@ def _embed(mesh, table_VD, tokens_BT):
         if not is_wide:
             tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
         own_BT = tokens_BT
-        if spec[0] is not None:  # outside [0, rows here): another device's, and zero here
+        if spec[0] is not None:  # ids outside [0, local rows) belong to other devices: zero here
             own_BT = tokens_BT - jax.lax.axis_index("tensor") * table_VD.shape[0]
             own_BT = jnp.where(own_BT < 0, table_VD.shape[0], own_BT)
         x_BTD = table_VD.at[own_BT].get(mode="fill", fill_value=0)

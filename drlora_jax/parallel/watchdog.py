@@ -1,9 +1,9 @@
 """Ends a process of a run whose peers are alive but stuck.
 
-A collective waits for all its processes, without a limit: one host in an endless read keeps all
-others waiting, and jax's own heartbeat finds every process alive. So each process says what it is
-doing and how far it is, to its own watchdog and to its peers; when nothing has moved for `timeout`
-seconds the watchdog prints where everybody is and this process's stacks, and ends it.
+A collective waits for all its processes without a limit: one host that hangs in a read blocks all
+others, while jax's own heartbeat finds every process alive. Each process therefore reports what it
+is doing to its own watchdog and to its peers. When nothing has progressed for `timeout` seconds,
+the watchdog prints what every process was doing and this process's stacks, and ends the process.
 """
 
 import faulthandler
@@ -21,9 +21,9 @@ PREFIX = "drlora_jax/doing"
 
 
 class Watchdog:
-    """A thread that ends the process when `beat` has not been called for `timeout` seconds.
+    """Runs a thread that ends the process when `beat` has not been called for `timeout` seconds.
 
-    A context. Does nothing where there is one process only.
+    A context manager. It does nothing if there is only one process.
     """
 
     def __init__(self, timeout: float):
@@ -42,11 +42,11 @@ class Watchdog:
         self._ended.set()
 
     def beat(self, doing: str) -> None:
-        """Something was finished; `doing` comes next."""
+        """Reports that the last activity has finished and `doing` comes next."""
         self._doing, self._since = doing, time.monotonic()
 
     def again(self) -> None:
-        """A part of what was said last was finished, and more of it comes."""
+        """Reports progress of the current activity."""
         self._since = time.monotonic()
 
     def _watch(self) -> None:
@@ -68,9 +68,9 @@ class Watchdog:
         places = sorted((int(key.rsplit("/", 1)[1]), doing) for key, doing in others)
         where = ", ".join(f"process {index}: {doing}" for index, doing in places)
         print(
-            f"failed: nothing has moved for {waited:.0f} s (run.stall_timeout) in process "
-            f"{jax.process_index()}. Last heard: {where}. The stacks below are this process's. The "
-            "same command, started on all hosts, goes on from the last checkpoint.",
+            f"failed: no progress for {waited:.0f} s (run.stall_timeout) in process "
+            f"{jax.process_index()}. Last reports: {where}. The stacks below are this process's. "
+            "The same command, started on all hosts, resumes from the last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What all processes of a training must have in common before it starts, grows or saves."""
+"""Checks that all processes of a training agree before it starts, grows or saves."""
 
 import json
 
@@ -18,10 +18,11 @@ from drlora_jax.training.program import Run
 
 
 def check_processes_agree(run: Run, when: str, step: int, position=None) -> None:
-    """Raises RunError when the processes differ in what must be the same.
+    """Raises RunError when the processes differ in settings, data or state.
 
     Args:
-      position: with one, its ranks and its mask are compared, else what decides the schedule.
+      position: If given, its ranks and its mask are compared; otherwise whatever determines the
+        schedule.
     """
     if jax.process_count() == 1:
         return
@@ -34,11 +35,11 @@ def check_processes_agree(run: Run, when: str, step: int, position=None) -> None
         "versions": digest(json.dumps(versions())),
     }
     if position is None:
-        # What else decides how many steps, evaluations and collectives there are.
+        # These determine how many steps, evaluations and collectives there are.
         fields |= {
             "schedule": digest(f"{job.total_steps} {job.schedule_steps}"),
             "held-out data": digest(*jax.tree.leaves(job.eval_batches)),
-            "first ranks": digest(job.policy.init().ranks_LE),
+            "initial ranks": digest(job.policy.init().ranks_LE),
         }
         check_agreement(when, fields)
     else:

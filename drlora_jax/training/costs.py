@@ -1,5 +1,5 @@
-"""What a run will cost, before it starts: memory by part, and the FLOPs that MFU is measured
-against.
+"""Estimates the cost of a run before it starts: the kernels it uses, its memory by part, and the
+FLOPs that MFU is measured against.
 """
 
 import jax
@@ -22,13 +22,15 @@ from drlora_jax.training.memory import (
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Weights that one token is multiplied with: chosen experts only, no input embedding."""
+    """Returns the number of weights that one token is multiplied with: of experts only the chosen
+    ones, and no input embedding.
+    """
     return sum(each.active * each.in_features * each.out_features for each in config.matrices())
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """4 N_active + 3.5 A: forward and input gradients of a frozen base, and causal attention A = 4
-    heads width times the keys that a token sees on average.
+    """Returns 4 N_active + 3.5 A: the forward pass and input gradients of a frozen base model, and
+    causal attention A = 4 * heads * width * the average number of keys that a token attends to.
     """
     attention = sum(
         4
@@ -41,26 +43,32 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 
 
 def _mean_keys(length: int, window: int | None) -> float:
-    """Of the tokens of a row that is one document: half of it, or less with a window."""
+    """Returns the average number of keys per token in a row that holds one document: half the row,
+    or less with a window.
+    """
     seen = min(length, window or length)
     return seen - seen**2 / (2 * length)
 
 
 def attention_backends(config: ModelConfig, length: int, dtype, platform: str, wanted: str):
-    """The backends that the layers' attention takes; a wanted one that can not do it is refused."""
+    """Returns the backends that the layers' attention uses, sorted; raises UserError when the
+    wanted backend cannot compute it.
+    """
     chosen = set()
     for section in {layer.config.attention for layer in config.layers()}:
         widths = (section.head_dim, section.head_dim)
         call = Call(length, *widths, dtype, section.soft_cap, section.has_sinks)
         reason = None if wanted == "auto" else cannot(wanted, platform, call)
         if reason:
-            raise UserError(f"model.attention={wanted} can not be used here: {reason}.")
+            raise UserError(f"model.attention={wanted} cannot be used here: {reason}.")
         chosen.add(choose_backend(platform, call) if wanted == "auto" else wanted)
     return sorted(chosen)
 
 
 def checked_expert_backend(config: ModelConfig, dtype, device, wanted: Experts) -> Experts:
-    """How experts are computed on such a device; a wanted way that it does not have is refused."""
+    """Returns the backend that computes experts on such a device; raises UserError when the wanted
+    backend is not available there.
+    """
     call = _expert_call(config, dtype, device)
     if wanted == "auto":
         return backends.choose_backend(call)
@@ -68,7 +76,7 @@ def checked_expert_backend(config: ModelConfig, dtype, device, wanted: Experts) 
     if config.moe is None:
         reason = "the model has no experts of its own"
     if reason:
-        raise UserError(f"model.experts={wanted} can not be used here: {reason}.")
+        raise UserError(f"model.experts={wanted} cannot be used here: {reason}.")
     return wanted
 
 
@@ -78,33 +86,36 @@ def _expert_call(config: ModelConfig, dtype, device) -> backends.Call:
 
 
 def backend_line(config: ModelConfig, attention: list[str], experts: Experts, device, dtype) -> str:
-    """Which implementations of the operations a run takes."""
+    """Returns the log line that names the implementation of each operation."""
     platform = device.platform
-    parts = [f"attention {', '.join(attention)}"]
+    parts, why_dense = [f"attention={','.join(attention)}"], ""
     if config.moe is not None:
-        parts.insert(0, f"experts {experts}{_why_dense(config, experts, device, dtype)}")
-    line = f"computed    {'; '.join(parts)} on {platform}"
+        parts.insert(0, f"experts={experts}")
+        why_dense = _why_dense(config, experts, device, dtype)
+    line = f"kernels     {' '.join(parts)} ({platform}){why_dense}"
     if platform == "cpu" and dtype == jnp.float32 and (reason := library.why_not()):
-        line += f" (no compiled kernels: {reason})"
+        line += f"; no compiled kernels: {reason}"
     return line
 
 
 def _why_dense(config: ModelConfig, experts: Experts, device, dtype) -> str:
-    """What keeps a GPU from grouped products."""
+    """Says why a GPU computes every expert on every token, for the end of the log line."""
     if experts != "dense" or device.platform != "gpu":
         return ""
     reason = backends.cannot("mosaic", _expert_call(config, dtype, device))
-    why = f"mosaic can not be used: {reason}" if reason else "as configured"
-    return f" (every expert on every token; {why})"
+    why = f"mosaic cannot be used: {reason}" if reason else "as configured"
+    return f"; every expert is computed on every token: {why}"
 
 
 def experts_line(config: ModelConfig, experts: Experts, device, dtype) -> str:
-    """The same of programs for many lengths of rows, whose attention is chosen for each."""
-    return backend_line(config, ["by length"], experts, device, dtype)
+    """Returns `backend_line` for inference, where attention is chosen for each length of rows."""
+    return backend_line(config, ["by-length"], experts, device, dtype)
 
 
 def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: str) -> str:
-    """What a step will take on each device, with this and the other policies, before compiling."""
+    """Returns the log line that forecasts the memory of a step on each device, before compiling,
+    with this and the other remat policies.
+    """
     lora = bytes_on_one_device(state.lora)
     resident = bytes_on_one_device((params, state))
     total = {
@@ -116,24 +127,26 @@ def memory_forecast(config: ModelConfig, layout: Layout, params, state, remat: s
 
 
 def memory_lines(params, state, compiled) -> list[str]:
-    """Bytes on one device: base, adapters, moments, and what the compiled step needs besides."""
+    """Returns log lines with the bytes on one device: base model, adapter, optimizer moments, and
+    what the compiled step needs in addition.
+    """
     base, lora, moments, rest = (
         format_bytes(bytes_on_one_device(tree))
         for tree in (params, state.lora, state.opt_state, (state.mask_LER, state.stats))
     )
     lines = [
-        f"memory      base {base}, factors {lora}, moments {moments}, masks and statistics {rest}"
+        f"memory      base {base}, adapter {lora}, moments {moments}, masks and statistics {rest}"
     ]
     found = compiled_bytes(compiled)
     if found is not None:
         lines.append(
-            f"            the compiled step adds {format_bytes(found.total - found.inputs)}; "
-            f"{format_bytes(found.total)} in all on each device"
+            f"            the compiled step adds {format_bytes(found.total - found.inputs)}, "
+            f"{format_bytes(found.total)} in total on each device"
         )
     return lines
 
 
 def checkpoint_bytes(state) -> int:
-    """Of one checkpoint: what is trained, its moments and the policy's statistics."""
+    """Returns the size of a checkpoint: trained weights, moments and the policy's statistics."""
     leaves = jax.tree.leaves((state.lora, state.opt_state, state.stats))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

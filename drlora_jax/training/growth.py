@@ -1,7 +1,7 @@
-"""Changes of ranks: events between steps, and a profile of the task before the first one.
+"""Changes ranks: at events between steps, and by a profile of the training data before step 1.
 
-A policy decides on the host, in process 0; the others get what it decided. The step sees new values
-of its mask, never new shapes.
+The policy decides on the host of process 0, and the other processes receive its decision. The step
+receives new values of its mask, never new shapes.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from drlora_jax.training.step import TrainState
 
 
 def start_profiled(run: Run, params, done: Callable[[], None] = lambda: None) -> Position:
-    """Returns where a new run starts: as initialised, or as a policy decides from its profile."""
+    """Returns the start of a new run: as initialised, or as the policy decides from its profile."""
     position, wanted = start(run), run.job.policy.profile
     if wanted is None:
         return position
@@ -32,9 +32,9 @@ def start_profiled(run: Run, params, done: Callable[[], None] = lambda: None) ->
 def profile(
     run: Run, params, state: TrainState, done: Callable[[], None] = lambda: None
 ) -> dict[str, np.ndarray]:
-    """Returns what the policy's profile measures, by name: sums over the first rows of the training
-    data, in whole batches. B is still zero, so it is the base model that is measured. `done` is
-    called after each batch.
+    """Returns what the policy's profile measures, by name, summed over the first rows of the
+    training data in whole batches. B is still zero, so the base model is measured. `done` is called
+    after each batch.
     """
     section, wanted = run.job.config.train, run.job.policy.profile
     rows = section.batch_size // section.micro_batches
@@ -50,19 +50,20 @@ def profile(
 
 
 def choices(run: Run, params, state: TrainState, batch) -> np.ndarray:
-    """Returns how often valid tokens choose each expert, f64 [L, E], from a forward pass."""
+    """Counts how often valid tokens choose each expert in a forward pass, f64 [L, E]."""
     _, _, stats = run.eval_step(params, state.lora, state.mask_LER, batch)
     return np.asarray(stats.count_E, np.float64)
 
 
-# What a profile may measure: passes over a batch (run, params, state, batch) -> array.
+# What a profile can measure: passes over a batch, (run, params, state, batch) -> array.
 PROFILE_PASSES = {"choices": choices}
 
 
 def grow(run: Run, position: Position, step: int, routing: dict | None = None) -> Position:
-    """Applies an event: statistics to the host, new ranks, new mask values back.
+    """Applies an event: copies the statistics to the host, lets the policy decide the new ranks,
+    and places the new mask.
 
-    All processes see the same statistics; process 0 decides.
+    All processes hold the same statistics; process 0 decides.
     """
     check_processes_agree(run, f"at the event after step {step}", step, position)
     state, policy = position.state, run.job.policy
@@ -79,7 +80,7 @@ def grow(run: Run, position: Position, step: int, routing: dict | None = None) -
 
 
 def reordered(run: Run, state: TrainState, order_LER: np.ndarray, mask_LER) -> TrainState:
-    """Returns the state with its rank rows moved, on the same shardings."""
+    """Returns the state with its rank rows reordered, on the same shardings."""
     order_LER = processes.place(order_LER, mask_LER.sharding)
     lora, opt_state = run.reorder(
         state.lora, state.opt_state, run.first_lora(), order_LER, mask_LER

@@ -1,13 +1,15 @@
-"""What a training step will take on one device, before it is compiled.
+"""Forecasts the memory of a training step on one device, before it is compiled.
 
-What lies there anyway is counted exactly: base, factors, moments, statistics. A step adds
+What resides on the device is counted exactly: base model, LoRA matrices, moments, statistics. A
+step adds
 
-    gradients   of the factors, twice: of this micro-batch and of those before
-    kept        what the backward pass finds, by `model.remat` (models/remat.py), for every layer
-    weights     of one layer, cut out of their stack; gathered over fsdp
-    working set the larger of the head's chunk of logits and one layer's backward pass
+    gradients    of the LoRA matrices, twice: of this micro-batch and the sum over those before
+    residuals    what each layer saves for the backward pass, by `model.remat` (models/remat.py)
+    weights      of one layer, sliced from their stack and gathered over fsdp
+    working set  the larger of the head's chunk of logits and one layer's backward pass
 
-Largest arrays only; the compiled step is the measure. Letters as in `models.layers`.
+Only the largest arrays are counted; the compiled step is the reference. Letters as in
+`models.layers`.
 """
 
 import math
@@ -29,55 +31,64 @@ from drlora_jax.ops.experts.api import READS_STACKS
 from drlora_jax.ops.native.library import parts
 
 POLICIES = ("none", "selective", "full")
-LOGIT_COPIES = 3  # of a chunk, f32: logits, exponentials, their gradient
-# Of one layer's backward pass, fitted to steps that were compiled for CPU: numbers for every token,
-# in D (attention, norms, results and their gradients) and in F (a dense FFN, or experts computed
-# one by one on all tokens), and for every slot of the block walk in D.
+LOGIT_COPIES = 3  # f32 copies of a chunk: logits, exponentials, their gradient
+# One layer's backward pass, fitted to steps that were compiled for CPU. Numbers per token:
+# multiples of D (attention, norms, results and their gradients) and of F (a dense FFN, or experts
+# computed one by one on all tokens). Numbers per (token, expert) assignment in the block loop:
+# multiples of D.
 TOKEN_COPIES, WIDE_COPIES, BLOCK_COPIES = 16, 9, 0.5
-# Of what plain LoRA reads: gradients, and with dropout random numbers and what they leave.
+# Copies of the inputs of plain LoRA: gradients, and with dropout random numbers and dropped inputs.
 LINEAR_COPIES, DROPPED_COPIES = 1.5, 3.5
-# Grouped products on TPU, fitted to steps that were compiled for it: the tokens that the devices of
-# an expert group share [T, D], and for every slot the larger of two moments, as numbers of D and F.
+# Grouped products on TPU, fitted to steps that were compiled for it: copies of the tokens that the
+# devices of an expert group share [T, D], and per (token, expert) assignment the larger of two peak
+# moments, as multiples of D and F.
 SHARED_COPIES = 6
-# Gradients of the rows, each as written and masked, beside those of gate | up.
+# Gradients of the rows, each before and after masking, and those of gate | up.
 INPUT_MOMENT = (4, 2)
-HIDDEN_MOMENT = (1, 8)  # gate | up, h, what the factors add, and their gradients
-# Between slices sums are sent while the next layer runs, and more of two layers is there at once.
+# gate | up, h, what LoRA adds, and their gradients.
+HIDDEN_MOMENT = (1, 8)
+# Between slices, sums are sent while the next layer runs, so parts of two layers coexist.
 OVERLAP = 1.5
-NORM_COPIES = 3  # [T, D] f32 that autodiff keeps of a layer's norms, unless told not to
-RANK_COPIES = 2  # [T, E * R] of every routed matrix: with and without the routing's weights
-FFN_COPIES = 4  # [T, F] that it keeps of a dense FFN, for every slot of a token
+# With remat=none autodiff saves [T, D] f32 of a layer's norms,
+NORM_COPIES = 3
+# [T, E * R] of every routed matrix, with and without the routing weights,
+RANK_COPIES = 2
+# and [T, F] of a dense FFN, for every hidden vector of a token.
+FFN_COPIES = 4
 
 
 class Layout(NamedTuple):
-    """What of a run decides its memory."""
+    """Holds the settings of a run that determine its memory."""
 
-    tokens: int  # of one micro-batch on one device
-    item: int  # bytes of an activation
+    tokens: int  # per micro-batch on one device
+    item: int  # bytes per activation
     experts: str  # backend of the expert operation
-    expert_shards: int = 1  # groups of experts, between which tokens travel
+    expert_shards: int = 1  # expert-parallel groups, between which tokens are exchanged
     fsdp: int = 1
-    tensor: int = 1  # parts of attention heads, dense FFNs, the vocabulary, and again of experts
+    # Shards of attention heads, dense FFNs and the vocabulary, and further shards of experts.
+    tensor: int = 1
     max_rank: int = 0
-    roles: int = 0  # projections of an expert with factors
-    slices: int = 1  # of TPU chips
-    linear_inputs: int = 0  # numbers a token that plain LoRA of a layer reads, matrix by matrix
-    drops: bool = False  # whether dropout leaves some of them out
+    roles: int = 0  # projections of an expert that have LoRA matrices
+    slices: int = 1  # slices of TPU chips
+    # Numbers per token that the plain LoRA of a layer reads, summed over matrices.
+    linear_inputs: int = 0
+    drops: bool = False  # those inputs pass through dropout
     ffn_passes: int = 1  # hidden vectors of a dense FFN per token
     side_ranks: int = 0  # ranks per token of LoRA experts beside one projection
-    reads_stacks: bool = False  # experts are read from their stack, no layer's are cut out
+    # Experts are read from their stack; no layer's experts are sliced from it.
+    reads_stacks: bool = False
 
 
 class Sizes(NamedTuple):
-    """What of one layer's weights decides its memory, summed over its matrices."""
+    """Holds the sizes of one layer that determine its memory, summed over its matrices."""
 
-    weights: int  # numbers of all matrices but routers and experts
-    heads: int  # numbers per token of queries, keys, values and the output of attention
+    weights: int  # parameters of all matrices except routers and experts
+    heads: int  # numbers per token in queries, keys, values and the output of attention
     attention_heads: int
-    wide: int  # numbers per token of a dense FFN's pre-activations
-    experts: int = 0  # of one layer
+    wide: int  # numbers per token in a dense FFN's pre-activations
+    experts: int = 0  # per layer
     chosen: int = 0  # experts per token
-    expert_weights: int = 0  # numbers of one expert
+    expert_weights: int = 0  # parameters per expert
     expert_hidden: int = 0
 
     @property
@@ -86,7 +97,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(config: ModelConfig, layer: LayerConfig) -> Sizes:
-    """The sizes of one layer."""
+    """Returns the sizes of one layer."""
     matrices = list(layer.matrices(config.width))
     experts = [matrix for matrix in matrices if matrix.kind == EXPERTS]
     rest = [matrix for matrix in matrices if matrix.kind not in (EXPERTS, ROUTER)]
@@ -107,7 +118,7 @@ def sizes_of(config: ModelConfig, layer: LayerConfig) -> Sizes:
 
 
 def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, remat: str) -> int:
-    """What a step adds to what resides on a device anyway."""
+    """Returns the bytes that a step needs in addition to what resides on a device."""
     layers = [
         (sizes_of(config, layer), segment.repeats)
         for segment in config.segments
@@ -120,7 +131,7 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
     head = LOGIT_COPIES * 4 * chunk * config.vocab_size // layout.tensor
     linear = DROPPED_COPIES if layout.drops else LINEAR_COPIES
     linear = int(linear * layout.linear_inputs * layout.tokens) * layout.item
-    # What the block loop of one layer writes is there once more before it is in the stack.
+    # The output of one layer's block loop exists a second time until it is in the stack.
     passes = (
         _working(width, sizes, layout)
         + linear
@@ -132,7 +143,7 @@ def predicted_step_bytes(config: ModelConfig, layout: Layout, lora_bytes: int, r
 
 
 def _kept(width: int, sizes: Sizes, layout: Layout, remat: str) -> int:
-    """Bytes of one layer that the backward pass finds."""
+    """Returns the bytes that one layer saves for the backward pass."""
     residual = width * layout.item
     if remat == "full":
         return layout.tokens * residual
@@ -150,20 +161,20 @@ def _kept(width: int, sizes: Sizes, layout: Layout, remat: str) -> int:
 
 
 def _kept_by_autodiff(width: int, sizes: Sizes, layout: Layout) -> int:
-    """Bytes of one layer that autodiff keeps besides, unless told not to."""
+    """Returns the bytes that autodiff saves of one layer in addition with remat=none."""
     kept = layout.tokens * NORM_COPIES * width * 4
     kept += layout.tokens * layout.linear_inputs * layout.item if layout.drops else 0
     hidden = layout.ffn_passes * sizes.ffn_hidden // layout.tensor
     kept += layout.tokens * FFN_COPIES * hidden * layout.item
     kept += layout.tokens * RANK_COPIES * layout.roles * layout.side_ranks * layout.item
     if layout.experts in (*READS_STACKS, "dense") and not layout.reads_stacks:
-        # Its gradient keeps its weights, and the scan stacks them.
+        # The gradient saves the layer's expert weights, and the scan stacks them.
         kept += _expert_bytes(sizes, layout)
     return kept
 
 
 def _looped_bytes(sizes: Sizes, layout: Layout, remat: str) -> int:
-    """Bytes per token of the pre-activations that sorted assignments on CPU keep of a layer."""
+    """Returns the bytes per token of a layer's pre-activations that the CPU backends save."""
     is_alone = layout.expert_shards * layout.tensor == 1
     if remat == "full" or layout.experts not in READS_STACKS or not is_alone:
         return 0
@@ -171,7 +182,7 @@ def _looped_bytes(sizes: Sizes, layout: Layout, remat: str) -> int:
 
 
 def _expert_bytes(sizes: Sizes, layout: Layout) -> int:
-    """The experts of one layer on one expert shard, as far as fsdp cuts them."""
+    """Returns the bytes of one layer's experts on one device."""
     experts = sizes.experts // (layout.expert_shards * layout.tensor)
     return experts * sizes.expert_weights * layout.item // layout.fsdp
 
@@ -182,7 +193,7 @@ def _weight_bytes(sizes: Sizes, layout: Layout) -> int:
 
 
 def _working(width: int, sizes: Sizes, layout: Layout) -> int:
-    """One layer's backward pass."""
+    """Returns the bytes that one layer's backward pass needs."""
     wide = WIDE_COPIES * sizes.ffn_hidden // layout.tensor
     own = (TOKEN_COPIES * width + wide) * layout.tokens
     if not sizes.experts:
@@ -194,7 +205,7 @@ def _working(width: int, sizes: Sizes, layout: Layout) -> int:
         per = {
             "dense": WIDE_COPIES * hidden * shared,
             "block": int(BLOCK_COPIES * assigned) * width,
-            "native": (parts() - 1) * shared * width,  # sums over experts of each part
+            "native": (parts() - 1) * shared * width,  # each thread's sums over experts
         }[layout.experts]
         gathered = SHARED_COPIES * (shared - layout.tokens) * width
         return (own + gathered + per) * layout.item
@@ -204,7 +215,7 @@ def _working(width: int, sizes: Sizes, layout: Layout) -> int:
 
 
 def bytes_on_one_device(tree) -> int:
-    """What a device's shard of every leaf takes."""
+    """Returns the bytes of one device's shards of all leaves."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
@@ -213,20 +224,20 @@ def bytes_on_one_device(tree) -> int:
 
 
 class CompiledBytes(NamedTuple):
-    """What a compiled program takes on a device."""
+    """Holds the memory of a compiled program on a device, in bytes."""
 
     total: int
     inputs: int
 
 
 def compiled_bytes(compiled) -> CompiledBytes | None:
-    """What a compiled program takes on a device; None if it does not say."""
+    """Returns the memory of a compiled program on a device; None if XLA does not report it."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
     inputs = analysis.argument_size_in_bytes
     total = inputs + analysis.temp_size_in_bytes
     total += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    # On TPU the sum has some temporaries twice: steps compile for chips that are too small for it.
-    # jax before 0.12 knows only the sum.
+    # On TPU the sum counts some temporaries twice: steps compile for chips smaller than the sum.
+    # jax before 0.12 reports only the sum.
     return CompiledBytes(getattr(analysis, "total_allocation_bytes", 0) or total, inputs)

@@ -1,4 +1,6 @@
-"""AdamW with gradient clipping and a schedule, out of optax; and Adam that counts by rank."""
+"""Builds AdamW with gradient clipping and a learning-rate schedule from optax, and defines an Adam
+whose bias correction counts steps per rank.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -13,12 +15,12 @@ from drlora_jax.config import TrainSection
 def make_schedule(
     section: TrainSection, total_steps: int, peak: float, *, first_total: int | None = None
 ) -> optax.Schedule:
-    """Linear warm-up over `warmup_ratio` of the steps, then linear, cosine or constant; 0 at the
-    end of a decay.
+    """Returns a linear warm-up over `warmup_ratio` of the steps, then linear decay to 0, cosine
+    decay to 0, or a constant rate.
 
     Args:
-      first_total: the steps that the run was created with, if they are others now. Its warm-up
-        stays as long as it was, so that a run that is prolonged does not go through one again.
+      first_total: Number of steps that the run was created with, if it has changed. The warm-up
+        keeps its original length, so that an extended run does not warm up again.
     """
     warmup = int(section.warmup_ratio * (first_total or total_steps))
     decay = max(1, total_steps - warmup)
@@ -29,7 +31,7 @@ def make_schedule(
     }[section.schedule]
     if not warmup:
         return after
-    # The first step of a warm-up already moves: peak / warmup, not 0.
+    # The first step of a warm-up already has the rate peak / warmup, not 0.
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
     return optax.join_schedules([rise, after], [warmup])
 
@@ -41,11 +43,11 @@ def make_optimizer(
     first_total: int | None = None,
     router_learning_rate: float | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a run and its learning-rate schedule (optimizer steps done -> rate).
+    """Returns the optimizer of a run and its learning-rate schedule (optimizer steps done -> rate).
 
     Args:
-      first_total: as in `make_schedule`.
-      router_learning_rate: peak rate of routers; None: like everything else.
+      first_total: As in `make_schedule`.
+      router_learning_rate: Peak rate of routers; None: the common rate.
     """
     make = functools.partial(make_schedule, section, total_steps, first_total=first_total)
     schedule = make(section.learning_rate)
@@ -73,18 +75,21 @@ def make_optimizer(
 
 
 class RankAdamState(NamedTuple):
-    count: Any  # i32 like the factors with a last axis of 1: gradients seen by a row
+    # i32, shaped like the parameters with a last axis of 1: gradients that each row has received.
+    count: Any
     mu: Any
     nu: Any
 
 
 def scale_by_rank_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam whose bias correction counts, row by row, the steps that brought the row a gradient.
+    """Returns Adam whose bias correction counts, row by row, the steps in which the row had a
+    gradient.
 
-    Rows are the last axis: the ranks of A and B. `optax.scale_by_adam` counts the steps of the
-    whole run, so the first update of a rank that is activated late is (1 - b1) / sqrt(1 - b2) times
-    as long as it should be (3.2 for the defaults). A rank that is not active has a gradient of
-    exactly zero; so has B's row, and not A's, in the step after an activation.
+    Rows extend along the last axis and are the ranks of A and B. `optax.scale_by_adam` counts the
+    steps of the whole run, so the first update of a rank that is activated late is
+    (1 - b1) / sqrt(1 - b2) times as large as it should be (3.2 for the defaults). An inactive rank
+    has a gradient of exactly zero. In the first step after an activation the gradient of A's row is
+    zero as well, because B's row is still zero.
     """
 
     def init(params):
@@ -114,6 +119,6 @@ def scale_by_rank_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
 
 def label_leaves(tree):
-    """`router` for routers and their deltas, `b` for B, `lora` for every other leaf."""
+    """Labels leaves: `router` for routers and their deltas, `b` for B, `lora` for all others."""
     labels = {"router": "router", "router_delta": "router", "b": "b"}
     return jax.tree.map_with_path(lambda path, _: labels.get(path[-1].key, "lora"), tree)

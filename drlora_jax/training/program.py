@@ -1,6 +1,7 @@
-"""A job on its mesh: model, optimizer, jitted functions, and shapes and places of all arrays.
+"""Builds a job on its mesh: model, optimizer, jitted functions, and shapes and shardings of all
+arrays.
 
-Nothing is read or allocated here, so a step can be compiled for devices that are not there.
+Nothing is read or allocated here, so a step can be compiled for devices that are not present.
 """
 
 import functools
@@ -44,7 +45,7 @@ from drlora_jax.training.step import (
 
 
 class Run(NamedTuple):
-    """A job on its mesh: functions and abstract values, nothing allocated yet."""
+    """Holds a job on its mesh: functions and abstract values, nothing allocated yet."""
 
     job: Job
     mesh: Any
@@ -67,10 +68,11 @@ class Run(NamedTuple):
 
 
 def build(job: Job, devices=None) -> Run:
-    """Returns mesh, model, optimizer and jitted functions of a job, for this process's devices or
+    """Returns mesh, model, optimizer and jitted functions of a job, for the devices of this run or
     for given ones.
 
-    Nothing is read or allocated: of a job only config, model, adapter, policy and counts are used.
+    Nothing is read or allocated; only config, model, adapter, policy and step counts of the job are
+    used.
     """
     config = job.config
     mesh = mesh_lib.make_mesh(job.mesh_sizes, devices)
@@ -160,7 +162,7 @@ def _jitted(job: Job, mesh, model: Decoder, tx, state: TrainState) -> dict:
 
 
 def initial_state(job: Job, tx, lora: dict) -> TrainState:
-    """The state before step 1 around the factors that `first_lora` makes."""
+    """Returns the state before step 1, with the adapter weights `lora` of `first_lora`."""
     mask_LER = jnp.asarray(masks_from_ranks(job.policy.init().ranks_LE, job.adapter.max_rank))
     return TrainState(
         jnp.zeros((), jnp.int32), lora, tx.init(lora), mask_LER, job.policy.init_stats()
@@ -168,7 +170,9 @@ def initial_state(job: Job, tx, lora: dict) -> TrainState:
 
 
 def state_shardings(mesh, tx, state: TrainState, stat_axes=None) -> TrainState:
-    """Factors, moments, masks and statistics lie with their experts; counters are everywhere."""
+    """Returns shardings that place LoRA matrices, moments, masks and statistics with their experts
+    and replicate counters.
+    """
     lora = mesh_lib.shardings_for(mesh, state.lora, "lora")
     opt_state = optax.tree.map_params(
         tx,
@@ -191,15 +195,15 @@ def shardings_of(tree):
 
 
 def place_mask(run: Run, capacity: CapacityState) -> jax.Array:
-    """Returns the mask of ranks with the shape, dtype and sharding that it always has: a new mask
-    is new values, not a new program.
+    """Returns the rank mask on the devices, always with the same shape, dtype and sharding, so that
+    new ranks never recompile the step.
     """
     mask_LER = masks_from_ranks(capacity.ranks_LE, run.job.adapter.max_rank)
     return processes.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
 def memory_layout(job: Job, mesh, experts: str) -> Layout:
-    """What of a run decides what a step takes."""
+    """Returns the settings of a run that determine the memory of a step."""
     section, shape = job.config.train, mesh.shape
     platform = mesh.devices.flat[0].platform
     rows = section.batch_size // section.micro_batches

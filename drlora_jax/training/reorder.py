@@ -1,9 +1,9 @@
-"""Rank rows in another order: what pruning does to factors and moments.
+"""Reorders the rank rows of LoRA matrices and moments when ranks are pruned.
 
-The active ranks of an expert are always the first ones, so a policy that prunes a rank in the
-middle has the kept rows moved to the front, in A, B and everything the optimizer keeps of them, by
-the same permutation. A row that is inactive afterwards is as before step 1: A as it was drawn, B
-and moments zero. Nothing is computed with the values, so rows are moved bit for bit.
+The active ranks of an expert are always the first ones. When a policy prunes a rank in the middle,
+the kept rows are therefore moved to the front by the same permutation in A, in B and in the
+optimizer's state. Rows that become inactive are reset to their state before step 1: A as
+initialised, B and moments zero. Values are only copied, so rows stay bit-identical.
 """
 
 from typing import Any
@@ -25,18 +25,18 @@ def reorder_ranks(
     order_LER: jax.Array,
     mask_LER: jax.Array,
 ) -> tuple[Any, Any]:
-    """(lora, opt_state) after an event.
+    """Returns (lora, opt_state) after an event.
 
     Args:
-      initial: the `lora` collection before step 1.
+      initial: The `lora` collection before step 1.
       order_LER: i32, a permutation of every expert's ranks: new row k is old row order[k].
-      mask_LER: f32, the mask after the event; inactive rows become initial.
+      mask_LER: f32, the mask after the event; inactive rows are reset to `initial`.
     """
     orders = over_experts(model, lora, order_LER[..., None], rest=lambda names: None)
     active = over_experts(model, lora, mask_LER[..., None] > 0, rest=lambda names: None)
 
     def move(value, order, is_active, first):
-        if order is None:  # no factor of an expert
+        if order is None:  # not a LoRA matrix of an expert
             return value
         return jnp.where(is_active, jnp.take_along_axis(value, order, axis=-2), first)
 

@@ -1,4 +1,4 @@
-"""The state of a run: before step 1, restored from a checkpoint, and saved to one."""
+"""Creates the state of a run before step 1, and saves it to and restores it from checkpoints."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from drlora_jax.training.step import TrainState
 
 
 class Position(NamedTuple):
-    """Where a run is: what its devices hold, and what its host keeps beside that."""
+    """Holds the progress of a run: the state on its devices, and what the host tracks besides."""
 
     state: TrainState
     capacity: CapacityState
@@ -25,8 +25,8 @@ class Position(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """The arrays of a checkpoint. The mask is derived from the ranks; the data position is step *
-    batch_size, and the dropout key is made of seed and step.
+    """Holds the arrays of a checkpoint. The mask is derived from the ranks, the data position is
+    step * batch_size, and the dropout key is derived from seed and step.
     """
 
     step: Any
@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
 
 
 def start(run: Run) -> Position:
-    """Returns the state before step 1, made on its shardings."""
+    """Returns the state before step 1, created on its shardings."""
     make = jax.jit(
         lambda: initial_state(run.job, run.tx, run.first_lora()),
         out_shardings=shardings_of(run.abstract_state),
@@ -51,7 +51,7 @@ def restore(run: Run, checkpoints: Checkpoints, step: int) -> Position:
 
 
 def restore_newest(run: Run, checkpoints: Checkpoints) -> tuple[Position, int] | None:
-    """Returns the newest state that is whole, on this run's mesh, and its step; or None."""
+    """Returns the newest undamaged state, on this run's mesh, and its step; None without one."""
     found = checkpoints.restore_newest(
         _wanted(run), host_names=("tokens",), step_of=lambda state: int(state.step)
     )

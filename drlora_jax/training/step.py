@@ -1,14 +1,14 @@
-"""One optimizer step, as pure functions: loss, gradients, importance of every rank, masked update,
-statistics.
+"""Defines one optimizer step as pure functions: loss, gradients, importance of every rank, masked
+update, statistics.
 
     step = jax.jit(make_train_step(model, tx, policy, StepOptions()))  # built and compiled once
     state, metrics = step(params, state, batch)  # params are frozen; the mask is in the state
 
-The rank mask enters multiplied with a gate of ones, and the gradient with respect to that gate is
-the importance of every rank, measured in the same backward pass. A growth event only replaces the
-values of `state.mask_LER`, so the step compiles once. The loss is sum of NLL / number of target
-tokens over the whole batch, in nats; micro-batches and devices add up to exactly that. Letters: M
-micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
+The rank mask is multiplied by a gate of ones, and the gradient with respect to that gate is the
+importance of every rank: it falls out of the same backward pass. A growth event only replaces the
+values of `state.mask_LER`, so the step compiles once. The loss is the summed NLL / the number of
+target tokens over the whole batch, in nats, however the batch is split into micro-batches and over
+devices. Letters: M micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
 """
 
 import time
@@ -32,13 +32,13 @@ from drlora_jax.models.transformer import (
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. `params` are apart: frozen, not donated, not saved."""
+    """Holds everything that a step changes. `params` are separate: frozen, not saved."""
 
     step: jax.Array  # i32, optimizer steps done
     lora: Any
     opt_state: Any
     mask_LER: jax.Array  # f32, derived from the ranks on the host
-    stats: Any  # the policy's
+    stats: Any  # statistics of the policy
 
 
 class LossTerms(NamedTuple):
@@ -49,15 +49,16 @@ class LossTerms(NamedTuple):
 class AuxiliaryWeights(NamedTuple):
     balance: float = 0.0
     z: float = 0.0
-    balance_form: str = "pooled"  # over all layers at once, per_layer and averaged, or switch
+    # pooled over all layers, averaged per_layer, or switch; see `auxiliary_loss`.
+    balance_form: str = "pooled"
 
 
 def init_lora(model: Decoder, key: jax.Array) -> dict:
-    """The `lora` collection before the first step: random A, zero B, zero router deltas."""
+    """Returns the `lora` collection before step 1: random A, zero B, zero router deltas."""
     return init_variables(model, key).get("lora", {})
 
 
-# --------------------------------------------------------------------------------------------- loss
+# ------------------------------------------------------------------------------------------- loss
 
 
 def batch_loss(
@@ -69,12 +70,13 @@ def batch_loss(
     key=None,
     head_grad=False,
 ):
-    """(sum of NLL, auxiliary loss a token) and the routing statistics of one micro-batch [B, T].
+    """Returns (summed NLL, auxiliary loss per token) and the routing statistics of one micro-batch
+    [B, T].
 
     Args:
-      variables: `params`, and `lora` and `rank_mask` of an adapted model.
-      key: of dropout; None evaluates.
-      head_grad: whether embedding and head are trained (pretraining).
+      variables: `params`, and for an adapted model `lora` and `rank_mask`.
+      key: Key of dropout; None disables it (evaluation).
+      head_grad: Whether embedding and head are trained (pretraining).
     """
     rngs = None if key is None else {"dropout": key}
     hidden_BTD, stats = model.apply(
@@ -96,15 +98,15 @@ def batch_loss(
 def auxiliary_loss(
     stats: RoutingStats | None, tokens: jax.Array, weights: AuxiliaryWeights
 ) -> jax.Array:
-    """Load-balance and z loss of one micro-batch.
+    """Returns the load-balance and z loss of one micro-batch.
 
-    balance = E * sum_e (C_e / n) (P_e / n) with choices C_e and softmax probabilities P_e of n
-    valid tokens. `pooled` sums both over all MoE layers first, as transformers does: one layer's
-    idle expert can hide behind another layer's busy one. `per_layer` averages the layers' own
-    losses. Perfect balance gives the experts per token. `switch` is per layer with first choices
-    only (perfect balance: 1). E are the experts of the layer that can be chosen; where every
-    matrix has a router (MoLA), a layer's C_e and P_e are the means over them. z = mean
-    logsumexp(logits) ** 2.
+    balance = E * sum_e (C_e / n) (P_e / n), where C_e counts how often expert e is chosen by the n
+    valid tokens and P_e sums their softmax probabilities. `pooled` averages both over all MoE
+    layers first, as transformers does, so one layer's idle expert can hide behind another layer's
+    busy one. `per_layer` averages the layers' own losses. Perfect balance gives the number of
+    experts per token. `switch` is per layer and counts first choices only (perfect balance: 1). E
+    is the number of available experts of the layer; where every matrix has a router (MoLA), C_e and
+    P_e of a layer are means over its matrices. z = mean logsumexp(logits) ** 2.
     """
     if stats is None or not (weights.balance or weights.z):
         return jnp.zeros(())
@@ -119,19 +121,21 @@ def auxiliary_loss(
     return weights.balance * balance + weights.z * jnp.mean(stats.log_z_squared) / tokens
 
 
-# ---------------------------------------------------------------------------------------- optimizer
+# -------------------------------------------------------------------------------------- optimizer
 
 
 class Hold(NamedTuple):
-    """Trees like `lora` of booleans: what an update may change, and which rows it may move."""
+    """Holds pytrees of booleans, structured like `lora`: which weights train, and which rows may
+    move.
+    """
 
-    trains: Any  # False: parameter and moments stay as they are
+    trains: Any  # False: parameter and moments are unchanged
     active: Any  # False: the update is exactly zero
 
 
 def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: Hold):
-    """`tx.update` and `apply_updates` that leave held leaves alone, moments included. Returns
-    (lora, opt_state).
+    """Applies `tx.update` and `apply_updates` without changing held weights or their moments.
+    Returns (lora, opt_state).
     """
     # What does not train must not enter the clipped norm either.
     grads = jax.tree.map(lambda grad, trains: jnp.where(trains, grad, 0), grads, hold.trains)
@@ -153,15 +157,15 @@ def held_update(tx: optax.GradientTransformation, grads, opt_state, lora, hold: 
     return optax.apply_updates(lora, updates), opt_state
 
 
-# -------------------------------------------------------------------------------------------- steps
+# ------------------------------------------------------------------------------------------ steps
 
 
 class StepOptions(NamedTuple):
     auxiliary: AuxiliaryWeights = AuxiliaryWeights()
     freeze_idle_experts: bool = True
     freeze_a: bool = False
-    router_start: int = 0  # steps before a trained router moves
-    seed: int = 0  # of dropout
+    router_start: int = 0  # steps before a trained router starts to change
+    seed: int = 0  # seed of dropout
 
 
 def make_train_step(
@@ -207,8 +211,9 @@ def make_train_step(
 
 
 def _make_gradients(model: Decoder, policy: Policy, options: StepOptions) -> Callable:
-    """Returns `gradients(params, state, key, batch, share, targets)`: of one micro-batch's part of
-    the loss, with respect to LoRA matrices and gates, and what it measured.
+    """Returns `gradients(params, state, key, batch, share, targets)`, which differentiates one
+    micro-batch's part of the loss with respect to LoRA matrices and gates, and returns what it
+    measured.
     """
     adapter = model.options.adapter
     projections = len(adapter.expert_roles())
@@ -247,7 +252,7 @@ def _measured(
     stats_ML: RoutingStats,
     tokens_M: jax.Array,
 ) -> StepStats:
-    """Returns what the policy is shown of a step."""
+    """Returns the measurements of a step that the policy receives."""
     adapter = model.options.adapter
 
     def each_role(measure):
@@ -268,7 +273,7 @@ def _measured(
 
 
 def _without_opened(grads, hold: Hold):
-    """Returns the gradients without those of ranks that were opened to be measured, not trained."""
+    """Returns the gradients without those of ranks that were activated only to be measured."""
     return jax.tree.map(lambda grad, is_on: jnp.where(is_on, grad, 0), grads, hold.active)
 
 
@@ -290,8 +295,8 @@ def _hold(
 
 
 def _routing_metrics(measured: StepStats | None) -> dict[str, jax.Array | None]:
-    """Returns combine weight per token and share of the choices of every expert; None without
-    experts.
+    """Returns the combine weight per token and the share of routing choices of every expert; None
+    without experts.
     """
     if measured is None:
         return {"weight_LE": None, "load_LE": None}
@@ -302,8 +307,8 @@ def _routing_metrics(measured: StepStats | None) -> dict[str, jax.Array | None]:
 
 
 def make_eval_step(model: Decoder) -> Callable:
-    """A pure `step(params, lora, mask_LER, batch [B, T]) -> (sum of NLL, target tokens, routing
-    statistics)`.
+    """Returns a pure `step(params, lora, mask_LER, batch [B, T])` that returns summed NLL, number
+    of target tokens and routing statistics.
     """
 
     def step(params, lora, mask_LER, batch: Batch):
@@ -318,8 +323,8 @@ def make_eval_step(model: Decoder) -> Callable:
 def make_pretrain_step(
     model: Decoder, tx: optax.GradientTransformation, auxiliary: AuxiliaryWeights
 ) -> Callable:
-    """A pure `step(params, opt_state, batch [M, B, T]) -> (params, opt_state, metrics)` that trains
-    all of `params`.
+    """Returns a pure `step(params, opt_state, batch [M, B, T]) -> (params, opt_state, metrics)`
+    that trains all of `params`.
     """
 
     def step(params, opt_state, batch: Batch):

@@ -320,7 +320,7 @@ def test_what_can_not_be():
         resolve_targets(config, "mola", ("q", "segment_0/.*/up"))
     with pytest.raises(UserError, match="moe_sieve counts"):
         TrainConfig(adapter=AdapterSection(kind="mola"), allocation=AllocationSection("moe_sieve"))
-    with pytest.raises(UserError, match="without a rank are never chosen"):
+    with pytest.raises(UserError, match="without ranks are never chosen"):
         allocation = AllocationSection(r_init=0)
         TrainConfig(adapter=AdapterSection(kind="mola"), allocation=allocation)
     with pytest.raises(UserError, match="experts_per_layer=2468 is for kind=mixlora or mola"):

@@ -132,7 +132,7 @@ def test_schedules_that_can_not_be():
     match = "no pruning event fits: warm-up ends at step 10, .* last event may be at step 15 of 100"
     with pytest.raises(UserError, match=match):
         make_policy(last_event=15)
-    with pytest.raises(UserError, match="last_event .101. must not lie behind .* .100."):
+    with pytest.raises(UserError, match="last_event .101. must not be after .* .100."):
         make_policy(last_event=101)
     still = make_policy(r_target=6, last_event=15)  # nothing to prune: plain LoRA
     assert still.last_event == 0 and not any(map(still.is_event, range(101)))
@@ -311,7 +311,7 @@ def test_a_note_says_that_ranks_shrink():
     [
         (dict(r_init=2, r_target=3), "r_target=3, r_init=2, r_max=4"),
         (dict(r_init=5), "0 < r_target <= r_init <= r_max"),
-        (dict(importance="probe"), "probe measures the next rank"),
+        (dict(importance="probe"), "probe scores the next inactive rank"),
         (dict(uncertainty_decay=1.0), "uncertainty_decay must be in"),
         (dict(interval=12), "no pruning event fits: warm-up ends at step 3"),
     ],

@@ -142,7 +142,7 @@ def test_what_rounding_makes_of_zeros_is_left_out(estimator):
 
 def test_spectra_without_a_tail_are_refused():
     for estimator in ESTIMATORS:
-        with pytest.raises(UserError, match="all alike"):
+        with pytest.raises(UserError, match="all equal"):
             fit_tail(np.ones(8), estimator)
         with pytest.raises(UserError, match="0 of its eigenvalues are above zero"):
             fit_tail(np.zeros(8), estimator)
@@ -210,11 +210,11 @@ def test_the_floor_is_paid_by_the_layer_furthest_above_its_share():
 
 def test_arguments_that_are_no_such_numbers_are_refused():
     for alphas, total, beta, message in (
-        ([2.0, 3.0], 1, 2.5, r"at least that of layers \(2\).*got 1"),
-        ([2.0, 3.0], 10**7, 2.5, "at most 1,000,000; got 10,000,000"),
+        ([2.0, 3.0], 1, 2.5, r"at least the number of layers \(2\).*got 1"),
+        ([2.0, 3.0], 10**7, 2.5, "at most 1,000,000, got 10,000,000"),
         ([2.0, 0.0], 8, 2.5, "numbers above 0"),
         ([2.0, math.nan], 8, 2.5, "numbers above 0"),
-        ([], 8, 2.5, r"one for each layer, got shape \[0\]"),
+        ([], 8, 2.5, r"one per layer, got shape \[0\]"),
         ([2.0], 8, math.inf, "beta must be a number"),
     ):
         with pytest.raises(UserError, match=message):

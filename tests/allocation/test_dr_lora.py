@@ -334,9 +334,7 @@ def test_budget_that_only_some_orders_reach_is_refused():
     assert ranks.tolist() == [2, 2, 2, 1]
     shapes = CapacityShapes(1, 1, 4, 2)
     options = {"r_init": 0, "r_target": 2, "interval": 1, "warmup_ratio": 0.0, "p_grow": 0.5}
-    with pytest.raises(
-        UserError, match="budget can not be reached: 4 events of 2 ranks, at most 1"
-    ):
+    with pytest.raises(UserError, match="budget cannot be reached: 4 events of 2 ranks, at most 1"):
         make_policy(shapes, total_steps=5, **options)
 
 

@@ -127,10 +127,10 @@ def test_nothing_to_grow_needs_no_event():
 
 def test_description():
     consistent, released = make_policy(64), make_policy(64, released=True)
-    assert "18 events at steps 112 to 3512, 29 ranks a layer and event" in consistent.describe
+    assert "18 events at steps 112 to 3512, 29 ranks per layer per event" in consistent.describe
     assert "57 slots" in released.describe and "above the budget" in released.describe
     assert "rank 8 to a mean of 16 (at most 32)" in consistent.describe
-    assert "at most 3 an expert" in consistent.describe
+    assert "at most 3 per expert" in consistent.describe
 
 
 REFUSED = {
@@ -140,12 +140,12 @@ REFUSED = {
     ),
     "too_few_events": (
         {"interval": 1500},
-        "budget can not be reached: 2 events of 64 ranks, at most 3 an expert and 32 in all"
-        ".* 224 of 256 ranks",
+        "budget cannot be reached: 2 events of 64 ranks, at most 3 per expert per event and 32 per "
+        "expert in total.* 224 of 256 ranks",
     ),
     "released": (
         {"released": True, "interval": 1700},
-        "budget can not be reached: 2 events of 128 ranks, at most 3 an expert.* 224 of 256 ranks",
+        "budget cannot be reached: 2 events of 128 ranks, at most 3 per expert.* 224 of 256 ranks",
     ),
     "last_event_after_the_run": ({"last_event": 5000}, r"last_event \(5000\).*\(3750\)"),
 }

@@ -67,7 +67,7 @@ KINDS = {
 }
 REFUSED = {(kind, "lora"): NO_EXPERTS for kind in KINDS if kind != "uniform"}
 REFUSED |= {
-    (kind, placement): "counts whom a trained router chooses"
+    (kind, placement): "needs a trained router"
     for kind in ("moe_sieve", "usage")
     for placement in ("mixlora", "mola")
 }

@@ -197,7 +197,7 @@ def test_experts_that_do_not_fit_are_refused_not_moved():
     alpha_L = np.array([2.0, 4.0, 3.0])
     due_L = allocate_experts(alpha_L, 9)
     assert due_L.max() == due_L[1] == 5
-    with pytest.raises(UserError, match="9 makes 5 experts in layer 1, .*set .*num_experts=5"):
+    with pytest.raises(UserError, match="9 gives 5 experts to layer 1, .*set .*num_experts=5"):
         alphalora_experts(shapes, alpha_L, total=9, rank=5, beta=2.5)
     roomy = alphalora_experts(shapes._replace(experts=5), alpha_L, total=9, rank=5, beta=2.5)
     assert (roomy.init().ranks_LE > 0).sum(axis=1).tolist() == due_L.tolist()
@@ -254,7 +254,7 @@ def test_growth_from_a_spectral_start_meets_the_budget():
     assert state.ranks_LE.max() <= 12
     first_LE[0, 0] += 9
     fields = DrLora(r_init=3, interval=5, p_grow=0.3, warmup_ratio=0.1)
-    with pytest.raises(UserError, match="the budget can not be reached"):
+    with pytest.raises(UserError, match="the budget cannot be reached"):
         plan_growth(Context(shapes, 11, total_steps=60), fields, first_LE)
 
 
@@ -271,7 +271,7 @@ def test_an_accepted_start_reaches_the_budget_whatever_is_preferred(data):
     try:
         policy = fields.grown_from(context, first_LE)
     except UserError as error:
-        assert "can not be reached" in str(error)
+        assert "cannot be reached" in str(error)
         return
     state, stats = policy.init(), policy.init_stats()
     for step in range(51):
@@ -327,18 +327,26 @@ MIXLORA = dict(kind="mixlora", num_experts=4)
 @pytest.mark.parametrize(
     ("allocation", "adapter", "message"),
     [
-        (dict(kind="alphalora"), MIXLORA, "which need it.* Got None with adapter.kind=mixlora"),
+        (dict(kind="alphalora"), MIXLORA, "mola need it.* Got None with adapter.kind=mixlora"),
         (dict(kind="alphalora", experts=0), {}, "allocation.experts must be greater than 0"),
         (
             dict(kind="alphalora", experts=13),
             MIXLORA,
             "experts=13 do not fit into 3 layers of .*=4",
         ),
-        (dict(kind="alphalora", r_target=5), {}, "r_target .5. is the mean of the ranks"),
+        (dict(kind="alphalora", r_target=5), {}, "r_target .5. is the mean rank"),
         (dict(kind="adalora", r_init=4, spectral_prior=1.0), {}, "got kind=adalora; leave it out"),
         (dict(released=True, spectral_prior=1.0), {}, "released=True"),
-        (dict(spectral_prior=1.0), MIXLORA, "_prior .* those of adapter.kind=mixlora are new"),
-        (dict(spectral_start=True), MIXLORA, "_start .* those of adapter.kind=mixlora are new"),
+        (
+            dict(spectral_prior=1.0),
+            MIXLORA,
+            "_prior .* of adapter.kind=mixlora are new",
+        ),
+        (
+            dict(spectral_start=True),
+            MIXLORA,
+            "_start .* of adapter.kind=mixlora are new",
+        ),
         (dict(spectral_start=True, kind="random"), {}, "is for kind=dr_lora, got kind=random"),
         (dict(spectral_start=True, r_init=0), {}, "set r_init to 1 or more"),
     ],

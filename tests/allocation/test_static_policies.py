@@ -86,13 +86,13 @@ def test_pattern_reads_tables_and_last_rows(tmp_path, name):
     ("text", "message"),
     [
         (None, "is absent|no such"),
-        ("", "can not be read"),
-        ("{}", "can not be read as ranks: 'ranks'"),
+        ("", "cannot be read"),
+        ("{}", "cannot be read as ranks: 'ranks'"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "git-lfs pointer"),
-        ("[[1, 2], [3]]", "can not be read"),
+        ("[[1, 2], [3]]", "cannot be read"),
         ("[[1.5, 0, 0, 0, 0], [0, 0, 0, 0, 0]]", "must hold integers"),
         ("[[1, 2, 3, 4, 5]]", r"of shape \[2, 5\], got int64 of shape \[1, 5\]"),
-        ("[[9, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", r"from 0 to 9; they must be in 0 to .* \(8\)"),
+        ("[[9, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", r"from 0 to 9; they must be between 0 and .* \(8\)"),
         ("[[-1, 0, 0, 0, 0], [1, 1, 1, 1, 1]]", "from -1 to 1"),
         ("[[1, 1, 1, 1, 1], [8, 3, 0, 0, 0]]", "MoE layer 1 has 11 ranks, more than .* = 10"),
     ],
@@ -182,7 +182,7 @@ def test_a_rank_shared_by_experts_of_the_adapter(tmp_path, kind, rule, expected)
     [
         (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
         (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "is for kind=uniform, got kind=dr_"),
-        (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora has none"),
+        (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora does not have"),
         (dict(rank_rule="per_top_k"), dict(kind="mixlora", top_p=0.5), "adapter.top_p=0.5"),
     ],
 )

@@ -273,7 +273,7 @@ CASES = (
         _files_of_4_kib,
         varies="(?<=could not be written: ).*?(?=File too large)",
     ),
-    _failed("NaN in the base", "attention/o/kernel hold NaN or infinity", _diverging, _nan_base),
+    _failed("NaN in the base", "attention/o/kernel contain NaN or infinity", _diverging, _nan_base),
     _failed("a loss that is NaN", "loss is nan at step 1; lower train.learning_rate", _diverging),
     _failed(
         "devices without memory",

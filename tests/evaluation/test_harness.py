@@ -210,7 +210,9 @@ def test_without_chat_a_template_is_not_asked_for(lm_eval, loaded, tasks):
         [(samples, _)] = harness.run(prepared, loaded)
     assert prepared.writer is None and "<user>" not in samples[0].fields["prompt"]
     for option, value in (("--template", "tulu"), ("--system", "s")):
-        with pytest.raises(UserError, match=f"{option}: tasks of the harness ask .* add --chat"):
+        with pytest.raises(
+            UserError, match=f"{option}: harness tasks use no template .* add --chat"
+        ):
             evaluate._harness_tasks(["written"], evaluate._parse([*given, option, value]), texts)
 
 
@@ -230,7 +232,7 @@ def test_groups(lm_eval, loaded, tasks):
     ("change", "message"),
     [
         ({"unsafe_code: true": ""}, "without isolating them.*--tasks humaneval --allow-code"),
-        ({"metadata: {version: 1}": "missing"}, "does not load: .*missing.*--task-path"),
+        ({"metadata: {version: 1}": "missing"}, "cannot be loaded: .*missing.*--task-path"),
     ],
 )
 def test_bad_definitions(lm_eval, loaded, tasks, tmp_path, change, message):
@@ -255,7 +257,7 @@ def test_unknown_names(lm_eval, loaded, tasks, monkeypatch):
     )
     with pytest.raises(UserError, match="--tasks animal: no task .* did you mean animals"):
         harness.prepare(["animal"], Settings(), task_path=str(tasks))
-    with pytest.raises(UserError, match="--task-path nowhere is no directory"):
+    with pytest.raises(UserError, match="--task-path nowhere is not a directory"):
         harness.prepare(["animals"], Settings(), task_path="nowhere")
 
 

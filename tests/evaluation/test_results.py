@@ -57,7 +57,11 @@ def test_a_loss_is_followed_by_its_perplexity():
 @pytest.mark.parametrize(
     ("value", "interval", "said"),
     [
-        (0.5, (0.19, 0.81), "arc_easy acc: 0.5000 cannot be told from chance (0.2500, inside its"),
+        (
+            0.5,
+            (0.19, 0.81),
+            "arc_easy acc: 0.5000 cannot be distinguished from chance (0.2500, inside its",
+        ),
         (0.05, (0.01, 0.2), "arc_easy acc: 0.0500 is below chance (0.2500, above its interval)"),
         (0.5, (0.26, 0.74), None),
         (0.5, None, None),
@@ -124,14 +128,14 @@ def test_two_files_are_compared(tmp_path, capsys):
 
 def test_other_prompts_or_files_are_not_compared(tmp_path):
     first = write(tmp_path, "a.jsonl", [0, 1])
-    with pytest.raises(UserError, match="2 items have other prompts"):
+    with pytest.raises(UserError, match="2 items have different prompts"):
         compare.compare_files(first, write(tmp_path, "b.jsonl", [0, 1], prompt="q"))
-    with pytest.raises(UserError, match="other items"):
+    with pytest.raises(UserError, match="different items"):
         compare.compare_files(first, write(tmp_path, "c.jsonl", [0, 1, 1]))
     (tmp_path / "d.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match="is no file of samples"):
+    with pytest.raises(UserError, match="is not a file of samples"):
         compare.compare_files(first, str(tmp_path / "d.jsonl"))
-    with pytest.raises(UserError, match="is no file of samples"):
+    with pytest.raises(UserError, match="is not a file of samples"):
         compare.compare_files(first, str(tmp_path / "absent.jsonl"))
     with pytest.raises(UserError, match=r"^gs://b/a\.jsonl is an address"):
         compare.compare_files(first, "gs://b/a.jsonl")

@@ -252,5 +252,5 @@ def test_the_probe_finds_a_missing_wall(wall, missing, monkeypatch, tmp_path):
     child = tmp_path / "child.py"
     child.write_text(source.replace(wall, missing))
     monkeypatch.setattr(sandbox_lib, "_CHILD", child)
-    with pytest.raises(UserError, match="does not give them"):
+    with pytest.raises(UserError, match="does not provide"):
         Sandbox(LIMITS)

@@ -79,7 +79,7 @@ def test_a_difference_within_noise_is_not_shown():
 
 
 def test_only_the_same_items_are_paired():
-    with pytest.raises(UserError, match="other items"):
+    with pytest.raises(UserError, match="different items"):
         compare(_paired([1, 0]), _paired([1, 0, 1]))
-    with pytest.raises(UserError, match="other items"):
+    with pytest.raises(UserError, match="different items"):
         compare({}, {})

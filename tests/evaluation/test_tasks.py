@@ -156,7 +156,7 @@ def test_gsm8k_is_marked_twice(tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (gsm8k("Q?", "no mark"), "no number behind ####"),
+        (gsm8k("Q?", "no mark"), "no number after ####"),
         (Row("r:1", {"text": "a"}), "r:1: needs question and answer, or prompt and response"),
     ],
 )
@@ -174,7 +174,7 @@ def test_written_options(tokenizer):
     texts = ["the correct answer is answer2", "answer1", "hm"]
     samples = generated.answer_instruct([item] * 3, says(*texts), (), 8)
     assert [sample.values["exact_match"] for sample in samples] == [1.0, 0.0, 0.0]
-    with pytest.raises(UserError, match="'answer3' is none of answer1, answer2"):
+    with pytest.raises(UserError, match="'answer3' is not one of answer1, answer2"):
         generated.instruct_item("1", Row("r:1", fields | {"answer": "answer3"}), "plain", None)
 
 
@@ -201,7 +201,7 @@ HUMANEVAL = {
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 @pytest.mark.parametrize("given", [{"chat": True}, {"system": "s"}, {"template": "tulu"}])
 def test_code_has_prompts_of_its_own(name, given):
-    way = f"{name} has prompts of its own; leave --{next(iter(given))} out"
+    way = f"{name} has its own prompts; leave --{next(iter(given))} out"
     with pytest.raises(UserError, match=way):
         TASKS[name].items(Work("f", [], [], Settings(**given), texts=None))
 
@@ -218,7 +218,7 @@ def test_humaneval_programs():
     samples = code_tasks.answer_code([item] * 3, written, (), 8, run_here)
     assert [sample.values["pass@1"] for sample in samples] == [1.0, 0.0, 0.0]
     assert "SyntaxError" in samples[2].fields["detail"]
-    with pytest.raises(UserError, match="needs the field test as a text"):
+    with pytest.raises(UserError, match="needs the text field test"):
         code_tasks.humaneval_item(Row("r:1", HUMANEVAL | {"test": None}))
 
 
@@ -278,7 +278,7 @@ def test_without_data_the_places_are_named(tmp_path, monkeypatch):
         sources.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path))
     for part in (str(tmp_path), "piqa_val.jsonl", KNOWN, "baber/piqa", "--tasks piqa=FILE"):
         assert part in str(caught.value)
-    with pytest.raises(UserError, match="is no directory"):
+    with pytest.raises(UserError, match="is not a directory"):
         sources.read_source("piqa", TASKS["piqa"].source, None, str(tmp_path / "absent"))
 
 

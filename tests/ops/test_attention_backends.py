@@ -184,7 +184,7 @@ def test_a_backend_that_can_not_do_it_is_refused():
     config, float32 = parse_config(OLMOE), jnp.dtype(jnp.float32)
     assert attention_backends(config, 64, float32, "cpu", "auto") == ["native"]
     assert attention_backends(config, 512, float32, "cpu", "chunked") == ["chunked"]
-    message = "model.attention=splash can not be used here: it needs rows of a multiple of 128"
+    message = "model.attention=splash cannot be used here: it needs rows of a multiple of 128"
     with pytest.raises(UserError, match=message):
         attention_backends(config, 64, float32, "cpu", "splash")
     with pytest.raises(ValueError, match="cudnn: it computes in 16-bit floats, not in float32"):

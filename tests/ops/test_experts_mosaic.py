@@ -260,7 +260,10 @@ def test_a_later_jax_without_these_kernels(monkeypatch):
         return lhs
 
     monkeypatch.setattr(mosaic_lib, "jax_version", lambda: (1, 0, 0))
-    for kernel, reason in ((gone, "does not bring its kernels"), (lambda: ragged_dot, "another")):
+    for kernel, reason in (
+        (gone, "does not provide its kernels"),
+        (lambda: ragged_dot, "a different"),
+    ):
         monkeypatch.setattr(mosaic_lib, "_row_kernel", kernel)
         mosaic_lib._lacks_kernels.cache_clear()
         assert reason in backends.cannot("mosaic", call())
@@ -290,14 +293,16 @@ def test_the_choice_and_its_reason_are_printed():
         experts = checked_expert_backend(config, dtype, device, wanted)
         return backend_line(config, ["cudnn"], experts, device, dtype)
 
-    assert line(config, Device()) == "computed    experts mosaic; attention cudnn on gpu"
-    dense = "computed    experts dense (every expert on every token; "
+    assert line(config, Device()) == "kernels     experts=mosaic attention=cudnn (gpu)"
+    dense = (
+        "kernels     experts=dense attention=cudnn (gpu); every expert is computed on every token: "
+    )
     ampere = Device(device_kind="NVIDIA A100", compute_capability="8.0")
-    why = "mosaic can not be used: its kernels are for NVIDIA's Hopper (9.0), not for NVIDIA A100"
-    assert line(config, ampere) == f"{dense}{why} (8.0)); attention cudnn on gpu"
+    why = "mosaic cannot be used: its kernels are for NVIDIA's Hopper (9.0), not for NVIDIA A100"
+    assert line(config, ampere) == f"{dense}{why} (8.0)"
     assert "16-bit floats, not float32" in line(config, Device(), jnp.dtype(jnp.float32))
     odd = parse_config(OLMOE | {"intermediate_size": 40})
     assert "a multiple of 64, got 40" in line(odd, Device())
-    assert line(config, Device(), wanted="dense").startswith(f"{dense}as configured)")
-    with pytest.raises(UserError, match="model.experts=mosaic can not be used here: .*NVIDIA A100"):
+    assert line(config, Device(), wanted="dense") == f"{dense}as configured"
+    with pytest.raises(UserError, match="model.experts=mosaic cannot be used here: .*NVIDIA A100"):
         line(config, ampere, wanted="mosaic")

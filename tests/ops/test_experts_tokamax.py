@@ -152,7 +152,7 @@ def tiny_run():
 @pytest.mark.parametrize("experts", ["auto", "native", "block", "dense"])
 def test_a_choice_is_taken_and_logged(tiny_run, experts):
     run, chosen = tiny_run(f"model.experts={experts}"), experts.replace("auto", "native")
-    assert run.backends.startswith(f"computed    experts {chosen}; attention")
+    assert run.backends.startswith(f"kernels     experts={chosen} attention=")
     assert run.model.options.ops.expert_mlp.keywords["backend"] == chosen
     assert run.model.options.ops.reads_stacks == (chosen != "dense")
 
@@ -168,7 +168,7 @@ def test_choices_by_platform(monkeypatch):
     cannot = backends.cannot
     assert cannot("ragged", call("tpu")) is None
     assert not any(cannot("dense", call(platform)) for platform in ("cpu", "gpu", "tpu"))
-    assert "for bfloat16 on gpu it is no kernel" in cannot("ragged", call("gpu"))
+    assert "no grouped kernel for bfloat16 on gpu" in cannot("ragged", call("gpu"))
     for experts in ("native", "block"):
         assert "for CPUs, not for tpu" in cannot(experts, call("tpu"))
     assert "in float32, not in bfloat16" in cannot("native", call("cpu"))
@@ -210,7 +210,7 @@ def test_the_small_case_has_all_gradients(monkeypatch):
 def test_what_can_not_be_used_is_refused(monkeypatch, tiny_run):
     for experts, reason in {
         "tokamax": "it has kernels for TPU and NVIDIA, not for cpu",
-        "ragged": "for float32 on cpu it is no kernel",
+        "ragged": "no grouped kernel for float32 on cpu",
     }.items():
         with pytest.raises(UserError, match=f"model.experts={experts} can not .*: {reason}"):
             tiny_run(f"model.experts={experts}")

@@ -156,12 +156,12 @@ def test_experts_may_lie_on_several_gpu_nodes(monkeypatch):
 def test_every_process_has_a_part_of_the_mesh():
     assert resolve_sizes(MeshSection(data=4), 8) == (4, 1, 1, 1)
     assert resolve_sizes(MeshSection(data=2, expert=-1), 8, 2) == (2, 1, 4, 1)
-    with pytest.raises(UserError, match="leaves devices unused, 8 of 2 processes"):
+    with pytest.raises(UserError, match="of the 8 devices of 2 processes; .* all must be used"):
         resolve_sizes(MeshSection(data=4), 8, 2)
 
 
 def test_sending_rows_as_they_are_is_for_tpus(tmp_path):
-    with pytest.raises(UserError, match="exchange=ragged is for TPUs, .* are cpu; .* padded"):
+    with pytest.raises(UserError, match="exchange=ragged is for TPUs, .* is cpu; .* padded"):
         prepare(tiny_config(tmp_path, mesh=dict(expert=2, exchange="ragged")))
 
 
@@ -178,7 +178,7 @@ def test_the_table_says_what_lies_where():
     _, *lines = mesh_lib.partition_lines(mesh, {"params": tree})
     words = {line.split()[0]: " ".join(line.split()[1:]) for line in lines}
     assert words["params/.*/moe/(gate_up|down)"] == "-, expert+tensor, fsdp 1 7.5 KiB"
-    assert words["params/.*"] == "everywhere whole 1 128 B"
+    assert words["params/.*"] == "replicated 1 128 B"
     # 4,097 rows are odd: the table is cut along its width only.
-    embedding = "tensor, fsdp 1 256.1 KiB does not divide: params/embedding"
+    embedding = "tensor, fsdp 1 256.1 KiB not divisible: params/embedding"
     assert words["params/embedding"] == embedding

@@ -53,7 +53,10 @@ def test_peers_are_found_in_the_environment(environment, expected):
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"JAX_PROCESS_ID": "1"}, "JAX_PROCESS_ID are set, JAX_COORDINATOR_ADDRESS and JAX_NUM"),
+        (
+            {"JAX_PROCESS_ID": "1"},
+            "JAX_PROCESS_ID are set, but JAX_COORDINATOR_ADDRESS and JAX_NUM",
+        ),
         (EXPLICIT | {"JAX_PROCESS_ID": "4"}, "from 0 to JAX_NUM_PROCESSES - 1, got 4 of 4"),
         (EXPLICIT | {"JAX_PROCESS_ID": "one"}, "got one of 4"),
     ],
@@ -68,10 +71,10 @@ def test_the_process_that_differs_is_named():
     assert agreement.disagreements([same, same], {"mask": "bb"}) == []
     other = same | {"mask": "cc"}
     # Of two, nobody is in the majority: what the mask must be says who is wrong.
-    assert agreement.disagreements([other, same], {"mask": "bb"}) == ["mask of process 0"]
+    assert agreement.disagreements([other, same], {"mask": "bb"}) == ["mask differs on process 0"]
     assert agreement.disagreements([same, other, same | {"step": "dd"}, same], {}) == [
-        "step of process 2",
-        "mask of process 1",
+        "step differs on process 2",
+        "mask differs on process 1",
     ]
 
 

@@ -203,7 +203,7 @@ def test_two_processes_evaluate_as_one_does(runs, whole, monkeypatch):
     )
     assert done.returncode == EXIT_DONE, done.stderr[-2000:]
     assert done.stdout.count("perplexity") == 1  # only one speaks
-    assert "nothing has moved" not in done.stderr
+    assert "no progress for" not in done.stderr
     monkeypatch.chdir(runs.folder)
     assert evaluate.main([*arguments, "one", "mesh.data=1"]) == EXIT_DONE
     of_two, of_one = (
@@ -272,8 +272,8 @@ def test_two_processes_resume_what_one_saved(runs, whole, mesh):
 @pytest.mark.parametrize(
     "fault, message",
     [
-        ("apart", "on run.dir, which must be one directory .*: run.dir of process 1."),
-        ("heldout", "before the start.*: held-out data of process 1."),
+        ("apart", "on run.dir, which must be one directory .*: run.dir differs on process 1."),
+        ("heldout", "before the start.*: held-out data differs on process 1."),
     ],
 )
 def test_what_one_process_has_of_its_own_is_found_before_step_1(runs, fault, message):
@@ -296,7 +296,7 @@ def test_what_befalls_one_process_ends_both(runs, whole):
 
     for end in runs.two("mask", "faulty", **mesh):
         assert end.code == EXIT_FAILED
-        assert "do not agree" in end.errors and "mask of process 1." in end.errors
+        assert "disagree" in end.errors and "mask differs on process 1." in end.errors
 
     other, killed = runs.two("kill", "faulty", **mesh)
     assert killed.code < 0

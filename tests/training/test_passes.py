@@ -37,7 +37,7 @@ def test_packed_rows_that_are_more_passes_than_was_meant():
     line, warning = said(20)
     assert line.startswith("10 packed rows per epoch; 20 steps of 4 rows: 8 passes (2 without")
     assert warning.startswith("warning: packing puts 4.0 documents into a row")
-    assert "8 passes and not 2" in warning and "data.pack=false" in warning
+    assert "8 passes instead of 2" in warning and "data.pack=false" in warning
     assert len(said(20, epochs=8)) == 1  # who counts in epochs has said so
     assert len(said(2)) == 1  # less than a pass repeats nothing
     assert len(said(20, lengths=(32,) * 40)) == 1  # two documents a row
@@ -57,10 +57,10 @@ def test_a_batch_larger_than_the_data():
     _, warning = said(5, lengths=(16,) * 4, batch_size=4)
     assert warning == (
         "warning: train.batch_size=4 is larger than the data (1 row per epoch), so each step "
-        "repeats rows: 20 passes in all; lower train.batch_size"
+        "repeats rows: 20 passes in total; lower train.batch_size"
     )
     _, warning = said(10, lengths=(64,) * 4, batch_size=4)
-    assert warning.endswith("is that meant? One pass is train.epochs=1")
+    assert warning.endswith("over the training data; for one pass set train.epochs=1")
 
 
 def test_rows_longer_than_the_positions_of_the_model():
@@ -68,6 +68,6 @@ def test_rows_longer_than_the_positions_of_the_model():
     assert length_lines(rows, None) == length_lines(rows, 64) == []
     (line,) = length_lines(rows, 48)
     assert line.startswith("warning: train.sequence_length=64 is longer than the 48 positions")
-    assert line.endswith("has 60 tokens, and tokens beyond position 48 are read badly")
+    assert line.endswith("has 60 tokens, and results beyond position 48 are unreliable")
     (line,) = length_lines(loader((16, 20), sequence_length=64), 48)
     assert line.endswith("the longest document has 20 tokens, so all fit")

@@ -1,14 +1,14 @@
-"""Causal attention over packed rows.
+"""Computes causal attention over packed rows.
 
-A query sees keys of its own document (`segment_ids`) at or before its position, inside the window
-if there is one. Positions restart in every document, so comparing them is the causal mask. Padding
-has segment 0 and sees padding only.
+A query attends to keys of its own document (`segment_ids`) at or before its position, inside the
+window if there is one. Positions restart in every document, so comparing them is the causal mask.
+Padding has segment 0 and attends only to padding.
 
-Backends with the same numbers:
+The backends compute the same function:
   xla      scores of a whole row, [N, T, S]: on CPU row by row, elsewhere batched
-  native   compiled code for float32 on CPU (`attention_native`)
-  chunked  blocks with an online softmax (`attention_chunked`), for long rows
-  splash   jax's kernel for TPU (`attention_splash`)
+  native   compiled code for float32 on CPU (`native.py`)
+  chunked  blocks with an online softmax (`chunked.py`), for long rows
+  splash   jax's kernel for TPU (`splash.py`)
   cudnn    NVIDIA's kernel through jax, with the documents as a mask [B, T, S]
 
 Letters: B batch, T query, S key, N query heads, G key-value heads, H head width, V value width.
@@ -25,13 +25,13 @@ from drlora_jax.ops.native import library
 
 Backend = Literal["auto", "xla", "native", "chunked", "cudnn", "splash"]
 # Longer rows are computed in blocks: on CPU because that is faster, elsewhere because the scores of
-# 4 rows of 2,048 tokens and 16 heads would take 5 GiB in a backward pass.
+# 4 rows of 2,048 tokens and 16 heads would need 5 GiB in a backward pass.
 LONG_ROW = {"cpu": chunked.BLOCK}
 LONG_ROW_ELSEWHERE = 512
 
 
 class Call(NamedTuple):
-    """What decides which backend can do it."""
+    """Describes an attention call, as far as it decides which backends can compute it."""
 
     length: int
     head_width: int
@@ -42,17 +42,17 @@ class Call(NamedTuple):
 
 
 def cannot(backend: str, platform: str, call: Call) -> str | None:
-    """Why a backend can not do this in programs compiled for `platform`, or None."""
+    """Returns why a backend cannot compute a call in programs compiled for `platform`, or None."""
     if backend == "native":
         return library.cannot(platform, call.dtype)
     if backend in ("cudnn", "splash") and call.has_sinks:
-        return "it has no attention sinks"
+        return "it does not support attention sinks"
     if backend == "splash" and call.length % splash.LANES:
         return f"it needs rows of a multiple of {splash.LANES} tokens, got {call.length}"
     if backend != "cudnn":
         return None
     if call.soft_cap is not None:
-        return "it has no soft cap"
+        return "it does not support a soft cap"
     if call.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in 16-bit floats, not in {jnp.dtype(call.dtype).name}"
     if call.head_width != call.value_width or call.head_width > 128 or call.head_width % 8:
@@ -63,7 +63,7 @@ def cannot(backend: str, platform: str, call: Call) -> str | None:
 
 
 def choose_backend(platform: str, call: Call) -> str:
-    """What `auto` means for programs compiled for `platform`."""
+    """Returns the backend that `auto` selects in programs compiled for `platform`."""
     own = {"cpu": "native", "tpu": "splash", "gpu": "cudnn"}.get(platform)
     if own and cannot(own, platform, call) is None:
         return own
@@ -94,13 +94,13 @@ def attend(
     backend: Backend = "auto",
     platform: str | None = None,
 ) -> jax.Array:
-    """Computes softmax attention, f32 inside, in the dtype of the queries outside.
+    """Computes softmax attention, internally in f32, and returns it in the dtype of the queries.
 
     Args:
-      window: keys a query sees, itself included; None sees all.
-      soft_cap: scores become cap * tanh(scores / cap) before the mask.
-      sinks_N: one extra logit per head that takes probability and has no value.
-      platform: that the program is compiled for; None is this process's.
+      window: Number of keys that a query attends to, itself included; None: all.
+      soft_cap: Scores become cap * tanh(scores / cap) before the mask.
+      sinks_N: One extra logit per head, which receives probability and has no value.
+      platform: Platform that the program is compiled for; None: this process's.
 
     Returns:
       [B, T, N, V].
@@ -114,7 +114,7 @@ def attend(
     if backend == "splash":
         return splash.attend_splash(*rows[:4], **options, interpret=platform != "tpu")
     if backend == "cudnn":
-        return _attend_cudnn(*rows, scale, window)  # kept by `models.remat` with its statistics
+        return _attend_cudnn(*rows, scale, window)  # saved by `models.remat` with its statistics
     if backend == "chunked":
         return _attend_chunked(rows, sinks_N, platform, chunked.Options(**options))
     if backend == "native":
@@ -128,8 +128,8 @@ def _attend_xla(rows, sinks_N, platform: str, options: dict):
         return _attend_row(*inputs, **options, sinks_N=sinks_N)
 
     if platform == "cpu":
-        # Row by row the scores stay in cache, and the backward pass recomputes them: 1.8 times
-        # faster than batched.
+        # Row by row, the scores stay in the cache and the backward pass recomputes them: 1.8 times
+        # as fast as batched.
         return checkpoint_name(jax.lax.map(jax.checkpoint(attend_row), rows), "attn_out")
     return checkpoint_name(jax.vmap(attend_row)(rows), "attn_out")
 
@@ -144,7 +144,7 @@ def _attend_chunked(rows, sinks_N, platform: str, options: chunked.Options):
 
 
 def _sinks_or_none(rows, sinks_N) -> jax.Array:
-    """Sinks of all heads, f32; -inf where there is none."""
+    """Returns the sinks of all heads, f32; -inf where there is none."""
     if sinks_N is None:
         return jnp.full(rows[0].shape[2], -jnp.inf, jnp.float32)
     return sinks_N.astype(jnp.float32)
@@ -156,7 +156,7 @@ def _attend_cudnn(
     seen_BTS = jax.vmap(lambda ids_T, at_T: _is_seen(ids_T, at_T, window))(
         segment_ids_BT, positions_BT
     )
-    # The flag lets the kernel leave out the upper half; the mask says the rest.
+    # The flag lets the kernel skip the upper half; the mask covers the rest.
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSGH,
@@ -169,7 +169,7 @@ def _attend_cudnn(
 
 
 def _is_seen(segment_ids_T, positions_T, window: int | None):
-    """Which keys each query of a row sees, [T, S]."""
+    """Returns which keys each query of a row attends to, bool [T, S]."""
     age_TS = positions_T[:, None] - positions_T[None, :]
     is_seen_TS = (segment_ids_T[:, None] == segment_ids_T[None, :]) & (age_TS >= 0)
     return is_seen_TS if window is None else is_seen_TS & (age_TS < window)
@@ -186,9 +186,12 @@ def attend_cached(
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of one new token a row over a cache whose slot s holds position s, [B, N, V].
+    """Computes attention of one new token per row over a cache whose slot s holds position s.
 
-    Slots behind the row's position are not seen, whatever they hold. Options as in `attend`.
+    Slots beyond the row's position are masked, whatever they hold. Options as in `attend`.
+
+    Returns:
+      [B, N, V].
     """
     batch, heads, _ = q_BNH.shape
     kv_heads, slots = k_BGSH.shape[1:3]
@@ -207,7 +210,7 @@ def attend_cached(
 
 
 def _softmax(scores, is_seen, soft_cap: float | None, sinks) -> jax.Array:
-    """Probabilities over the last axis in f32; capped, masked, and with a sink's share taken out.
+    """Returns probabilities over the last axis in f32, after cap and mask, less a sink's share.
 
     `is_seen` and `sinks` broadcast against the scores.
     """
@@ -225,9 +228,9 @@ def _softmax(scores, is_seen, soft_cap: float | None, sinks) -> jax.Array:
 def _attend_row(
     q_TNH, k_SGH, v_SGV, segment_ids_T, positions_T, *, scale, window, soft_cap, sinks_N
 ):
-    """Attention within one row, [T, N, V]."""
+    """Computes attention within one row, [T, N, V]."""
     repeats = q_TNH.shape[1] // k_SGH.shape[1]
-    # Heads repeated and in front: XLA's CPU products over (group, member) pairs take twice as long.
+    # Heads are repeated and lead: XLA's CPU products over (group, member) pairs take twice as long.
     k_NSH, v_NSV = (jnp.repeat(x.transpose(1, 0, 2), repeats, axis=0) for x in (k_SGH, v_SGV))
     scores = (
         jnp.einsum(

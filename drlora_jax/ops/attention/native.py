@@ -1,6 +1,6 @@
-"""Packed causal attention on CPU in compiled code: `native/attention.cc`, in float32.
+"""Calls packed causal attention in compiled code on CPU: `ops/native/attention.cc`, in float32.
 
-Letters as in `ops.attention`.
+Letters as in `ops.attention.api`.
 """
 
 import functools
@@ -23,7 +23,7 @@ class Options(NamedTuple):
 def attend_native(
     q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N, options: Options
 ) -> jax.Array:
-    """[B, T, N, V]; `sinks_N` is f32, -inf is no sink."""
+    """Computes attention, [B, T, N, V]; `sinks_N` is f32, -inf means no sink."""
     heads = (array.astype(jnp.float32) for array in (q_BTNH, k_BSGH, v_BSGV))
     packed = (array.astype(jnp.int32) for array in (segment_ids_BT, positions_BT))
     return _attend(options, *heads, *packed, sinks_N)
@@ -35,7 +35,7 @@ def _attend(options, *inputs):
 
 
 def _forward(options, q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sinks_N):
-    """The output, and the logsumexp of every query's scores, [B, N, T]."""
+    """Returns the output, and the logsumexp of every query's scores, [B, N, T]."""
     batch, length, heads, _ = q_BTNH.shape
     results = ((batch, length, heads, v_BSGV.shape[3]), (batch, heads, length))
     rows = (q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT)
@@ -43,7 +43,7 @@ def _forward(options, q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, positions_BT, sink
 
 
 def _attend_forward(options, *inputs):
-    # Named, so that a rematerialisation policy can keep them instead of computing them again.
+    # Named, so that a rematerialisation policy can save them instead of recomputing them.
     out, lse = (checkpoint_name(x, "attn_lse") for x in _forward(options, *inputs))
     return out, (inputs, out, lse)
 
@@ -53,7 +53,7 @@ def _attend_backward(options, saved, d_out_BTNV):
     results = [array.shape for array in rows[:3]]
     arguments = (*rows, out_BTNV, lse_BNT, d_out_BTNV)
     cotangents = _call("AttentionBackward", options, results, *arguments)
-    # What the softmax's normalisation sends back to every score of a query, a sink's included.
+    # The gradient through the softmax's normalisation, common to all scores of a query and a sink.
     mean_BTN = jnp.sum(d_out_BTNV * out_BTNV, axis=-1)
     share_BNT = jnp.exp(sinks_N[None, :, None] - lse_BNT)
     d_sinks_N = -jnp.sum(share_BNT * mean_BTN.transpose(0, 2, 1), axis=(0, 2))

@@ -1,8 +1,8 @@
-"""Causal attention over packed rows with jax's splash kernel for TPU.
+"""Computes causal attention over packed rows with jax's splash kernel for TPU.
 
-Causality and the window are the kernel's lazy masks, documents are its segment ids: no mask or
+Causality and the window are lazy masks of the kernel, documents are its segment ids: no mask or
 score array exists. Output and logsumexp carry the name `attn_lse`, so that a rematerialisation
-policy keeps them and the kernel does not run twice.
+policy saves them and the kernel does not run twice.
 """
 
 import functools
@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-LANES = 128  # rows are a multiple of it; head widths are padded to it
+LANES = 128  # row lengths must be a multiple of it; head widths are padded to one
 LARGEST_BLOCK = 512
 
 
@@ -25,10 +25,11 @@ def attend_splash(
     soft_cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """[B, T, N, V] in the dtype of the queries; positions must rise by one within a document.
+    """Computes attention, [B, T, N, V] in the dtype of the queries; positions must rise by one
+    within a document.
 
     Args:
-      interpret: runs the kernel's program without a TPU, slowly.
+      interpret: Interprets the kernel without a TPU, slowly.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 
@@ -54,7 +55,7 @@ def _padded(x):
 
 
 def _kernel(length: int, heads: int, window: int | None, soft_cap: float | None, interpret: bool):
-    """Of the query heads that share a key-value head."""
+    """Returns the kernel for the query heads that share a key-value head."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(size for size in (LARGEST_BLOCK, 384, 256, LANES) if length % size == 0)

@@ -1,4 +1,4 @@
-"""Gated expert MLPs over ragged groups of tokens, with LoRA, rank gates and dropout inside.
+"""Computes gated expert MLPs over ragged groups of tokens, with LoRA, rank gates and dropout.
 
 One call computes, for every token t and each of its K experts e with combine weight p,
 
@@ -11,17 +11,17 @@ gradient needs no stored expert output. The base weights are frozen unless `base
 cotangent of a rank gate is sum_rows z * dz: with a gate of one it is DR-LoRA's per-rank importance
 before the absolute value (sum_j A_kj dA_kj = sum_i B_ik dB_ik).
 
-Backends with the same numbers, each in a file of its own:
+The backends compute the same function, each in a file of its own:
 
-    native   CPU: sorted slots, in compiled code for frozen float32 weights
-    block    CPU: sorted slots, each group walked in blocks of rows
-    ragged   TPU: sorted slots, `lax.ragged_dot`
-    mosaic   NVIDIA Hopper: the same with kernels that jax brings
-    tokamax  the same with the grouped products of that package, where one asks for them
+    native   CPU: sorted assignments, in compiled code for frozen float32 weights
+    block    CPU: sorted assignments, each group processed in blocks of rows
+    ragged   TPU: sorted assignments, `lax.ragged_dot`
+    mosaic   NVIDIA Hopper: like ragged, with kernels that jax provides
+    tokamax  like ragged, with the grouped products of that package, on request
     dense    every expert on every token, E / K times the work
 
-Letters: T tokens, K experts per token, P = T * K slots, E experts, D model, F expert hidden, R
-  ranks.
+Letters: T tokens, K experts per token, P = T * K (token, expert) assignments, E experts, D model, F
+expert hidden, R ranks. A `slot` is the number of an assignment, t * K + k.
 """
 
 import jax
@@ -31,7 +31,7 @@ from jax import lax
 from drlora_jax.ops.experts import block, dense, mosaic, native, ragged, tokamax
 from drlora_jax.ops.experts.shared import Dropout, ExpertSpec, RoleLora
 
-READS_STACKS = ("native", "block")  # backends that take the weights of all layers
+READS_STACKS = ("native", "block")  # backends that read the stacked weights of all layers
 
 
 def expert_mlp(
@@ -49,25 +49,27 @@ def expert_mlp(
     keeps_hidden: bool = True,
     layer: jax.Array | None = None,
 ) -> jax.Array:
-    """Sum over the K experts of each token of the LoRA-adapted gated MLP.
+    """Sums the LoRA-adapted gated MLPs of each token's K experts.
 
     Args:
-      x_TD: tokens, f32 or bf16 [T, D].
-      expert_TK: i32 [T, K]; an index outside [0, E) means: not computed here (padding, an expert of
+      x_TD: Tokens, f32 or bf16 [T, D].
+      expert_TK: i32 [T, K]; an index outside [0, E) is not computed here (padding, or an expert of
         another device).
-      weight_TK: combine weights, f32 [T, K].
-      w_gate_up_EDF: [E, D, 2F], gate columns first. w_down_EFD: [E, F, D].
-      lora: role -> factors; roles `gate`, `up` (or `gate_up`) and `down`; may be empty. B is zero
-        where a gate is.
-      spec: static options. dropout: needed when `spec.dropout` > 0 in training; None is evaluation.
-      backend: native | block | ragged | mosaic | tokamax | dense | auto (on CPU native where it
-        can, or block; else dense).
-      platform: what the program is compiled for; by default what this process computes on.
-      keeps_hidden: gives `models.remat` the chance to keep pre-activations (by the names `moe_gu`,
-        `moe_z`): right where most slots are computed here, wrong on an expert shard, where most
-        rows of these arrays belong to others.
-      layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, of which this one
-        is meant. `native` and `block` read them expert by expert and copy no layer.
+      weight_TK: Combine weights, f32 [T, K].
+      w_gate_up_EDF: [E, D, 2F], gate columns first.
+      w_down_EFD: [E, F, D].
+      lora: Role -> LoRA matrices; roles `gate`, `up` (or `gate_up`) and `down`; may be empty. B is
+        zero where a gate is zero.
+      spec: Static options.
+      dropout: Required when `spec.dropout` > 0 in training; None in evaluation.
+      backend: native | block | ragged | mosaic | tokamax | dense | auto (on CPU native if it can
+        compute the call, otherwise block; elsewhere dense).
+      platform: Platform that the program is compiled for; None: this process's.
+      keeps_hidden: Lets `models.remat` save pre-activations (by the names `moe_gu`, `moe_z`). True
+        where most assignments are computed here, False on an expert shard, where most rows of these
+        arrays belong to other devices.
+      layer: i32 scalar; the weights are then stacks [L, E, ...] of frozen layers, and this one is
+        used. `native` and `block` read them expert by expert and copy no layer.
 
     Returns:
       y_TD in the dtype of x_TD.
@@ -95,7 +97,7 @@ def expert_mlp(
 
 
 def _stacked_or_not(backend: str, weights: tuple, layer):
-    """Returns the weights as the backend reads them, and the layer that is meant."""
+    """Returns the weights as the backend reads them, and the index of the layer."""
     if backend in READS_STACKS and layer is None:
         return tuple(each[None] for each in weights), 0
     if backend not in READS_STACKS and layer is not None:
@@ -104,10 +106,10 @@ def _stacked_or_not(backend: str, weights: tuple, layer):
 
 
 def _choose_backend(backend: str, platform: str, kinds: list, spec: ExpertSpec) -> str:
-    """Resolves `auto`, and refuses `native` where it cannot compute.
+    """Resolves `auto`, and refuses `native` where it cannot compute the call.
 
     Args:
-      kinds: dtypes of the tokens and the base weights.
+      kinds: Dtypes of the tokens and the base weights.
     """
     if backend != "native" and (backend != "auto" or platform != "cpu"):
         return "dense" if backend == "auto" else backend

@@ -1,8 +1,9 @@
-"""Which implementation of the experts a device runs.
+"""Chooses the implementation of the experts for a device.
 
-The choice is by the device that a program is compiled for, which need not be one of this process:
-a step for a TPU or a GPU can be compiled ahead of time on a machine without one. `lax.ragged_dot`
-is a grouped matrix product on TPU; on NVIDIA and on CPU it multiplies every row with every expert.
+The choice depends on the device that a program is compiled for, which need not belong to this
+process: a step for a TPU or a GPU can be compiled ahead of time on a machine without one.
+`lax.ragged_dot` is a grouped matrix product on TPU; on NVIDIA GPUs and CPUs it multiplies every row
+with every expert.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -14,20 +15,20 @@ from drlora_jax.ops.experts import mosaic, native, tokamax
 from drlora_jax.system.text import first_line
 
 Experts = Literal["auto", "native", "block", "ragged", "mosaic", "dense", "tokamax"]
-PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # as of an expert, and as of its factors
+PROBE_HIDDEN, THIN_HIDDEN = 256, 16  # widths like those of an expert, and of its LoRA matrices
 
 
 class Call(NamedTuple):
-    """What decides which backend can do it."""
+    """Describes an expert call, as far as it decides which backends can compute it."""
 
     platform: str
-    dtype: Any = jnp.float32  # of activations
-    widths: tuple[int, ...] = ()  # of tokens, and of an expert's hidden vectors
-    device: Any = None  # that the program is compiled for
+    dtype: Any = jnp.float32  # dtype of activations
+    widths: tuple[int, ...] = ()  # width of tokens, and of an expert's hidden vectors
+    device: Any = None  # device that the program is compiled for
 
 
 def choose_backend(call: Call) -> Experts:
-    """What `auto` means for experts with a frozen base; never tokamax."""
+    """Returns the backend that `auto` selects for frozen experts; never tokamax."""
     if call.platform == "cpu":
         return "block" if cannot("native", call) else "native"
     if call.platform == "tpu":
@@ -36,22 +37,22 @@ def choose_backend(call: Call) -> Experts:
 
 
 def cannot(backend: Experts, call: Call) -> str | None:
-    """Why a backend can not do this, or should not, or None."""
+    """Returns why a backend cannot compute a call, or should not; None if it can."""
     if backend == "native":
         return native.cannot(call.platform, call.dtype)
     if backend == "block" and call.platform != "cpu":
-        return f"it walks blocks of rows one by one, which is for CPUs, not for {call.platform}"
+        return f"it computes blocks of rows one by one, for CPUs, not for {call.platform}"
     if backend == "ragged" and call.platform != "tpu":
         dtype = jnp.dtype(call.dtype).name
-        where = f"for {dtype} on {call.platform}"
-        return f"{where} it is no kernel, but multiplies rows with every expert"
+        where = f"{dtype} on {call.platform}"
+        return f"XLA has no grouped kernel for {where} and multiplies every row with every expert"
     if backend == "mosaic":
         return mosaic.cannot(call)
     return _cannot_use_tokamax(call) if backend == "tokamax" else None
 
 
 def _cannot_use_tokamax(call: Call) -> str | None:
-    """On a GPU a small case is compiled to find out; on TPU the generation decides."""
+    """Decides by compiling a small case on a GPU, and by the generation of a TPU."""
     if call.platform not in ("tpu", "gpu"):
         return f"it has kernels for TPU and NVIDIA, not for {call.platform}"
     if not tokamax.is_installed():
@@ -64,13 +65,13 @@ def _cannot_use_tokamax(call: Call) -> str | None:
     try:
         for hidden in (PROBE_HIDDEN, THIN_HIDDEN):
             _compile_product(tokamax.product_for("gpu"), call.dtype, call.device, hidden)
-    except Exception as error:  # of several kinds, by what its kernel misses
+    except Exception as error:  # of several types, depending on what the kernel lacks
         return f"a small case does not compile for {kind}: {first_line(error)[:200]}"
     return None
 
 
 def _compile_product(product, dtype, device, hidden: int) -> None:
-    """A small grouped product with its gradients."""
+    """Compiles a small grouped product with its gradients."""
     experts, rows, width = 5, 384, 128
     sharding = None if device is None else jax.sharding.SingleDeviceSharding(device)
 

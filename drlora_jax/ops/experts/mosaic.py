@@ -1,14 +1,14 @@
-"""Grouped products of jax's own Pallas kernels for NVIDIA Hopper, for `grouped_ragged`.
+"""Computes grouped products with jax's own Pallas kernels for NVIDIA Hopper, for `ragged.py`.
 
-`lax.ragged_dot` multiplies every row with every expert on NVIDIA. jax brings two kernels that do
-not: rows of each group times its expert's matrix, as it lies or transposed, and the product of two
-arrays of rows over each group, which is the gradient of the weights. Both read operands as they
-lie, so no product copies weights or rows.
+`lax.ragged_dot` multiplies every row with every expert on NVIDIA. jax provides two kernels that do
+not: rows of each group times its expert's matrix, plain or transposed, and the product of two
+arrays of rows over each group, which is the gradient of the weights. Both read operands in their
+present layout, so no product copies weights or rows.
 
-They take 16-bit floats, widths of whole tiles and whole blocks of rows. Factors are filled up to
-whole tiles of ranks with zeros; rows are filled up where they are few or odd. Rows of no group are
-undefined in a result. In the gradient of the weights those of other groups are multiplied by zero,
-so they have to be finite: `grouped_ragged` masks every result, and with it what comes back.
+They require 16-bit floats, widths of whole tiles and whole blocks of rows. LoRA matrices are padded
+with zeros to whole tiles of ranks; rows are padded where they do not fill a tile. Rows of no group
+are undefined in a result. In the gradient of the weights, rows of other groups are multiplied by
+zero, so they have to be finite: `ragged.py` masks every result, and thereby every cotangent.
 """
 
 import functools
@@ -21,18 +21,18 @@ import jax.numpy as jnp
 
 from drlora_jax.ops.experts import ragged
 
-CAPABILITY = "9.0"  # of Hopper
-OLDEST_JAX = (0, 11, 2)  # whose kernels were tested
+CAPABILITY = "9.0"  # compute capability of Hopper
+OLDEST_JAX = (0, 11, 2)  # the oldest version whose kernels were tested
 KINDS = ("bfloat16", "float16")
-TILE = 64  # the narrowest of a result: a row of it is as wide as the unit that the chip copies
+TILE = 64  # the narrowest tile of a result, whose rows have the width of the chip's copy unit
 WIDE_TILE = 128
-STEPS = 4  # tiles on their way from memory
-STRIP = 16  # tiles of a row of results that follow one another, so that rows stay in the cache
+STEPS = 4  # tiles prefetched from memory
+STRIP = 16  # consecutive tiles along a row of results, so that rows stay in the cache
 CORES = 132
 
 
 def cannot(call) -> str | None:
-    """Why these kernels can not compute an `ops.backends.Call`, or None."""
+    """Returns why these kernels cannot compute a `backends.Call`, or None."""
     if call.platform != "gpu":
         return f"its kernels are for NVIDIA's Hopper, not for {call.platform}"
     if jax_version() < OLDEST_JAX:
@@ -53,14 +53,16 @@ def cannot(call) -> str | None:
 
 @functools.cache
 def _lacks_kernels() -> str | None:
-    """What this jax has not, or has otherwise: they are examples, with no promise to stay."""
+    """Returns how the kernels of this jax differ, or None: they are examples without any promise of
+    stability.
+    """
     try:
         for kernel in (_row_kernel(), _group_kernel()):
             missing = {*_tiles(TILE, TILE), "group_sizes"} - {*inspect.signature(kernel).parameters}
             if missing:
-                return f"jax {jax.__version__} has another {kernel.__name__}"
+                return f"jax {jax.__version__} has a different {kernel.__name__}"
     except (ImportError, AttributeError) as error:
-        return f"jax {jax.__version__} does not bring its kernels ({error})"
+        return f"jax {jax.__version__} does not provide its kernels ({error})"
     return None
 
 
@@ -69,24 +71,24 @@ def jax_version() -> tuple[int, ...]:
 
 
 def expert_mlp(spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden: bool):
-    """As `ops.grouped.expert_mlp`."""
-    lora = {role: _with_whole_tiles(factors) for role, factors in lora.items()}
+    """Computes the same as `ops.experts.api.expert_mlp`."""
+    lora = {role: _with_whole_tiles(matrices) for role, matrices in lora.items()}
     inputs = (x_TD, expert_TK, weight_TK, weights, lora, dropout)
     return ragged.expert_mlp(spec, *inputs, keeps_hidden, product)
 
 
-def _with_whole_tiles(factors):
-    """Factors with closed ranks behind the last one, up to a whole tile."""
-    missing = -factors.gate_ER.shape[1] % TILE
+def _with_whole_tiles(matrices):
+    """Pads LoRA matrices with inactive ranks to a whole number of tiles."""
+    missing = -matrices.gate_ER.shape[1] % TILE
 
     def fill_up(array):
         return jnp.pad(array, ((0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)))
 
-    return jax.tree.map(fill_up, factors) if missing else factors
+    return jax.tree.map(fill_up, matrices) if missing else matrices
 
 
 def product(rows, weights_EIO, size_E, is_transposed: bool = False):
-    """As `grouped_ragged.ragged_dot`."""
+    """Computes the same as `ragged.ragged_dot`."""
     missing = -rows.shape[0] % TILE
     if missing:
         rows = jnp.pad(rows, ((0, missing), (0, 0)))
@@ -100,7 +102,7 @@ def _product(rows, weights, size_E, is_transposed):
 
 
 def _product_forward(rows, weights, size_E, is_transposed):
-    """Keeps what a gradient is asked of: of frozen weights there is none."""
+    """Saves only what the requested gradients need: frozen weights have none."""
     out = _multiply(rows.value, weights.value, size_E.value, is_transposed)
     kept = (rows.value if weights.perturbed else None, weights.value if rows.perturbed else None)
     return out, (*kept, size_E.value)
@@ -123,7 +125,7 @@ _product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 # Jitted, so that products of equal shapes are one function of a program.
 @functools.partial(jax.jit, static_argnums=3)
 def _multiply(rows, weights, size_E, is_transposed):
-    """[P, I] and [E, I, O], or [E, O, I] if transposed, to [P, O]."""
+    """Multiplies [P, I] and [E, I, O], or [E, O, I] if transposed, to [P, O]."""
     width_out = weights.shape[1 if is_transposed else 2]
     return _row_kernel()(
         rows,
@@ -136,7 +138,7 @@ def _multiply(rows, weights, size_E, is_transposed):
 
 @jax.jit
 def _multiply_over_groups(left, right, size_E):
-    """[P, M] and [P, N] to [E, M, N]."""
+    """Multiplies [P, M] and [P, N] to [E, M, N]."""
     tiles = _tiles(left.shape[1], right.shape[1])
     return _on_hopper(_group_kernel())(left, right, group_sizes=size_E, **tiles)
 
@@ -154,7 +156,7 @@ def _group_kernel():
 
 
 def _tiles(height: int, width: int) -> dict[str, int]:
-    """Of a result."""
+    """Returns the tiling for a result of this height and width."""
     return {
         "block_m": WIDE_TILE if height % WIDE_TILE == 0 else TILE,
         "block_n": WIDE_TILE if width % WIDE_TILE == 0 else TILE,
@@ -165,8 +167,9 @@ def _tiles(height: int, width: int) -> dict[str, int]:
 
 
 def _on_hopper(function):
-    """jax's function with a `jax` of its own: it asks the first device of this process for its
-    number of cores, and programs are compiled for devices that this process does not have.
+    """Returns jax's function with a patched module `jax`. The original asks the first device of
+    this process for its number of cores, but programs may be compiled for devices that this process
+    does not have.
     """
     own = types.SimpleNamespace(
         **vars(jax) | {"devices": lambda: [types.SimpleNamespace(core_count=CORES)]}

@@ -1,21 +1,21 @@
-"""Gated expert MLPs over ragged groups of tokens with `lax.ragged_dot`, for TPU, where that is a
-grouped matrix product and not a dense expansion; or with another product of the same signature.
+"""Computes gated expert MLPs over ragged groups of tokens with `lax.ragged_dot`, for TPU, where
+that is a grouped matrix product and not a dense expansion; or with another product of the same
+signature.
 
-The operation, arguments and numbers are those of `ops.grouped.expert_mlp`: slots sorted by expert,
-the combine weight folded into h, a LoRA delta s * (gate * (drop(x) A^T)) B on every role. Gradients
-are jax's own: a frozen base asks for no weight gradient, so none is built. Three things differ from
-writing it down naively:
+Operation, arguments and results are those of `ops.experts.api.expert_mlp`: assignments sorted by
+expert, the combine weight folded into h, a LoRA delta s * (gate * (drop(x) A^T)) B on every role.
+Gradients are jax's own: a frozen base model requests no weight gradient, so none is built. Three
+things differ from a naive implementation:
 
-  * gate and scale multiply B, not z: [E, R, F] numbers instead of a gather of gates for every slot,
-    and the gate's cotangent sum_i B_i dB'_i is the same importance.
+  * gate and scale multiply B, not z: [E, R, F] numbers instead of a gather of gates for every
+    assignment, and the gate's cotangent sum_i B_i dB'_i is the same importance.
   * sorting and unsorting are gathers in both directions; autodiff would scatter rows.
-  * slots of other devices and padding are sorted behind all groups. What a kernel leaves in those
-    rows is undefined, so every product's result is masked, and with it the cotangents that go back.
+  * assignments of other devices and padding are sorted after all groups. A kernel leaves those rows
+    undefined, so every product's result is masked, and thereby its cotangents.
 
-`moe_gu` and `moe_z` are the names of what a rematerialisation policy may keep.
+`moe_gu` and `moe_z` are the names of arrays that a rematerialisation policy may save.
 
-Letters: T tokens, K experts per token, P = T * K slots, E experts, D model, F expert hidden, R
-ranks.
+Letters as in `ops.experts.api`.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ THIN, WIDEST_TILE, TILE_ROWS = 512, 4096, 128
 
 
 def ragged_dot(rows, weights_EIO, size_E, is_transposed: bool = False):
-    """Every group's rows times its expert's matrix; rows of no group are undefined.
+    """Multiplies every group's rows with its expert's matrix; rows of no group are undefined.
 
     The result has the dtype of the rows. Transposed weights are [E, O, I].
     """
@@ -45,7 +45,7 @@ def ragged_dot(rows, weights_EIO, size_E, is_transposed: bool = False):
 def expert_mlp(
     spec, x_TD, expert_TK, weight_TK, weights, lora, dropout, keeps_hidden, product=ragged_dot
 ):
-    """As `ops.grouped.expert_mlp`; `product` has the signature of `ragged_dot`."""
+    """Computes the same as `ops.experts.api.expert_mlp`; `product` is called like `ragged_dot`."""
     w_gate_up_EDF, w_down_EFD = weights
     plan = _sort_slots(expert_TK, w_gate_up_EDF.shape[0])
     slots_P = dropout.slots(plan.order_P, expert_TK.shape[1])
@@ -83,13 +83,13 @@ def expert_mlp(
 
 
 class _Plan(NamedTuple):
-    """Slots sorted by expert; those of no expert here come last."""
+    """Holds assignments sorted by expert; those of experts on other devices come last."""
 
     order_P: jax.Array  # sorted position -> slot
     place_TK: jax.Array  # token, k -> sorted position
     token_P: jax.Array  # sorted position -> token
-    size_E: jax.Array  # slots of each expert
-    is_here_P: jax.Array  # by sorted position
+    size_E: jax.Array  # assignments per expert
+    is_here_P: jax.Array  # by sorted position: the expert is on this device
     is_here_TK: jax.Array
 
 
@@ -98,7 +98,7 @@ def _sort_slots(expert_TK: jax.Array, num_experts: int) -> _Plan:
     expert_P = jnp.where(is_here_TK, expert_TK, num_experts).reshape(-1)
     order_P = jnp.argsort(expert_P, stable=True).astype(jnp.int32)
     experts = jnp.arange(num_experts, dtype=expert_P.dtype)
-    # Comparing is one fused reduction; counting would scatter.
+    # A comparison is one fused reduction; bincount would scatter.
     size_E = jnp.sum(expert_P[None] == experts[:, None], axis=1, dtype=jnp.int32)
     return _Plan(
         order_P=order_P,
@@ -111,10 +111,10 @@ def _sort_slots(expert_TK: jax.Array, num_experts: int) -> _Plan:
 
 
 def _tiling(num_rows: int, width_in: int, width_out: int):
-    """A tile (rows, in, out) for a thin product of wide rows, in both directions, on TPU.
+    """Sets the tile (rows, in, out) for a thin product of wide rows, in both directions, on TPU.
 
-    The compiler's own choice for the factors' gradient takes more than the 16 MiB of fast memory
-    when one side is wide (14,336 x 32 on v5p); other products are left to it.
+    The compiler's own choice for the gradient of LoRA matrices exceeds the 16 MiB of fast memory
+    when one side is wide (14,336 x 32 on v5p); other products are left to the compiler.
     """
     narrow, wide = sorted((width_in, width_out))
     tiles = [size for size in range(128, WIDEST_TILE + 1, 128) if wide % size == 0]
@@ -125,19 +125,19 @@ def _tiling(num_rows: int, width_in: int, width_out: int):
 
 
 def _sum_slots(rows_PD, plan: _Plan):
-    """What each token's slots hold, summed, [T, D]."""
+    """Sums the rows of each token's assignments, [T, D]."""
     return jnp.sum(jnp.where(plan.is_here_TK[:, :, None], rows_PD[plan.place_TK], 0), axis=1)
 
 
 @jax.custom_vjp
 def _dispatch(x_TD, plan: _Plan):
-    """The token of every sorted slot, [P, D]."""
+    """Gathers the token of every sorted assignment, [P, D]."""
     return x_TD[plan.token_P]
 
 
 @jax.custom_vjp
 def _combine(y_PD, plan: _Plan):
-    """The transpose of `_dispatch`."""
+    """Sums over assignments: the transpose of `_dispatch`."""
     return _sum_slots(y_PD, plan)
 
 
