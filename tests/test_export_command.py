@@ -60,7 +60,7 @@ MISTAKES = [
     (dict(out="file"), "is a file"),
     (dict(out="full"), "is not empty: it has notes"),
     (dict(out="file/out"), "file is a file"),
-    (dict(max_shard_size="5GB"), "is for --format merged"),
+    (dict(max_shard_size="5GB"), "applies to --format merged"),
     (dict(layout="merged", max_shard_size="five"), "must look like 5GB"),
     (dict(layout="merged", max_shard_size="0GB"), "must look like 5GB"),
     (dict(step="3"), f"has {STEP}; or say latest"),

@@ -65,7 +65,7 @@ def write_companions(
     dtype: str | None = None,
     end_token_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Writes the known files of `source` to `target`; returns what there is to say about it.
+    """Writes the known files of `source` to `target`; returns remarks on them.
 
     Args:
       has_head: an output head of its own is among the exported tensors.
@@ -110,7 +110,7 @@ def set_tokenizer(target: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def _companions(source: pathlib.Path) -> list[str]:
-    """Names below `source`, of regular files."""
+    """Names the regular files of `source` that are copied."""
     licenses = [name for name in _names(source) if LICENSES.fullmatch(name)]
     folder = source / TEMPLATES
     templates = [f"{TEMPLATES}/{name}" for name in _names(folder) if _is_template(name)]
@@ -127,7 +127,7 @@ def _names(folder: pathlib.Path) -> list[str]:
 
 
 def _left_out(source: pathlib.Path) -> list[str]:
-    """What is neither written nor weights, folders with a slash."""
+    """Returns the names that are neither written nor weights; folders end in a slash."""
     written = {CONFIG, GENERATION, *_companions(source)}
     found = []
     for name in _names(source):
@@ -143,14 +143,13 @@ def _left_out(source: pathlib.Path) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# config.json and generation_config.json
+# ----------------------------------------------------------- config.json and generation_config.json
 
 
 def make_config(
     config: dict, *, has_head: bool, dtype: str | None, ends: Sequence[int]
 ) -> tuple[dict, list[str]]:
-    """The values of `config.json` for the exported tensors, and what changed in words."""
+    """Returns the values of `config.json` for the exported tensors, and remarks on what changed."""
     values, notes = dict(config), []
     nested = values.get("text_config")
     parts = [values]
@@ -201,7 +200,7 @@ def _write_generation(
 
 
 def _add_ends(values: dict, ends: Sequence[int], name: str) -> list[str]:
-    """Adds to `eos_token_id` the ends that it lacks; in words where it had others."""
+    """Adds the missing ends to `eos_token_id`; returns a remark if something changed."""
     found = values.get("eos_token_id")
     here = [] if found is None else list(found) if isinstance(found, list) else [found]
     missing = [end for end in _unique(ends) if end not in here]

@@ -21,7 +21,7 @@ class Described(NamedTuple):
 
 
 def is_run(values: dict) -> bool:
-    """Whether config.json has all that a run stores there."""
+    """Returns whether config.json has all that a run stores there."""
     config, steps = values.get("config"), values.get("schedule_steps")
     fingerprints = (values.get("base_fingerprint"), values.get("data_fingerprint"))
     return (
@@ -34,7 +34,7 @@ def is_run(values: dict) -> bool:
 
 
 def describe(directory: pathlib.Path) -> Described | None:
-    """What a directory is, if it is known and no model directory."""
+    """Describes a directory that is known and is no model directory; returns None for others."""
     finders = (_run, _adapter, _part_of_run, _cache, _other_weights, _folder, _empty)
     return next(filter(None, (find(directory) for find in finders)), None)
 
@@ -80,7 +80,7 @@ def _adapter(directory: pathlib.Path) -> Described | None:
 
 
 def _cache(directory: pathlib.Path) -> Described | None:
-    """A folder of the hub's cache, one level too high."""
+    """Recognises a folder of the hub's cache, one level too high."""
     commits = directory if directory.name == "snapshots" else directory / "snapshots"
     found = sorted(_folders(commits), key=lambda each: each.stat().st_mtime)
     if not found or not commits.parent.name.startswith("models--"):
@@ -114,7 +114,7 @@ def _other_weights(directory: pathlib.Path) -> Described | None:
 
 
 def _folder(directory: pathlib.Path) -> Described | None:
-    """A folder whose subfolders are what is wanted."""
+    """Recognises a folder whose subfolders are runs or models."""
     folders = _folders(directory)
     runs = [each for each in folders if _run(each)]
     models = [each for each in folders if is_model(each)]
@@ -151,19 +151,18 @@ def _folders(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _values(file: pathlib.Path) -> dict:
-    """The JSON object in a file; an empty one for whatever is no such file."""
+    """Returns the JSON object in a file; an empty one if there is none."""
     try:
         return read_json(file) if kind_of(file) == FILE else {}
     except UserError:
         return {}
 
 
-# ---------------------------------------------------------------------------------------------
-# runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def read_run(directory: pathlib.Path, shown: str) -> dict:
-    """The content of a run's config.json, for whoever reads a run; says what else it is.
+    """Returns the content of a run's config.json; explains what a directory is instead of a run.
 
     Args:
       shown: the directory as it was given, with its option.
@@ -186,7 +185,7 @@ def read_run(directory: pathlib.Path, shown: str) -> dict:
 
 
 def why_no_run(directory: pathlib.Path) -> str:
-    """What a directory is that is no run, and what to give."""
+    """Explains what a directory is instead of a run, and what to give."""
     if is_model(directory):
         return "is a model directory, not a run; use it with --model"
     described = describe(directory)

@@ -1,7 +1,7 @@
 """What an export must show before it is kept: read back from its files it computes what the run
 computes, and something else than the base.
 
-    base      the base's directory
+    base      the base model's directory
     adapted   the base, with factors and rank mask as the model applies them in training
     exported  the base with the adapter's files added, or the merged directory alone
     merged    the base plus A^T B in f32, and
@@ -74,7 +74,7 @@ def measure(
 
     Args:
       reader: of the base.
-      dtype: of the export: of all tensors, or None for f32 factors, or for the base's own dtypes.
+      dtype: of the export: of all tensors, or None for f32 for adapters, or the base dtypes.
     """
     variants = {
         "base": Variant(reader.ends, lambda layer: {"params": reader.layer(layer)}),
@@ -107,7 +107,7 @@ def judge(measured: Measured) -> None:
     """Raises RunError where the export is not what was trained, or changes nothing."""
     if not measured.adapter_change > MIN_CHANGE:
         raise RunError(
-            f"the adapter changes nothing: no logit differs from the base's by more than "
+            f"the adapter changes nothing: no logit differs from the base model's by more than "
             f"{MIN_CHANGE:g} on {measured.prompts} prompts. Export a later --step, or train on."
         )
     if not measured.exported_change > MIN_CHANGE:
@@ -131,12 +131,13 @@ def judge(measured: Measured) -> None:
             )
 
 
-# ---------------------------------------------------------------------------------------------
-# variants
+# ----------------------------------------------------------------------------------------- variants
 
 
 def trained_variant(trained: Trained, reader: LayerReader) -> Variant:
-    """The model of the run: the base with factors and rank mask beside its weights."""
+    """Returns the model of the run: the base model with LoRA matrices and rank mask beside its
+    weights.
+    """
     collections = {"lora": trained.lora, "rank_mask": trained.gates}
 
     def variables(layer: Layer) -> dict:

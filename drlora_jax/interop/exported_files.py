@@ -27,7 +27,7 @@ SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def text_ids(tokenizer) -> list[list[int]]:
-    """Token ids of the texts that exports are compared on."""
+    """Returns the token ids of the texts that exports are compared on."""
     return [list(tokenizer(text, add_special_tokens=False).input_ids) for text in TEXTS]
 
 

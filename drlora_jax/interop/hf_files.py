@@ -56,7 +56,7 @@ class TensorInfo(NamedTuple):
 def find_model(
     path: str, *, option: str = "model.path", revision: str | None = None
 ) -> pathlib.Path:
-    """The directory that `model.path` means: a directory, `bundled:NAME`, or a hub name
+    """Returns the directory that `model.path` means: a directory, `bundled:NAME`, or a hub name
     (downloaded).
 
     Args:
@@ -86,7 +86,7 @@ def find_model(
 
 
 def revision_of(directory: pathlib.Path) -> str | None:
-    """The commit of a hub model that lies in the hub's cache; None for other directories."""
+    """Returns the commit of a hub model that is in the hub's cache; None for other directories."""
     commit, place = directory.name, directory.absolute().parent
     is_cached = place.name == "snapshots" and place.parent.name.startswith("models--")
     return commit if is_cached and re.fullmatch(r"[0-9a-f]{40}", commit) else None
@@ -115,7 +115,7 @@ def _download(name: str, shown: str, hint: str, revision: str | None) -> pathlib
 
 
 def read_config_json(directory: pathlib.Path) -> dict:
-    """Refuses what is no model directory, and says what it is."""
+    """Reads a model's config.json; refuses a directory that is no model, and says what it is."""
     file = directory / "config.json"
     is_there = kind_of(file) != ABSENT
     values = read_json(file) if is_there else {}
@@ -139,7 +139,7 @@ def _keys_of(values: dict) -> str:
 
 
 def read_model_config(directory: pathlib.Path) -> ModelConfig:
-    """The architecture, with `tie_embeddings` as the weights on disk have it, if there are any.
+    """Returns the architecture; `tie_embeddings` is set by the weights on disk, if there are any.
 
     A config may say tied although the file has a head of its own; then the file is right.
     """
@@ -150,8 +150,8 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
 
 
 def longest_positions(directory: pathlib.Path) -> int | None:
-    """The positions that the model was made for, rope scaling counted; None where its config.json
-    does not say.
+    """Returns the number of positions that the model was trained for, rope scaling included; None
+    if its config.json does not say.
 
     With linear, dynamic and yarn scaling `max_position_embeddings` may be the length before or
     behind the scaling; with the other kinds it is the one behind it.
@@ -178,12 +178,11 @@ def _positive(value) -> int | None:
     return value if is_count else None
 
 
-# ---------------------------------------------------------------------------------------------
-# headers
+# ------------------------------------------------------------------------------------------ headers
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
-    """Every tensor of the directory; with an index, exactly the tensors and files it lists."""
+    """Reads every tensor of the directory; with an index, exactly the tensors that it lists."""
     tensors: dict[str, TensorInfo] = {}
     weight_map = _read_index(directory)
     for file in _weight_files(directory, weight_map):
@@ -201,7 +200,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
-    """Tensor name -> file name, as the index says; None where there is no index."""
+    """Returns the index, tensor name -> file name; None if there is no index."""
     index = directory / INDEX
     if kind_of(index) == ABSENT:
         return None
@@ -254,7 +253,7 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
 
 
 def _no_weights(directory: pathlib.Path) -> str:
-    """What a directory has instead of a model's weights."""
+    """Describes what a directory has instead of a model's weights."""
     for file in visible_weights(directory):
         if kind := _other_kind(file):
             return (
@@ -268,12 +267,14 @@ def _no_weights(directory: pathlib.Path) -> str:
 
 
 def visible_weights(directory: pathlib.Path) -> list[pathlib.Path]:
-    """All .safetensors files; macOS and others leave hidden ones (._model.safetensors) beside."""
+    """Returns all .safetensors files except hidden ones (._model.safetensors), which macOS and
+    others leave.
+    """
     return sorted(file for file in directory.glob("*.safetensors") if file.name[0] != ".")
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether there are weight files, or an index that names them."""
+    """Returns whether there are weight files, or an index that names them."""
     is_indexed = kind_of(directory / INDEX) != ABSENT
     return is_indexed or any(_other_kind(file) is None for file in visible_weights(directory))
 
@@ -293,15 +294,14 @@ def open_weights(file: pathlib.Path) -> Iterator:
             f"{file} is not a complete safetensors file: {error}; copy it again."
         ) from error
     except OSError as error:
-        raise UserError(f"{file} can not be read: {error}.") from error
+        raise UserError(f"{file} cannot be read: {error}.") from error
 
 
-# ---------------------------------------------------------------------------------------------
-# identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 def fingerprint(directory: pathlib.Path) -> str:
-    """sha256 over what config.json means and the sizes and bytes of the weight files.
+    """Returns a sha256 over the meaning of config.json and the sizes and bytes of the weight files.
 
     Of a file above 64 MiB only the header (names, shapes, dtypes), the end and evenly spaced
     samples enter, so that hundreds of gigabytes take seconds: enough to tell models apart, not to
@@ -311,7 +311,9 @@ def fingerprint(directory: pathlib.Path) -> str:
 
 
 def legacy_fingerprint(directory: pathlib.Path) -> str:
-    """What `fingerprint` was before: of the values of config.json, however they are laid out."""
+    """Returns the older kind of fingerprint, over the values of config.json regardless of their
+    layout.
+    """
     values = {
         key: value
         for key, value in read_config_json(directory).items()
@@ -321,7 +323,7 @@ def legacy_fingerprint(directory: pathlib.Path) -> str:
 
 
 def same_base(stored: dict, directory: pathlib.Path) -> bool:
-    """Whether a directory has the base of a run; `stored` is the run's config.json.
+    """Returns whether a directory has the base of a run; `stored` is the run's config.json.
 
     Runs without `resolved` may have the fingerprint of either kind.
     """
@@ -332,9 +334,9 @@ def same_base(stored: dict, directory: pathlib.Path) -> bool:
 
 
 def _meaning(value):
-    """A config as JSON that stays the same when fields are added to its classes: fields that equal
-    their defaults are left out, and equal numbers look alike, also where libraries
-    round the last digit otherwise.
+    """Returns a config as JSON that stays the same when fields are added to its classes: fields
+    that equal their defaults are left out, and equal numbers look alike, also where libraries round
+    the last digit otherwise.
     """
     if dataclasses.is_dataclass(value):
         return {

@@ -39,7 +39,7 @@ READABLE_DTYPES = ("F32", "BF16", "F16")
 def match_keys(
     config: ModelConfig, tensors: dict[str, TensorInfo], abstract: dict
 ) -> dict[str, Slot]:
-    """The slot of every tensor on disk, after checking names, shapes and dtypes.
+    """Returns the slot of every tensor on disk, after checking names, shapes and dtypes.
 
     Args:
       abstract: our parameter tree of `jax.ShapeDtypeStruct`.
@@ -93,7 +93,9 @@ def _passed_over(tensors: dict[str, TensorInfo]) -> str:
 
 
 def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: str) -> None:
-    """Before a table of every name is made: a config may claim a million layers or experts."""
+    """Checks the counts before every name is listed: a config may claim a million layers or
+    experts.
+    """
     counts = {"layers": config.num_layers}
     if layout == "experts" and config.moe:
         counts["experts"] = config.moe.routing.num_experts
@@ -129,7 +131,7 @@ def _disk_shape(slot: Slot, abstract: dict) -> tuple[int, ...]:
 def load_model(
     path: str, *, dtype: str = "float32", adapter: Placement = NO_ADAPTER
 ) -> tuple[Decoder, dict]:
-    """A decoder and its `params` on one device, from whatever `model.path` may be."""
+    """Loads a decoder and its `params` onto one device, from any `model.path`."""
     directory = find_model(path)
     config = read_model_config(directory)
     model = Decoder(config, DecoderOptions(dtype=jnp.dtype(dtype), adapter=adapter))
@@ -147,7 +149,7 @@ def load_params(
     abstract: dict,
     done: Callable[[], None] = lambda: None,
 ) -> dict:
-    """The parameter tree with the weights of the directory.
+    """Loads the weights of the directory into a parameter tree.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct`; with `sharding` set, leaves are placed accordingly.
@@ -198,7 +200,7 @@ def _load_leaf(leaf: jax.ShapeDtypeStruct, by_layer: dict, read) -> jax.Array:
 
 @functools.cache
 def _layer_writer(sharding: jax.sharding.Sharding | None):
-    """A function that writes one layer in place, and the sharding of such a layer."""
+    """Returns a function that writes one layer in place, and the sharding of such a layer."""
 
     def write_layer(buffer, layer, index):
         return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, axis=0)
@@ -220,7 +222,8 @@ def _fill(host: np.ndarray, entries: list[tuple[str, Slot]], read, *, skip: int)
 
 
 def disk_view(leaf: np.ndarray, slot: Slot, *, skip: int = 0) -> np.ndarray:
-    """The part of a leaf that a tensor on disk holds, in the orientation of the disk; a view.
+    """Returns the part of a leaf that a tensor on disk holds, in the orientation of the disk; a
+    view.
 
     Args:
       skip: leading axes of the parameter tree's leaf that `leaf` has not (1: it is of one layer).

@@ -50,8 +50,7 @@ def write_model(
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------
-# another directory with some tensors changed
+# ------------------------------------------------------ another directory with some tensors changed
 
 
 def rewrite_model(
@@ -97,7 +96,7 @@ def rewrite_model(
 
 
 def rewritten_bytes(source: pathlib.Path, dtype: str | None) -> int:
-    """The size of the weights that `rewrite_model` writes."""
+    """Returns the size of the weights that `rewrite_model` writes."""
     return _size(read_headers(source), dtype)
 
 
@@ -111,7 +110,7 @@ def _same_shards(tensors: dict[str, TensorInfo]) -> dict[str, list[str]]:
 
 
 def _cut_shards(tensors, dtype: str | None, limit: int) -> dict[str, list[str]]:
-    """Tensors in their order, in files of at most `limit` bytes (a larger tensor is alone)."""
+    """Groups tensors in order into files of at most `limit` bytes; a larger tensor is alone."""
     groups, size = [[]], 0
     for key, info in tensors.items():
         bytes_here = _bytes(info, dtype)
@@ -160,7 +159,7 @@ def _write_shard(file, keys, tensors, changed, change, dtype: str | None) -> Non
 
 
 def cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
-    """The value in `dtype`; refuses one that is too large for it, which would become infinite."""
+    """Casts a value to `dtype`; refuses one that would overflow to infinity."""
     if value.dtype == dtype:
         return value
     with np.errstate(over="ignore"):  # said below, with the name

@@ -33,14 +33,14 @@ class LayerUpdate(NamedTuple):
     plain: dict[str, Pair]  # by module path below the layer, such as attention/q
     experts: dict[str, Pair]  # by role: gate, up or gate_up, and down
     router_DE: np.ndarray | None  # added to the router; None where it was not trained
-    # With DoRA, by the same paths: m less the norms of the base's columns, [D_out].
+    # With DoRA, by the same paths: m less the norms of the base model's columns, [D_out].
     magnitudes: dict[str, np.ndarray]
 
 
 def layer_updates(
     config: ModelConfig, adapter: Placement, lora: dict, ranks_LE: np.ndarray
 ) -> list[LayerUpdate]:
-    """What the `lora` collection (host arrays) means with these ranks.
+    """Returns the update of every layer for the `lora` collection (host arrays) at these ranks.
 
     Pairs of experts have as many rows as the most active expert of any layer has ranks: a prefix is
     active, the rest of the allocated rows is left out.
@@ -68,7 +68,9 @@ def layer_updates(
 
 
 def _modules(tree: dict, path: str = ""):
-    """(path, {a, b, ...}) of every pair below a layer, and (path, array) of a router delta."""
+    """Yields (path, {a, b, ...}) of every pair below a layer, and (path, array) of a router
+    delta.
+    """
     for name, node in tree.items():
         here = f"{path}/{name}" if path else name
         if not isinstance(node, dict) or node.keys() >= {"a", "b"}:
@@ -82,17 +84,20 @@ def _pair(factors: dict, repeat: int, scale: float) -> Pair:
 
 
 def _active(pair: Pair, ranks_E: np.ndarray, rows: int) -> Pair:
-    """Rows of inactive ranks are zero in both; a matrix that the experts share is repeated."""
+    """Zeroes the rows of inactive ranks in both matrices; a matrix that experts share is
+    repeated.
+    """
     is_active_ER1 = (np.arange(rows)[None] < ranks_E[:, None])[..., None]
     return Pair(*(np.where(is_active_ER1, part[:, :rows], np.float32(0)) for part in pair))
 
 
-# ---------------------------------------------------------------------------------------------
-# gate and up
+# -------------------------------------------------------------------------------------- gate and up
 
 
 def expert_pair(experts: dict[str, Pair], role: str) -> Pair | None:
-    """The pair of gate, up or down alone; None where the adapter leaves that matrix as it is."""
+    """Returns the pair of gate, up or down alone; None if the adapter leaves that matrix
+    unchanged.
+    """
     if role in experts or role == "down" or "gate_up" not in experts:
         return experts.get(role)
     a, b = experts["gate_up"]
@@ -101,7 +106,7 @@ def expert_pair(experts: dict[str, Pair], role: str) -> Pair | None:
 
 
 def fused_pair(experts: dict[str, Pair]) -> Pair | None:
-    """One pair for the columns [gate | up].
+    """Returns one pair for the columns [gate | up].
 
     Separate pairs become one of both ranks: A rows below each other, B block-diagonal. Exact, where
     adding the pairs' rows up would mix them.

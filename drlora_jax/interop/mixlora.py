@@ -49,7 +49,7 @@ class Location(NamedTuple):
 
 
 def locations(config: ModelConfig, adapter: MixLora) -> Iterator[Location]:
-    """Every tensor of an adapter."""
+    """Yields the location of every tensor of an adapter."""
     numbers = {layer.key: layer.number for layer in config.layers()}
     for key, slot in key_table(config, "experts").items():
         *module, leaf = slot.path
@@ -71,11 +71,11 @@ def locations(config: ModelConfig, adapter: MixLora) -> Iterator[Location]:
         yield Location(key, path, (layer.repeat,), layer.number, None, True)
 
 
-# --------------------------------------------------------------------------------------------- out
+# ---------------------------------------------------------------------------------------------- out
 
 
 def alpha_of(scale: float, rank: int) -> tuple[int, float]:
-    """lora_alpha, which must be whole, and what B is multiplied by: 1 where scale * rank is whole,
+    """Returns lora_alpha, a whole number, and what B is multiplied by: 1 if scale * rank is whole,
     as it is for every usual scale.
     """
     alpha = round(scale * rank)
@@ -85,7 +85,7 @@ def alpha_of(scale: float, rank: int) -> tuple[int, float]:
 def pack(
     config: ModelConfig, adapter: MixLora, lora: dict, ranks_LE: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors of a file, f32, and their rank: the largest that any pair needs."""
+    """Returns the tensors of a file, f32, and their rank: the largest that any pair needs."""
     if not ranks_LE.all():
         raise UserError(
             f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have no rank; these files "
@@ -111,7 +111,7 @@ def pack(
 def describe(
     config: ModelConfig, adapter: MixLora, section: AdapterSection, rank: int, base: str
 ) -> dict:
-    """The values of adapter_config.json."""
+    """Returns the values of adapter_config.json."""
     roles = {path.rpartition("/")[2] for path in adapter.paths}
     own = adapter.own_routing  # whose numbers may come from adapter.experts_per_layer
     routing = {"routing_strategy": "mixlora", "top_k": own.experts_per_token}
@@ -137,7 +137,7 @@ def _activation(config: ModelConfig) -> str:
     return config.layers()[0].config.ffn.activation
 
 
-# ---------------------------------------------------------------------------------------------- in
+# ----------------------------------------------------------------------------------------------- in
 
 
 class Described(NamedTuple):
@@ -190,7 +190,7 @@ def _routing_of(values: Mapping) -> str:
     routing = "mixlora" if routing == "mixtral" else routing  # its name until August 2024
     if kind != "MIXLORA" or routing not in ROUTINGS:
         raise UserError(
-            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} can not be read; "
+            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} cannot be read; "
             f"MIXLORA with {' or '.join(ROUTINGS)} can."
         )
     return routing
@@ -205,7 +205,9 @@ def _dropout(values: Mapping) -> float:
 
 
 def check_activation(values: Mapping, config: ModelConfig) -> None:
-    """Refuses experts with another activation than the base, which is what they have here."""
+    """Refuses experts whose activation differs from the base model's, the only one that they can
+    have here.
+    """
     own, name = _activation(config), values.get("act_fn")
     if name is not None and _ACTIVATIONS.get(str(name), name) != own:
         raise UserError(
@@ -228,7 +230,7 @@ def _check_dynamic(values: Mapping, accept_top_p: bool) -> None:
 
 
 def modern_key(key: str) -> str:
-    """A key of files older than August 2024 under today's name; others unchanged."""
+    """Renames a key of files older than August 2024 to today's name; other keys stay."""
     found = _LEGACY.fullmatch(key)
     if found is None:
         return key
@@ -241,7 +243,9 @@ def modern_key(key: str) -> str:
 def check_tensors(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: MixLora
 ) -> dict[str, np.ndarray]:
-    """The tensors by today's names in f32; every one is known and there."""
+    """Returns the tensors by today's names in f32, after checking that none is missing or
+    unknown.
+    """
     tensors = {modern_key(key): np.asarray(value, np.float32) for key, value in tensors.items()}
     wanted = {place.key for place in locations(config, adapter)}
     for what, keys in (("lacks", wanted - tensors.keys()), ("also has", tensors.keys() - wanted)):
@@ -254,8 +258,8 @@ def check_tensors(
 def used_ranks(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: MixLora
 ) -> tuple[int, np.ndarray]:
-    """Ranks up to the last that is not zero: of plain pairs together, and i32 [L, E], at least 1:
-    tokens choose an expert of zeros as well, and get the base's FFN.
+    """Returns ranks up to the last nonzero row: one for all plain pairs, and i32 [L, E], at least
+    1, because tokens also choose an expert of zeros and get the base model's FFN.
     """
     ranks_LE = np.ones((config.num_layers, adapter.own_routing.num_experts), np.int32)
     plain = 0
@@ -278,8 +282,8 @@ def unpack(
     adapter: MixLora,
     abstract: dict,
 ) -> dict:
-    """The `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank rows than
-    the file, where those left out are zero.
+    """Builds the `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank
+    rows than the file, where those left out are zero.
     """
     lora = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     for place in locations(config, adapter):

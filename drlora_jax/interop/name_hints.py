@@ -17,7 +17,7 @@ _WRAPPERS = {
 
 
 def explain_names(expected: Collection[str], found: Collection[str]) -> str:
-    """A sentence about what all names have in common, or "" where that explains little."""
+    """Explains what all names have in common, or returns "" if that explains little."""
     expected, found = set(expected), set(found)
     parts = [part for part in _WRAPPERS if any(f".{part}" in f".{name}" for name in found)]
     bare = {_without(name, parts): name for name in found}
@@ -50,13 +50,15 @@ def _without(name: str, parts: Collection[str]) -> str:
 
 
 def _prefix(names: Collection[str]) -> str | None:
-    """What stands before the embedding's name, which every family has."""
+    """Returns the prefix of the embedding's name, which every family has."""
     place = next((name for name in names if f".{name}".endswith(f".{_EMBEDDING}")), None)
     return None if place is None else place.removesuffix(_EMBEDDING)
 
 
 def _shared(prefix: str, found: Collection[str]) -> str:
-    """What a module of some other name put before every tensor, the head's too; "" if none did."""
+    """Returns the prefix that some other wrapper put before every tensor, the head included; "" if
+    none did.
+    """
     outer = prefix.removesuffix("model.")
     is_whole = outer != prefix and all(name.startswith(outer) for name in found)
     return outer if is_whole and any(name == f"{outer}{_HEAD}" for name in found) else ""

@@ -43,7 +43,7 @@ def answer_to(request: dict, logits_file: str) -> dict:
 
 
 def open_model(request: dict):
-    """The model, and what transformers made of its directory."""
+    """Opens the export; returns the model, and what transformers read from its directory."""
     if request["layout"] != MERGED:
         from peft import PeftModel
 
@@ -80,7 +80,7 @@ def load(directory: str):
 
 
 def tokenize(directory: str, texts: list[str]):
-    """Token ids of every text, or in words why there are none."""
+    """Returns the token ids of every text, or the reason why there are none."""
     from transformers import AutoTokenizer
 
     try:

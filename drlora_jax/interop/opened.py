@@ -46,7 +46,9 @@ class Export(NamedTuple):
 
 
 def check_opened(export: Export) -> list[str]:
-    """What there is to say; RunError where the libraries do not read what was exported."""
+    """Opens the export with the libraries and returns the lines to print; raises RunError if they
+    do not read what was exported.
+    """
     reason = why_not(export)
     if reason is None:
         answer, logits = _ask(export)
@@ -57,7 +59,7 @@ def check_opened(export: Export) -> list[str]:
 
 
 def why_not(export: Export) -> str | None:
-    """Why the export cannot be opened here, in words; None where it can."""
+    """Returns the reason why the export cannot be opened here; None if it can."""
     peft = [] if export.layout == MERGED else ["peft"]
     for name in ("torch", "transformers", *peft):
         if importlib.util.find_spec(name) is None:
@@ -77,7 +79,9 @@ def why_not(export: Export) -> str | None:
 
 
 def judge_answer(export: Export, answer: dict, logits: list[np.ndarray]) -> list[str]:
-    """The lines for an answer of open_export.py; RunError where it is not what it must be."""
+    """Returns the lines to print for an answer of open_export.py; raises RunError if the answer is
+    not the expected one.
+    """
     with_what = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
     if "failed" in answer:
         raise RunError(f"the export cannot be opened with {with_what}: {answer['failed']}")
@@ -148,8 +152,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-# ---------------------------------------------------------------------------------------------
-# memory and the process
+# --------------------------------------------------------------------------- memory and the process
 
 
 def _memory_needed(export: Export) -> int:
@@ -162,7 +165,7 @@ def _memory_needed(export: Export) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process may take, as Linux says; None elsewhere."""
+    """Returns the bytes that a new process may allocate, as Linux says; None elsewhere."""
     found = []
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
@@ -180,7 +183,7 @@ def available_memory() -> int | None:
 
 
 def make_request(export: Export) -> dict:
-    """What open_export.py is asked."""
+    """Returns the request for open_export.py."""
     return {
         "layout": export.layout,
         "base": str(export.base.resolve()),
@@ -192,7 +195,7 @@ def make_request(export: Export) -> dict:
 
 
 def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
-    """The answer of open_export.py, and its logits by prompt."""
+    """Runs open_export.py; returns its answer and its logits by prompt."""
     with tempfile.TemporaryDirectory(prefix="drlora-export-") as name:
         folder = pathlib.Path(name)
         files = [folder / file for file in ("request.json", "answer.json", "logits.npz")]

@@ -56,7 +56,7 @@ class PeftFiles:
             self._updates.setdefault((*slot.path[:2], slot.index[0]), []).append(update)
 
     def apply(self, params: dict, layer: Layer) -> dict:
-        """A copy of one layer's f32 parameters with the adapter of the files added."""
+        """Returns a copy of one layer's f32 parameters with the adapter of the files added."""
         updates = self._updates.get((layer.segment, layer.unit, layer.repeat), [])
         changed = {self._table[update.name].path[2:] for update in updates}
         params = _copy(params, changed)
@@ -86,7 +86,7 @@ class PeftFiles:
             with safe_open(file, framework="numpy") as handle:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{file} can not be read back: {error}") from error
+            raise RunError(f"{file} cannot be read back: {error}") from error
         updates = []
         for key, value in tensors.items():
             name = key.removeprefix(PREFIX)
@@ -100,7 +100,7 @@ class PeftFiles:
         return updates
 
     def _target(self, module: str) -> str:
-        """The tensor of the base that a pair under this name is added to."""
+        """Returns the tensor of the base model that a pair with this name is added to."""
         inner = module.removesuffix(WRAPPER)
         names = {f"{inner}.{leaf}" for leaf in ("gate_up_proj", "down_proj")} & self._table.keys()
         targeted = [name for name in names if name.endswith(tuple(self._parameters))]
@@ -112,7 +112,7 @@ class PeftFiles:
 
 
 def _copy(tree: dict, changed: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> dict:
-    """The tree with own copies of the changed leaves; the others are shared."""
+    """Returns the tree with own copies of the changed leaves; the others are shared."""
     copied = {}
     for name, node in tree.items():
         here = (*path, name)

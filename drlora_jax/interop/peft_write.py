@@ -61,7 +61,7 @@ def pack(
     layout: str,
     magnitudes: dict[tuple[int, str], np.ndarray] | None = None,
 ) -> Adapter:
-    """The adapter in one of the two layouts.
+    """Returns the adapter in one of the two layouts.
 
     Args:
       routers: trained routers [D, E] by layer number, base and update added up.
@@ -103,7 +103,7 @@ def _tensors_of(entries: list, rank: int) -> dict[str, np.ndarray]:
 
 
 def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[str, str]) -> None:
-    """Both files. `base` is what `base_model_name_or_path` says: a directory or a hub name."""
+    """Writes both files. `base` goes into `base_model_name_or_path`: a directory or a hub name."""
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -127,8 +127,7 @@ def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[s
     save_file(adapter.tensors, directory / WEIGHTS, metadata={"format": "pt", **metadata})
 
 
-# ---------------------------------------------------------------------------------------------
-# arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 def _pad(rows: np.ndarray, rank: int) -> np.ndarray:
@@ -138,19 +137,20 @@ def _pad(rows: np.ndarray, rank: int) -> np.ndarray:
 
 
 def pack_a(a: np.ndarray) -> np.ndarray:
-    """[R, D_in] as it is; [E, R, D_in] to [E * R, D_in], the expert slowest."""
+    """Reshapes [E, R, D_in] to [E * R, D_in], the expert slowest; [R, D_in] stays."""
     return np.ascontiguousarray(a.reshape(-1, a.shape[-1]))
 
 
 def pack_b(b: np.ndarray) -> np.ndarray:
-    """[R, D_out] to [D_out, R]; [E, R, D_out] to [D_out, R * E], the expert fastest."""
+    """Reshapes [R, D_out] to [D_out, R], and [E, R, D_out] to [D_out, R * E], the expert
+    fastest.
+    """
     if b.ndim == 2:
         return np.ascontiguousarray(b.T)
     return np.ascontiguousarray(b.transpose(2, 1, 0).reshape(b.shape[2], -1))
 
 
-# ---------------------------------------------------------------------------------------------
-# names
+# -------------------------------------------------------------------------------------------- names
 
 Names = dict[tuple, str]  # (segment, unit, repeat, path below the layer, expert, half) -> name
 
@@ -212,8 +212,8 @@ def _model_width(experts: dict[str, Pair]) -> int:
 
 
 def _shorten(targets: list[str], names: Names, parts: int) -> list[str]:
-    """Targets by their last `parts` names, as peft matches them; in full where that would match
-    others of the layout that are not adapted.
+    """Shortens targets to their last `parts` names, as peft matches them; a target stays whole
+    where its short name would also match something that is not adapted.
     """
 
     def tail(name: str) -> str:

@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 def make_prompts(tokenizer, vocabulary: int) -> list[np.ndarray]:
-    """Token ids of the texts, at most LENGTH each."""
+    """Returns the token ids of the texts, at most LENGTH each."""
     every = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     return [np.array([i for i in ids if i < vocabulary][:LENGTH], np.int32) for ids in every]
 
@@ -62,7 +62,9 @@ def make_prompts(tokenizer, vocabulary: int) -> list[np.ndarray]:
 def run_variants(
     config: ModelConfig, variants: dict[str, Variant], prompts: list[np.ndarray]
 ) -> dict[str, Outputs]:
-    """Logits and expert choices of every variant on every prompt, in f32 at full precision."""
+    """Computes logits and expert choices of every variant on every prompt, in f32 at full
+    precision.
+    """
     with jax.default_matmul_precision("highest"):
         hidden, choices = {}, {name: [[] for _ in prompts] for name in variants}
         for name, variant in variants.items():
@@ -102,7 +104,7 @@ def _block(config: ModelConfig, layer: LayerConfig, adapter: Placement):
 
 
 def _padded(rows: np.ndarray) -> np.ndarray:
-    """With zeros at the end up to LENGTH, so that a block is compiled once."""
+    """Pads with zeros up to LENGTH, so that a block is compiled once."""
     return np.pad(rows, [(0, LENGTH - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
@@ -115,8 +117,7 @@ def _logits(config: ModelConfig, ends: dict, hidden: list, prompts: list) -> lis
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def compare(reference: Outputs, candidate: Outputs) -> Comparison:
@@ -133,7 +134,7 @@ def compare(reference: Outputs, candidate: Outputs) -> Comparison:
 
 
 def token_kl(logits_TV: np.ndarray, others_TV: np.ndarray) -> np.ndarray:
-    """KL(p || q) of every token in nats, in f64, for the logits of p and q."""
+    """Computes KL(p || q) of every token in nats, in f64, from the logits of p and q."""
     log_p, log_q = (_log_softmax(array.astype(np.float64)) for array in (logits_TV, others_TV))
     return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -144,6 +145,6 @@ def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
 
 
 def largest_change(one: Outputs, other: Outputs) -> float:
-    """Largest difference of a logit."""
+    """Returns the largest difference of a logit."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float(np.abs(a - b).max()) for a, b in pairs)

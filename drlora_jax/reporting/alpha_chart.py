@@ -19,7 +19,7 @@ COLOUR = shade(0.4)
 
 
 def draw_layers(alpha_L: Sequence[float], experts_L: Sequence[int], *, title: str) -> str:
-    """The text of the file.
+    """Returns the text of the file.
 
     Args:
       title: any text, such as the name of the model.
@@ -56,7 +56,7 @@ def draw_layers(alpha_L: Sequence[float], experts_L: Sequence[int], *, title: st
 
 
 def _scale(y: Axis, label: str) -> list[str]:
-    """Horizontal lines at round values, with their numbers, and what they count."""
+    """Draws horizontal lines at round values, with their numbers and unit."""
     ticks = nice_ticks(y.low, y.high, 4)
     parts = [_text(LEFT, y.stop - 8, label, "")]
     for value, name in zip(ticks, distinct_labels(ticks), strict=True):

@@ -55,7 +55,7 @@ class Axis(NamedTuple):
 
 
 def draw(chart: Chart) -> str:
-    """A figure with a title, the newest value and the chart; empty without points."""
+    """Draws a figure with a title, the newest value and the chart; "" without points."""
     series = [each for each in chart.series if each.points]
     if not series:
         return ""
@@ -162,7 +162,9 @@ def _path(points: Points, x: Axis, y: Axis, is_stepped: bool = False) -> str:
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most about `most` points: the lowest and the highest of every stretch, and both ends."""
+    """Keeps at most about `most` points: the lowest and the highest of every stretch, and both
+    ends.
+    """
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)
@@ -174,7 +176,7 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def moving_mean(points: Points, half: int) -> Points:
-    """The mean of `half` points on both sides, of those there are at the ends."""
+    """Returns the mean over `half` points on both sides, fewer at the ends."""
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
@@ -186,7 +188,7 @@ def moving_mean(points: Points, half: int) -> Points:
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values in [low, high], about as many as asked for."""
+    """Returns round values in [low, high], about as many as requested."""
     rough = (high - low) / about
     if not rough > 0:
         return [low]
@@ -197,7 +199,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def distinct_labels(ticks: Sequence[float]) -> list[str]:
-    """As few digits as tell the ticks apart."""
+    """Formats ticks with as few digits as tell them apart."""
     for digits in range(4, 16):
         labels = [number(value, digits) for value in ticks]
         if len(set(labels)) == len(labels):
@@ -206,7 +208,7 @@ def distinct_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Significant digits, thousands as k, M and G."""
+    """Formats significant digits, thousands as k, M and G."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             unit = 1e3 if suffix == "k" else size

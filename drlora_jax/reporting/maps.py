@@ -30,12 +30,12 @@ class HeatMap(NamedTuple):
 
 
 def rank_map(run: RunLog, title: str, high: float | None = None) -> HeatMap | None:
-    """Active ranks; `high` joins the colour scales of several runs."""
+    """Returns the map of active ranks; `high` aligns the colour scales of several runs."""
     return _heat_map(run, title, "ranks", frames(run, "ranks"), high or highest_rank(run))
 
 
 def more_maps(run: RunLog) -> list[HeatMap]:
-    """Saliency, routing, and the ranks of placements besides the routed experts."""
+    """Returns the maps of saliency, routing, and ranks of matrices outside the routed experts."""
     shares = [
         Frame(step, [_shares(row) for row in values]) for step, values in frames(run, "saliency")
     ]
@@ -67,7 +67,7 @@ def _heat_map(
 
 
 def thin_frames(found: list[Frame], most: int) -> list[Frame]:
-    """At most `most` (two or more) of them, evenly over their number, with both ends."""
+    """Keeps at most `most` (two or more) frames, evenly spaced, including both ends."""
     if len(found) <= most:
         return found
     picks = {round(index * (len(found) - 1) / (most - 1)) for index in range(most)}
@@ -75,15 +75,15 @@ def thin_frames(found: list[Frame], most: int) -> list[Frame]:
 
 
 def scale_end(values: list[float], cells: int) -> float:
-    """The highest value, or of large maps the one that 1 % are above: few cells far above the rest
-    would leave no colours for it.
+    """Returns the highest value; for large maps the 99th percentile, since a few extreme cells
+    would leave no colours for the rest.
     """
     ordered = sorted(values)
     return ordered[int((1.0 if cells <= 200 else 0.99) * (len(ordered) - 1))] if ordered else 0.0
 
 
 def highest_rank(run: RunLog) -> float:
-    """Ranks that an expert can have: as recorded, as configured, or as seen."""
+    """Returns the largest rank that an expert can have: as recorded, as configured, or as seen."""
     known = run.facts.get("max_rank")
     if known is None:  # an older run
         with contextlib.suppress(UserError):
@@ -105,7 +105,7 @@ def _groups(row: dict) -> dict:
 
 
 def as_data(heat_map: HeatMap) -> dict:
-    """For the script: steps and values as logged."""
+    """Returns steps and values as logged, for the script."""
     return {
         "unit": heat_map.unit,
         "layers": heat_map.layers,
@@ -117,7 +117,7 @@ def as_data(heat_map: HeatMap) -> dict:
 
 
 def draw(heat_map: HeatMap, index: int) -> str:
-    """The place of a map on the page, with its colour scale."""
+    """Draws the placeholder of a map on the page, with its colour scale."""
     values = (value for _, rows in heat_map.frames for row in rows for value in row)
     highest = max(values, default=0.0)
     top = "≥ " if highest > heat_map.high else ""
@@ -137,7 +137,7 @@ def draw(heat_map: HeatMap, index: int) -> str:
 
 
 def rank_table(run: RunLog) -> str:
-    """The last ranks as numbers, with the sum of every layer next to its budget."""
+    """Returns the last ranks as numbers, with the sum of every layer and its budget."""
     found = frames(run, "ranks")
     if not found:
         return ""

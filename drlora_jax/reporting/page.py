@@ -64,7 +64,7 @@ def make_page(runs: list[RunLog]) -> str:
 
 
 def as_json(value) -> str:
-    """JSON that ends no script element and starts no comment."""
+    """Returns JSON that cannot end a script element or start a comment."""
     text = json.dumps(value, separators=(",", ":"))
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -72,7 +72,7 @@ def as_json(value) -> str:
 
 
 def distinct_names(runs: list[RunLog]) -> list[str]:
-    """Names of run directories; paths where two are called the same."""
+    """Returns the names of run directories; paths where two have the same name."""
     names = [run.name for run in runs]
     return [
         run.name if names.count(run.name) == 1 else str(run.directory.absolute()) for run in runs
@@ -97,8 +97,7 @@ def _head(runs: list[RunLog], names: list[str]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# curves
+# ------------------------------------------------------------------------------------------- curves
 
 
 def _learning(runs: list[RunLog], names: list[str]) -> list[Chart]:
@@ -150,7 +149,7 @@ def _all(
 
 
 def _heldout(runs: list[RunLog], names: list[str]) -> list[Series]:
-    """The held-out loss, or, of pretraining, one line for each domain."""
+    """Returns the held-out loss; for pretraining, one line per domain."""
     series = _all(runs, names, "eval_loss")
     for run, name in zip(runs, names, strict=True):
         rows = [row for row in run.metrics if isinstance(row.get("heldout"), dict)]
@@ -162,7 +161,9 @@ def _heldout(runs: list[RunLog], names: list[str]) -> list[Series]:
 
 
 def _mean_ranks(runs: list[RunLog], names: list[str]) -> list[Series]:
-    """Active ranks over all experts, held from event to event, and the budget, dashed."""
+    """Returns the mean active rank of all experts, constant between events, and the budget,
+    dashed.
+    """
     series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         points = []
@@ -194,12 +195,13 @@ def _charts(charts: list[Chart], runs: list[RunLog], names: list[str], kind: str
     return f'{legend}<div class="charts {kind}">{drawn}</div>' if drawn else ""
 
 
-# ---------------------------------------------------------------------------------------------
-# capacity and config
+# ------------------------------------------------------------------------------ capacity and config
 
 
 def _maps(runs: list[RunLog], names: list[str]) -> list[maps.HeatMap]:
-    """Ranks of every run on one colour scale; of a single run also saliency and routing."""
+    """Returns the rank maps of all runs on one colour scale; for a single run also saliency and
+    routing.
+    """
     high = max(map(maps.highest_rank, runs))
     if len(runs) == 1:
         ranks = [maps.rank_map(runs[0], "Active ranks", high)]

@@ -18,7 +18,9 @@ ANCHORS = (
 
 
 def shade(fraction: float) -> str:
-    """`#rrggbb` of a value between 0 (dark) and 1 (bright); values outside are clipped."""
+    """Returns the `#rrggbb` of a value between 0 (dark) and 1 (bright); values outside are
+    clipped.
+    """
     place = min(max(fraction, 0.0), 1.0) * (len(ANCHORS) - 1)
     below = min(int(place), len(ANCHORS) - 2)
     part = place - below
@@ -27,5 +29,5 @@ def shade(fraction: float) -> str:
 
 
 def ink(fraction: float) -> str:
-    """`#rrggbb` of text that can be read on `shade(fraction)`."""
+    """Returns the `#rrggbb` of text that is legible on `shade(fraction)`."""
     return "#000000" if fraction > 0.55 else "#ffffff"

@@ -33,7 +33,7 @@ BAR = shade(0.6)
 
 
 def peak_flops(devices: int) -> float | None:
-    """Of that many devices together; None where the peak is not known."""
+    """Returns the peak of that many devices together; None if it is not known."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if kind.startswith(name):
@@ -42,7 +42,9 @@ def peak_flops(devices: int) -> float | None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes since the start: of this process, and of its fullest device if that is known."""
+    """Returns peak bytes since the start: of this process, and of its fullest device if that is
+    known.
+    """
     memory = {}
     host = _host_peak()
     if host is not None:
@@ -100,7 +102,7 @@ class Throughput:
         self._tokens += tokens
 
     def take(self) -> dict:
-        """The rates of the steps since the last call."""
+        """Returns the rates over the steps since the last call."""
         if self._since is not None:
             now = self._clock()
             self._seconds, self._since = self._seconds + now - self._since, now
@@ -148,7 +150,7 @@ class Progress:
             self._bar.advance(self._task)
 
     def show(self, row: dict) -> None:
-        """A row of metrics.jsonl."""
+        """Shows a row of metrics.jsonl."""
         figures = "  ".join(_figures(row))
         if self._live is not None:
             self._newest |= row  # a figure stays until it is measured again
@@ -158,7 +160,7 @@ class Progress:
             self.note(f"step {row['step']}/{self._total}  {figures}")
 
     def show_ranks(self, ranks_LE: np.ndarray, max_rank: int, layers: tuple[int, ...]) -> None:
-        """The map at the bottom; nothing where the output is not a terminal."""
+        """Shows the rank map at the bottom; does nothing unless the output is a terminal."""
         if self._live is not None and ranks_LE.size:
             self._map = (ranks_LE.copy(), max_rank, layers)
             self._live.update(self._view())

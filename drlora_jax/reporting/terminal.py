@@ -27,7 +27,7 @@ class Grid(NamedTuple):
 
 
 def group_means(values_LE: np.ndarray, max_rows: int, max_columns: int) -> Grid:
-    """`values_LE` in at most `max_rows` x `max_columns` cells."""
+    """Averages `values_LE` into at most `max_rows` x `max_columns` cells."""
     sizes = [
         _group_size(*pair) for pair in zip(values_LE.shape, (max_rows, max_columns), strict=True)
     ]
@@ -42,7 +42,9 @@ def group_means(values_LE: np.ndarray, max_rows: int, max_columns: int) -> Grid:
 
 
 def _group_size(length: int, most: int) -> int:
-    """The smallest group that gives at most `most` cells, or a near one that leaves no rest."""
+    """Returns the smallest group that gives at most `most` cells, or a near one that divides
+    evenly.
+    """
     needed = ceil_div(length, most)
     even = (size for size in range(needed, 2 * needed + 1) if length % size == 0)
     return next(even, needed)
@@ -57,7 +59,8 @@ def heat_map(
     max_rows: int = MAX_ROWS,
     has_colour: bool = True,
 ) -> Text:
-    """A row a layer (or group of layers), labelled with the model's layer index, and a legend.
+    """Draws one row per layer (or group of layers), labelled with the model's layer index, and a
+    legend.
 
     Args:
       ranks_LE: active ranks of every expert, or any values from 0 to `max_rank`.
@@ -81,7 +84,7 @@ def heat_map(
 
 
 def _cell(value: float, max_rank: int, width: int, has_number: bool, has_colour: bool):
-    """Text and style of one cell."""
+    """Returns text and style of one cell."""
     part = value / max(max_rank, 1)
     number = f"{value:.0f} ".rjust(width)
     if has_colour:

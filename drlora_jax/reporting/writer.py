@@ -12,7 +12,7 @@ class ReportWriter:
     """A thread that writes `report.html` when asked; what is asked while it writes is written once,
     after that. A context: on the way out the last request is finished.
 
-    A report that can not be written never ends a run: it is said once, on standard error.
+    A report that cannot be written never ends a run: it is said once, on standard error.
 
     Args:
       writes: False where another process of the run writes it.

@@ -38,7 +38,7 @@ from drlora_jax.runs.checkpoint_read import (
 from drlora_jax.runs.identity import identity_of
 from drlora_jax.system.paths import ABSENT, kind_of, read_json
 
-# What Orbax and TensorStore raise when a disk is full or a file can not be written.
+# What Orbax and TensorStore raise when a disk is full or a file cannot be written.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
@@ -66,7 +66,7 @@ class Checkpoints:
         except WRITE_ERRORS as error:
             reason = reason_of(error)
             raise RunError(
-                f"The checkpoints in {self._directory} can not be looked at: {reason}"
+                f"The checkpoints in {self._directory} cannot be looked at: {reason}"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -77,8 +77,8 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, host: dict, *, eval_loss: float | None = None) -> None:
-        """Copies the state to the host, then writes in the background; first waits for the save
-        before, and reports its failure.
+        """Copies the state to the host, then writes it in the background. First waits for the
+        previous save and reports its failure.
         """
         if step in self.steps():
             return
@@ -100,8 +100,8 @@ class Checkpoints:
                 saving.result()  # also ends Orbax's thread and event loop of this save
 
     def restore(self, step: int, abstract: Any, host_names: Sequence[str] = ()) -> tuple[Any, dict]:
-        """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
-        values, of which `host_names` must be there.
+        """Restores the state onto the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and
+        the host values, which must include `host_names`.
         """
         self.finish()
         found, _ = self._first_good([step], abstract, host_names, lambda state: step)
@@ -113,8 +113,8 @@ class Checkpoints:
         host_names: Sequence[str] = (),
         step_of: Callable[[Any], int] | None = None,
     ) -> Restored | None:
-        """The newest checkpoint that is whole; None if there is none at all. Newer ones that are
-        not are renamed.
+        """Restores the newest checkpoint that is intact; returns None if there is no checkpoint.
+        Newer ones that are damaged are renamed.
 
         Args:
           step_of: takes the step out of a state, if it is in there.
@@ -174,7 +174,7 @@ class _Preservation(NamedTuple):
 
 @contextlib.contextmanager
 def _reporting(step: int | None) -> Iterator[None]:
-    """Inside, a failed write becomes one message that names the step it belongs to."""
+    """Turns a failed write into one message that names the step it belongs to."""
     try:
         yield
     except WRITE_ERRORS as error:
@@ -185,7 +185,7 @@ def _reporting(step: int | None) -> Iterator[None]:
 
 
 def _rename_damaged(directory: pathlib.Path, step: int) -> str:
-    """Renames a checkpoint to a name that is no step; returns it."""
+    """Renames a checkpoint to a name that is no step; returns the name."""
     place, count = directory / f"damaged-{step}", 1
     while place.exists():
         count += 1
@@ -201,7 +201,7 @@ def _rename_damaged(directory: pathlib.Path, step: int) -> str:
 
 
 def _hide_unreadable_metrics(directory: pathlib.Path) -> None:
-    """Renames files of older versions that Orbax would read, and fail: they are not needed."""
+    """Renames files of older versions that Orbax would fail to read: they are not needed."""
     if not processes.is_main():
         return
     for place in directory.glob("*/metrics"):

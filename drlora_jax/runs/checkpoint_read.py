@@ -49,8 +49,8 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[int, ...]:
-    """The step that `latest`, `best` (smallest held-out loss) or a number means; after the first
-    two, the older ones to fall back to. A sequence of steps stays as it is.
+    """Returns the step that `latest`, `best` (smallest held-out loss) or a number means; for the
+    first two, the older ones follow as fallbacks. A sequence of steps stays as it is.
     """
     if not isinstance(which, str):
         return tuple(which)
@@ -72,14 +72,14 @@ def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[i
 
 
 def best_step(steps: Iterable[int], losses: dict[int, float | None]) -> int | None:
-    """The step with the smallest held-out loss; None where none was measured."""
+    """Returns the step with the smallest held-out loss; None if none was measured."""
     measured = [step for step in steps if losses.get(step) is not None]
     return min(measured, key=losses.get, default=None)
 
 
 def read_newest(directory: pathlib.Path, steps: Sequence[int], abstract: dict) -> Restored:
-    """Some arrays of the first of `steps` that is whole, on the shardings of `abstract` (a part of
-    its tree).
+    """Reads some arrays of the first of `steps` that is intact, onto the shardings of `abstract` (a
+    part of its tree).
     """
     found, damaged = first_good(
         directory, steps, lambda step: read(directory, step, abstract, is_part=True)
@@ -95,8 +95,8 @@ def read_newest(directory: pathlib.Path, steps: Sequence[int], abstract: dict) -
 def first_good(
     directory: pathlib.Path, steps: Sequence[int], read_step: Callable[[int], Restored]
 ) -> tuple[Restored, dict[int, str]]:
-    """The first of `steps` that `read_step` does not find damaged, and what is wrong with those
-    before it.
+    """Returns the first of `steps` that `read_step` does not find damaged, and what is wrong with
+    the steps before it.
     """
     damaged: dict[int, str] = {}
     for step in steps:
@@ -122,7 +122,7 @@ def read(
     *,
     is_part: bool = False,
 ) -> Restored:
-    """A checkpoint, compared with its checksums; raises Damaged, on all processes."""
+    """Reads a checkpoint and verifies its checksums; raises Damaged on all processes."""
     path, wanted = (directory / str(step)).absolute(), without_empty(abstract)
     context = ocp.Context()
     context.pytree.loading.partial_load = is_part
@@ -133,7 +133,7 @@ def read(
     def look():
         metadata = ocp.metadata(path, checkpointable_name="state")
         if metadata.metadata is None:
-            raise Damaged("its arrays can not be read")
+            raise Damaged("its arrays cannot be read")
         _check_leaves(metadata.metadata, wanted)
         host = metadata.custom_metadata or {}
         _check_host(directory, step, host, host_names)
@@ -150,7 +150,7 @@ def read(
 
 
 def _together(work: Callable[[], Any]) -> Any:
-    """What `work` returns; raises Damaged on all processes if it fails on one."""
+    """Returns the result of `work`; raises Damaged on all processes if it fails on one."""
     result, reason = None, ""
     with _quietly(), _kept_young():
         try:
@@ -169,9 +169,9 @@ def _together(work: Callable[[], Any]) -> Any:
 
 
 def _close_abandoned() -> None:
-    """Closes coroutines that Orbax has made and, where a read failed, not ended. Whatever holds
-    their traceback, such as a log record, would else free them later, each with a warning. Nothing
-    is saved while something is read, so none of them is about to go on.
+    """Closes coroutines that Orbax created and, after a failed read, did not finish. Otherwise
+    whatever holds their traceback, such as a log record, would free them later, each with a
+    warning. Nothing is saved during a read, so none of them will continue.
     """
     for generation in (0, 1):
         for each in gc.get_objects(generation):
@@ -182,8 +182,8 @@ def _close_abandoned() -> None:
 
 @contextlib.contextmanager
 def _kept_young() -> Iterator[None]:
-    """Inside, nothing is collected, so that all that is made stays in the youngest generation: to
-    look through the others takes seconds in a process that has compiled much.
+    """Pauses garbage collection, so that new objects stay in the youngest generation: searching the
+    others takes seconds in a process that has compiled much.
     """
     is_on = gc.isenabled()
     gc.disable()
@@ -196,7 +196,7 @@ def _kept_young() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Inside, nothing is said of the coroutines that Orbax abandons where a read fails."""
+    """Silences warnings about the coroutines that Orbax abandons when a read fails."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         with warnings.catch_warnings():
@@ -207,7 +207,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether an error says nothing about the files: no device memory, or a peer has gone."""
+    """Returns whether an error says nothing about the files: no device memory, or a lost peer."""
     is_full = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     return is_full or processes.is_lost_peer(error)
 
@@ -242,7 +242,7 @@ def say(text: str) -> None:
 
 
 def eval_loss(directory: pathlib.Path, step: int) -> float | None:
-    """The held-out loss beside a checkpoint; None where none can be read."""
+    """Returns the held-out loss stored with a checkpoint; None if there is none."""
     place = directory / str(step)
     try:
         values = read_json(place / "_CHECKPOINT_METADATA")["custom_metadata"]
@@ -255,12 +255,14 @@ def eval_loss(directory: pathlib.Path, step: int) -> float | None:
 
 
 def without_empty(tree: Any) -> Any:
-    """The tree without arrays of size 0, which Orbax refuses: a dense model has ranks [0, 0]."""
+    """Returns the tree without arrays of size 0, which Orbax refuses: a dense model has ranks [0,
+    0].
+    """
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
 def _with_empty(tree: Any, abstract: Any) -> Any:
-    """The inverse of `_without_empty`."""
+    """Inverts `without_empty`."""
 
     def leaf(wanted, found):
         return found if wanted.size else jnp.zeros(wanted.shape, wanted.dtype)
@@ -269,7 +271,9 @@ def _with_empty(tree: Any, abstract: Any) -> Any:
 
 
 def _check_leaves(saved: Any, abstract: Any) -> None:
-    """Orbax casts a leaf of another dtype silently, so dtypes and shapes are compared first."""
+    """Compares dtypes and shapes before loading, because Orbax silently casts a leaf of another
+    dtype.
+    """
     leaves = jax.tree.leaves_with_path(saved)
     found = {leaf_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
     for path, leaf in jax.tree.leaves_with_path(abstract):

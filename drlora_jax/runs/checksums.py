@@ -27,7 +27,7 @@ Ranges = tuple[tuple[int, int], ...]  # (start, stop) by axis
 
 
 def leaf_name(path) -> str:
-    """A leaf's path as text, the same for dicts, tuples and named tuples."""
+    """Returns a leaf's path as text, the same for dicts, tuples and named tuples."""
     return "/".join(
         str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
         for part in path
@@ -35,18 +35,19 @@ def leaf_name(path) -> str:
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON values with their own checksum added."""
+    """Returns the JSON values with their own checksum added."""
     return {**values, SEAL: _hash_json(values)}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether the values have a checksum and it is theirs."""
+    """Returns whether the values have a checksum that matches."""
     rest = {name: value for name, value in values.items() if name != SEAL}
     return values.get(SEAL) == _hash_json(rest)
 
 
 def hash_arrays(tree: Any) -> dict[str, dict[str, str]]:
-    """Checksums of all blocks of all arrays, the same on every process: {leaf: {ranges: digest}}.
+    """Returns the checksums of all blocks of all arrays, equal on every process: {leaf: {ranges:
+    digest}}.
 
     A block that several devices hold is hashed once, where Orbax writes it from.
     """
@@ -65,7 +66,8 @@ def hash_arrays(tree: Any) -> dict[str, dict[str, str]]:
 
 
 def find_mismatch(tree: Any, saved: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The first array of which this process holds something else than was saved; None if none.
+    """Returns the first array of which this process holds something different from what was saved;
+    None if all match.
 
     To be called on all processes: arrays are gathered where the meshes make it necessary.
     """
@@ -83,14 +85,17 @@ def find_mismatch(tree: Any, saved: Mapping[str, Mapping[str, str]]) -> str | No
 
 
 def _held(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> list[tuple[Ranges, Any]]:
-    """What this process has of an array, by ranges; all of it if it had to be gathered."""
+    """Returns what this process holds of an array, by ranges; all of it if it had to be
+    gathered.
+    """
     if _cuts_a_block(leaf, blocks):
         return [(tuple((0, size) for size in leaf.shape), processes.to_host(leaf))]
     return [(_ranges(shard.index, leaf.shape), shard.data) for shard in leaf.addressable_shards]
 
 
 def _cuts_a_block(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> bool:
-    """Whether some process holds a part of a block, but not all of it; on all processes the same.
+    """Returns whether some process holds a part of a block but not all of it; equal on all
+    processes.
 
     Parts on different devices are equal or disjoint.
     """
@@ -107,7 +112,7 @@ def _cuts_a_block(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> bool:
 
 
 def _is_intact(held: list[tuple[Ranges, Any]], block: Ranges, digest: str) -> bool:
-    """Whether every copy of a block that is held here has its checksum."""
+    """Returns whether every local copy of a block matches its checksum."""
     copies = [
         np.asarray(data)[_slices(block, ranges)]
         for ranges, data in held
@@ -117,7 +122,7 @@ def _is_intact(held: list[tuple[Ranges, Any]], block: Ranges, digest: str) -> bo
 
 
 def _put_together(held: list[tuple[Ranges, Any]], block: Ranges) -> Iterator[np.ndarray]:
-    """The block from its parts on several devices; nothing if none is here."""
+    """Yields the block assembled from its parts on several devices; nothing if no part is here."""
     parts = [(_overlap(ranges, block), ranges, data) for ranges, data in held]
     parts = [part for part in parts if _size(part[0])]
     if parts:
@@ -135,7 +140,7 @@ def _hash_json(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
-# ------------------------------------------------------------------------------------------ ranges
+# ------------------------------------------------------------------------------------------- ranges
 
 
 def _ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> Ranges:
@@ -152,7 +157,7 @@ def _size(ranges: Ranges) -> int:
 
 
 def _slices(ranges: Ranges, within: Ranges) -> tuple[slice, ...]:
-    """An index of what `within` covers that takes `ranges` out of it."""
+    """Returns an index that selects `ranges` from what `within` covers."""
     pairs = zip(ranges, within, strict=True)
     return tuple(slice(own[0] - outer[0], own[1] - outer[0]) for own, outer in pairs)
 

@@ -17,7 +17,7 @@ from drlora_jax.system.paths import ABSENT, kind_of, read_json
 
 
 def identity_of(run_dir: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint keeps to tell whose it is; empty without a config.json."""
+    """Returns the identity that a checkpoint stores; empty without a config.json."""
     stored = _stored(run_dir)
     if stored is None:
         return {}
@@ -27,7 +27,9 @@ def identity_of(run_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def find_difference(run_dir: pathlib.Path, found: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint that keeps the identity `found` is not of this run; None if it is."""
+    """Returns why a checkpoint with the identity `found` belongs to another run; None if it does
+    not.
+    """
     stored = _stored(run_dir)
     if stored is None or "config" not in found:
         return None

@@ -23,7 +23,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def hold_lock(directory: pathlib.Path) -> Iterator[None]:
-    """Holds the directory's lock; refuses if another live process does, or if it can not be
+    """Holds the directory's lock; refuses if another live process holds it or it cannot be
     written.
     """
     file = directory / LOCK_NAME
@@ -34,7 +34,7 @@ def hold_lock(directory: pathlib.Path) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
     except OSError as error:
         raise UserError(
-            f"run.dir={directory} can not be written: {error.strerror}; give another run.dir."
+            f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir."
         ) from error
     try:
         yield
@@ -81,7 +81,9 @@ def _own() -> dict:
 
 
 def _owner(descriptor: int) -> dict:
-    """What the file says; empty where it says nothing, as in the moment before it is written."""
+    """Reads the owner from the file; empty if there is none, as in the moment before it is
+    written.
+    """
     try:
         values = json.loads(os.pread(descriptor, 4096, 0))
         return values if {"pid", "host", "started"} <= values.keys() else {}
@@ -90,7 +92,7 @@ def _owner(descriptor: int) -> dict:
 
 
 def _is_alive_here(owner: dict) -> bool:
-    """Whether that very process runs on this host: a number alone may have been given out again."""
+    """Returns whether that very process runs on this host: its number may have been reused."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner["pid"], int):
         return False
     try:
@@ -103,7 +105,7 @@ def _is_alive_here(owner: dict) -> bool:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in the kernel's clock; empty where the system does not say."""
+    """Returns when a process started, in the kernel's clock; "" if the system does not say."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

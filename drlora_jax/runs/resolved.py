@@ -53,14 +53,16 @@ class Resolved(NamedTuple):
         return next((each.date for _, each in self.wordings if each.date), None)
 
     def wording_of(self, fields: dict) -> Wording:
-        """The wording of the path whose rows look like this one; the first where none does."""
+        """Returns the wording of the path whose rows have these fields; the first if there is
+        none.
+        """
         for _, wording in self.wordings:
             if _fits(fields, wording):
                 return wording
         return self.wording
 
     def to_json(self) -> dict:
-        """The first path's wording at the top; `paths` only where they differ."""
+        """Returns JSON values: the first path's wording at the top, `paths` only if they differ."""
         values = self.wording.to_json() | {
             "system": self.system._asdict(),
             "end_token_ids": list(self.end_token_ids),
@@ -76,7 +78,7 @@ class Resolved(NamedTuple):
 
     @classmethod
     def from_json(cls, values: dict) -> "Resolved":
-        """The inverse of `to_json`.
+        """Inverts `to_json`.
 
         Raises:
           UserError: for a block that is not complete.
@@ -102,7 +104,7 @@ class Resolved(NamedTuple):
 def resolve(
     report: Report, tokenizer, directory: pathlib.Path, *, vocab_size: int, revision, base: str
 ) -> Resolved:
-    """What a new run keeps about its words, base and tokenizer."""
+    """Returns what a new run stores about its wording, base model and tokenizer."""
     wordings = tuple(report.wordings.items())
     ends = list(end_token_ids(tokenizer, directory, vocab_size))
     for _, wording in wordings:
@@ -126,7 +128,7 @@ def resolve(
 
 
 def turn_end_ids(wording: Wording, tokenizer) -> list[int]:
-    """The control token that the template puts behind an answer, if it does."""
+    """Returns the control token that the template puts behind an answer, if any."""
     if wording.is_as_is:
         return []
     text = turn_end(Writer(wording, tokenizer).style, tokenizer)
@@ -136,7 +138,8 @@ def turn_end_ids(wording: Wording, tokenizer) -> list[int]:
 def as_trained(
     tokenizer, resolved: Resolved, directory: pathlib.Path, run_dir
 ) -> tuple[object, list[str]]:
-    """The tokenizer with the run's chat template and end token, and what to say about it.
+    """Returns the tokenizer with the run's chat template and end token, and lines about what
+    changed.
 
     Raises:
       UserError: when it makes other token ids than the run was trained with.
@@ -170,8 +173,8 @@ def as_trained(
 def _without_additions(
     tokenizer, directory: pathlib.Path, run_dir, now: dict, then: dict
 ) -> tuple[set[str], list[str]]:
-    """Which parts have changed otherwise than by control tokens that were added since, such as one
-    for padding, and what to say of those; the padding is set back.
+    """Returns which parts have changed for a reason other than control tokens added since, such as
+    one for padding, and lines about those tokens; the padding token is set back.
     """
     changed = {name for name in then if now.get(name) != then[name]}
     added = added_since(tokenizer, directory, then) if "vocabulary" in changed else None
@@ -204,14 +207,16 @@ def _restore_template(
 
 
 def _had_no_chat_template(resolved: Resolved) -> bool:
-    """Whether rows of turns were written without one: `auto` would take the new one for them."""
+    """Returns whether turns were written without a chat template: `auto` would now use the new
+    one.
+    """
     then = resolved.tokenizer["template"]
     wordings = [wording for _, wording in resolved.wordings]
     return then == template_identity(None) and any(each.format == "chat" for each in wordings)
 
 
 def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wording:
-    """The wording of a run that has no block `resolved`, found again from base and rows.
+    """Returns the wording of a run without the block `resolved`, derived from base model and rows.
 
     Args:
       data_fingerprint: of the documents that the run was trained with.
@@ -232,7 +237,7 @@ def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wordin
 
 
 def _given_wording(section, tokenizer) -> Wording:
-    """A format that was named needs no row."""
+    """Returns the wording for a format that the config names, without reading a row."""
     template = choose_template(section.template, section.format, tokenizer)
     return Wording(section.format, template, field_names(section), "keep")
 
@@ -248,7 +253,7 @@ def _lost(why: str) -> UserError:
 def asked_wording(
     template: str | None, row_format: str | None, tokenizer, like: Wording | None
 ) -> Wording:
-    """The wording that `--template` and `--format` name, else one like the run's.
+    """Returns the wording that `--template` and `--format` name, else one like the run's.
 
     Args:
       like: of the run; what is not named is taken from it.
@@ -272,14 +277,14 @@ def asked_wording(
 
 
 def _may_have(row_format: str, wording: Wording) -> bool:
-    """Whether rows of this format can be written in that template."""
+    """Returns whether rows of this format can be written in that template."""
     if wording.template == AS_IS or row_format in (TEXT, CHOICE):
         return False
     return row_format != "chat" or wording.template in CHAT_TEMPLATES
 
 
 def system_note(resolved: Resolved | None) -> str | None:
-    """What to say when a prompt has no system message and the training rows had one."""
+    """Returns a note if the prompts have no system message and the training rows had one."""
     if resolved is None or not resolved.system.rows:
         return None
     system = resolved.system

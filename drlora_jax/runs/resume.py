@@ -33,7 +33,7 @@ class Change(NamedTuple):
 
 
 def check_settings(where, stored: dict, config: TrainConfig) -> None:
-    """Refuses what would be another run, as far as settings show it; reads no data.
+    """Refuses settings that would make it another run; reads no data.
 
     Args:
       where: the run directory, for messages.
@@ -55,7 +55,7 @@ def check_settings(where, stored: dict, config: TrainConfig) -> None:
 
 
 def check_content(where, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
-    """Refuses another base model and other training tokens."""
+    """Refuses a different base model or different training tokens."""
     before, now = stored["base_fingerprint"], origin["base_fingerprint"]
     if before != now:
         raise UserError(
@@ -76,7 +76,7 @@ def check_content(where, stored: dict, config: TrainConfig, origin: dict[str, st
 
 
 def check_first_ranks(where, stored: dict, config: TrainConfig, ranks: list) -> None:
-    """Refuses a file of ranks or exponents that is another one and gives other first ranks."""
+    """Refuses a different file of ranks or exponents if it gives other initial ranks."""
     changed = [each for each in _changes(stored, config) if each.name in RANK_FILES]
     if changed and stored.get("initial_ranks", ranks) != ranks:
         raise UserError(
@@ -88,7 +88,7 @@ def check_first_ranks(where, stored: dict, config: TrainConfig, ranks: list) -> 
 def changed_lines(
     stored: dict, config: TrainConfig, origin: dict[str, str], devices: dict | None = None
 ) -> list[str]:
-    """What to tell of changes that are allowed.
+    """Returns the lines to print about changes that are allowed.
 
     Args:
       devices: `kind` and `mesh` (axis: size) of this start; None: not to be compared.
@@ -114,7 +114,7 @@ def rate_line(
     total: int,
     name: str = "train.steps",
 ) -> str | None:
-    """What to tell of a learning rate that does not go on as it went.
+    """Returns the line to print if the learning rate does not continue smoothly.
 
     Args:
       logged: the newest logged step and its rate.
@@ -188,7 +188,7 @@ def _may_change(change: Change, stored: dict, config: TrainConfig) -> bool:
 
 
 def free_names() -> list[str]:
-    """The fields that may change between the starts of one run, at least in some cases."""
+    """Returns the fields that may change when a run is resumed, at least in some cases."""
     return sorted(
         name
         for name in _flat(to_dict(TrainConfig()))
@@ -213,14 +213,14 @@ def _flat(config: dict) -> dict:
 
 
 def _listed(changes: Sequence[Change]) -> str:
-    """`name=before, got now` of each."""
+    """Lists the changes, each as `name=before, got now`."""
     named = [f"{c.name}={_shown(c.before)}, got {_shown(c.now)}" for c in changes[:NAMED]]
     more = len(changes) - len(named)
     return ", and with ".join(named) + (f" (and {more} more)" if more else "")
 
 
 def _shown(value) -> str:
-    """A value as it is written on the command line."""
+    """Returns a value as it is written on the command line."""
     if value is None:
         return "none"
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

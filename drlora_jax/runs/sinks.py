@@ -14,7 +14,7 @@ A logger of your own is a class with the three methods of `Sink` and a line in `
             pass
 
 Rows are the objects of metrics.jsonl and ranks.jsonl. A resumed run sends the steps after its last
-checkpoint again; a sink that can not overwrite a step is told by `start` where the run goes on.
+checkpoint again; a sink that cannot overwrite a step is told by `start` where the run goes on.
 """
 
 import math
@@ -32,17 +32,17 @@ from drlora_jax.reporting.palette import shade
 
 class Sink(Protocol):
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl: a step and its figures."""
+        """Receives a row of metrics.jsonl: a step and its figures."""
 
     def ranks(self, row: Mapping[str, Any]) -> None:
-        """A row of ranks.jsonl: a step, ranks, saliency and budget."""
+        """Receives a row of ranks.jsonl: a step, ranks, saliency and budget."""
 
     def close(self) -> None:
-        """Writes out what is held back."""
+        """Writes out anything that is buffered."""
 
 
 def open_sinks(section: RunSection, directory: pathlib.Path, step: int) -> list[Sink]:
-    """The sinks that the config asks for, of a run that goes on after `step`."""
+    """Opens the sinks that the config requests, for a run that continues after `step`."""
     return [TensorBoard(directory / "tensorboard", step)] if section.tensorboard else []
 
 
@@ -104,7 +104,7 @@ class TensorBoard:
 
 
 def heat_map_png(values: list[list[float]], highest: float, cell: int) -> bytes:
-    """A PNG of layers x experts in squares of `cell` pixels; short rows end in black."""
+    """Draws a PNG of layers x experts in squares of `cell` pixels; short rows end in black."""
     columns = max(map(len, values))
     lines = []
     for row in values:

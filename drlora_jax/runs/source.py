@@ -44,7 +44,7 @@ class RunSource(NamedTuple):
 def find_run(
     run_dir: str, *, step: str | Sequence[int] = "latest", model_path: str | None = None
 ) -> RunSource:
-    """A run and its base; refuses another base than the one it was trained with."""
+    """Finds a run and its base model; refuses a base model that it was not trained with."""
     stored = read_stored(run_dir)
     config = from_dict(stored["config"])
     resolved = Resolved.from_json(stored["resolved"]) if "resolved" in stored else None
@@ -74,7 +74,9 @@ def find_run(
 def _find_base(
     run_dir: str, resolved: Resolved | None, path: str, model_path: str | None
 ) -> pathlib.Path:
-    """The base that a run names, in the revision it had, or the one of `--model-path`."""
+    """Finds the base model that a run names, in its stored revision, or the one of
+    `--model-path`.
+    """
     if model_path is not None:
         return find_model(model_path, option="--model-path")
     try:
@@ -89,7 +91,7 @@ def _find_base(
 
 
 def read_stored(run_dir: str) -> dict:
-    """The content of a run's config.json; says what a directory is that is no run."""
+    """Returns the content of a run's config.json; explains what a directory is that is no run."""
     directory = local_path(run_dir, "--run")
     stored = read_run(directory, f"--run {run_dir}")
     run = RunDirectory(str(directory))

@@ -110,10 +110,10 @@ PATHS = (
     _path("d", "several kinds", "a folder of two kinds", _shards("d/a.jsonl", "d/a.csv")),
     _path("d/*", "also matches d/b.log", "a glob too wide", _shards("d/a.jsonl", "d/b.log")),
     _path("d*.jsonl", "matches no data file", "a glob that matches nothing"),
-    _path("https://h/x.jsonl", "https://h/x.jsonl is an address, and only", "a web address"),
-    _path("gs://b/x.jsonl", "data.path=gs://b/x.jsonl is an address, and buckets", "a bucket"),
-    _path("notes.txt", "does not say what a row is", "plain text", _shards("notes.txt")),
-    _path("rows.zip", "unknown kind of file", "a file of another kind", _shards("rows.zip")),
+    _path("https://h/x.jsonl", "https://h/x.jsonl is a URL, but only", "a web address"),
+    _path("gs://b/x.jsonl", "data.path=gs://b/x.jsonl is a URL, but buckets", "a bucket"),
+    _path("notes.txt", "does not tell where rows begin", "plain text", _shards("notes.txt")),
+    _path("rows.zip", "unknown file type", "a file of another kind", _shards("rows.zip")),
     _path(
         "pipe.jsonl", "it is a named pipe", "a named pipe", lambda d: os.mkfifo(d / "pipe.jsonl")
     ),
@@ -136,7 +136,7 @@ PATHS = (
         lambda d: (d / "zero.jsonl").symlink_to("/dev/zero"),
     ),
     _path("x" * 300 + ".jsonl", "name too long", "a name too long for a file"),
-    _path("a\0.jsonl", "no UTF-8 text or path has", "a NUL in the name"),
+    _path("a\0.jsonl", "not allowed in UTF-8 text or paths", "a NUL in the name"),
     _path("\udcff.jsonl", "data.path is not UTF-8 at character 11", "a name that is not UTF-8"),
     _path("bundled:gsm8k/nope.jsonl", "no such file; it has", "an unknown bundled file"),
     _path("bundled:../config.py", "the package has no such file", "a path behind bundled:"),
@@ -156,7 +156,7 @@ FILES = (
     ),
     _file(
         "a list by the name of JSON lines",
-        "rows.jsonl:1: a list, where each line must be an object",
+        "rows.jsonl:1: each line must be an object, got a list",
         json.dumps([GOOD]).encode(),
     ),
     _file(
@@ -193,13 +193,13 @@ FILES = (
     _file("CSV by the name of JSON lines", "rows.jsonl:1: not JSON", b"prompt,response\na,b\n"),
     _file(
         "nested without end",
-        "rows.jsonl:1: not JSON that can be read",
+        "rows.jsonl:1: this JSON cannot be read",
         b"[" * 100_000,
         varies="(?<=can be read: ).*",
     ),
     _file(
         "a number of 5000 digits",
-        "rows.jsonl:1: not JSON that can be read",
+        "rows.jsonl:1: this JSON cannot be read",
         b'{"a": ' + b"9" * 5000 + b"}",
         varies="(?<=can be read: ).*",
     ),
@@ -219,10 +219,10 @@ FILES = (
         "x.json",
         varies=r"(?<=column )\d+ .*?(?=; )",
     ),
-    _file("no gzip", "cannot be read: .*Is the file whole", b"plain text", "x.jsonl.gz"),
+    _file("no gzip", "cannot be read: .*Is the file complete", b"plain text", "x.jsonl.gz"),
     _file(
         "a gzip that is cut off",
-        "cannot be read: .*Is the file whole",
+        "cannot be read: .*Is the file complete",
         _WHOLE[: len(_WHOLE) // 2],
         "x.jsonl.gz",
     ),
@@ -235,7 +235,7 @@ FILES = (
     ),
     _file(
         "a line of 65 MiB out of a small gzip",
-        "x.jsonl.gz:2: a row of more than 64 MiB",
+        "x.jsonl.gz:2: the row has more than 64 MiB",
         gzip.compress(_LINE + b'{"prompt": "' + b"a" * (65 << 20) + b'"}\n', 1, mtime=0),
         "x.jsonl.gz",
     ),
@@ -256,11 +256,11 @@ FILES = (
 ROWS = (
     _row(
         "no field that is known",
-        "cannot tell the format of a row with the fields a, b",
+        "cannot detect the format of a row with the fields a, b",
         {"a": 1, "b": 2},
         first=None,
     ),
-    _row("an object without fields", "cannot tell the format", {}, first=None),
+    _row("an object without fields", "cannot detect the format", {}, first=None),
     _row("a missing field", "rows.jsonl:2: field 'response' is missing", {"prompt": "a"}),
     _row("null", "rows.jsonl:2: field 'response' is null", GOOD | {"response": None}),
     _row("an empty answer", "rows.jsonl:2: field 'response' is empty", GOOD | {"response": ""}),
@@ -272,7 +272,7 @@ ROWS = (
     _row("half of a surrogate pair", "half of a surrogate pair", GOOD | {"response": "\ud800"}),
     _row(
         "a field that is not there by the config",
-        "cannot tell the format",
+        "cannot detect the format",
         GOOD,
         "data.prompt_field=question",
     ),
@@ -352,14 +352,18 @@ ROWS = (
         [{"speaker": "a"}],
     ),
     _chat("an image", "content of message 1 has a part of type 'image'", [IMAGE, ANSWER]),
-    _chat("an answer first", "message 1 is an answer and nothing", [ANSWER, USER]),
-    _chat("no answer", "no assistant turn is to be learned, got the roles user", _roles("user")),
+    _chat("an answer first", "message 1 is an answer without a turn before it", [ANSWER, USER]),
+    _chat("no answer", "no assistant turn would be learned, got the roles user", _roles("user")),
     _chat(
         "no answer that is learned",
-        "no assistant turn is to be learned",
+        "no assistant turn would be learned",
         [USER, ANSWER | {"weight": 0}],
     ),
-    _chat("half a weight", "the weight of message 2 is 0.5", [USER, ANSWER | {"weight": 0.5}]),
+    _chat(
+        "half a weight",
+        "the weight of message 2 must be .* got 0.5",
+        [USER, ANSWER | {"weight": 0.5}],
+    ),
     _chat(
         "an unknown role", "has the role 'narrator'", [USER | {"role": "narrator"}, ANSWER], TULU
     ),

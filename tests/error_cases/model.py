@@ -188,8 +188,8 @@ PATHS = (
     _path("pipe", "is a named pipe", "a named pipe", lambda folder: os.mkfifo(folder / "pipe")),
     _path("x" * 300, "name too long", "a name too long for a directory"),
     _path("~nobody-of-that-name/a/b", "no such directory", "the home of nobody"),
-    _path("https://h/m", "model.path=https://h/m is an address", "a web address"),
-    _path("s3://b/m", "model.path=s3://b/m is an address, and buckets", "a bucket"),
+    _path("https://h/m", "model.path=https://h/m is a URL", "a web address"),
+    _path("s3://b/m", "model.path=s3://b/m is a URL, but buckets", "a bucket"),
     _path("empty", "is an empty directory", "nothing in it", lambda d: (d / "empty").mkdir()),
     _path(
         "owner/name",
@@ -222,7 +222,7 @@ CONFIGS = (
     _text("not UTF-8", "byte 0 is not UTF-8", b"\xff\xfe{}"),
     _text(
         "nested without end",
-        "nested too deep|is not JSON",
+        "nested too deeply|is not JSON",
         b"[" * 200_000,
         varies="(?<=is not JSON).*",
     ),
@@ -245,7 +245,7 @@ CONFIGS = (
     _text("a web page", "config.json is a web page .HTML., not the file itself: download", PAGE),
     _text(
         "an error of the hub",
-        "config.json is the error of a server .*Repository not found.*, not the file itself",
+        "config.json is the error message of a server .*Repository not found.*, not the file",
         b'{"error":"Repository not found"}',
     ),
     _values("a list as model_type", "is not supported", model_type=["olmoe"]),
@@ -348,7 +348,7 @@ WEIGHT_FILES = (
     _case("a web page", "model.safetensors is a web page", _bytes(lambda content: PAGE)),
     _case(
         "an error of a bucket",
-        "model.safetensors is the error of a server .*AccessDenied.*: download it again",
+        "model.safetensors is the error message of a server .*AccessDenied.*: download it again",
         _bytes(lambda content: DENIED),
     ),
     _case(

@@ -151,7 +151,7 @@ CASES = (
     ),
     _case(
         "a token that only added_tokens.json has",
-        "tokenizer.json disagree: .*'Tom.* Remove them there",
+        "tokenizer.json disagree: .*'Tom.* remove them there",
         _file("added_tokens.json", '{"Tom": 4095, "pears": 4096}'),
     ),
     _case("no end-of-text token", "has no eos token", _settings(eos_token=...)),
@@ -160,7 +160,7 @@ CASES = (
         r"4096 embedding rows, none for the token <new> \(4096\)",
         _added_token,
     ),
-    _chat("a syntax error", "chat template is no valid Jinja", "{% if %}"),
+    _chat("a syntax error", "chat template is not valid Jinja", "{% if %}"),
     _chat(
         "words that it draws",
         "rows.jsonl:1: .* writes other text each time it is used .the Jinja filter random",
@@ -207,7 +207,7 @@ CASES = (
     ),
     _chat(
         "an answer that is not written behind the generation prompt",
-        "does not write message 2 behind its own generation prompt",
+        "does not write message 2 after its own generation prompt",
         THOUGHTLESS,
         messages=[USER, ANSWER | {"reasoning": "because"}],
     ),

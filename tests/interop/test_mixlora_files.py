@@ -237,9 +237,9 @@ def test_weights_that_can_not_be_read(oracle, tmp_path, suffix):
         torch.save([1], others := io.BytesIO())
         file.unlink()
         file = file.with_suffix(".bin")
-        text = "cut off, damaged or holds more than tensors"
+        text = "truncated, damaged or contains more than tensors"
         contents = {b"": text, b"hello world": text, b"\x80\x02}q\x00X\x01\x00\x00\x00\xf8": text}
-        contents[others.getvalue()] = "tensors by name and nothing else"
+        contents[others.getvalue()] = "must be a dict of tensors by name"
     contents[b"version https://git-lfs.github.com/spec/v1\n"] = "git-lfs pointer"
     for content, message in contents.items():
         file.write_bytes(content)

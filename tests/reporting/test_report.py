@@ -279,7 +279,7 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
         (lambda d: None, "no such directory"),
         (lambda d: d.mkdir(), "is an empty directory, not a run"),
         (lambda d: d.write_text("x"), "is a file"),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text("{")), "can not be read"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text("{")), "cannot be read"),
         (lambda d: (d.mkdir(), (d / "config.json").write_text(POINTER)), "a git-lfs pointer"),
         (
             lambda d: (d.mkdir(), (d / "config.json").write_text("[]")),

@@ -222,7 +222,7 @@ def test_nothing_that_orbax_has_not_begun_is_left(runs, copied):
     """What is left would warn when it is freed: here the log records of the test hold it."""
     file = runs.folder / copied / "checkpoints" / "12" / "state" / "_METADATA"
     file.write_text("jax/Array".join(file.read_text().rsplit("jax.Array", 1)))  # of one of many
-    with pytest.raises(RunError, match="its arrays can not be read"):
+    with pytest.raises(RunError, match="its arrays cannot be read"):
         runs.factors(copied, "12")
     made = [each for each in gc.get_objects() if type(each) is types.CoroutineType]
     states = map(inspect.getcoroutinestate, made)

@@ -87,7 +87,7 @@ def test_lost_lines_of_the_logs_are_told(tmp_path):
     file.write_bytes(b'{"step": 1}\n\xff\x00\n[]\n{"step": 2}\n')
     directory.ranks_file.write_text('{"step": 1}\n{"st')
     assert directory.cut_back(2, 1) == [
-        f"{file}: 2 lines that can not be read are dropped",
+        f"{file}: 2 lines that cannot be read are dropped",
         f"{directory.ranks_file}: 1 unreadable line is dropped",
     ]
     assert file.read_text() == whole

@@ -127,7 +127,7 @@ def test_what_is_no_run_is_named_for_a_reader(place):
         ("run/checkpoints/5", "inside the run run, not a run; give run"),
         (".", "a folder of runs .run., not a run; give one of them, such as run"),
         ("absent", "--run absent is absent; give the run.dir of a training"),
-        ("gs://b/run", "--run gs://b/run is an address"),
+        ("gs://b/run", "--run gs://b/run is a URL"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             find_run(path)
