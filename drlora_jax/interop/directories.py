@@ -1,4 +1,4 @@
-"""What a directory is that was given as a model or as a run, and what to give instead."""
+"""Recognises directories that were given as a model or a run, and says what to give instead."""
 
 import pathlib
 from typing import NamedTuple
@@ -13,11 +13,11 @@ _LEVELS = 3  # from a checkpoint's parts up to its run
 
 
 class Described(NamedTuple):
-    """A directory that is no model of its own, in words."""
+    """The description of a directory that is no model directory."""
 
     what: str  # "a run directory", ...
-    as_model: str  # what to give where a model is wanted
-    as_run: str  # and where a run is
+    as_model: str  # what to give if a model is expected
+    as_run: str  # what to give if a run is expected
 
 
 def is_run(values: dict) -> bool:
@@ -51,8 +51,8 @@ def _run(directory: pathlib.Path) -> Described | None:
     base = section.get("path") if isinstance(section, dict) else None
     return Described(
         "a run directory",
-        f"use it with --run; its base is {base or 'named in its config.json'}",
-        "give it as it is",
+        f"use it with --run; its base model is {base or 'named in its config.json'}",
+        "use it as it is",
     )
 
 
@@ -70,8 +70,8 @@ def _adapter(directory: pathlib.Path) -> Described | None:
         return None
     base = _values(file).get("base_model_name_or_path")
     named = isinstance(base, str) and base
-    what = f"a PEFT adapter of the base {base}" if named else "a PEFT adapter"
-    model = f"give that base ({base})" if named else "give its base"
+    what = f"a PEFT adapter of the base model {base}" if named else "a PEFT adapter"
+    model = f"give that base model ({base})" if named else "give its base model"
     return Described(
         what,
         f"{model}, or the adapter merged into it",
@@ -97,8 +97,8 @@ def _other_weights(directory: pathlib.Path) -> Described | None:
     kinds = (
         ("*.gguf", "GGUF weights", "GGUF is not read; give the model's own safetensors directory"),
         ("consolidated*.pth", "weights in Meta's own format", "give the transformers version"),
-        ("*.bin", "pickle files", "these are not read; convert them to safetensors"),
-        ("*.pt", "pickle files", "these are not read; convert them to safetensors"),
+        ("*.bin", "pickle files", "pickles are not read; convert them to safetensors"),
+        ("*.pt", "pickle files", "pickles are not read; convert them to safetensors"),
     )
     if kind_of(directory / "config.json") != ABSENT:
         return None
@@ -179,7 +179,7 @@ def read_run(directory: pathlib.Path, shown: str) -> dict:
         return values
     if "config" in values:
         raise UserError(
-            f"{shown}: its config.json lacks what a run stores; is it damaged? {_WANTED}."
+            f"{shown} has a config.json that lacks values of a run. Is it damaged? {_WANTED}."
         )
     raise UserError(f"{shown} {why_no_run(directory)}.")
 
@@ -190,5 +190,5 @@ def why_no_run(directory: pathlib.Path) -> str:
         return "is a model directory, not a run; use it with --model"
     described = describe(directory)
     if described is None:
-        return f"is no run: it has no config.json of one; {_WANTED}"
+        return f"is not a run: it has no config.json of one; {_WANTED}"
     return f"is {described.what}, not a run; {described.as_run}"

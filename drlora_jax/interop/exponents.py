@@ -81,18 +81,17 @@ def _from_file(path: str, directory: pathlib.Path, layers: int, estimator: str) 
         raise _refused(path, f"it cannot be read as exponents ({error})") from error
     if not same_base({"base_fingerprint": of}, directory):
         here = fingerprint(directory)[:12]
-        raise _refused(path, f"it is of a model with fingerprint {of[:12]}, not {here}")
+        raise _refused(path, f"it was computed for fingerprint {of[:12]}, not {here}")
     if by != estimator:
-        raise _refused(path, f"its estimator is {by}, and allocation.alpha_estimator {estimator}")
+        raise _refused(path, f"its estimator is {by}, but allocation.alpha_estimator {estimator}")
     is_whole = len(found) == layers and all(found)
     if not is_whole or not all(np.isfinite(a) and a > 1 for layer in found for _, a in layer):
-        raise _refused(path, f"it must have exponents above 1 of {layers} layers")
+        raise _refused(path, f"it must have exponents above 1 for {layers} layers")
     return found
 
 
 def _refused(path: str, reason: str) -> UserError:
     return UserError(
         f"allocation.alpha_file={path} cannot be used: {reason}. Write it with python -m "
-        "drlora_jax.alpha MODEL --experts N --out FILE, or leave it out to have the exponents "
-        "computed."
+        "drlora_jax.alpha MODEL --experts N --out FILE, or omit it to compute the exponents."
     )

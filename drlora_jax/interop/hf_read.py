@@ -1,8 +1,8 @@
 """Reads the weights of a Hugging Face model directory.
 
-The key table is strict: a tensor that no rule maps, a rule without its tensor, a wrong shape or
-dtype each is an error that names the key. Weights are streamed leaf by leaf and layer by layer into
-device buffers.
+The key table is strict: a tensor that no rule maps, a rule without its tensor, and a wrong shape or
+dtype are errors that name the key. Weights are streamed leaf by leaf and layer by layer into device
+buffers.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def match_keys(
     if unmapped:
         places = sorted({tensors[key].file.name for key in unmapped})
         raise UserError(
-            f"The weights have tensors that {config.family} does not: {_some(unmapped)} (in "
+            f"The weights have tensors that {config.family} models lack: {_some(unmapped)} (in "
             f"{_some(places)})."
         )
     for key, slot in table.items():
@@ -70,7 +70,7 @@ def match_keys(
 def _check_tensor(key: str, info: TensorInfo, expected: tuple[int, ...]) -> None:
     if info.shape != expected:
         raise UserError(
-            f"{key} has shape {list(info.shape)} in {info.file.name}, config.json makes it "
+            f"{key} has shape {list(info.shape)} in {info.file.name}, but config.json implies "
             f"{list(expected)}."
         )
     if info.dtype not in READABLE_DTYPES:
@@ -89,7 +89,7 @@ def _passed_over(tensors: dict[str, TensorInfo]) -> str:
     if not others:
         return ""
     read = _some(sorted(file.name for file in files))
-    return f" Read was {read}; {_some(others)} beside it was not, without an index that names it."
+    return f" Only {read} was read; {_some(others)} was not, because no index names it."
 
 
 def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: str) -> None:
@@ -102,7 +102,7 @@ def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: s
     for what, count in counts.items():
         if count > len(tensors):
             raise UserError(
-                f"config.json makes {count} {what}, but the weights have only {len(tensors)} "
+                f"config.json implies {count} {what}, but the weights have only {len(tensors)} "
                 "tensors."
             )
 
@@ -152,8 +152,8 @@ def load_params(
     """Loads the weights of the directory into a parameter tree.
 
     Args:
-      abstract: tree of `jax.ShapeDtypeStruct`; with `sharding` set, leaves are placed accordingly.
-      done: called after each tensor that was read.
+      abstract: a tree of `jax.ShapeDtypeStruct`; leaves are placed on its shardings, if set.
+      done: called after each tensor.
 
     The host holds one layer of one leaf at a time.
     """

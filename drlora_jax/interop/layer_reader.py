@@ -1,4 +1,4 @@
-"""Reads a model directory one layer at a time, so that a model of any size can be looked at on one
+"""Reads a model directory one layer at a time, so that a model of any size can be inspected on one
 machine: the host holds a layer, not the stack.
 """
 

@@ -1,4 +1,4 @@
-"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, its columns given lengths."""
+"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, columns are then rescaled."""
 
 import numpy as np
 
@@ -52,18 +52,18 @@ def _product(pair: Pair | None) -> np.ndarray | None:
 def merge_layer(params: dict, update: LayerUpdate) -> dict:
     """Returns one layer's f32 parameters with the adapter added."""
 
-    def walk(tree: dict, path: tuple[str, ...]) -> dict:
+    def visit(tree: dict, path: tuple[str, ...]) -> dict:
         merged = {}
         for name, node in tree.items():
             here = (*path, name)
             if isinstance(node, dict):
-                merged[name] = walk(node, here)
+                merged[name] = visit(node, here)
                 continue
             added = delta(update, here, node)
             merged[name] = node if added is None else node + added
         return merged
 
-    return walk(params, ())
+    return visit(params, ())
 
 
 def adapted_tensors(table: dict[str, Slot], updates: list[LayerUpdate]) -> dict[str, LayerUpdate]:
@@ -90,9 +90,9 @@ def _is_adapted(update: LayerUpdate, slot: Slot) -> bool:
 def merge_tensor(value: np.ndarray, slot: Slot, update: LayerUpdate) -> np.ndarray:
     """Adds the adapter to a tensor as it is on disk; returns f32, unless the update is zero.
 
-    An expert without an active rank keeps its tensor as it is, bit by bit.
+    An expert without an active rank keeps its tensor unchanged, bit for bit.
     """
-    if len(slot.index) > 1:  # of one expert
+    if len(slot.index) > 1:  # the tensor of one expert
         role = "down" if slot.half is None else HALVES[slot.half]
         pair = expert_pair(update.experts, role)
         added = pair.a[slot.index[1]].T @ pair.b[slot.index[1]]

@@ -1,13 +1,13 @@
-"""MixLoRA adapters as MoE-PEFT and the package `mixlora` store them, to and from the `lora` tree.
+"""Converts MixLoRA adapters of MoE-PEFT and the package `mixlora` to and from the `lora` tree.
 
-Their adapter is a flat dict of f32 tensors under `mixlora.layers.{l}`: one pair a matrix of
-attention (`self_attn.q_proj.lora_A.weight` [r, in], `lora_B` [out, r]), one pair an expert and FFN
+Their adapter is a flat dict of f32 tensors under `mixlora.layers.{l}`: one pair per attention
+matrix (`self_attn.q_proj.lora_A.weight` [r, in], `lora_B` [out, r]), one pair per expert and FFN
 projection (`mlp.up_proj.experts.{i}.lora_A.weight`), and a router (`mlp.moe_gate.weight` [E, in]).
-Every pair has the same rank. Here an expert may have fewer ranks than another: what lies behind its
-active ones is written as zeros, and zeros at the end are read as inactive ranks.
+Every pair has the same rank. Here experts may have different ranks: rows behind the active ones are
+written as zeros, and zeros at the end are read as inactive ranks.
 
-One table, `locations`, is used in both directions. Values are moved, never computed with, unless a
-scale has to be folded into B (see `alpha_of`).
+One table, `locations`, serves both directions. Values are moved unchanged, unless a scale has to be
+folded into B (see `alpha_of`).
 """
 
 import re
@@ -27,14 +27,14 @@ from drlora_jax.models.families import key_table
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
 NO_DROPOUT = 1e-6  # their loader refuses 0
 ROUTINGS = ("mixlora", "mixlora-dynamic")
-_ACTIVATIONS = {"swish": "silu"}  # other names of the same
+_ACTIVATIONS = {"swish": "silu"}  # synonyms
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 _LEGACY_ROLES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _LEGACY = re.compile(r"(mixlora\.layers\.\d+)\.(?:gate|experts\.(\d+)\.(\w+?))(\..*)")
 
 
 class Location(NamedTuple):
-    """One tensor of a file, and the slice of a leaf of `lora` that it is."""
+    """One tensor of a file, and its slice of a leaf of `lora`."""
 
     key: str
     path: tuple[str, ...]  # of the leaf
@@ -88,8 +88,8 @@ def pack(
     """Returns the tensors of a file, f32, and their rank: the largest that any pair needs."""
     if not ranks_LE.all():
         raise UserError(
-            f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have no rank; these files "
-            "have the same experts in every layer, each with a rank."
+            f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have rank 0, but this format "
+            "needs the same experts in every layer, each with a rank of at least 1."
         )
     has_plain = any("/attention/" in path for path in adapter.paths)
     rank = max(int(ranks_LE.max()), adapter.rank if has_plain else 0)
@@ -113,7 +113,7 @@ def describe(
 ) -> dict:
     """Returns the values of adapter_config.json."""
     roles = {path.rpartition("/")[2] for path in adapter.paths}
-    own = adapter.own_routing  # whose numbers may come from adapter.experts_per_layer
+    own = adapter.own_routing  # its numbers may come from adapter.experts_per_layer
     routing = {"routing_strategy": "mixlora", "top_k": own.experts_per_token}
     if section.top_p is not None:
         routing = {"routing_strategy": "mixlora-dynamic", "top_p": section.top_p}
@@ -141,20 +141,20 @@ def _activation(config: ModelConfig) -> str:
 
 
 class Described(NamedTuple):
-    """What an adapter_config.json says."""
+    """The content of an adapter_config.json."""
 
     section: AdapterSection  # rank: of attention, as stored
     expert_rank: int  # as stored
 
 
 def read_description(values: Mapping, *, accept_top_p: bool = False) -> Described:
-    """Checks what can be read; raises UserError for the rest."""
+    """Reads adapter_config.json; raises UserError for settings that cannot be converted."""
     routing = _routing_of(values)
     own = dict(values) | dict(values.get("expert_lora") or {})
     if values.get("use_dora") or own.get("use_dora"):
         raise UserError(
-            f"{CONFIG}: use_dora: such adapters are stored without their magnitudes, so what was "
-            "trained is not in the file."
+            f"{CONFIG}: use_dora: such adapters are stored without their magnitudes, so the "
+            "trained model cannot be restored from the file."
         )
     if routing == "mixlora-dynamic":
         _check_dynamic(values, accept_top_p)
@@ -211,21 +211,21 @@ def check_activation(values: Mapping, config: ModelConfig) -> None:
     own, name = _activation(config), values.get("act_fn")
     if name is not None and _ACTIVATIONS.get(str(name), name) != own:
         raise UserError(
-            f"{CONFIG}: act_fn {name!r}: its experts were trained with another activation than the "
-            f"base's, {own}, which is the only one that they can have here."
+            f"{CONFIG}: act_fn {name!r}: experts can only have the base model's activation here, "
+            f"which is {own}."
         )
 
 
 def _check_dynamic(values: Mapping, accept_top_p: bool) -> None:
     if values.get("temperature"):
         raise UserError(
-            f"{CONFIG}: temperature {values['temperature']} divides probabilities, which is not "
-            "supported; only 0 is."
+            f"{CONFIG}: temperature must be 0, because others are not supported, got "
+            f"{values['temperature']}."
         )
     if not accept_top_p:
         raise UserError(
-            f"{CONFIG}: routing by top_p is not renormalised by MoE-PEFT and is here, so outputs "
-            "differ by the sum of the chosen probabilities. Say that this is meant: --accept-top-p."
+            f"{CONFIG}: top_p routing is renormalised here but not in MoE-PEFT, so outputs differ "
+            "by the sum of the chosen probabilities. To convert it anyway, add --accept-top-p."
         )
 
 
@@ -251,7 +251,7 @@ def check_tensors(
     for what, keys in (("lacks", wanted - tensors.keys()), ("also has", tensors.keys() - wanted)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise UserError(f"the adapter {what} {min(keys)}{more}: not an adapter of this base.")
+            raise UserError(f"the adapter {what} {min(keys)}{more}: it is for another base model.")
     return tensors
 
 
@@ -294,7 +294,9 @@ def unpack(
             is_right = value.shape == target.shape
         if not is_right:
             got = list(tensors[place.key].shape)
-            raise UserError(f"the adapter's {place.key} is {got}: not an adapter of this base.")
+            raise UserError(
+                f"the adapter's {place.key} has shape {got}: it is for another base model."
+            )
         rows = min(len(value), len(target))
         target[:rows] = value[:rows]
     return lora

@@ -1,8 +1,8 @@
-"""Has an export opened by the libraries that will use it, where they are installed.
+"""Opens an export with the libraries that will use it, if they are installed.
 
-`open_export.py` does it in a process of its own; here is decided whether it can be done, and what
-came back is compared with the run: the logits of a few short prompts, the tie of the output head,
-the end tokens and the tokenizer's ids. Where it cannot be done, a line says so.
+`open_export.py` does so in a separate process; this module decides whether that is possible, and
+compares the results with the run: the logits of a few short prompts, the tie of the output head,
+the end tokens and the tokenizer's ids. If it is not possible, a line says so.
 """
 
 import importlib.metadata
@@ -29,12 +29,12 @@ from drlora_jax.system.text import counted
 MERGED = open_export.MERGED
 PROMPTS, PROMPT_LENGTH = 3, 16
 MIN_PEFT = (0, 20)  # older ones raise TypeError with transformers 5.24
-# Of f32 weights: the parts of experts are joined while they are read.
+# Relative to f32 weights: the parts of experts are joined while they are read.
 MEMORY_FACTOR, MEMORY_START = 1.3, 1 << 30
 
 
 class Export(NamedTuple):
-    """An export that was written and has computed what it must, and what it is compared with."""
+    """A written and verified export, and the values to compare it with."""
 
     layout: str  # merged, peft or peft-2d
     base: pathlib.Path
@@ -54,7 +54,7 @@ def check_opened(export: Export) -> list[str]:
         answer, logits = _ask(export)
         reason = answer.get("unavailable")
     if reason is not None:
-        return [f"files    names, shapes, dtypes and settings were checked; not opened: {reason}"]
+        return [f"files    names, shapes, dtypes and settings are right; not opened: {reason}"]
     return judge_answer(export, answer, logits)
 
 
@@ -64,7 +64,7 @@ def why_not(export: Export) -> str | None:
     for name in ("torch", "transformers", *peft):
         if importlib.util.find_spec(name) is None:
             readers = " and ".join(["transformers", *peft])
-            return f"{name} is not installed, so the model itself was not loaded by {readers}"
+            return f"{name} is not installed, so {readers} did not load the model"
     version = _version("peft") if peft else None
     if version and _numbers(version) < MIN_PEFT:
         wanted = ".".join(map(str, MIN_PEFT))
@@ -72,7 +72,7 @@ def why_not(export: Export) -> str | None:
     needed, free = _memory_needed(export), available_memory()
     if free is not None and needed > free:
         return (
-            f"the model takes {needed / 2**30:.1f} GiB in float32, and {free / 2**30:.1f} GiB of "
+            f"the model needs {needed / 2**30:.1f} GiB in float32, but {free / 2**30:.1f} GiB of "
             "memory are free"
         )
     return None
@@ -88,12 +88,12 @@ def judge_answer(export: Export, answer: dict, logits: list[np.ndarray]) -> list
     notes = _judge_merged(export, answer) if export.layout == MERGED else []
     ours = [array[:PROMPT_LENGTH] for array in export.logits[:PROMPTS]]
     kls = [float(token_kl(a, b).max()) for a, b in zip(ours, logits, strict=True)]
-    # The middle one: in one prompt a tie in the choice of experts may go the other way.
+    # The median: in one prompt a tie in the choice of experts may be broken differently.
     kl = sorted(kls)[len(kls) // 2]
     if not kl <= MAX_KL:
         raise RunError(
-            f"opened with {with_what}, the export computes something else: KL {kl:.3g} nats per "
-            f"token, at most {MAX_KL:g} is allowed."
+            f"opened with {with_what}, the export computes something different: KL {kl:.3g} nats "
+            f"per token, at most {MAX_KL:g} is allowed."
         )
     return [
         f"opened   with {with_what}: {counted(len(kls), 'prompt')}, KL {kl:.1e} per token",
@@ -124,7 +124,7 @@ def _judge_tokenizer(export: Export, answer: dict) -> list[str]:
         return []
     if theirs != answer["base_tokenizer"]:
         raise RunError(
-            "transformers reads another tokenizer from the export than from the base model: "
+            "transformers reads a different tokenizer from the export than from the base model: "
             f"{_first_difference(answer['base_tokenizer'], theirs)}"
         )
     return [
@@ -200,10 +200,10 @@ def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
         folder = pathlib.Path(name)
         files = [folder / file for file in ("request.json", "answer.json", "logits.npz")]
         files[0].write_text(json.dumps(make_request(export)), encoding="utf-8")
-        # -P: the folder of the script has modules with common names.
+        # -P, because the folder of the script has modules with common names.
         command = [sys.executable, "-P", open_export.__file__, *map(str, files)]
         quiet = {
-            "CUDA_VISIBLE_DEVICES": "",  # the accelerator is jax's
+            "CUDA_VISIBLE_DEVICES": "",  # jax uses the accelerator
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -222,6 +222,6 @@ def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
 
 def _end_in_words(ended: subprocess.CompletedProcess) -> str:
     if ended.returncode < 0:
-        return f"the process that opened it was ended by signal {-ended.returncode} (memory?)"
+        return f"the process was ended by signal {-ended.returncode} (out of memory?)"
     lines = ended.stderr.strip().splitlines() or ["no message"]
-    return f"the process that opened it ended with {ended.returncode}: {lines[-1]}"
+    return f"the process ended with exit code {ended.returncode}: {lines[-1]}"

@@ -1,13 +1,11 @@
-"""The spectra of a model's weight matrices, read from its directory one matrix at a time, and a
-cache of them.
+"""Computes the spectra of a model's weight matrices, one matrix at a time, and caches them.
 
-Counted are the matrices of attention and of the FFN, each expert by itself: q, k, v, o, gate, up
-and down. Where a tensor holds several (experts fused into one, gate above up) it is taken apart.
-Routers, norms, biases, embedding and head are left out.
+The matrices are those of attention and of the FFN, each expert separately: q, k, v, o, gate, up and
+down. A tensor that holds several (fused experts, gate above up) is split. Routers, norms, biases,
+embedding and head are left out.
 
-The cache is a folder for each fingerprint of a model with a file for each layer, written when the
-layer is done: an analysis that was stopped goes on there. A file that is damaged or of something
-else counts as absent.
+The cache has a folder per model fingerprint with a file per layer, written when the layer is done,
+so that an interrupted analysis resumes. Damaged and foreign files count as absent.
 """
 
 import contextlib
@@ -70,11 +68,11 @@ class MatrixFit(NamedTuple):
 
 
 class LayerFit(NamedTuple):
-    """What is known of a layer."""
+    """The exponents of a layer."""
 
     layer: int
     matrices: list[MatrixFit]
-    is_cached: bool  # the spectra were there already
+    is_cached: bool  # whether the spectra came from the cache
 
     @property
     def alpha(self) -> float:
@@ -94,12 +92,12 @@ def fit_layers(
     at a time.
 
     Args:
-      cache: a folder for the spectra of any number of models, which is made; none where None.
-      threads: matrices at once. More than one is of use where BLAS has one thread itself.
+      cache: a folder for the spectra of any number of models, created if needed; None: no cache.
+      threads: matrices computed at once. More than one helps if BLAS itself uses one thread.
 
     Raises:
-      UserError: weights that are not those of config.json, or a matrix without an exponent.
-      RunError: the cache cannot be written.
+      UserError: if the weights do not match config.json, or a matrix has no exponent.
+      RunError: if the cache cannot be written.
     """
     by_layer = find_matrices(config, directory)
     identity = _identity(directory, cache)

@@ -1,8 +1,8 @@
-"""Compares models on text, layer by layer: what an export must show before it is kept.
+"""Compares models on text, layer by layer, to verify an export before it is kept.
 
-A `Variant` is a model as two functions that give its weights, of one layer at a time, in f32. All
-variants go through the stack together, so the memory is that of a layer of each, whatever the
-model's size. A prompt on which two variants choose other experts somewhere is told apart: between
+A `Variant` is a model given by two functions that return its weights, one layer at a time, in f32.
+All variants pass through the stack together, so memory holds one layer of each, whatever the
+model's size. Prompts on which two variants choose different experts are counted separately: between
 equal models that is a tie broken by rounding, and its logits say nothing.
 """
 
@@ -31,7 +31,7 @@ TEXTS = (
     '"Where have you been?" she asked. He put down his bag, and for a while he said nothing.',
     "Let f(x) = 2x + 1. Then f(f(3)) = 2 * 7 + 1 = 15. If f(x) = 9, what is x?",
 )
-LENGTH = 64  # tokens of a prompt at most
+LENGTH = 64  # largest number of tokens of a prompt
 
 
 class Variant(NamedTuple):
@@ -41,10 +41,10 @@ class Variant(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of one variant, by prompt."""
+    """The outputs of one variant, by prompt."""
 
     logits: list[np.ndarray]  # f32 [T, V]
-    choices: list[np.ndarray]  # [L, E], how often each expert was chosen; [0] for a dense model
+    choices: list[np.ndarray]  # [L, E], assignments per expert; [0] for a dense model
 
 
 class Comparison(NamedTuple):

@@ -1,6 +1,4 @@
-"""A chart of AlphaLoRA's choice as a whole SVG file: exponents of the layers above, the experts
-they were given below.
-"""
+"""Draws AlphaLoRA's allocation as an SVG file: the layers' exponents above, their experts below."""
 
 import html
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ COLOUR = shade(0.4)
 
 
 def draw_layers(alpha_L: Sequence[float], experts_L: Sequence[int], *, title: str) -> str:
-    """Returns the text of the file.
+    """Returns the SVG file as text.
 
     Args:
       title: any text, such as the name of the model.

@@ -1,5 +1,6 @@
-"""Line charts as inline SVG. The script of the page adds what the pointer shows; without it the
-charts are complete."""
+"""Draws line charts as inline SVG. The script of the page adds tooltips; the charts are complete
+without it.
+"""
 
 import html
 import json
@@ -10,8 +11,8 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 400, 230
 COMPACT_WIDTH, COMPACT_HEIGHT = 290, 180
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
-MOST_POINTS = 600  # drawn of a curve; the extremes of every stretch are kept
-SMOOTH_FROM = 60  # points: from here on a moving mean is drawn over the noise
+MOST_POINTS = 600  # per curve; the extremes of every stretch are kept
+SMOOTH_FROM = 60  # points from which a moving mean is drawn over the noise
 
 Points = Sequence[tuple[float, float]]
 
@@ -31,7 +32,7 @@ class Chart(NamedTuple):
     is_noisy: bool = False  # smoothed when there are many points
     is_stepped: bool = False  # values hold until the next point
     ticks_at: Sequence[float] = ()  # marked on the step axis
-    end: float | None = None  # of the step axis: also what is still to come
+    end: float | None = None  # end of the step axis, including future steps
     is_compact: bool = False
 
     @property

@@ -1,5 +1,5 @@
-"""Maps of layers x experts: ranks, saliency and routing, as data for the script of the page, and
-the last ranks as a table of numbers.
+"""Builds maps of layers x experts (ranks, saliency, routing) for the script of the page, and the
+table of the last ranks.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.reporting.palette import shade
 from drlora_jax.reporting.read import Frame, RunLog, budgets, frames, is_matrix, layer_indices
 
-MOST_CELLS = 400_000  # of one map over all its steps; what is more is left out evenly
+MOST_CELLS = 400_000  # of one map over all its steps; beyond that, frames are dropped evenly
 PALETTE = [shade(index / 63) for index in range(64)]
 GRADIENT = ",".join(shade(index / 8) for index in range(9))
 
@@ -20,13 +20,13 @@ class HeatMap(NamedTuple):
     """One map over time."""
 
     title: str
-    unit: str  # of a value, for the pointer
+    unit: str  # of a value, for the tooltip
     layers: list[int]
     frames: list[Frame]
-    high: float  # of the colour scale, which begins at 0
-    scale: float = 1.0  # shown values are these times the logged ones
-    decimals: int = 0  # of the numbers in the cells
-    left_out: int = 0  # steps
+    high: float  # end of the colour scale, which begins at 0
+    scale: float = 1.0  # factor from logged to shown values
+    decimals: int = 0  # of shown values
+    left_out: int = 0  # steps without a frame
 
 
 def rank_map(run: RunLog, title: str, high: float | None = None) -> HeatMap | None:
@@ -42,7 +42,7 @@ def more_maps(run: RunLog) -> list[HeatMap]:
     maps = [
         _heat_map(run, "Saliency", "% of its layer", shares, None, 100, 1),
         _heat_map(run, "Routing load", "% of choices", frames(run, "routing_load"), None, 100, 1),
-        _heat_map(run, "Combine weight", "a token", frames(run, "routing_weight"), None, 1, 2),
+        _heat_map(run, "Combine weight", "per token", frames(run, "routing_weight"), None, 1, 2),
     ]
     names = sorted({name for row in run.events for name in _groups(row)})
     for name in names:
@@ -125,14 +125,14 @@ def draw(heat_map: HeatMap, index: int) -> str:
     left_out = ""
     if heat_map.left_out:
         shown, every = len(heat_map.frames), len(heat_map.frames) + heat_map.left_out
-        left_out = f'<p class="quiet">{shown} of {every} steps are in this page.</p>'
+        left_out = f'<p class="quiet">This page has {shown} of {every} steps.</p>'
     is_wide = " wide" if max(map(len, heat_map.frames[-1].values)) > 24 else ""
     return (
         f'<figure class="map{is_wide}"><figcaption><span>{html.escape(heat_map.title)}</span>'
         f'<span class="unit">0<span class="scale" style="background:linear-gradient(to right,'
         f'{GRADIENT})"></span>{top} {html.escape(heat_map.unit)}</span></figcaption>'
-        f'<canvas data-map="{index}" role="img" aria-label="{html.escape(heat_map.title)}: layers '
-        f'down, experts across"></canvas>{left_out}</figure>'
+        f'<canvas data-map="{index}" role="img" aria-label="{html.escape(heat_map.title)} by layer '
+        f'(rows) and expert (columns)"></canvas>{left_out}</figure>'
     )
 
 

@@ -1,8 +1,7 @@
-"""The report: one HTML file with everything in it, of one run or of several next to each other.
+"""Writes the report: one self-contained HTML file about one run, or several side by side.
 
 It opens without a network: style, script and data are inline, and its content security policy
-forbids everything else. All text that comes from files is escaped; the data is JSON in which no `<`
-is left.
+forbids everything else. All text from files is escaped; the data is JSON without any `<`.
 """
 
 import base64
@@ -24,9 +23,9 @@ GIB = 2.0**30
 
 
 def write_report(directories: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Reads the runs and writes the page in one go: a reader never sees half of it."""
+    """Reads the runs and replaces the page as a whole: readers never see half of it."""
     page = make_page([read_run(directory) for directory in directories])
-    # A name may have bytes that are not UTF-8; the page has a question mark for them.
+    # A name may have bytes that are not UTF-8; the page shows a question mark for them.
     replace_text(out, page, errors="replace")
 
 
@@ -103,7 +102,7 @@ def _head(runs: list[RunLog], names: list[str]) -> str:
 def _learning(runs: list[RunLog], names: list[str]) -> list[Chart]:
     events = [row["step"] for row in runs[0].events] if len(runs) == 1 else []
     end = _end(runs)
-    nats = "nats a token"
+    nats = "nats per token"
     return [
         Chart("Training loss", nats, _all(runs, names, "loss"), is_noisy=True, end=end),
         Chart("Held-out loss", nats, _heldout(runs, names), ticks_at=events, end=end),
@@ -126,7 +125,7 @@ def _machine(runs: list[RunLog], names: list[str]) -> list[Chart]:
     rate, norm = _all(runs, names, "learning_rate"), _all(runs, names, "grad_norm")
     zero = {"from_zero": True, "end": end, "is_compact": True}
     return [
-        Chart("Speed", "tokens a second", speed, is_noisy=True, **zero),
+        Chart("Speed", "tokens per second", speed, is_noisy=True, **zero),
         Chart("MFU", "% of peak", _all(runs, names, "mfu", percent), is_noisy=True, **zero),
         Chart("Peak host memory", "GiB", host, **zero),
         Chart("Peak device memory", "GiB", device, **zero),
@@ -223,7 +222,7 @@ def _capacity(runs: list[RunLog], heat_maps: list[maps.HeatMap], steps: list[int
     )
     drawn = "".join(maps.draw(each, index) for index, each in enumerate(heat_maps))
     numbers = maps.rank_table(runs[0]) if len(runs) == 1 else ""
-    note = '<p class="quiet">Layers down, experts across. Move the slider through the run.</p>'
+    note = '<p class="quiet">Rows are layers, columns are experts. The slider selects a step.</p>'
     return f'{note}{slider if last else ""}<div class="maps">{drawn}</div>{numbers}'
 
 

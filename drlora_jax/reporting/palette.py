@@ -1,7 +1,7 @@
-"""The colours of ranks, the same on a terminal and in the report.
+"""The colours of ranks, shared by the terminal and the report.
 
-Viridis: its lightness rises evenly, so the order of values survives grey print and colour-blind
-eyes. Nine anchors with straight lines between them are within a few units of the original.
+Viridis: its lightness rises evenly, so the order of values is visible in grey print and with colour
+blindness. Linear interpolation between nine anchors is within a few units of the original.
 """
 
 ANCHORS = (

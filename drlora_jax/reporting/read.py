@@ -1,8 +1,8 @@
 """Reads the files of a run directory for a report, whatever state they are in.
 
-A run may be going on, may have been killed in the middle of a line, or may have been made by an
-older version that logged less. What is there is used; a line that cannot be read is skipped and
-counted. Only what is no run directory at all is refused.
+A run may still be going, may have been killed in the middle of a line, or may have been written by
+an older version that logged less. Everything readable is used; unreadable lines are skipped and
+counted. Only directories that are no run are refused.
 """
 
 import datetime
@@ -20,7 +20,7 @@ Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
 
 
 class Frame(NamedTuple):
-    """A layers x experts map as it was from `step` on."""
+    """A layers x experts map that holds from `step` on."""
 
     step: int
     values: Matrix
@@ -79,7 +79,7 @@ def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
     kind = kind_of(file)
     if kind == ABSENT:
         return [], 0
-    if kind != FILE:  # a pipe or a device could be read for ever
+    if kind != FILE:  # reading a pipe or a device might never end
         raise UserError(f"{file} is {kind}; a run's log is a regular file.")
     check_downloaded(file)
     try:
@@ -90,7 +90,7 @@ def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # the line that a kill cut short
+        except ValueError:  # a line that a kill cut short
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -147,9 +147,7 @@ def curve(run: RunLog, name: str) -> list[tuple[int, float]]:
 
 
 def frames(run: RunLog, name: str) -> list[Frame]:
-    """Returns the maps of that name in the logs, by step. Ranks begin with what the run started
-    from.
-    """
+    """Returns the maps of that name in the logs, by step. Ranks begin with the initial ones."""
     by_step = {row["step"]: row[name] for row in run.metrics if is_matrix(row.get(name))}
     by_step |= {row["step"]: row[name] for row in run.events if is_matrix(row.get(name))}
     if name == "ranks" and is_matrix(run.facts.get("initial_ranks")):
@@ -158,7 +156,7 @@ def frames(run: RunLog, name: str) -> list[Frame]:
 
 
 def layer_indices(run: RunLog, count: int) -> list[int]:
-    """Returns the model's layer index of every row of a map; 0, 1, ... where it was not logged."""
+    """Returns the model's layer index of every row of a map; 0, 1, ... if it was not logged."""
     for found in (run.events[-1].get("layers") if run.events else None, run.facts.get("layers")):
         if isinstance(found, list) and len(found) == count and all(map(is_number, found)):
             return found

@@ -1,4 +1,4 @@
-"""The tables of a report: final figures, evaluation, config and provenance."""
+"""Writes the tables of a report: final figures, evaluation, config and provenance."""
 
 import html
 import json
@@ -22,7 +22,7 @@ from drlora_jax.system.text import format_bytes
 
 
 class Figure(NamedTuple):
-    """A final figure of a run, and what explains it."""
+    """A final figure of a run, and its explanation."""
 
     value: str
     detail: str = ""
@@ -55,7 +55,7 @@ def _eval_loss(run: RunLog) -> Figure | None:
         return None
     best_step, best = min(losses, key=lambda point: point[1])
     lowest = "lowest" if best == losses[-1][1] else f"lowest {best:.4f} at step {best_step:,}"
-    return Figure(f"{losses[-1][1]:.4f}", f"{lowest}, from {losses[0][1]:.4f}, nats a token")
+    return Figure(f"{losses[-1][1]:.4f}", f"{lowest}, first {losses[0][1]:.4f}, nats per token")
 
 
 def _loss(run: RunLog) -> Figure | None:
@@ -64,7 +64,7 @@ def _loss(run: RunLog) -> Figure | None:
         return None
     tail = losses[-max(len(losses) // 10, 1) :]
     rows = f"mean of the last {len(tail)} logged steps" if len(tail) > 1 else "last logged step"
-    return Figure(f"{statistics.fmean(tail):.4f}", f"{rows}, nats a token")
+    return Figure(f"{statistics.fmean(tail):.4f}", f"{rows}, nats per token")
 
 
 def _ranks(run: RunLog) -> Figure | None:
@@ -74,7 +74,7 @@ def _ranks(run: RunLog) -> Figure | None:
         return None
     limits, experts = budgets(run, len(found[-1].values)), len(found[-1].values[0])
     of = f", budget {statistics.fmean(limits) / experts:.4g}" if limits and experts else ""
-    return Figure(f"{statistics.fmean(ranks):.2f}", f"from {min(ranks)} to {max(ranks)}{of}")
+    return Figure(f"{statistics.fmean(ranks):.2f}", f"min {min(ranks)}, max {max(ranks)}{of}")
 
 
 def _speed(run: RunLog) -> Figure | None:
@@ -83,7 +83,7 @@ def _speed(run: RunLog) -> Figure | None:
         return None
     mfu = [value for _, value in curve(run, "mfu")]
     used = f", MFU {statistics.median(mfu):.1%}" if mfu else ""
-    return Figure(f"{statistics.median(rates):,.0f}", f"tokens a second, median{used}")
+    return Figure(f"{statistics.median(rates):,.0f}", f"tokens per second, median{used}")
 
 
 def _memory(run: RunLog) -> Figure | None:

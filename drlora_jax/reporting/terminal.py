@@ -1,8 +1,8 @@
-"""The map of ranks, layers x experts, as text.
+"""Draws the map of ranks, layers x experts, as text.
 
-A map that fits shows its numbers. A larger one shows means over groups of neighbouring experts
-and layers, one cell a group, and says so. Without colour a cell is its number or a character that
-is darker the higher the rank.
+A map that fits shows its numbers. A larger one shows means over groups of neighbouring experts and
+layers, one cell per group, with a legend. Without colour a cell is its number or a character that
+is darker for higher ranks.
 """
 
 from typing import NamedTuple
@@ -19,11 +19,11 @@ RAMP = ".:-=+*#%@"
 
 
 class Grid(NamedTuple):
-    """Group means of a map, and how large the groups are; the last ones may be smaller."""
+    """Group means of a map, and the sizes of the groups; the last groups may be smaller."""
 
     mean_LE: np.ndarray
-    layers: int  # in a row
-    experts: int  # in a column
+    layers: int  # per row
+    experts: int  # per column
 
 
 def group_means(values_LE: np.ndarray, max_rows: int, max_columns: int) -> Grid:
@@ -98,5 +98,5 @@ def _legend(grid: Grid, max_rank: int, has_numbers: bool, has_colour: bool) -> T
     scale = [(" ", f"on {shade(part / 11)}") for part in range(12)] if has_colour else [RAMP]
     sizes = {"experts": grid.experts, "layers": grid.layers}
     groups = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
-    mean = f", a cell is the mean of {groups}" if groups else ""
+    mean = f", each cell is the mean over {groups}" if groups else ""
     return Text.assemble(("0 ", "dim"), *scale, (f" {max_rank} active ranks{mean}", "dim"))

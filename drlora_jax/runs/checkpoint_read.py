@@ -1,9 +1,9 @@
-"""Reading checkpoints: nothing is created, cleaned up, renamed or locked, so a run that is going on
+"""Reads checkpoints without creating, cleaning up, renaming or locking anything, so that a live run
 is not disturbed.
 
-Every read compares what was restored with the checksums that were saved (`checksums.py`), and what
-the checkpoint says of its step and run with where it lies. One that does not hold what was saved is
-`Damaged`, and the next of the steps that were asked for is taken.
+Every read verifies the restored arrays against the saved checksums (`checksums.py`), and the step
+and run that the checkpoint names against its directory. A checkpoint that fails is `Damaged`, and
+the next of the requested steps is used.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from drlora_jax.runs.identity import find_difference, identity_of
 from drlora_jax.system.paths import check_downloaded, numbered_folders, read_json
 from drlora_jax.system.text import first_line
 
-OLD_NAMES = {"tokens"}  # host values of checkpoints from before there were checksums
+OLD_NAMES = {"tokens"}  # host values of checkpoints that are older than the checksums
 
 
 class Damaged(RunError):
-    """A checkpoint that does not hold what was saved; the message is the reason alone."""
+    """A checkpoint that differs from what was saved; the message is only the reason."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds, verified."""
+    """The verified content of a checkpoint."""
 
     step: int
     state: Any
@@ -59,7 +59,8 @@ def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[i
         raise UserError(f"{directory} has no finished checkpoint.")
     if which not in ("latest", "best", *map(str, steps)):
         raise UserError(
-            f"--step {which}: {directory} has {', '.join(map(str, steps))}; or say latest or best."
+            f"--step {which}: {directory} has the steps {', '.join(map(str, steps))}; give one of "
+            "them, latest or best."
         )
     if which.isdigit():
         return (int(which),)
@@ -86,8 +87,7 @@ def read_newest(directory: pathlib.Path, steps: Sequence[int], abstract: dict) -
     )
     for step, reason in damaged.items():
         say(
-            f"checkpoint {step} of {directory} is damaged ({reason}); checkpoint {found.step} is "
-            "used"
+            f"checkpoint {step} of {directory} is damaged ({reason}); using checkpoint {found.step}"
         )
     return found
 
@@ -103,14 +103,14 @@ def first_good(
         try:
             return read_step(step), damaged
         except Damaged as error:
-            damaged[step] = str(error)  # not the error: its traceback would hold on to the arrays
+            damaged[step] = str(error)  # not the error: its traceback would keep the arrays alive
     first, *others = steps
     for file in sorted((directory / str(first)).rglob("*")):
         check_downloaded(file)
     more = f"; so are the older ones ({', '.join(map(str, others))})" if others else ""
     raise RunError(
-        f"Checkpoint {first} of {directory} is damaged or not whole: {damaged[first]}{more}. Put "
-        "it back from a copy, or take another step or run."
+        f"Checkpoint {first} of {directory} is damaged or incomplete: {damaged[first]}{more}. "
+        "Restore it from a copy, or use another step or run."
     )
 
 
@@ -126,7 +126,7 @@ def read(
     path, wanted = (directory / str(step)).absolute(), without_empty(abstract)
     context = ocp.Context()
     context.pytree.loading.partial_load = is_part
-    # No process waits inside of Orbax for one that has met a damaged file.
+    # No process waits inside Orbax for one that has met a damaged file.
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
 
@@ -145,7 +145,7 @@ def read(
     if checksums.SEAL in host:
         _together(lambda: _check_arrays(loaded, host["arrays"]))
     else:
-        say(f"checkpoint {step} of {directory} is from before there were checksums: not verified")
+        say(f"checkpoint {step} of {directory} has no checksums (older version): not verified")
     return Restored(step, _with_empty(loaded, abstract), host)
 
 
@@ -155,12 +155,12 @@ def _together(work: Callable[[], Any]) -> Any:
     with _quietly(), _kept_young():
         try:
             result = work()
-        except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
+        except Exception as error:  # an incomplete file raises one of a dozen unrelated types
             if _is_of_the_machine(error):
                 raise
             reason = reason_of(error)
         if reason:
-            gc.collect(0)  # what Orbax has left behind, while nobody listens
+            gc.collect(0)  # frees what Orbax has left, while warnings are silenced
             _close_abandoned()
     reasons = [each for each in processes.all_texts(reason) if each]
     if reasons:
@@ -176,7 +176,7 @@ def _close_abandoned() -> None:
     for generation in (0, 1):
         for each in gc.get_objects(generation):
             if type(each) is types.CoroutineType and "orbax" in each.cr_code.co_filename:
-                with contextlib.suppress(Exception):  # its own, or that it is running
+                with contextlib.suppress(Exception):  # the coroutine's own, or it is running
                     each.close()
 
 
@@ -222,7 +222,7 @@ def _check_host(directory, step: int, host: dict, host_names: Sequence[str]) -> 
             raise Damaged("it has no checksums")
         return
     if not checksums.is_sealed(host):
-        raise Damaged("the values beside its arrays do not have their checksum")
+        raise Damaged("the checksum of its host values does not match")
     if host["step"] != step:
         raise Damaged(f"it holds step {host['step']}")
     difference = find_difference(directory.parent, host)
@@ -233,7 +233,7 @@ def _check_host(directory, step: int, host: dict, host_names: Sequence[str]) -> 
 def _check_arrays(state: Any, saved: dict) -> None:
     wrong = checksums.find_mismatch(state, saved)
     if wrong is not None:
-        raise Damaged(f"{wrong} does not have its checksum")
+        raise Damaged(f"the checksum of {wrong} does not match")
 
 
 def say(text: str) -> None:
@@ -246,7 +246,7 @@ def eval_loss(directory: pathlib.Path, step: int) -> float | None:
     place = directory / str(step)
     try:
         values = read_json(place / "_CHECKPOINT_METADATA")["custom_metadata"]
-        if checksums.SEAL not in values:  # as older versions have written it
+        if checksums.SEAL not in values:  # written by an older version
             values = read_json(place / "metrics" / "metrics")
         loss = values["eval_loss"]
     except (UserError, KeyError, TypeError):
@@ -279,11 +279,11 @@ def _check_leaves(saved: Any, abstract: Any) -> None:
     for path, leaf in jax.tree.leaves_with_path(abstract):
         name, expected = leaf_name(path), (tuple(leaf.shape), str(leaf.dtype))
         if found.get(name) != expected:
-            raise Damaged(f"{name} is {found.get(name)}, this run needs {expected}")
+            raise Damaged(f"{name} is {found.get(name)}, but this run needs {expected}")
 
 
 def reason_of(error: Exception) -> str:
-    """Returns the first line, without the specification that TensorStore puts behind it."""
+    """Returns the first line of an error, without the specification that TensorStore appends."""
     first = first_line(error)
     for more in (" [tensorstore", " See full TensorStore"):
         first = first.partition(more)[0]

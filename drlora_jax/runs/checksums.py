@@ -1,13 +1,13 @@
-"""Checksums of a checkpoint: made of the values that are written, compared with those restored.
+"""Checksums of a checkpoint, computed from the values written and compared with those restored.
 
-An array is saved in blocks, one for each part that the mesh cuts it into, and each block has the
-xxh3_128 of its bytes under the index range that it covers. The ranges, not the mesh, say what was
-hashed, so any other mesh and number of processes can compare: what a process holds of an array is
-cut, or put together, to the saved blocks. Where that leaves some process with a part of a block,
-the array is gathered to all hosts first.
+An array is saved in blocks, one per shard of the mesh, and each block has the xxh3_128 of its bytes
+under the index range that it covers. The ranges, not the mesh, define what was hashed, so any other
+mesh and number of processes can verify it: what a process holds of an array is cut or assembled to
+the saved blocks. If some process holds only a part of a block, the array is first gathered to all
+hosts.
 
-The small values beside the arrays are sealed: one more checksum over all of them, the checksums of
-the arrays included. All this finds faults of disks and memory, not attackers.
+The host values beside the arrays are sealed: one more checksum covers all of them, including the
+checksums of the arrays. All this detects faults of disks and memory, not attackers.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def hash_arrays(tree: Any) -> dict[str, dict[str, str]]:
     """Returns the checksums of all blocks of all arrays, equal on every process: {leaf: {ranges:
     digest}}.
 
-    A block that several devices hold is hashed once, where Orbax writes it from.
+    A block that several devices hold is hashed once, on the device from which Orbax writes it.
     """
     own = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -69,7 +69,7 @@ def find_mismatch(tree: Any, saved: Mapping[str, Mapping[str, str]]) -> str | No
     """Returns the first array of which this process holds something different from what was saved;
     None if all match.
 
-    To be called on all processes: arrays are gathered where the meshes make it necessary.
+    All processes must call it: arrays are gathered if the meshes make it necessary.
     """
     wrong = []  # no early return: the others would wait for this process
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -167,7 +167,7 @@ def _key(ranges: Ranges) -> str:
 
 
 def _parse(key: str) -> Ranges:
-    if not key:  # of a scalar
+    if not key:  # a scalar
         return ()
     pairs = (part.partition(":") for part in key.split(","))
     return tuple((int(start), int(stop)) for start, _, stop in pairs)

@@ -1,6 +1,7 @@
-"""The files of a run directory that are not checkpoints: config.json, metrics.jsonl, ranks.jsonl.
+"""Reads and writes the files of a run directory except checkpoints: config.json, metrics.jsonl,
+ranks.jsonl.
 
-The logs are append-only, one JSON object a line, readable after a kill at any moment. On resume
+The logs are append-only, one JSON object per line, readable after a kill at any moment. On resume
 they are cut back to the restored step, so that a resumed run leaves the same lines as an
 uninterrupted one.
 """
@@ -35,7 +36,7 @@ from drlora_jax.system.paths import (
 )
 from drlora_jax.system.text import format_bytes
 
-# What a run writes besides config.json, and would write over or mix with.
+# Files that a run writes besides config.json, and would overwrite or mix with existing ones.
 WRITTEN = ("metrics.jsonl", "ranks.jsonl", "checkpoints", "report.html", "eval.json", "tensorboard")
 
 
@@ -43,8 +44,7 @@ class RunDirectory:
     """Reads and writes the files of a run.
 
     Args:
-      writes: whether this process is the one that does; in the others what would write does
-        nothing.
+      writes: whether this process writes; in the others methods that write do nothing.
     """
 
     def __init__(self, path: str, *, writes: bool = True):
@@ -54,7 +54,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.ranks_file = self.path / "ranks.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.sinks: list[Sink] = []  # get copies of the rows
+        self.sinks: list[Sink] = []  # receive copies of the rows
 
     def stored(self) -> dict | None:
         """Returns the content of config.json if this run was started before and has a
@@ -69,15 +69,15 @@ class RunDirectory:
         try:
             stored = read_json(self.config_file)
         except UserError as error:
-            raise UserError(f"{error} Mend it, or give a new run.dir.") from error
+            raise UserError(f"{error} Fix the file, or give a new run.dir.") from error
         if not is_run(stored):
             raise UserError(
-                f"run.dir={self.path} is not a run directory: its config.json is of something else "
-                "or damaged; give a new one."
+                f"run.dir={self.path} is not a run directory: its config.json belongs to something "
+                "else or is damaged; give a new directory."
             )
         if kind_of(self.checkpoints) not in (ABSENT, DIRECTORY):
             raise UserError(f"{self.checkpoints} must be a directory; give a new run.dir.")
-        # A run that was ended before its first checkpoint has nothing to be continued with.
+        # A run that ended before its first checkpoint cannot be resumed.
         return stored if self.has_checkpoint() else None
 
     def _check_unused(self) -> None:
@@ -88,8 +88,8 @@ class RunDirectory:
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise UserError(
-                f"run.dir={self.path} holds {', '.join(found[:3])}{more} of something else and no "
-                "config.json; give a new directory, or move them away."
+                f"run.dir={self.path} has {', '.join(found[:3])}{more}, but no config.json of a "
+                "run; give a new directory, or move them away."
             )
 
     def check_place(self) -> None:
@@ -98,7 +98,9 @@ class RunDirectory:
         kind, is_open = kind_of(place), os.access(place, os.W_OK | os.X_OK)
         if kind != DIRECTORY or not is_open:
             reason = "no permission" if kind == DIRECTORY else f"{place} is {kind}"
-            raise UserError(f"run.dir={self.path} cannot be written: {reason}; give another.")
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {reason}; give another directory."
+            )
 
     def check_room(self, checkpoint_bytes: int, keep_last: int) -> None:
         """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
@@ -110,8 +112,8 @@ class RunDirectory:
         if free < needed:
             raise UserError(
                 f"run.dir={self.path} has {format_bytes(free)} of free space, but the run needs "
-                f"{format_bytes(needed)}: {count} checkpoints of "
-                f"{format_bytes(checkpoint_bytes)}. Make room, lower run.keep_last or give "
+                f"{format_bytes(needed)} for {count} checkpoints of "
+                f"{format_bytes(checkpoint_bytes)} each. Make room, lower run.keep_last or give "
                 "another run.dir."
             )
 
@@ -178,20 +180,20 @@ class RunDirectory:
         values = {
             "config": to_dict(config),
             **origin,
-            "run_id": secrets.token_hex(8),  # checkpoints of other runs are told apart by it
+            "run_id": secrets.token_hex(8),  # distinguishes the checkpoints of other runs
             "schedule_steps": schedule_steps,
             "version": drlora_jax.__version__,
             **(made_with or {}),
         }
-        if self.has_checkpoint():  # made after we had looked
+        if self.has_checkpoint():  # written after our check
             raise UserError(
-                f"run.dir={self.path} was started by another process meanwhile; the same command "
-                "goes on from its checkpoint."
+                f"run.dir={self.path} has meanwhile been started by another process; run the same "
+                "command again to resume from its checkpoint."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(values, indent=2) + "\n"
-            # A list of numbers is one line; a line end is never inside a JSON string.
+            # Lists of numbers become one line; JSON strings never contain a line break.
             text = re.sub(r"\[\n[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
             replace_text(self.config_file, text)
         except OSError as error:
@@ -201,7 +203,7 @@ class RunDirectory:
         """Drops the lines of both logs that are later than `step`; all of them if `step` is 0.
 
         Returns:
-          What to tell of lines that are lost.
+          Notes about lines that are lost.
         """
         if not self._writes:
             return []
@@ -210,7 +212,7 @@ class RunDirectory:
             kind = kind_of(file)
             if kind == ABSENT:
                 continue
-            if kind != FILE:  # a device could be read for ever
+            if kind != FILE:  # reading a device might never end
                 raise RunError(f"{file} must be a file, but it is {kind}; give a new run.dir.")
             try:
                 lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -225,7 +227,7 @@ class RunDirectory:
                 raise RunError(message) from error
         if not step and steps_before:
             notes.append(
-                f"{self.path} has no checkpoint: its log to step {max(steps_before)} is dropped"
+                f"{self.path} has no checkpoint: its log up to step {max(steps_before)} is dropped"
             )
         first = self._newest_row() + 1
         if step - first + 1 >= log_every:
@@ -281,7 +283,7 @@ def _is_empty(path: pathlib.Path) -> bool:
         return kind == ABSENT
     try:
         return not any(path.iterdir())
-    except OSError:  # no permission to look
+    except OSError:  # no permission to list it
         return False
 
 

@@ -1,7 +1,7 @@
-"""One process at a time writes a run directory.
+"""Locks a run directory, so that one process at a time writes it.
 
-The lock is the kernel's (`flock`), so it ends with its process, however that ends. The file says
-who holds it, for the message. Where the file system has no locks, that content decides instead: a
+The lock is the kernel's (`flock`), so it ends with its process, however that ends. The file names
+its holder, for the message. If the file system has no locks, that content decides instead: a
 process that is alive on this host holds the directory, anything else is a leftover. Reading a run
 directory needs no lock.
 """
@@ -39,7 +39,7 @@ def hold_lock(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is released: nobody can hold a file that is gone
+        file.unlink(missing_ok=True)  # before the release: nobody can hold a file that is gone
         os.close(descriptor)
 
 
@@ -54,7 +54,7 @@ def _acquire(file: pathlib.Path, directory: pathlib.Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(file), os.fstat(descriptor)):
                 return descriptor
-        os.close(descriptor)  # its last holder removed the file between our two calls: once more
+        os.close(descriptor)  # its last holder removed the file between our two calls: retry
 
 
 def _lock(descriptor: int, directory: pathlib.Path) -> None:
@@ -71,7 +71,7 @@ def _lock(descriptor: int, directory: pathlib.Path) -> None:
             return
     who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
     raise UserError(
-        f"run.dir={directory} is in use by {who}; wait for it or stop it, or give another run.dir."
+        f"run.dir={directory} is in use by {who}; wait for it, stop it, or give another run.dir."
     )
 
 
@@ -99,7 +99,7 @@ def _is_alive_here(owner: dict) -> bool:
         os.kill(owner["pid"], 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it belongs to another user
         return True
     return owner["started"] == _start_time(owner["pid"])
 

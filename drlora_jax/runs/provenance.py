@@ -1,4 +1,4 @@
-"""What a run was made with: versions of the packages that decide its numbers, and its devices."""
+"""Records the versions of the packages that determine a run's numbers, and its devices."""
 
 import importlib.metadata
 import platform

@@ -1,10 +1,10 @@
-"""What a run was made with, as config.json keeps it: the block `resolved`.
+"""The block `resolved` of config.json: the settings that a run was actually trained with.
 
-A run stores what was found, not what was asked for: how its rows were written, which tokenizer and
-chat template wrote them, what ends an answer, which base it started from. Whoever uses the run
-later (resume, `generate`, `evaluate`, `export`) gets the same words, wherever rows and base are by
-then. Token ids that changed are refused. A chat template, end tokens or a date that changed are
-said, and those of the run are used.
+A run stores what was resolved, not what was requested: how its rows were written, which tokenizer
+and chat template wrote them, what ends an answer, which base model it started from. Later uses of
+the run (resume, `generate`, `evaluate`, `export`) write the same text, wherever rows and base model
+are by then. Changed token ids are refused. If the chat template, end tokens or date have changed,
+a note says so, and those of the run are used.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from drlora_jax.data.tokenizer_identity import added_since, template_identity
 from drlora_jax.data.wording import CHOICE, TEXT, Wording, Writer, field_names, named_wording
 from drlora_jax.errors import UserError
 
-LONGEST_SYSTEM = 2000  # characters of a system message that are kept
+LONGEST_SYSTEM = 2000  # characters; a longer system message is not stored
 
 
 class SystemMessages(NamedTuple):
-    """Of the training rows."""
+    """The system messages of the training rows."""
 
     rows: int  # that begin with one
-    of: int
-    text: str | None = None  # where all say the same
+    of: int  # all rows
+    text: str | None = None  # if it is the same in all
 
 
 class Resolved(NamedTuple):
@@ -38,14 +38,14 @@ class Resolved(NamedTuple):
     wordings: tuple[tuple[str, Wording], ...]  # (path, its wording) in the order of reading
     system: SystemMessages
     end_token_ids: tuple[int, ...]  # the first is the tokenizer's own
-    chat_template: str | dict | None  # of the tokenizer, where a wording uses it
+    chat_template: str | dict | None  # the tokenizer's, if a wording uses it
     model_revision: str | None  # of a hub name
     tokenizer: dict[str, str]  # sha256 of its parts
     base: str  # fingerprint
 
     @property
     def wording(self) -> Wording:
-        """Of the first path: what single prompts are written in."""
+        """The wording of the first path, which single prompts use."""
         return self.wordings[0][1]
 
     @property
@@ -81,7 +81,7 @@ class Resolved(NamedTuple):
         """Inverts `to_json`.
 
         Raises:
-          UserError: for a block that is not complete.
+          UserError: if the block is incomplete.
         """
         try:
             paths = values.get("paths") or [{"path": "", **values}]
@@ -96,8 +96,9 @@ class Resolved(NamedTuple):
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                "config.json: the block `resolved` is not one that this version writes "
-                f"({error!r}); it was edited, or a newer version made the run."
+                "config.json: this version cannot read the block `resolved` "
+                f"({error!r}). If it was edited, restore it; if a newer version wrote it, use that "
+                "version."
             ) from error
 
 
@@ -142,21 +143,21 @@ def as_trained(
     changed.
 
     Raises:
-      UserError: when it makes other token ids than the run was trained with.
+      UserError: if its token ids differ from those of the training.
     """
     now, then = tokenizer_identity(tokenizer, directory), resolved.tokenizer
     changed, notes = _without_additions(tokenizer, directory, run_dir, now, then)
-    for name, what in (("vocabulary", "vocabulary"), ("probe", "way to cut texts")):
+    for name, what in (("vocabulary", "vocabulary"), ("probe", "way to split texts")):
         if name in changed:
             raise UserError(
                 f"The tokenizer of {directory} is not the one that {run_dir} was trained with: its "
                 f"{what} has changed (sha256 {then[name][:12]}, got {now[name][:12]}), so texts "
-                "may have other token ids. Put the tokenizer files of the training back."
+                "may have different token ids. Restore the tokenizer files of the training."
             )
     if "normalizer" in changed:
         notes.append(
-            f"the tokenizer files of {directory} are written otherwise than at the training; the "
-            "token ids of a probe are the same"
+            f"the tokenizer files of {directory} have changed since the training; the token ids "
+            "of test texts are the same"
         )
     notes += _restore_template(tokenizer, resolved, "template" in changed, directory, run_dir)
     if "ends" in changed:
@@ -184,8 +185,8 @@ def _without_additions(
         tokenizer.pad_token = added.pad_token
         changed -= {"ends"}
     note = (
-        f"{directory}: {token_names(added.tokens)} added since the training of {run_dir}, and not "
-        "used by it"
+        f"{directory}: {token_names(added.tokens)} added since the training of {run_dir}, which "
+        "does not use it"
     )
     return changed - {"vocabulary", "probe"}, [note]
 
@@ -200,8 +201,8 @@ def _restore_template(
     if has_changed and _had_no_chat_template(resolved):
         tokenizer.chat_template = None
         return [
-            f"{directory} has a chat template now and had none when {run_dir} was trained, which "
-            "goes on without one"
+            f"{directory} has a chat template now, but had none when {run_dir} was trained; it is "
+            "not used"
         ]
     return []
 
@@ -219,10 +220,10 @@ def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wordin
     """Returns the wording of a run without the block `resolved`, derived from base model and rows.
 
     Args:
-      data_fingerprint: of the documents that the run was trained with.
+      data_fingerprint: the digest of the documents that the run was trained with.
 
     Raises:
-      UserError: when rows or base are not what they were; it says what to give.
+      UserError: if rows or base model have changed; the message says which options to give.
     """
     section = dataclasses.replace(config.data, special_tokens="keep")
     if section.format != "auto":
@@ -244,9 +245,9 @@ def _given_wording(section, tokenizer) -> Wording:
 
 def _lost(why: str) -> UserError:
     return UserError(
-        "The run does not say how its prompts were written (an earlier version made it, or a "
-        f"converter), and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, "
-        "tulu, tokenizer, or none for texts as they are) and, for rows, --format NAME."
+        "The run does not record how its prompts were written (an earlier version or a converter "
+        f"wrote it), and {why}. Give --template NAME (plain, question_answer, alpaca, chatml, "
+        "tulu, tokenizer, or none for unchanged texts) and, for rows, --format NAME."
     )
 
 
@@ -256,7 +257,7 @@ def asked_wording(
     """Returns the wording that `--template` and `--format` name, else one like the run's.
 
     Args:
-      like: of the run; what is not named is taken from it.
+      like: the run's wording, for everything that the options do not name.
     """
     if template is None and row_format is None:
         return like
@@ -290,7 +291,7 @@ def system_note(resolved: Resolved | None) -> str | None:
     system = resolved.system
     what = f" ({shortened(system.text)})" if system.text else ""
     return (
-        f"{system.rows} of {system.of} training rows began with a system message{what}; these "
+        f"{system.rows} of {system.of} training rows began with a system message{what}, but these "
         "prompts have none (--system TEXT)"
     )
 

@@ -1,7 +1,8 @@
-"""Other places that a run's figures go to, besides its own logs.
+"""Sends a run's figures to other places besides its own logs.
 
-The logs of the run directory are the truth; a sink gets copies of their rows as they are written.
-A logger of your own is a class with the three methods of `Sink` and a line in `open_sinks`:
+The logs of the run directory are authoritative; a sink receives copies of their rows as they are
+written. To add a logger, write a class with the three methods of `Sink`, and add it to
+`open_sinks`:
 
     class Printer:
         def metrics(self, row):
@@ -14,7 +15,7 @@ A logger of your own is a class with the three methods of `Sink` and a line in `
             pass
 
 Rows are the objects of metrics.jsonl and ranks.jsonl. A resumed run sends the steps after its last
-checkpoint again; a sink that cannot overwrite a step is told by `start` where the run goes on.
+checkpoint again; `open_sinks` tells a sink that cannot overwrite a step where the run resumes.
 """
 
 import math
@@ -47,7 +48,7 @@ def open_sinks(section: RunSection, directory: pathlib.Path, step: int) -> list[
 
 
 def check_sinks(section: RunSection) -> None:
-    """Refuses a sink whose package is not installed, before anything is started."""
+    """Refuses a sink whose package is not installed, before anything starts."""
     if section.tensorboard:
         _tensorboard()
 
@@ -72,7 +73,7 @@ class TensorBoard:
     def __init__(self, directory: pathlib.Path, step: int):
         self._events, self._summaries, writer = _tensorboard()
         self._writer = writer(str(directory))
-        # Tells TensorBoard to forget what an ended run had written beyond its checkpoint.
+        # Tells TensorBoard to discard what an ended run had written after its checkpoint.
         start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(step + 1, session_log=start)
 

@@ -126,7 +126,7 @@ CONFIG_FILES = (
     _written(
         "an integer that Python does not print",
         IMPORT + "def get_config(): return TrainConfig(train=TrainSection(steps=10**5000))",
-        "got a number of thousands of digits",
+        "got a number with thousands of digits",
     ),
 )
 RANDOM = "allocation.kind=random"

@@ -105,7 +105,12 @@ PATHS = (
     _path("model", "without data files. It looks like a model directory", "a model directory"),
     _path("evil", "a directory without", "a directory with a loading script", _python_set),
     _path("owner/set", "hides the", "an empty folder of a hub name", _shards("owner/set/.x")),
-    _path("d", "of the split train, and of none", "a folder with a stray file", _shards(*_MIXED)),
+    _path(
+        "d",
+        "of the split train and files whose names say no split",
+        "a folder with a stray file",
+        _shards(*_MIXED),
+    ),
     _path("d", "no file of the split train, only", "no such split", _shards("d/test.jsonl")),
     _path("d", "several kinds", "a folder of two kinds", _shards("d/a.jsonl", "d/a.csv")),
     _path("d/*", "also matches d/b.log", "a glob too wide", _shards("d/a.jsonl", "d/b.log")),
@@ -150,7 +155,7 @@ FILES = (
     _file("a web page", "rows.jsonl is a web page .HTML., not the file itself: download", PAGE),
     _file(
         "one object over several lines",
-        "x.json: one JSON object over several lines; wrap it in",
+        "x.json is one JSON object over several lines, with .*; wrap it in",
         json.dumps(GOOD, indent=1).encode(),
         "x.json",
     ),

@@ -177,7 +177,7 @@ def _damaged(what: str, message: str, damage, **options) -> Case:
         for step in ("10", "12"):
             damage(folder / "run" / "checkpoints" / step)
 
-    message = f"Checkpoint 12 of run/checkpoints is damaged or not whole: .*{message}"
+    message = f"Checkpoint 12 of run/checkpoints is damaged or incomplete: .*{message}"
     return _failed(what, message, running, make, "train.steps=20", **options)
 
 
@@ -226,7 +226,7 @@ CASES = (
     ),
     _refused(
         "no network, for a model on the hub",
-        r"model.path=owner/name is no directory here, and the hub did not give it",
+        r"model.path=owner/name is not a local directory, and downloading it from the hub failed",
         "model.path=owner/name",
         around=_raising("huggingface_hub.snapshot_download", ConnectionError("no route")),
     ),

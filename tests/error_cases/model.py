@@ -183,7 +183,11 @@ def _swap(tensors: dict) -> None:
 
 PATHS = (
     _path("/no/such/model", "no such directory", "a directory that is not there"),
-    _path("modle", "hub did not give it|no such directory; did you mean model", "a typo"),
+    _path(
+        "modle",
+        "downloading it from the hub failed|no such directory; did you mean model",
+        "a typo",
+    ),
     _path("model/config.json", "is a file; give the directory", "a file"),
     _path("pipe", "is a named pipe", "a named pipe", lambda folder: os.mkfifo(folder / "pipe")),
     _path("x" * 300, "name too long", "a name too long for a directory"),
@@ -199,13 +203,13 @@ PATHS = (
     ),
     _path(
         "adapter",
-        "is a PEFT adapter of the base owner/base, .* give that base",
+        "is a PEFT adapter of the base model owner/base, .* give that base model",
         "an adapter",
         _json("adapter/adapter_config.json", {"base_model_name_or_path": "owner/base"}),
     ),
     _path(
         "old",
-        "is a run directory, .* use it with --run; its base is owner/base",
+        "is a run directory, .* use it with --run; its base model is owner/base",
         "a run",
         _json("old/config.json", {"config": {"model": {"path": "owner/base"}}}),
     ),
@@ -269,12 +273,10 @@ CONFIGS = (
         num_attention_heads=1,
         num_key_value_heads=1,
     ),
-    _values(
-        "another width than the weights", r"has shape \[.*config.json makes it", hidden_size=48
-    ),
+    _values("another width than the weights", r"has shape \[.*config.json implies", hidden_size=48),
     _values("more layers than the weights", "The weights lack model.layers.2", num_hidden_layers=3),
     _values(
-        "fewer layers than the weights", "have tensors that olmoe does not", num_hidden_layers=1
+        "fewer layers than the weights", "have tensors that olmoe models lack", num_hidden_layers=1
     ),
     _values(
         "an activation that is not there", "hidden_act 'gelu' is not supported", hidden_act="gelu"
@@ -337,7 +339,7 @@ WEIGHT_FILES = (
     ),
     _case(
         "a tensor too many",
-        "have tensors that olmoe does not: lora.weight",
+        "have tensors that olmoe models lack: lora.weight",
         _tensors(lambda t: t.update({"lora.weight": np.zeros(3, np.float32)})),
     ),
     _case(

@@ -283,9 +283,9 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
         (lambda d: (d.mkdir(), (d / "config.json").write_text(POINTER)), "a git-lfs pointer"),
         (
             lambda d: (d.mkdir(), (d / "config.json").write_text("[]")),
-            "is no run: it has no config.json of",
+            "is not a run: it has no config.json of",
         ),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text('{"config": 1}')), "is no run: "),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text('{"config": 1}')), "is not a run: "),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, make, message, capsys):

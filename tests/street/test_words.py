@@ -375,7 +375,7 @@ def test_control_tokens_come_from_the_template_only(kind, tmp_path):
 
 
 def test_prompts_are_written_in_one_place():
-    """Who calls what: chat templates are rendered in one function, prompts written by one class."""
+    """Chat templates are rendered in one function, prompts written by one class."""
     callers: dict[str, set[str]] = {}
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
