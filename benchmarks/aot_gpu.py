@@ -73,7 +73,7 @@ def parse(arguments):
 
 
 def run_apart(command: list[str], minutes: float) -> int:
-    """The exit code of a process that compiles, with a deadline."""
+    """Returns the exit code of a process that compiles, with a deadline."""
     process = subprocess.Popen(command, process_group=0)
     try:
         code = process.wait(60 * minutes)
@@ -88,7 +88,7 @@ def run_apart(command: list[str], minutes: float) -> int:
     return code
 
 
-# --------------------------------------------------------------------------------------- compiling
+# ---------------------------------------------------------------------------------------- compiling
 
 
 def compile_here(args) -> int:
@@ -133,7 +133,7 @@ def described_devices(gpu, count: int):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         plugin = f"jax-cuda13-plugin=={jax.__version__}"
         raise UserError(
-            f"jax can not compile for an NVIDIA GPU here: {reason}. It needs Python 3.12 or newer "
+            f"jax cannot compile for an NVIDIA GPU here: {reason}. It needs Python 3.12 or newer "
             f"and the plugin of jax's version (pip install 'drlora-jax[cuda-aot]' {plugin})."
         ) from error
 

@@ -206,7 +206,7 @@ def child_environment() -> dict[str, str]:
 
 
 def child(args: argparse.Namespace) -> int:
-    """One case of one part: its rows on stdout."""
+    """Returns one case of one part: its rows on stdout."""
     import gpu_attention
     import gpu_grouped
     import gpu_kernels

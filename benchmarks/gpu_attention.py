@@ -94,7 +94,7 @@ def _measure(setting: Setting, shape: Shape, backend: str) -> dict:
 
 
 def leaks(both, inputs, others, dy_BTNH, segments_BT) -> dict:
-    """What becomes of documents when one of their row becomes another.
+    """Returns what becomes of documents when one of their row becomes another.
 
     Outputs may not change by a bit. Nor may gradients, unless the kernel adds them up in whatever
     order: then by no more than between two calls with equal inputs.

@@ -120,7 +120,7 @@ def _error(got, wanted) -> float:
     return float(np.linalg.norm(got - wanted) / (np.linalg.norm(wanted) or 1.0))
 
 
-# ------------------------------------------------------------------------------------------- layer
+# -------------------------------------------------------------------------------------------- layer
 
 
 def layer(setting: Setting):

@@ -61,7 +61,7 @@ def rate_shares(setting: Setting, flops: float) -> dict:
 
 
 def attempt(row: dict, measure: Callable[[], dict]) -> dict:
-    """The row with what `measure` found, or with the first line of what it raised."""
+    """Returns the row with what `measure` found, or with the first line of what it raised."""
     try:
         return row | measure()
     except Exception as error:  # whatever a backend raises is a finding

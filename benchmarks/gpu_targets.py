@@ -89,7 +89,9 @@ def _rates(unit: str, rates: dict[int, tuple]) -> str:
 
 
 def library_flags() -> str:
-    """Where XLA finds the device library of `nvidia-nvvm`; without it, it looks for CUDA."""
+    """Returns XLA's flag for the device library of `nvidia-nvvm`; without it, XLA looks for
+    CUDA.
+    """
     package = importlib.util.find_spec("nvidia")
     for root in package.submodule_search_locations if package else ():
         folder = pathlib.Path(root) / "cu13"

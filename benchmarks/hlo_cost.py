@@ -81,7 +81,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """A text that begins with a parenthesis, cut behind the one that closes it."""
+    """Returns a text that begins with a parenthesis, cut behind the one that closes it."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -167,7 +167,7 @@ def _dot_kind(body, dot: Instruction) -> str:
 
 
 def _was_narrow(body, name: str) -> bool:
-    """Whether numbers were converted from 16 bits, in this computation."""
+    """Returns whether numbers were converted from 16 bits, in this computation."""
     each = body[name]
     while each.kind in LAYOUTS and each.operands[0] in body:
         each = body[each.operands[0]]

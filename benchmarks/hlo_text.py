@@ -125,7 +125,7 @@ def _holds(shape: tuple[int, ...], matrix: tuple[int, int]) -> bool:
 
 
 def forbidden(each: Collective, limits: Limits) -> str | None:
-    """What a collective moves that it must not, or None."""
+    """Returns what a collective moves that it must not, or None."""
     for _, sizes in _ARRAY.findall(each.shape):
         shape = tuple(int(size) for size in sizes.split(",") if size)
         count = math.prod(shape)

@@ -26,8 +26,8 @@ MODELS = pathlib.Path(__file__).parent / "models"
 
 
 def model_values(model: str | None, config: TrainConfig) -> dict:
-    """A config.json: of a file or directory, or the published or bundled one that `model.path`
-    names.
+    """Returns a config.json: of a file or directory, or the published or bundled one that
+    `model.path` names.
     """
     name = config.model.path.rsplit("/", 1)[-1]
     file = pathlib.Path(model) if model else MODELS / f"{name}.json"
@@ -41,7 +41,7 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
 
 
 def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Job:
-    """The job of a config without files: no data, weights, tokenizer or run directory."""
+    """Returns the job of a config without files: no data, weights, tokenizer or run directory."""
     model_config = parse_config(values)
     adapter = resolve.make_adapter(config, model_config)
     sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
@@ -69,7 +69,7 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Jo
 
 
 def forecast_bytes(run: train.Run) -> int:
-    """What is said before compiling, everything counted."""
+    """Returns what is said before compiling, everything counted."""
     layout, lora = memory_layout(run.job, run.mesh, run.experts), run.abstract_state.lora
     added = predicted_step_bytes(
         run.job.model_config, layout, bytes_on_one_device(lora), run.job.config.model.remat

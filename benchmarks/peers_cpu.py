@@ -170,7 +170,7 @@ def bare_products() -> dict[str, list[Product]]:
 
 
 def run_products(directory: str, steps: int) -> dict:
-    """The seconds of all bare products of a step, and operations, by kind."""
+    """Returns the seconds of all bare products of a step, and operations, by kind."""
     import jax
     import jax.numpy as jnp
     from timing import median_seconds
@@ -301,7 +301,9 @@ def main() -> None:
 def products_line(
     products: list[dict], rounds: dict[str, list[dict]], kinds: tuple[str, ...]
 ) -> str:
-    """The bare products' time, and what share of each side's step of the same round that is."""
+    """Returns the bare products' time, and what share of each side's step of the same round that
+    is.
+    """
     seconds, operations = (
         np.array([sum(row[kind][name] for kind in kinds) for row in products])
         for name in ("seconds", "operations")

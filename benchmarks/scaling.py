@@ -183,7 +183,7 @@ def table(axis: str, steps: dict[int, Step], seconds: dict, matmul_N, copy_N):
 
 
 def forecast_bytes(step: Step) -> int:
-    """What is said before compiling, everything counted."""
+    """Returns what is said before compiling, everything counted."""
     run = step.run
     experts = run.model.options.ops.expert_mlp.keywords["backend"]
     layout = memory_layout(run.job, run.mesh, experts)

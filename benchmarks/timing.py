@@ -42,7 +42,7 @@ def seconds_of(function: Callable, *args, calls: int = 1) -> float:
 
 
 def calls_that_fill(function: Callable, *args, seconds: float = MEASUREMENT) -> int:
-    """How many calls take about that long; alone a call also takes what starting it takes."""
+    """Returns how many calls take about `seconds`; a single timed call also includes its launch."""
     alone = seconds_of(function, *args)
     calls = _bounded(seconds / alone)
     return _bounded(seconds / seconds_of(function, *args, calls=calls)) if calls > 1 else 1
@@ -84,7 +84,7 @@ def ratio(seconds_N: np.ndarray, base_N: np.ndarray) -> Ratio:
 
 
 def matmul_bound(side: int, dtype) -> tuple[Callable, int]:
-    """A product of square matrices to time, and its floating-point operations."""
+    """Returns a product of square matrices to time, and its floating-point operations."""
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (side, side), dtype) for key in keys)
     product = jax.jit(jnp.matmul)
@@ -92,13 +92,13 @@ def matmul_bound(side: int, dtype) -> tuple[Callable, int]:
 
 
 def copy_bound(side: int, dtype) -> tuple[Callable, int]:
-    """A pass over an array of side^2 to time, and the bytes that it reads and writes."""
+    """Returns a pass over an array of side^2 to time, and the bytes that it reads and writes."""
     array = jax.random.normal(jax.random.key(0), (side, side), dtype)
     add = jax.jit(lambda array: array + 1)
     return lambda: add(array), 2 * array.nbytes
 
 
 def first_line(error: Exception) -> str:
-    """What a measurement that failed says of it."""
+    """Returns what a measurement that failed says of it."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def fill(page: str, blocks: dict[str, str]) -> str:
-    """The page with the named blocks replaced; a block that the page lacks is left out."""
+    """Returns the page with the named blocks replaced; a block that the page lacks is left out."""
     for name, text in blocks.items():
         pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
         page = re.sub(
@@ -119,7 +119,7 @@ def rate_table(study: Study, results: dict, task: str) -> str:
 
 
 def rank_table(study: Study, results: dict, task: str) -> str:
-    """How final ranks go with the routing that MoE-Sieve's profile measured on the base."""
+    """Returns how final ranks go with the routing that MoE-Sieve's profile measured on the base."""
     share_LE = analyse.base_shares(results, task)
     if share_LE is None:
         return ""
@@ -149,8 +149,9 @@ def rank_table(study: Study, results: dict, task: str) -> str:
 
 
 def config_table(study: Study, results: dict) -> str:
-    """What the stored configs of the arms differ in from the study's base, rates and places left
-    out; a field that differs in some task only is named with it."""
+    """Returns what the stored configs of the arms differ in from the study's base, rates and places
+    left out; a field that differs in some task only is named with it.
+    """
     rows = []
     for arm in study.arms:
         found: dict[str, set] = {}

@@ -25,7 +25,7 @@ def finished_losses(study: Study, out: pathlib.Path) -> dict[Cell, float]:
 
 
 def read_cell(run_dir: pathlib.Path) -> dict | None:
-    """What a finished run measured; None if it is not finished."""
+    """Returns what a finished run measured; None if it is not finished."""
     try:
         stored = json.loads((run_dir / "config.json").read_text())
         rows = _rows(run_dir / "metrics.jsonl")

@@ -83,7 +83,7 @@ def run_all(study: Study, file: pathlib.Path, out: pathlib.Path, jobs: int, arms
 
 
 def launch(study, file, cell: Cell, out, done, core: int | None, run_dir=None) -> subprocess.Popen:
-    """A training on one core of its own; its output goes beside its run directory."""
+    """Returns a training on one core of its own; its output goes beside its run directory."""
     changes = overrides_of(study, cell, out, done)
     if run_dir is not None:
         changes[0] = f"run.dir={run_dir}"

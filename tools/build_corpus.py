@@ -88,18 +88,18 @@ def size(texts):
 
 
 def squeeze(text):
-    """The key for duplicates: case and white space do not count."""
+    """Returns the key for duplicates: case and white space do not count."""
     return " ".join(text.lower().split())
 
 
 def unique(texts, *, seen=()):
-    """The texts in order, without those whose key came before or is in `seen`."""
+    """Returns the texts in order, without those whose key came before or is in `seen`."""
     keys = set(seen)
     return [t for t in texts if (key := squeeze(t)) not in keys and not keys.add(key)]
 
 
 def take(texts, max_bytes):
-    """How many of the first texts fit in `max_bytes`."""
+    """Returns how many of the first texts fit in `max_bytes`."""
     ends = itertools.accumulate(len(text.encode()) for text in texts)
     return sum(end <= max_bytes for end in ends)
 

@@ -5,7 +5,7 @@
 For every layer the smallest and the largest share of an expert (1 / experts where all are used
 alike) and the entropy of the shares over its largest value, 1. An adapter's own experts without a
 rank are closed and not counted. --data is read by the settings of the run (format, template, row
-length), rows that can not be used are left out; dropout is off.
+length), rows that cannot be used are left out; dropout is off.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def relative_entropy(shares_LE: np.ndarray) -> np.ndarray:
 
 
 def lines(layers, shares_LE: np.ndarray) -> list[str]:
-    """The table as text, with means over layers."""
+    """Returns the table as text, with means over layers."""
     least_L, most_L = np.nanmin(shares_LE, axis=1), np.nanmax(shares_LE, axis=1)
     columns = np.stack([least_L, most_L, relative_entropy(shares_LE)], axis=1)
     text = ["layer    least     most  entropy"]

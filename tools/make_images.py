@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def read_events(run: pathlib.Path) -> list[tuple[int, np.ndarray]]:
-    """The ranks [L, E] before step 1 and after every event, by step."""
+    """Returns the ranks [L, E] before step 1 and after every event, by step."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
     rows = [json.loads(line) for line in (run / "ranks.jsonl").read_text().splitlines()]
     first = np.full_like(np.array(rows[0]["ranks"]), config["allocation"]["r_init"])
@@ -46,7 +46,7 @@ def read_events(run: pathlib.Path) -> list[tuple[int, np.ndarray]]:
 
 
 def read_losses(run: pathlib.Path) -> list[tuple[int, float]]:
-    """The held-out loss wherever it was measured, by step."""
+    """Returns the held-out loss wherever it was measured, by step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
 

@@ -157,7 +157,7 @@ def parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[byte
 
 
 def byte_letters() -> dict[int, str]:
-    """How byte-level tokenizers write a byte: itself where it is a visible character."""
+    """Returns how byte-level tokenizers write a byte: itself where it is a visible character."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     letters = {byte: chr(byte) for byte in visible}
@@ -169,7 +169,7 @@ def spell(token: bytes, letters: dict[int, str]) -> str:
 
 
 def shorten(values: dict) -> tuple[str, int]:
-    """The JSON text with the most merges that fit, and how many these are."""
+    """Returns the JSON text with the most merges that fit, and how many these are."""
     for merges in range(MERGES, 0, -10):
         text = json.dumps(cut(values, merges), ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) <= MAX_BYTES:

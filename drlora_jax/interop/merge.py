@@ -1,4 +1,4 @@
-"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, its columns given lengths."""
+"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, columns are then rescaled."""
 
 import numpy as np
 
@@ -9,11 +9,11 @@ from drlora_jax.models.families import Slot
 
 
 def delta(update: LayerUpdate, path: tuple[str, ...], weight: np.ndarray) -> np.ndarray | None:
-    """What the adapter adds to one leaf of the layer, f32 in the orientation of our tree.
+    """Returns the adapter's update of one leaf of the layer, f32, oriented as in our tree.
 
     Args:
       path: of the leaf below the layer, such as ("attention", "q", "kernel") or ("moe", "down").
-      weight: the base's leaf.
+      weight: the base model's leaf.
     """
     matrices = update.matrices_in(path)
     if not matrices:
@@ -36,7 +36,9 @@ def delta(update: LayerUpdate, path: tuple[str, ...], weight: np.ndarray) -> np.
 
 
 def column_norms(weight_DF: np.ndarray) -> np.ndarray:
-    """f64 [D_out]; above zero, so that a column of zeros may be divided by its own."""
+    """Returns the norms of columns, f64 [D_out]; above zero, so that a column of zeros may be
+    divided by its own.
+    """
     return np.maximum(np.linalg.norm(weight_DF.astype(np.float64), axis=0), SMALLEST_NORM)
 
 
@@ -45,24 +47,24 @@ def _product(pair: Pair | None) -> np.ndarray | None:
 
 
 def merge_layer(params: dict, update: LayerUpdate) -> dict:
-    """One layer's f32 parameters with the adapter added."""
+    """Returns one layer's f32 parameters with the adapter added."""
 
-    def walk(tree: dict, path: tuple[str, ...]) -> dict:
+    def visit(tree: dict, path: tuple[str, ...]) -> dict:
         merged = {}
         for name, node in tree.items():
             here = (*path, name)
             if isinstance(node, dict):
-                merged[name] = walk(node, here)
+                merged[name] = visit(node, here)
                 continue
             added = delta(update, here, node)
             merged[name] = node if added is None else node + added
         return merged
 
-    return walk(params, ())
+    return visit(params, ())
 
 
 def adapted_tensors(table: dict[str, Slot], updates: list[LayerUpdate]) -> dict[str, LayerUpdate]:
-    """The tensors on disk that the adapter changes, with what their layer gets."""
+    """Returns the tensors on disk that the adapter changes, with what their layer gets."""
     by_layer = {update.layer.key: update for update in updates}
     found = {}
     for key, slot in table.items():
@@ -84,9 +86,9 @@ def _is_adapted(update: LayerUpdate, slot: Slot) -> bool:
 
 
 def merge_tensor(value: np.ndarray, slot: Slot, update: LayerUpdate) -> np.ndarray:
-    """An adapted tensor as it is on disk, with the adapter added: f32, unless nothing is added.
+    """Adds the adapter to a tensor as it is on disk; returns f32, unless the update is zero.
 
-    An expert without an active rank keeps its tensor as it is, bit by bit.
+    An expert without an active rank keeps its tensor unchanged, bit for bit.
     """
     if len(slot.index) > 1:  # of one expert
         (matrix,) = update.matrices_in(slot.path[2:], slot.half)

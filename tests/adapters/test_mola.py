@@ -421,7 +421,7 @@ def test_a_resumed_run_is_identical(finished):
     jax.tree.map(
         np.testing.assert_array_equal, resumed.variables["lora"], expected.variables["lora"]
     )
-    with pytest.raises(UserError, match="was made with adapter.experts_per_layer"):
+    with pytest.raises(UserError, match="was created with adapter.experts_per_layer"):
         changed = dataclasses.replace(config_of(folder).adapter, experts_per_layer="4,4")
         prepare(dataclasses.replace(config_of(folder), adapter=changed))
 

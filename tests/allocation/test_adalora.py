@@ -301,9 +301,7 @@ def test_rows_move_where_they_lie_on_a_mesh(folder):
 
 def test_a_note_says_that_ranks_shrink():
     before, after = np.full((1, 4), 4), np.array([[4, 2, 0, 2]])
-    assert describe_ranks(5, before, after) == (
-        "step 5: ranks shrink to a mean of 2.00, from 0 to 4"
-    )
+    assert describe_ranks(5, before, after) == "step 5: mean rank 4.00 -> 2.00 (min 0, max 4)"
 
 
 @pytest.mark.parametrize(
