@@ -11,6 +11,9 @@ from drlora_jax.adapters.registry import PLACEMENTS
 from drlora_jax.allocation.registry import POLICIES
 from drlora_jax.config import rules
 from drlora_jax.config.kinds import KindSection, with_kinds
+from drlora_jax.models.options import Remat
+from drlora_jax.ops.attention.api import Backend
+from drlora_jax.ops.experts.backends import Experts
 from drlora_jax.system.fields import Section, option
 
 
@@ -48,15 +51,9 @@ class ModelSection(Section):
         "auto",
         "dtype of base weights and activations; auto: bfloat16 on accelerators, float32 on CPUs",
     )
-    remat: Literal["none", "selective", "full"] = option(
-        "selective", "what the backward pass recomputes instead of storing"
-    )
-    attention: Literal["auto", "xla", "native", "chunked", "cudnn", "splash"] = option(
-        "auto", "implementation of attention"
-    )
-    experts: Literal["auto", "native", "block", "ragged", "mosaic", "dense", "tokamax"] = option(
-        "auto", "implementation of the experts"
-    )
+    remat: Remat = option("selective", "what the backward pass recomputes instead of storing")
+    attention: Backend = option("auto", "implementation of attention")
+    experts: Experts = option("auto", "implementation of the experts")
 
     check = rules.check_model
 

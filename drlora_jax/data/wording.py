@@ -117,8 +117,11 @@ def named_wording(
         return Wording(TEXT, AS_IS)
     if template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
         known = (*PROMPT_TEMPLATES, *CHAT_TEMPLATES, "none")
-        hint = did_you_mean(template, known) or f"known: {', '.join(known)}."
-        raise UserError(f"--template {template}: no such template; {hint}")
+        near = did_you_mean(template, known)
+        hint = f"{near[0].upper()}{near[1:]} " if near else ""
+        raise UserError(
+            f"--template {template}: no such template. {hint}Known: {', '.join(known)}."
+        )
     row_format = "chat" if template in CHAT_TEMPLATES else "prompt_response"
     template = choose_template(template, row_format, tokenizer)
     date = _date(DataSection(), template, tokenizer, date)
