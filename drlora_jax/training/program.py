@@ -60,10 +60,10 @@ class Run(NamedTuple):
     abstract_params: dict
     abstract_state: TrainState
     abstract_batch: Batch  # of a step, [M, B, T]
-    # How experts are computed, and a line that says which implementations were chosen.
+    # The backend that computes experts, and the log line that names all implementations.
     experts: str
     backends: str
-    # A line on the memory and the time that a step will take.
+    # The log line that forecasts the memory of a step.
     forecast: str
 
 

@@ -255,7 +255,7 @@ def test_unknown_names(lm_eval, loaded, tasks, monkeypatch):
         "lm_eval.tasks.TaskManager",
         lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False),
     )
-    with pytest.raises(UserError, match="--tasks animal: no task .* did you mean animals"):
+    with pytest.raises(UserError, match="--tasks animal: no such task .* did you mean animals"):
         harness.prepare(["animal"], Settings(), task_path=str(tasks))
     with pytest.raises(UserError, match="--task-path nowhere is not a directory"):
         harness.prepare(["animals"], Settings(), task_path="nowhere")

@@ -64,7 +64,7 @@ def test_a_long_context_loses_its_start(model, loaded):
 
 
 def test_too_long_answers_and_empty_ones_are_refused(model):
-    with pytest.raises(UserError, match=r"An answer has \d+ tokens .* sees 96; .*--max-length"):
+    with pytest.raises(UserError, match=r"An answer has \d+ tokens .* is 96; .*--max-length"):
         model.loglikelihood(requests_of(("a", " ".join(WORDS * 12))))
     with pytest.raises(RunError, match="requests the score of an empty text"):
         model.loglikelihood(requests_of(("a", "")))

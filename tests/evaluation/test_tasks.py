@@ -83,7 +83,7 @@ def test_answers_go_back_to_their_items(tokenizer):
 def test_a_broken_model_gets_no_score(tokenizer):
     item = multiple_choice.likelihood_item("7", Question("Q?", ("a", "b"), 0), "piqa", tokenizer)
     nothing = LogLikelihood(float("nan"), False, 1)
-    with pytest.raises(RunError, match="item 7"):
+    with pytest.raises(RunError, match="Item 7 has"):
         multiple_choice.answer_items([item], lambda pairs: [nothing] * len(pairs))
 
 

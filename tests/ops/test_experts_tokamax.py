@@ -212,7 +212,7 @@ def test_what_can_not_be_used_is_refused(monkeypatch, tiny_run):
         "tokamax": "it has kernels for TPU and NVIDIA, not for cpu",
         "ragged": "no grouped kernel for float32 on cpu",
     }.items():
-        with pytest.raises(UserError, match=f"model.experts={experts} can not .*: {reason}"):
+        with pytest.raises(UserError, match=f"model.experts={experts} cannot .*: {reason}"):
             tiny_run(f"model.experts={experts}")
     config = tiny_run().job.model_config
     monkeypatch.setattr(tokamax, "is_installed", lambda: False)

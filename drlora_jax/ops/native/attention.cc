@@ -1,9 +1,9 @@
 // Causal attention over packed rows, forward and backward, in float32.
 //
-// A block of queries meets the keys from the first one that its documents or its window can reach
-// up to its own last one: scores of a block lie in cache, a row's never exist at once. A task is
-// one head of one row, backward one key-value head with all its query heads, so sums have one
-// order.
+// A block of queries is multiplied with the keys from the first one that its documents or its
+// window can reach up to its own last one: the scores of a block stay in the cache, and those of a
+// row never exist at once. A task is one head of one row, in the backward pass one key-value head
+// with all its query heads, so the order of summation is fixed.
 //
 // Equations are those of ops/attention/chunked.py. B rows, T positions, N heads, G key-value heads.
 
@@ -20,22 +20,22 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int64_t kBlock = 48;     // queries
-constexpr float kUnseen = -1e30f;  // a score
+constexpr float kUnseen = -1e30f;  // the score of a masked key
 
 struct Attention {
   int64_t rows, length, heads, groups, head_width, value_width;
   const float *q, *k, *v;  // [B, T, N, H], [B, T, G, H], [B, T, G, V]
   const int32_t *segments, *positions;
   float scale, cap;  // cap 0: none
-  int64_t window;    // keys that a query sees, itself included
+  int64_t window;    // keys that a query attends to, itself included
 
-  int64_t keys() const { return round_up(length, kPanel); }  // with filling ones
+  int64_t keys() const { return round_up(length, kPanel); }  // with padding
 };
 
-// What of a row decides who sees whom; filling keys are of no document.
+// What decides which queries of a row attend to which keys; padding keys belong to no document.
 struct Row {
   std::vector<int32_t> segments, positions;
-  std::vector<int64_t> first;  // key that a query may see
+  std::vector<int64_t> first;  // first key that a query may attend to
 
   Row(const Attention& problem, int64_t row) {
     const int64_t length = problem.length;
@@ -53,7 +53,7 @@ struct Row {
   }
 };
 
-// Queries [start, stop) and the keys [low, high) that they may see; both bounds are of panels.
+// Queries [start, stop) and the keys [low, high) that they may attend to, whole panels.
 struct Block {
   int64_t start, stop, low, high;
 };
@@ -68,12 +68,12 @@ void each_block(const Attention& problem, const Row& row, const Visit& visit) {
   }
 }
 
-// All panels of a right operand [depth, columns], one behind the other.
+// All panels of a right operand [depth, columns], one after the other.
 struct Panels {
   std::vector<float> memory;
   int64_t depth = 0, columns = 0;
 
-  // With zeros for the rows behind the operand's own.
+  // Padded with rows of zeros.
   void fill(const Right& right, int64_t rows, int64_t all_rows, int64_t all_columns) {
     depth = all_rows;
     columns = all_columns;
@@ -123,7 +123,7 @@ Vec scaled(const Attention& problem, Vec score, Vec* slope) {
   return problem.cap * turned;
 }
 
-// What a core works in, kept from one call to the next.
+// Scratch memory of a core, reused between calls.
 struct Workspace {
   std::vector<float> scores, d_scores, queries, d_out;
   Panels keys, values, keys_by_row, values_by_column;
@@ -198,7 +198,7 @@ void forward(const Attention& problem, ffi::ThreadPool& pool, const float* sinks
 
 // -------------------------------------------------------------------------------------- backward
 
-// Rows of a head, as wide as panels are, with zeros behind.
+// Rows of a head, padded with zeros to whole panels.
 void copy_rows(const float* from, int64_t stride, int64_t rows, int64_t width, float* to) {
   const int64_t wide = round_up(width, kPanel);
   for (int64_t i = 0; i < rows; ++i) {
@@ -250,7 +250,7 @@ void backward(const Attention& problem, ffi::ThreadPool& pool, const float* out,
                           block, d_scores, stride);
         for (int64_t i = 0; i < queries; ++i) {
           const int64_t query = block.start + i;
-          // What the softmax's normalisation sends back to every score of a query.
+          // The gradient through the softmax's normalisation, common to all scores of a query.
           float mean = 0;
           for (int64_t at = 0; at < value_width; ++at) {
             mean += d_out[o_first + i * o.stride + at] * out[o_first + i * o.stride + at];

@@ -1,11 +1,11 @@
-// Gated expert MLPs with low-rank factors, forward and backward, for frozen float32 weights.
+// Gated expert MLPs with LoRA matrices, forward and backward, for frozen float32 weights.
 //
-// Slots (a token and one of its experts) are sorted by expert. Every part gets an equal
-// stretch of them, and takes its experts one after another: the rows of an expert are
-// gathered, multiplied with weights and active ranks as they lie in the stacks, and added to the
-// part's own sums over experts. So there are no filling rows, skew costs nothing, cost follows the
-// active ranks, and results depend on the number of parts only. An expert that parts share has
-// partial gradients, which are added up in the order of the parts.
+// Slots ((token, expert) assignments) are sorted by expert. Every part gets an equal range of them
+// and processes its experts one after another: the rows of an expert are gathered, multiplied with
+// weights and active ranks read directly from the stacks, and added to the part's own sums over
+// experts. There are no padding rows, load skew costs nothing, the cost follows the active ranks,
+// and results depend only on the number of parts. An expert that is shared by several parts has
+// partial gradients, which are summed in the order of the parts.
 //
 // Equations and letters are those of ops/experts/api.py and ops/experts/block.py.
 
@@ -74,7 +74,7 @@ Out at_tokens(const Problem& problem, const Chunk& chunk, float* sums, Workspace
   return out;
 }
 
-// Rows with what dropout leaves of them; `to` may be `from`.
+// Rows after dropout; `to` may be `from`.
 void drop(const Problem& problem, const Chunk& chunk, int r, const float* from, int64_t from_stride,
           float* to, int64_t to_stride) {
   const Dropout& dropout = problem.dropout;
@@ -96,7 +96,7 @@ void drop(const Problem& problem, const Chunk& chunk, int r, const float* from, 
   }
 }
 
-// The input of a role's factors: as it is, or with what dropout leaves of it.
+// The input of a role's LoRA matrices, after dropout if there is any.
 Rows factors_read(const Problem& problem, const Chunk& chunk, int r, const float* in,
                   int64_t stride, Workspace& work) {
   if (!problem.dropout.is_on || problem.roles[r].active(chunk.expert) == 0) return {in, stride};
@@ -111,7 +111,7 @@ void low_rank(const Problem& problem, const Chunk& chunk, int r, Rows in, Worksp
   multiply(chunk.rows, role.active(chunk.expert), &term, 1, {work.z[r], work.z_stride[r]}, false);
 }
 
-// What multiplies B: scale * gate * z.
+// The left operand of B: scale * gate * z.
 void open_low_rank(const Problem& problem, const Chunk& chunk, int r, const float* in,
                    int64_t stride, Workspace& work) {
   low_rank(problem, chunk, r, factors_read(problem, chunk, r, in, stride, work), work);
@@ -124,7 +124,7 @@ void open_low_rank(const Problem& problem, const Chunk& chunk, int r, const floa
   }
 }
 
-// [gate | up], factors included.
+// [gate | up], including LoRA.
 void pre_activations(const Problem& problem, const Chunk& chunk, Workspace& work, Out out) {
   for (int r = 0; r < kDown; ++r) {
     open_low_rank(problem, chunk, r, work.x, work.x_stride, work);
@@ -223,8 +223,8 @@ void forward(Problem& problem, ffi::ThreadPool& pool, float* y, float* kept, flo
 
 // -------------------------------------------------------------------------------------- backward
 
-// Gradients of a role's factors from its input and its output's cotangent; afterwards dz is what A
-// sends back: scale * gate * (cotangent B^T).
+// Gradients of a role's LoRA matrices from its input and its output's cotangent; afterwards dz is
+// the cotangent of z: scale * gate * (cotangent B^T).
 void pull_low_rank(const Problem& problem, const Chunk& chunk, int r, const float* in,
                    int64_t in_stride, const float* d_out, int64_t out_stride,
                    const RoleGradients& grads, Workspace& work) {
@@ -252,8 +252,8 @@ void pull_low_rank(const Problem& problem, const Chunk& chunk, int r, const floa
            {grads.b, role.out});
 }
 
-// What A sends back to the input of a role's factors, as a term of the product with the base; with
-// dropout it is added to `out` here, and the term is empty.
+// The cotangent of the input of a role's LoRA matrices, as a term of the product with the base
+// weights; with dropout it is added to `out` here, and the term is empty.
 Term sent_back(const Problem& problem, const Chunk& chunk, int r, const Out& out, Workspace& work) {
   const Role& role = problem.roles[r];
   const Term term = {{work.dz[r], work.z_stride[r]},
@@ -396,7 +396,7 @@ void backward(Problem& problem, ffi::ThreadPool& pool, const float* dy, const fl
 
 // ------------------------------------------------------------------------------------------- XLA
 
-constexpr int kFactors = 8;  // where those of the first role come among the arguments
+constexpr int kFactors = 8;  // index of the first role's matrices among the arguments
 constexpr int kInputs = kFactors + 3 * kRoles;
 
 template <typename T>

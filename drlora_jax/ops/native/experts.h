@@ -1,5 +1,5 @@
-// What experts.cc computes: the slots sorted by expert and dealt out, the weights and factors, and
-// the memory that a core works in.
+// Types of experts.cc: the slots sorted by expert and divided among parts, the weights and LoRA
+// matrices, and the scratch memory of a core.
 
 #pragma once
 
@@ -13,18 +13,19 @@
 namespace drlora {
 
 constexpr int kRoles = 4, kDown = 3;  // gate, up, gate_up, down
-// Rows of an expert that are worked on together: as many as a core's memory is for, within bounds.
+// Rows of an expert that are processed together: as many as fit a core's memory, within bounds.
 constexpr int64_t kMostRows = 512, kFewestRows = 96;
 constexpr int64_t kCoreMemory = 4 << 20;  // floats
 
 inline int64_t padded(int64_t width) { return round_up(width, kPanel) + kPanel; }
 
-// As ops/grouped_parts.drop: what is left out follows from (slot, column) and a role's seeds.
+// As `drop` of ops/experts/shared.py: what is dropped follows from (slot, column) and a role's
+// seeds.
 struct Dropout {
   bool is_on;
   uint32_t threshold;
   float kept_share;
-  const uint32_t* seeds;      // [roles, 2]: of rows, of columns
+  const uint32_t* seeds;      // [roles, 2]: rows, columns
   const int32_t* first_slot;  // of every token, in the whole batch
 };
 
@@ -32,11 +33,11 @@ struct Role {
   const float *a, *b, *gate;  // [E, R, D_in], [E, R, D_out], [E, R]
   int64_t ranks, in, out;
 
-  // Where an expert's rank rows are: all together. (Rows in pages anywhere would be found here.)
+  // The offset of an expert's rank rows, which are contiguous.
   const float* a_of(int64_t expert) const { return a + expert * ranks * in; }
   const float* b_of(int64_t expert) const { return b + expert * ranks * out; }
   const float* gate_of(int64_t expert) const { return gate + expert * ranks; }
-  int64_t active(int64_t expert) const {  // up to the last open gate
+  int64_t active(int64_t expert) const {  // up to the last nonzero gate
     int64_t count = ranks;
     while (count > 0 && gate_of(expert)[count - 1] == 0.0f) --count;
     return count;
@@ -76,8 +77,8 @@ struct Problem {
     }
   }
 
-  // Weights of an expert as right operands. Those behind the last are never multiplied with, but
-  // may be asked for as what comes next.
+  // Weights of an expert as right operands. An index past the last expert is never multiplied with,
+  // but may be requested for prefetching.
   Right gate_up_of(int64_t e, int64_t half, bool is_transposed) const {
     const int64_t stride = 2 * hidden;
     return {gate_up + std::min(e, experts - 1) * width * stride + half * hidden, stride,
@@ -98,7 +99,7 @@ struct Problem {
     return start[e] < first ? e : -1;
   }
 
-  int64_t gradient_size() const {  // of all factors of one expert
+  int64_t gradient_size() const {  // all LoRA matrices of one expert
     int64_t size = 0;
     for (const Role& role : roles) size += role.ranks * (role.in + role.out + 1);
     return size;
@@ -127,7 +128,7 @@ void each_chunk(const Problem& problem, int64_t part, int64_t most_rows, const V
   }
 }
 
-// What a core works in: arrays of up to `most_rows`, kept from one call to the next.
+// Scratch memory of a core: arrays of up to `most_rows`, reused between calls.
 struct Workspace {
   std::vector<float> memory;
   int64_t most_rows;

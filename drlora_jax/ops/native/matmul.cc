@@ -103,7 +103,7 @@ Tile tile_of(int rows, int vectors) {
   }
 }
 
-// What a panel is packed from, brought near while the one before is multiplied.
+// The source of the next panel, prefetched while the present one is multiplied.
 class Ahead {
  public:
   Ahead() = default;
@@ -131,7 +131,7 @@ class Ahead {
   int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0;
 };
 
-// All rows of one panel, packed or as it lies with `stride` between its rows.
+// All rows of one panel, packed or in place with `stride` between its rows.
 template <bool kTransposed>
 void multiply_panel(int64_t rows, const Segment* segments, int count, const float* panel,
                     int64_t stride, const Out& out, int64_t first, int columns, bool adds,

@@ -1,10 +1,10 @@
 // Matrix products of float32 on one core, for operands that stay in its cache.
 //
-// A product is computed in tiles of kRows x kPanel results that live in registers. The right
-// operand is copied panel by panel into the order in which tiles read it; the left one is read as
-// it lies. A product may have several terms, sum_i left_i right_i, whose sums never leave the
-// registers: that is how low-rank factors are added to the weights that they adapt. Every result is
-// a sum over the depth in order, so it does not depend on which rows are computed together.
+// A product is computed in tiles of kRows x kPanel results that are kept in registers. The right
+// operand is copied panel by panel into the order in which tiles read it; the left one is read in
+// place. A product may have several terms, sum_i left_i right_i, whose sums never leave the
+// registers: this is how LoRA is added to the product with the weights. Every result is a sum over
+// the depth in order, so it does not depend on which rows are computed together.
 
 #pragma once
 
@@ -25,20 +25,20 @@ inline int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
-// A matrix [depth, columns] as it lies in memory, or transposed, [columns, depth].
+// A matrix [depth, columns] in memory, or transposed, [columns, depth].
 struct Right {
   const float* data;
   int64_t stride;
   bool is_transposed = false;
 };
 
-// Rows as they lie in memory.
+// Rows in memory.
 struct Rows {
   const float* data;
   int64_t stride;
 };
 
-struct Segment {  // what of a term one panel holds
+struct Segment {  // the part of a term in one panel
   Rows left;
   int64_t depth;
 };
@@ -58,7 +58,7 @@ struct Term {
   int64_t depth;
 };
 
-// The right operand of the product that follows, which is brought near meanwhile.
+// The right operand of the following product, which is prefetched.
 struct Next {
   Right right = {};
   int64_t depth = 0, columns = 0;
@@ -74,7 +74,7 @@ void add_gram(int64_t rows, int64_t columns, int64_t depth, const Rows& left, co
               const Out& out);
 
 // Columns [first, first + columns) of `depth` rows of the right operand from row `start`, as
-// [depth, width] with zeros behind the columns.
+// [depth, width], padded with zeros.
 void pack(const Right& right, int64_t start, int64_t depth, int64_t first, int columns, int width,
           float* panel);
 

@@ -1,4 +1,4 @@
-// Work on the threads that XLA computes with.
+// Runs tasks on XLA's thread pool.
 
 #pragma once
 
@@ -13,9 +13,9 @@ namespace drlora {
 
 // Calls task(0) ... task(count - 1), each once, on any threads, and returns when all are done.
 //
-// The calling thread takes part, and waits only for tasks that have begun: it may be one of the
-// pool's own, all of which may be waiting like this. Tasks do not throw (without memory they end
-// the process, as XLA does).
+// The calling thread participates, and waits only for tasks that have begun: it may belong to the
+// pool, all of whose threads may be waiting in the same way. Tasks do not throw (without memory
+// they end the process, as XLA does).
 template <typename Task>
 void parallel(xla::ffi::ThreadPool& pool, int64_t count, const Task& task) {
   struct Shared {

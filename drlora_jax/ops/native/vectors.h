@@ -1,6 +1,6 @@
 // Vectors of float32 as wide as the processor's, and exp of them.
 //
-// They are the compiler's (GCC's extension, which Clang has), not those of one processor.
+// They use the compiler's vector extension (of GCC and Clang), not one processor's intrinsics.
 
 #pragma once
 
@@ -76,7 +76,7 @@ inline Vec exp(Vec x) {
   std::memcpy(&bits, &p, sizeof bits);
   bits += exponent;
   std::memcpy(&p, &bits, sizeof p);
-  return x == x ? p : x;  // no number stays none
+  return x == x ? p : x;  // NaN stays NaN
 }
 
 }  // namespace drlora
