@@ -22,7 +22,7 @@ WARMUP = 2
 
 
 def peers(setting: Setting, case: str):
-    """One of the two, by name."""
+    """Runs one of the two sides, by name."""
     length = 32 if setting.tiny else 4096
     row = {"rows": ROWS, "length": length, "rank": RANK, "dtype": setting.dtype}
     yield attempt(row, lambda: {"peft": run_peft, "ours": run_ours}[case](setting, length))
@@ -33,7 +33,7 @@ def token_ids(vocabulary: int, length: int) -> np.ndarray:
 
 
 def measure(setting: Setting, length: int, step) -> dict:
-    """`step() -> loss` with the loss waited for; the first ones compile and are not timed."""
+    """Times `step() -> loss`, waiting for the loss; the first steps compile and are not timed."""
     losses, seconds = [], []
     for _ in range(WARMUP + setting.repeats):
         start = time.perf_counter()
@@ -165,7 +165,7 @@ def weights_folder(setting: Setting):
 
 
 def peak(device_bytes: int | None) -> dict:
-    """Of the device since the step began, or of this process since it began."""
+    """Returns the peak memory of the device since the step began, or of this process."""
     if device_bytes is not None:
         return {"peak_gib": device_bytes / GIB, "peak_of": "device"}
     return {"peak_gib": peak_memory()["host_peak_bytes"] / GIB, "peak_of": "process"}

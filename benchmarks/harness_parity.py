@@ -130,13 +130,13 @@ def prompts_of(args) -> list[dict]:
 
 
 def gsm8k(count: int) -> list[dict]:
-    """Rows of the package: {question, answer}."""
+    """Returns rows of the package: {question, answer}."""
     rows = [row.fields for row in read_rows("bundled:gsm8k/heldout.jsonl")][:count]
     return [{"question": row["prompt"], "answer": row["response"]} for row in rows]
 
 
 def texts_of(count: int) -> list[dict]:
-    """Texts of 1 to 5 rows each: some are longer than a window."""
+    """Returns texts of 1 to 5 rows each, some longer than a window."""
     rows = [f"{row['question']}\n{row['answer']}" for row in gsm8k(3 * count)]
     sizes = [1 + index % 5 for index in range(count)]
     ends = np.cumsum(sizes)
@@ -201,7 +201,7 @@ def spread(values: np.ndarray) -> str:
 
 @torch.no_grad()
 def compare_tokens(loaded, peer, rows: list[dict], args) -> None:
-    """Greedy tokens; where they part, how far apart the two likeliest tokens were."""
+    """Compares greedy tokens, and the gap between the two likeliest tokens where they diverge."""
     ids = [loaded.tokenizer(f"Question: {row['question']}\nAnswer:").input_ids for row in rows]
     generator = Generator(loaded, batch_size=args.batch_size)
     ours = generator.generate(ids, max_new_tokens=args.new_tokens)

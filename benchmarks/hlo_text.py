@@ -45,7 +45,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Of the whole module, in program order of the computations."""
+    """Lists the collectives of the whole module, in program order of the computations."""
     bodies, entry = computations(text)
     found: list[Collective] = []
     _walk(bodies, entry, 1, found)
@@ -80,7 +80,9 @@ def _walk(bodies, name: str, times: int, found: list[Collective]) -> None:
 
 
 def _trips(bodies, line: str) -> int:
-    """Of a loop: what the compiler noted, or the bound of its counter; 1 where neither is known."""
+    """Returns the trips of a loop as the compiler noted them, or the bound of its counter; 1 if
+    neither is known.
+    """
     noted = _TRIPS.search(line)
     if noted:
         return int(noted[1])
@@ -125,7 +127,7 @@ def _holds(shape: tuple[int, ...], matrix: tuple[int, int]) -> bool:
 
 
 def forbidden(each: Collective, limits: Limits) -> str | None:
-    """Returns what a collective moves that it must not, or None."""
+    """Describes what a collective moves that it must not move; returns None if it is allowed."""
     for _, sizes in _ARRAY.findall(each.shape):
         shape = tuple(int(size) for size in sizes.split(",") if size)
         count = math.prod(shape)

@@ -72,7 +72,9 @@ def main() -> None:
 
 
 def compare_ways(values: dict, experts: list[int], rounds: int) -> None:
-    """MixLoRA sorted and side by side (ops/lora_deltas.py), by number of experts."""
+    """Compares MixLoRA sorted with MixLoRA side by side (ops/lora_deltas.py), by number of
+    experts.
+    """
     params = None
     for number in experts:
         adapter = AdapterSection(

@@ -121,7 +121,9 @@ class Product(NamedTuple):
 
 
 def bare_products() -> dict[str, list[Product]]:
-    """Of a step with a frozen base: those with its weights, with factors, and of attention."""
+    """Returns the products of a step with a frozen base: those with its weights, with LoRA
+    matrices, and of attention.
+    """
     layers, experts, heads = (
         CONFIG[name] for name in ("num_hidden_layers", "num_experts", "num_attention_heads")
     )
@@ -318,7 +320,7 @@ def products_line(
 
 
 def _summary(name: str, results: dict) -> list[str]:
-    """Medians, and the median ratio to peft of the same round."""
+    """Returns medians, and the median ratio to peft in the same round."""
     parts = []
     for side, rows in results.items():
         pairs = zip(rows, results["peft"], strict=True)

@@ -60,7 +60,7 @@ class Variant(Step):
         self.state = state._replace(mask_LER=jax.device_put(mask_LER, state.mask_LER.sharding))
 
     def event(self) -> float:
-        """Statistics to the host, a decision, new mask values back."""
+        """Runs an event: statistics to the host, a decision, new mask values back."""
         start = time.perf_counter()
         policy, state = self.run.job.policy, self.state
         ranks_LE = np.full(state.mask_LER.shape[:2], RANK, np.int32)

@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def measure_axis(size: Size, axis: str, rounds: int):
-    """Rows of the table, one for each size along an axis."""
+    """Yields rows of the table, one per size along an axis."""
     steps = {}
     for value in size.axes[axis]:
         try:
@@ -151,7 +151,7 @@ def make_step(values: dict, point: Point) -> Step:
 
 
 def table(axis: str, steps: dict[int, Step], seconds: dict, matmul_N, copy_N):
-    """Rows of the steps of an axis.
+    """Formats the rows of an axis's steps.
 
     Args:
       matmul_N: operations a second of the bare product, by round. copy_N: bytes of the copy.
@@ -183,7 +183,7 @@ def table(axis: str, steps: dict[int, Step], seconds: dict, matmul_N, copy_N):
 
 
 def forecast_bytes(step: Step) -> int:
-    """Returns what is said before compiling, everything counted."""
+    """Returns the total bytes that are forecast before compiling."""
     run = step.run
     experts = run.model.options.ops.expert_mlp.keywords["backend"]
     layout = memory_layout(run.job, run.mesh, experts)

@@ -39,7 +39,7 @@ def _panels(count: int, height: float, width: float = 4.4):
 
 
 def differences(study: Study, results: dict):
-    """Held-out loss minus the reference's: every seed, mean and 95 % interval."""
+    """Plots held-out loss minus the reference's: every seed, mean and 95 % interval."""
     arms = [arm for arm in study.arms if arm.name != study.reference]
     figure, axes = _panels(len(study.tasks), 0.42 * len(arms) + 1.1)
     for axis, task in zip(axes, study.tasks, strict=True):
@@ -64,7 +64,7 @@ def differences(study: Study, results: dict):
 
 
 def curves(study: Study, results: dict):
-    """Mean held-out loss minus the reference's at the same tokens, along the run."""
+    """Plots mean held-out loss minus the reference's at equal tokens, along the run."""
     figure, axes = _panels(len(study.tasks), 3.0)
     for axis, task in zip(axes, study.tasks, strict=True):
         reference = analyse.select(results, task=task.name, arm=study.reference)
@@ -87,7 +87,7 @@ def curves(study: Study, results: dict):
 
 
 def ranks_and_use(study: Study, results: dict):
-    """Final ranks of DR-LoRA (mean over seeds) against how often the base uses the expert."""
+    """Plots final ranks of DR-LoRA (mean over seeds) against the base model's use of experts."""
     figure, axes = _panels(len(study.tasks), 3.0)
     for axis, task in zip(axes, study.tasks, strict=True):
         cells = analyse.select(results, task=task.name, arm="dr_lora")

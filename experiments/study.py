@@ -113,7 +113,7 @@ def known_cells(study: Study, done: Losses) -> list[Cell]:
 
 
 def ready_cells(study: Study, done: Losses) -> list[Cell]:
-    """Cells that are not done and need nothing that is not, in the order to run them."""
+    """Returns the unfinished cells whose requirements are finished, in the order to run them."""
     ready = []
     for cell in known_cells(study, done):
         if cell in done:
@@ -131,7 +131,7 @@ def count_cells(study: Study) -> int:
 
 
 def overrides_of(study: Study, cell: Cell, out: pathlib.Path, done: Losses) -> list[str]:
-    """Returns what turns the base config into the cell's, as the command line takes it."""
+    """Returns the overrides that turn the base config into the cell's, as on the command line."""
     task, arm = study.task(cell.task), study.arm(cell.arm)
     changes = [
         f"run.dir={out / 'cells' / cell.key}",

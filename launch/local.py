@@ -82,7 +82,7 @@ def _start(index: int, address: str, args) -> subprocess.Popen:
 
 
 def _wait(processes: list[subprocess.Popen], grace: float) -> int:
-    """Until all have ended; ends those that outlive the first one by `grace` seconds."""
+    """Waits until all have ended; ends those that outlive the first one by `grace` seconds."""
     code, deadline = 0, None
     while None in (codes := [process.poll() for process in processes]):
         ended = [each for each in codes if each is not None]

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def read_tokens(file: pathlib.Path, tokenizer, limit: int = 4_000_000) -> np.ndarray:
-    """Token counts of a corpus file's first `limit` characters."""
+    """Counts the tokens of a corpus file's first `limit` characters."""
     counts, size = np.zeros(len(tokenizer)), 0
     for line in file.open(encoding="utf-8"):
         text = json.loads(line)["text"]
@@ -52,7 +52,9 @@ def read_tokens(file: pathlib.Path, tokenizer, limit: int = 4_000_000) -> np.nda
 
 
 def unigram_loss(corpus: pathlib.Path, name: str, tokenizer) -> float:
-    """Nats a held-out token under the domain's own token frequencies, one added to every count."""
+    """Returns nats per held-out token under the domain's own token frequencies, with add-one
+    smoothing.
+    """
     train = read_tokens(corpus / "train" / f"{name}.jsonl", tokenizer) + 1
     heldout = read_tokens(corpus / "heldout" / f"{name}.jsonl", tokenizer)
     return float(-(heldout * np.log(train / train.sum())).sum() / heldout.sum())

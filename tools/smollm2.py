@@ -109,7 +109,7 @@ def hf_name(name: str) -> str:
 
 
 def halves_apart(weight_OD: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of rotary pairs (2i, 2i + 1) of every head to (i, i + half)."""
+    """Reorders the rows of rotary pairs (2i, 2i + 1) of every head to (i, i + half)."""
     rows, width = weight_OD.shape
     pairs = weight_OD.reshape(heads, rows // heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)
