@@ -159,7 +159,7 @@ def cost_lines(run, cost) -> list[str]:
     loops = f"; loops taken at their longest: {cost.unknown_loops}" if cost.unknown_loops else ""
     return [
         f"FLOPs       {', '.join(kinds)}; the model's {model / 1e12:.3g} T (4 N + attention)",
-        f"launches    {cost.launches:,} a step{loops}",
+        f"launches    {cost.launches:,} per step{loops}",
         f"calls       {', '.join(calls) or 'none'}; not counted in FLOPs: "
         f"{', '.join(missing) or 'none'}",
     ]

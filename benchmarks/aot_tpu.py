@@ -108,12 +108,12 @@ def _flops_lines(run, compiled) -> list[str]:
     section, chips = run.job.config.train, run.mesh.size
     tokens = section.batch_size * section.sequence_length
     model = flops_per_token(run.job.model_config, section.sequence_length) * tokens / chips
-    return [f"FLOPs       {model / 1e12:.2f} T of the model a step and chip (4 N + attention)"]
+    return [f"FLOPs       {model / 1e12:.2f} T of the model per step and chip (4 N + attention)"]
 
 
 def _collective_lines(collectives: list[hlo.Collective]) -> list[str]:
     total = sum(each.bytes * each.times for each in collectives)
-    lines = [f"collectives {format_bytes(total)} a step and chip, by result", ""]
+    lines = [f"collectives {format_bytes(total)} per step and chip, by result", ""]
     groups: dict = {}
     for each in collectives:
         key = (each.kind, each.shape, each.origin)

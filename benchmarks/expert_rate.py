@@ -27,7 +27,7 @@ TOKENS, EXPERTS, PER_TOKEN, WIDTH, HIDDEN, RANK = 2048, 64, 8, 512, 256, 16
 SLOTS = TOKENS * PER_TOKEN
 BASE = 2 * SLOTS * 3 * WIDTH * HIDDEN  # floating-point operations of the base, forward
 FACTORS = 2 * SLOTS * RANK * (2 * WIDTH + 3 * HIDDEN)
-# The input gradient of a frozen base is as much again; factors have that and their own gradients.
+# A frozen base adds its input gradient, as much again; LoRA matrices add their own gradients too.
 OPERATIONS = {"forward": BASE + FACTORS, "with gradients": 2 * BASE + 3 * FACTORS}
 
 

@@ -7,7 +7,7 @@
     kernels    the grouped products of experts against float64, with all gradients; then a layer's
                experts of OLMoE with them and with every expert on every token
     step       a whole training step of the OLMoE-1B-7B shape, 4 rows of 4,096 tokens, random
-               weights: tokens a second, 4 N + attention as shares of both ceilings, memory as
+               weights: tokens per second, 4 N + attention as shares of both ceilings, memory as
                forecast, compiled and measured
     qwen3      `step` of the Qwen3-30B-A3B shape, if the forecast fits the device
     peers      transformers + peft, and ours with the same shape, batch, targets, rank and optimizer
@@ -16,7 +16,7 @@
                by backend, uniform and skewed groups: rate, dense expansions, error against float32
     attention  forward and backward of every backend of the platform, long and packed rows, and
                whether a document sees another
-    thin       grouped products with factors of 16, 32 and 64 ranks and their gradients
+    thin       grouped products with LoRA of 16, 32 and 64 ranks and their gradients
     steps      `step` with other rows and rematerialisation
     profile    kernels that the time of `step` goes to
 

@@ -1,9 +1,9 @@
-"""The grouped kernels that a training on Hopper takes, for `gpu.py`: first whether they are right,
-then what a layer's experts take with them and with every expert on every token.
+"""Checks the grouped kernels that training uses on Hopper, for `gpu.py`, and times the experts of a
+layer with them and with every expert on every token.
 
-`right` compares products and both gradients with float64, expert by expert, for groups that end
-anywhere: none, single rows, whole and broken tiles, nearly all rows in one. On a CPU the kernels
-run in jax's interpreter.
+`right` compares products and both gradients with float64, expert by expert, for groups with any
+borders: empty ones, single rows, full and partial tiles, nearly all rows in one group. On a CPU the
+kernels run in jax's interpreter.
 """
 
 import contextlib

@@ -1,11 +1,12 @@
-"""Training steps of transformers + peft and of ours on the same device, for `gpu.py`.
+"""Times training steps of transformers + peft and of ours on the same device, for `gpu.py`.
 
-Both: the OLMoE shape, 2 rows of 4,096 tokens (the same ones), LoRA of rank 16 with alpha 32 on the
-fused gate_up, down, q and v, no dropout, AdamW without weight decay and without clipping, base in
-bfloat16, factors in float32. peft runs with `target_parameters` and grouped_mm, its fastest
-setting; ours as a training runs by default. Each is a process of its own, so that the peak of
-memory is its own: of the device, or of the process where the device is a CPU. With `--rehearse`
-ours loads the weights that peft's process made; as B starts at zero, both have the same first loss.
+Both sides: the OLMoE shape, 2 rows of 4,096 tokens (the same ones), LoRA of rank 16 with alpha 32
+on the fused gate_up, down, q and v, no dropout, AdamW without weight decay and without clipping,
+base model in bfloat16, LoRA matrices in float32. peft runs with `target_parameters` and grouped_mm,
+its fastest setting; ours runs with the defaults of training. Each is a separate process, so that
+its peak memory is its own: of the device, or of the process if the device is a CPU. With
+`--rehearse` ours loads the weights that peft's process wrote; as B starts at zero, both have the
+same first loss.
 """
 
 import statistics

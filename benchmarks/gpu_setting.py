@@ -1,5 +1,5 @@
-"""What the parts of `gpu.py` share: sizes and precision, the ceilings that shares are of, and what
-a measurement that fails leaves behind.
+"""Shared settings of the parts of `gpu.py`: sizes and precision, the ceilings that shares refer to,
+and the rows of failed measurements.
 """
 
 import pathlib

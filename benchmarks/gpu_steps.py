@@ -1,5 +1,5 @@
-"""Whole training steps on one device, for `gpu.py`: their rate and memory, an event between them,
-and where their time goes.
+"""Measures whole training steps on one device, for `gpu.py`: rate and memory, an event between two
+steps, and a profile.
 """
 
 import collections

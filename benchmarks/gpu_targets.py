@@ -1,8 +1,8 @@
-"""GPUs that are not there, described to XLA, so that it compiles for them.
+"""Describes GPUs to XLA, so that it compiles for them without a device.
 
-XLA reads a device as text: what a block, a core and the device have, clocks, and what a core's
-units do in a clock. The numbers are NVIDIA's, of its data sheets and its CUDA programming guide.
-Nothing of CUDA has to be installed for it but `jax-cuda13-plugin` and `nvidia-nvvm`.
+XLA reads a device description as text: limits of a block, a core and the device, clocks, and the
+operations per clock of a core's units. The numbers are from NVIDIA's data sheets and its CUDA
+programming guide. Only `jax-cuda13-plugin` and `nvidia-nvvm` have to be installed, no CUDA.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
-"""What a compiled GPU module does in a step, read from its text: operations of matrix products by
-the numbers that they multiply, kernels that are started, and calls of libraries and of kernels.
+"""Counts what a compiled GPU module does per step, from its text: operations of matrix products by
+number format, kernel launches, and calls of libraries and kernels.
 
-What stands in a loop counts once a trip. Products in calls that are known are counted (cuBLAS,
-cuDNN's attention, grouped products of Pallas: all rows, whoever's they are); every other call that
-takes arrays is named in `uncounted`, none is taken for free.
+The content of a loop counts once per trip. Products in known calls are counted (cuBLAS, cuDNN's
+attention, grouped products of Pallas: all rows, including padding); every other call with array
+arguments is named in `uncounted`, so that none is treated as free.
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import hlo_text
 
-Array = tuple[str, tuple[int, ...]]  # kind of numbers, sizes
+Array = tuple[str, tuple[int, ...]]  # number format, sizes
 NARROW = ("bf16", "f16")
-# Instructions that start nothing.
+# Instructions that launch no kernel.
 FREE = {
     "parameter",
     "constant",

@@ -1,4 +1,4 @@
-"""Jobs without files: what a benchmark builds a step from, and steps of random numbers."""
+"""Builds jobs without files for benchmarks, and steps on random numbers."""
 
 import json
 import pathlib

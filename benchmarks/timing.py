@@ -1,7 +1,7 @@
-"""How benchmarks take times: after a warm-up, results waited for, in turns, ratios by round.
+"""Times functions for benchmarks: after a warm-up, waiting for results, in turns, ratios per round.
 
-A call that ends in less than a few milliseconds is repeated within one measurement: a device that
-takes its programs from a queue gets as many as fill `MEASUREMENT` seconds, and the last result is
+A call of less than a few milliseconds is repeated within one measurement: a device that reads
+programs from a queue receives as many as fill `MEASUREMENT` seconds, and only the last result is
 waited for. A CPU may run such programs side by side, so there every call is waited for.
 """
 

@@ -1,8 +1,8 @@
-"""Figures of a study: pure functions from its results to numbers.
+"""Computes the figures of a study: pure functions from its results to numbers.
 
-Losses are nats a target token on held-out rows after the last step. Differences are paired by seed
-(same data order, same initial factors up to the rank, same dropout) and have Student's 95 %
-interval.
+Losses are nats per target token on held-out rows after the last step. Differences are paired by
+seed (same data order, same initial LoRA matrices up to the rank, same dropout) and have Student's
+95 % interval.
 """
 
 import math
@@ -26,7 +26,7 @@ class Paired(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """How two values of the experts of a layer go together, over runs and layers."""
+    """The correlation of two values over the experts of a layer, over runs and layers."""
 
     correlation: float  # mean of Pearson's r within a layer
     layers: list[float]

@@ -1,4 +1,4 @@
-"""Plots of a study as PNG files; matplotlib is imported here only, and only when one is drawn."""
+"""Plots a study as PNG files; matplotlib is imported only here, and only when a plot is drawn."""
 
 import pathlib
 
@@ -58,7 +58,7 @@ def differences(study: Study, results: dict):
         axis.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(f"{task.name}: held-out loss minus {study.reference}")
-        axis.set_xlabel("nats a token (left is better)")
+        axis.set_xlabel("nats per token (left is better)")
     figure.tight_layout()
     return figure
 
@@ -80,7 +80,7 @@ def curves(study: Study, results: dict):
             axis.plot(tokens / 1000, loss, label=arm.name, color=colour, marker=".", ms=4)
         axis.set_title(f"{task.name}: held-out loss minus {study.reference}")
         axis.set_xlabel("thousand tokens")
-    axes[0].set_ylabel("nats a token")
+    axes[0].set_ylabel("nats per token")
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return figure

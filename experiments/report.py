@@ -1,10 +1,10 @@
-"""Tables and plots of a study, made from experiments/results/<study>.json alone.
+"""Writes tables and plots of a study from experiments/results/<study>.json alone.
 
     python -m experiments.report --study experiments/growth.py
 
 Rewrites the blocks between `<!-- NAME -->` and `<!-- end -->` of docs/results.md and the plots in
-docs/images/results; what stands around the blocks is written by hand. Plots need matplotlib
-(`pip install -e ".[experiments]"`); `--tables` leaves them out.
+docs/images/results; the text around the blocks is written by hand. Plots need matplotlib
+(`pip install -e ".[experiments]"`); `--tables` skips them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""From run directories to one JSON file, the only thing that tables and plots are made of."""
+"""Collects run directories into one JSON file, the only source of tables and plots."""
 
 import dataclasses
 import json

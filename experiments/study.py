@@ -1,9 +1,9 @@
-"""What an experiment is: tasks x arms x seeds of one base config, and the cells they make.
+"""Defines experiments: tasks x arms x seeds of one base config, and their cells.
 
 An arm is what is compared: a few config overrides. Its learning rate is chosen per task on one
-extra seed and other held-out rows (`tune_rows`) than those that the comparison uses (`test_rows`).
-A cell is one training run. It may need others first: the tuning cells of its arm, or the run whose
-final ranks it starts with.
+extra seed, with held-out rows (`tune_rows`) that the comparison (`test_rows`) does not use. A cell
+is one training run. It may need others first: the tuning cells of its arm, or the run whose final
+ranks it starts with.
 """
 
 import importlib.util

@@ -1,10 +1,10 @@
-"""Puts a pretrained model into the package: weights, and a model card with what was measured.
+"""Puts a pretrained model into the package: weights, and a model card with its measurements.
 
     python tools/bundle_model.py --run runs/pretrain_tiny [--corpus build/corpus]
 
-The card states held-out loss by domain beside the unigram entropy, and how the experts' load
+The card states held-out loss by domain next to the unigram entropy, and how the experts' load
 differs by domain (share of choices, and the mutual information of domain and expert in nats). The
-measured values are also kept as data, in pretrain.json.
+measured values are also stored as data, in pretrain.json.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def model_card(report: dict, manifest: dict, unigram: dict[str, float], note: st
         f"{report['steps']:,} steps of 16 rows of",
         "256 tokens, equal parts of four domains." + (f" {note}" if note else ""),
         "",
-        "| domain | held-out loss, nats a token | unigram entropy | held-out tokens |",
+        "| domain | held-out loss, nats per token | unigram entropy | held-out tokens |",
         "|---|--:|--:|--:|",
     ]
     for name, values in heldout.items():

@@ -1,11 +1,11 @@
-"""How evenly a run's experts are used: share of the choices by layer, on rows that are read now.
+"""Measures how evenly a run uses its experts: share of the choices per layer, on given rows.
 
     python tools/expert_load.py --run runs/mine --data arc_easy=FILE.jsonl [--limit 8]
 
-For every layer the smallest and the largest share of an expert (1 / experts where all are used
-alike) and the entropy of the shares over its largest value, 1. An adapter's own experts without a
-rank are closed and not counted. --data is read by the settings of the run (format, template, row
-length), rows that cannot be used are left out; dropout is off.
+Prints for every layer the smallest and the largest share of an expert (1 / experts if all are used
+equally) and the entropy of the shares relative to its maximum. An adapter's own experts without a
+rank are inactive and not counted. --data is read with the settings of the run (format, template,
+row length); rows that cannot be used are left out; dropout is off.
 """
 
 import argparse
