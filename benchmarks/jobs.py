@@ -1,4 +1,4 @@
-"""Jobs without files: what a benchmark builds a step from, and steps of random numbers."""
+"""Builds jobs without files for benchmarks, and steps on random numbers."""
 
 import json
 import pathlib
@@ -69,7 +69,7 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Jo
 
 
 def forecast_bytes(run: train.Run) -> int:
-    """Returns what is said before compiling, everything counted."""
+    """Returns the total bytes that are forecast before compiling."""
     layout, lora = memory_layout(run.job, run.mesh, run.experts), run.abstract_state.lora
     added = predicted_step_bytes(
         run.job.model_config, layout, bytes_on_one_device(lora), run.job.config.model.remat
@@ -102,7 +102,7 @@ class Step:
 
 
 def random_params(run: train.Run) -> dict:
-    """Weights in the run's own dtypes, never all of them in another one."""
+    """Returns random weights in the run's own dtypes, never all of them in another dtype."""
 
     def make(key):
         params = init_variables(run.model, key)["params"]
@@ -112,7 +112,7 @@ def random_params(run: train.Run) -> dict:
 
 
 def random_batch(config: TrainConfig, vocab: int) -> Batch:
-    """Rows of one document each; the same for equal sizes."""
+    """Returns rows of one document each; equal sizes give equal rows."""
     section = config.train
     shape = (section.micro_batches, section.batch_size // section.micro_batches)
     shape = (*shape, section.sequence_length)

@@ -1,7 +1,7 @@
-"""How benchmarks take times: after a warm-up, results waited for, in turns, ratios by round.
+"""Times functions for benchmarks: after a warm-up, waiting for results, in turns, ratios per round.
 
-A call that ends in less than a few milliseconds is repeated within one measurement: a device that
-takes its programs from a queue gets as many as fill `MEASUREMENT` seconds, and the last result is
+A call of less than a few milliseconds is repeated within one measurement: a device that reads
+programs from a queue receives as many as fill `MEASUREMENT` seconds, and only the last result is
 waited for. A CPU may run such programs side by side, so there every call is waited for.
 """
 
@@ -30,7 +30,7 @@ class Ratio(NamedTuple):
 
 
 def seconds_of(function: Callable, *args, calls: int = 1) -> float:
-    """Of one call, as the mean of some that follow one another."""
+    """Returns the seconds per call, averaged over consecutive calls."""
     is_queue = jax.default_backend() != "cpu"
     start = time.perf_counter()
     for _ in range(calls):
@@ -53,7 +53,9 @@ def _bounded(calls: float) -> int:
 
 
 def median_seconds(function: Callable, *args, repeats: int = 20, warmup: int = 3) -> float:
-    """Of one call: the median of measurements of about `MEASUREMENT` seconds or one call each."""
+    """Returns the seconds per call: the median of measurements of about `MEASUREMENT` seconds or
+    one call each.
+    """
     for _ in range(warmup):
         seconds_of(function, *args)
     calls = calls_that_fill(function, *args)
@@ -61,8 +63,8 @@ def median_seconds(function: Callable, *args, repeats: int = 20, warmup: int = 3
 
 
 def in_turns(functions: dict, rounds: int, warmup: int = 3) -> dict:
-    """Seconds of each function, one call of each a round in an order that changes: none always runs
-    after the same one.
+    """Returns the seconds of each function, called once per round in changing order, so that none
+    always runs after the same one.
     """
     draw, names = np.random.default_rng(1), list(functions)
     seconds: dict = {name: [] for name in names}
@@ -99,6 +101,6 @@ def copy_bound(side: int, dtype) -> tuple[Callable, int]:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what a measurement that failed says of it."""
+    """Returns the first line of a failed measurement's error."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"

@@ -1,12 +1,12 @@
-"""Runs what is missing of a study and writes its results as data.
+"""Runs the missing cells of a study and writes its results as data.
 
     python -m experiments.run --study experiments/growth.py --out build/growth --jobs 2
 
-Every cell is a training of its own (`python -m drlora_jax.train`) in OUT/cells/TASK/ARM/..., one
-core each. Stop it with Ctrl-C or SIGTERM: the trainings save, and the same command goes on. After
-every cell experiments/results/<study>.json holds all that is done.
+Every cell is a separate training (`python -m drlora_jax.train`) in OUT/cells/TASK/ARM/..., on one
+core. Stop it with Ctrl-C or SIGTERM: the trainings save, and the same command resumes. After every
+cell experiments/results/<study>.json has all finished cells.
 
-    --again TASK/ARM/SEED    runs that cell once more elsewhere and compares the losses
+    --again TASK/ARM/SEED    repeats that cell elsewhere and compares the losses
 """
 
 import argparse

@@ -104,7 +104,7 @@ def test_a_file_with_an_older_fingerprint_is_taken(folder, tmp_path):
         ("[]", "cannot be read as exponents"),
         ({"layers": [{}]}, "cannot be read as exponents .'matrices'."),
         ({"fingerprint": "f" * 64}, "was computed for fingerprint f{12}, not [0-9a-f]{12}"),
-        ({"estimator": "median"}, "its estimator is median, and allocation.alpha_estimator fix_f"),
+        ({"estimator": "median"}, "its estimator is median, but allocation.alpha_estimator fix_f"),
         ({"layers": []}, "must have exponents above 1 for 2 layers"),
         ({"layers": [{"matrices": [{"expert": 0, "alpha": 1.0}]}] * 2}, "exponents above 1"),
         ({"layers": [{"matrices": [{"expert": 0, "alpha": "nan"}]}] * 2}, "exponents above 1"),

@@ -196,7 +196,7 @@ def test_a_reader_says_it_and_changes_nothing(runs, copied, capsys):
     flip_arrays(runs, copied, 12)
     before = sorted(runs.folder.joinpath(copied).rglob("*"))
     assert runs.factors(copied)[-1] == 10
-    assert "checkpoint 12 of" in (line := capsys.readouterr().err) and "10 is used" in line
+    assert "checkpoint 12 of" in (line := capsys.readouterr().err) and "using checkpoint 10" in line
     assert sorted(runs.folder.joinpath(copied).rglob("*")) == before
     with pytest.raises(RunError, match="Checkpoint 12 of .* damaged or incomplete.*another step"):
         runs.factors(copied, "12")  # the one that was asked for, or none

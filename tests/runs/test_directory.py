@@ -39,7 +39,9 @@ def test_what_a_run_would_write_over_is_named(tmp_path, name):
 def test_up_to_three_are_named(tmp_path):
     for name in ("metrics.jsonl", "ranks.jsonl", "report.html", "eval.json"):
         (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match="metrics.jsonl, ranks.jsonl, report.html and 1 more of"):
+    with pytest.raises(
+        UserError, match="metrics.jsonl, ranks.jsonl, report.html and 1 more, but no config.json"
+    ):
         RunDirectory(str(tmp_path)).stored()
 
 

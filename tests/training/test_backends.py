@@ -162,8 +162,8 @@ def test_what_may_travel():
     assert "experts of one shard" in reason("s32[1] bf16[2,4,24,16]")
     assert "experts of one shard" in reason("bf16[8,8,48]")  # over the expert axis only
     assert reason("f32[64,100]") == "logits"
-    assert reason("f32[1,8,2,16]") == "factors of all experts"
-    assert reason("f32[3,8,2,16]") == "factors of all experts"
+    assert reason("f32[1,8,2,16]") == "LoRA matrices of all experts"
+    assert reason("f32[3,8,2,16]") == "LoRA matrices of all experts"
 
 
 needs_libtpu = pytest.mark.skipif(
