@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 
 class LayerUpdate(NamedTuple):
-    """What the adapter adds to one layer; all arrays f32."""
+    """The adapter's update of one layer; all arrays are f32."""
 
     layer: Layer
     plain: dict[str, Pair]  # by module path below the layer, such as attention/q
