@@ -126,7 +126,9 @@ def test_the_end_token_is_written(run, tmp_path, not_opened, capsys):
 def test_an_overflow_of_float16_is_named(tmp_path, not_opened):
     run = write_run(tmp_path, size=1e6)
     for layout, name in (("merged", "model.layers"), ("peft", "base_model.model")):
-        with pytest.raises(RunError, match=f"{name}.* has a value of .*, but float16 ends at"):
+        with pytest.raises(
+            RunError, match=f"{name}.* has a value of .*, but the largest float16 is"
+        ):
             export.main(arguments(run, tmp_path / "out", layout, dtype="float16"))
     assert not (tmp_path / "out").exists()
 

@@ -226,7 +226,7 @@ def test_a_prolonged_run_says_where_its_rate_goes(built, start_run):
     schedule = make_schedule(job.config.train, 48, 1e-2, first_total=12)
     line = train_lib._rate_line(run._replace(job=job, schedule=schedule))
     # Of 12 steps 3 are warm-up; 5 of the 9 that follow were taken, and 6 of 45 now.
-    assert "from 4.44e-03 at step 9 back to 8.67e-03 at step 10 (train.steps 12 -> 48)" in line
+    assert "rises from 4.44e-03 at step 9 to 8.67e-03 at step 10 (train.steps 12 -> 48)" in line
 
 
 def test_lines_after_the_restored_step_are_cut(tmp_path):

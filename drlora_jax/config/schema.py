@@ -19,7 +19,7 @@ from drlora_jax.system.fields import Section, option
 
 @dataclass(frozen=True)
 class RunSection(Section):
-    """Where a run is stored, and what it keeps and reports."""
+    """The run directory, checkpoints and reports."""
 
     dir: str = option("runs/default", "run directory", is_path=True)
     seed: int = option(0, "seed of initialisation, data order and dropout")
@@ -152,7 +152,7 @@ class TrainSection(Section):
 @with_kinds({kind: placement.options for kind, placement in PLACEMENTS.items()})
 @dataclass(frozen=True)
 class AdapterSection(KindSection):
-    """What is trained: where the LoRA matrices are, their experts and routers."""
+    """The trained parameters: the placement of LoRA matrices, their experts and routers."""
 
     kind: str = option("expert_lora", "the placement: where the LoRA matrices are")
     targets: tuple[str, ...] = option(
@@ -182,7 +182,7 @@ class AdapterSection(KindSection):
 @with_kinds(POLICIES)
 @dataclass(frozen=True)
 class AllocationSection(KindSection):
-    """How ranks are distributed over experts, and when."""
+    """The distribution of ranks over experts, and its schedule."""
 
     kind: str = option("dr_lora", "the policy that decides the active ranks")
     r_target: int = option(16, "mean active rank at the end; a layer has E * r_target active ranks")

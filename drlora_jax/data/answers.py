@@ -33,7 +33,7 @@ class _Answer(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Where an answer is in a rendering."""
+    """The span of an answer in a rendering."""
 
     start: int
     stop: int

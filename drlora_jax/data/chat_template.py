@@ -48,7 +48,7 @@ class TurnEnd(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """Where the generation prompt and an answer meet."""
+    """The border between the generation prompt and an answer."""
 
     mark: str  # opened by the prompt, and no plain answer begins with it, such as <think>
     words: str  # the start of an answer without reasoning, such as the end of that block

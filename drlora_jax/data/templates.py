@@ -31,7 +31,7 @@ _ALPACA_END = ". Write a response that appropriately completes the request.\n\n"
 
 
 class Style(NamedTuple):
-    """How a run writes its rows."""
+    """The settings with which a run writes its rows."""
 
     template: str  # resolved, see `choose_template`
     special_tokens: str = "split"  # control tokens in the user's text: split into text, or keep

@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 
 class LayerUpdate(NamedTuple):
-    """What the adapter adds to one layer; all arrays f32."""
+    """The adapter's update of one layer; all arrays are f32."""
 
     layer: Layer
     matrices: tuple[Matrix, ...]  # of the layer; paths begin below it

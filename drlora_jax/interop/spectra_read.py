@@ -223,8 +223,8 @@ def default_cache() -> pathlib.Path:
 
 
 def open_cache(path: str | None) -> pathlib.Path | None:
-    """Returns the cache folder, created if needed. The analysis goes on without the default folder;
-    one that the user named must be writable.
+    """Returns the cache folder, created if needed. The analysis continues without the default
+    folder; one that the user named must be writable.
     """
     folder = default_cache() if path is None else local_path(path, "--cache")
     try:

@@ -157,7 +157,7 @@ FIELDS = (
     _field("data.template=alpacca", "does not exist; did you mean alpaca"),
     _field("data.template=tokenizer", "does not apply to data.format=text", "data.format=text"),
     _field("data.path=", "data.path names no training data"),
-    _field("data.format=choice", "needs paths TASK=PATH, .*; got 'rows.jsonl'"),
+    _field("data.format=choice", "needs paths TASK=PATH, .* got 'rows.jsonl'"),
     _field("data.path=arc_esay=rows.jsonl", "did you mean arc_easy", "data.format=choice"),
     _field("run.dir=", "run.dir must name a directory"),
     _field("run.seed=4294967296", "run.seed must be"),
@@ -224,7 +224,7 @@ FIELDS = (
     _field("allocation.experts=9", "other kinds have a fixed number", "allocation.kind=alphalora"),
     _field(
         "allocation.rank_rule=per_expert",
-        "2 // 4 experts = 0; set allocation.r_target to 4 or more",
+        "2 // 4 experts = 0; set allocation.r_target to at least 4",
         "allocation.kind=uniform",
     ),
     _field(

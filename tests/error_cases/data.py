@@ -166,7 +166,7 @@ FILES = (
     ),
     _file(
         "a list over several lines by that name",
-        "rows.jsonl:1: only '.', so the file is one JSON value over several",
+        "rows.jsonl:1: the line is only '.', so the file is one JSON value over several",
         json.dumps([GOOD], indent=1).encode(),
     ),
     _file("semicolons in a table", "x.csv:1: .*not separated", b"prompt;response\na;b\n", "x.csv"),

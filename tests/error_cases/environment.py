@@ -232,7 +232,7 @@ CASES = (
     ),
     _refused(
         "no network, for rows on the hub",
-        "as a `datasets` name .split train. it does not load: ConnectionError: no route",
+        "as a `datasets` name .split train.: ConnectionError: no route",
         "data.path=owner/name:main",
         around=_raising("datasets.load_dataset", ConnectionError("no route")),
     ),

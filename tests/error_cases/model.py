@@ -221,7 +221,7 @@ PATHS = (
 CONFIGS = (
     _case("no config.json", "has no config.json", lambda d: (d / "model" / "config.json").unlink()),
     _text("nothing in it", "is not JSON", b""),
-    _text("cut off", "is not JSON.*cut off", b'{"model_type": "olm'),
+    _text("cut off", "is not JSON.*truncated", b'{"model_type": "olm'),
     _text("a list", "must hold a JSON object, got list", b"[]"),
     _text("not UTF-8", "byte 0 is not UTF-8", b"\xff\xfe{}"),
     _text(
@@ -367,7 +367,7 @@ WEIGHT_FILES = (
     _case("a transposed tensor", r"k_proj.weight has shape \[24, 12\]", _tensors(_swap)),
     _case(
         "a tensor name with terminal codes",
-        r"olmoe does not: \\x1b\[2Jx",
+        r"olmoe models lack: \\x1b\[2Jx",
         _tensors(lambda t: t.update({"\x1b[2Jx": np.zeros(3, np.float32)})),
     ),
     _case("a directory as weights", "it is a directory", _replaced(WEIGHTS, pathlib.Path.mkdir)),

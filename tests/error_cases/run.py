@@ -124,12 +124,12 @@ CASES = (
     _case("a name too long", "name too long", None, f"run.dir={'x' * 300}"),
     _case(
         "what a run would write over",
-        "run.dir=run holds metrics.jsonl, checkpoints, report.html and 1 more .*no config.json",
+        "run.dir=run has metrics.jsonl, checkpoints, report.html and 1 more .*no config.json",
         _remains,
     ),
     _case(
         "what a run would write over, and a bad row",
-        "run.dir=run holds metrics.jsonl, checkpoints",
+        "run.dir=run has metrics.jsonl, checkpoints",
         _then(_remains, _bad_row),
     ),
     _case("a model directory", "is not a run directory", None, "run.dir=model"),

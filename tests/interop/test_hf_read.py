@@ -72,7 +72,7 @@ def test_missing_tensor(model):
 
 def test_unmapped_tensor(model):
     change_weights(model, {"model.layers.0.extra.weight": np.zeros(3, np.float32)})
-    message = r"does not: model\.layers\.0\.extra\.weight \(in model.safetensors\)"
+    message = r"models lack: model\.layers\.0\.extra\.weight \(in model.safetensors\)"
     with pytest.raises(UserError, match=message):
         check(model)
 

@@ -219,7 +219,7 @@ def test_versions_of_peft(written, monkeypatch, version, is_old):
 
 PROGRAMS = {
     "killed": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "signal 9"),
-    "broken": ("raise SystemExit('no such thing')", "ended with 1: no such thing"),
+    "broken": ("raise SystemExit('no such thing')", "ended with exit code 1: no such thing"),
 }
 
 
