@@ -1,14 +1,14 @@
-"""How the spectrum of a weight matrix is best computed: exponents and seconds of three ways, beside
-singular values in float64.
+"""Compares three ways to compute the spectrum of a weight matrix with singular values in float64:
+exponents and seconds.
 
     python tools/smollm2.py --out build/smollm2
     OMP_NUM_THREADS=1 python benchmarks/alpha_cpu.py --model build/smollm2 \
         --sizes 4096x4096,4096x11008
 
-Of the model's matrices: the largest difference of an exponent of a matrix and of a layer mean, and
-how many experts a layer gets otherwise (5 a layer, beta 2.5). Of random matrices of the given sizes
-the time, and what the model that --count makes of them would take. Seconds are the processor's, so
-that a busy machine does not change them much. `drlora_jax.alpha` takes as many matrices at once as
+For the model's matrices: the largest difference of an exponent of a matrix and of a layer mean, and
+how many experts are allocated differently (5 per layer, beta 2.5). For random matrices of the given
+sizes: the time, and the time of a model that has --count of each. Seconds are processor time, so
+that a busy machine changes them little. `drlora_jax.alpha` computes as many matrices at once as
 there are cores, each in one thread.
 """
 

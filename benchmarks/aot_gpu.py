@@ -6,14 +6,14 @@
 Needs Python 3.12, jax and `pip install 'drlora-jax[cuda-aot]'` with the plugin of jax's own version
 (`jax-cuda13-plugin==$(python -c 'import jax; print(jax.__version__)')`); nothing runs on a device.
 The model is that of `--model`: a config.json or a directory with one, by default the published one
-of benchmarks/models that `model.path` names, or the bundled one.
+in benchmarks/models that `model.path` names, or the bundled one.
 
-Prints how operations are computed, memory beside the forecast, operations of matrix products by
-kind of numbers, kernels that a step starts, and calls of libraries and own kernels. Exits with 1
-when the step does not fit the GPU, when experts are computed by a dense expansion, or when the
-compiler fails or takes longer than `--minutes`. It has a process of its own, because a compiler's
-failed check ends its process. What is compiled is not tuned: kernels that are chosen by trying them
-on the device may be others there; numbers, memory and what is a grouped product are not.
+Prints the chosen kernels, memory and its forecast, operations of matrix products by number format,
+kernel launches per step, and calls of libraries and own kernels. Exits with 1 if the step does not
+fit the GPU, if experts are computed by a dense expansion, or if the compiler fails or takes longer
+than `--minutes`. The compilation runs in a separate process, because a failed check of the compiler
+ends its process. The result is not autotuned: kernels that XLA chooses by timing them on the device
+may differ there; number formats, memory and grouped products do not.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def parse(arguments):
 
 
 def run_apart(command: list[str], minutes: float) -> int:
-    """The exit code of a process that compiles, with a deadline."""
+    """Returns the exit code of a process that compiles, with a deadline."""
     process = subprocess.Popen(command, process_group=0)
     try:
         code = process.wait(60 * minutes)
@@ -88,7 +88,7 @@ def run_apart(command: list[str], minutes: float) -> int:
     return code
 
 
-# --------------------------------------------------------------------------------------- compiling
+# ---------------------------------------------------------------------------------------- compiling
 
 
 def compile_here(args) -> int:
@@ -133,7 +133,7 @@ def described_devices(gpu, count: int):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         plugin = f"jax-cuda13-plugin=={jax.__version__}"
         raise UserError(
-            f"jax can not compile for an NVIDIA GPU here: {reason}. It needs Python 3.12 or newer "
+            f"jax cannot compile for an NVIDIA GPU here: {reason}. It needs Python 3.12 or newer "
             f"and the plugin of jax's version (pip install 'drlora-jax[cuda-aot]' {plugin})."
         ) from error
 
@@ -149,7 +149,7 @@ def memory_line(run, taken: float, gpu) -> str:
 
 
 def cost_lines(run, cost) -> list[str]:
-    """Operations, launches and calls, a step and device."""
+    """Lists operations, launches and calls per step and device."""
     section, each = run.job.config.train, run.mesh.size
     tokens = section.batch_size * section.sequence_length / each
     model = flops_per_token(run.job.model_config, section.sequence_length) * tokens
@@ -159,7 +159,7 @@ def cost_lines(run, cost) -> list[str]:
     loops = f"; loops taken at their longest: {cost.unknown_loops}" if cost.unknown_loops else ""
     return [
         f"FLOPs       {', '.join(kinds)}; the model's {model / 1e12:.3g} T (4 N + attention)",
-        f"launches    {cost.launches:,} a step{loops}",
+        f"launches    {cost.launches:,} per step{loops}",
         f"calls       {', '.join(calls) or 'none'}; not counted in FLOPs: "
         f"{', '.join(missing) or 'none'}",
     ]

@@ -4,10 +4,10 @@
         mesh.fsdp=8 mesh.expert=8 train.batch_size=64 train.micro_batches=1
 
 Needs `pip install 'drlora-jax[tpu]'`; nothing runs on a device. The model is that of `--model`: a
-config.json or a directory with one, by default the published one of benchmarks/models that
-`model.path` names. Prints the memory of a chip, the FLOPs and every collective with its bytes over
-a step, and exits with 1 when the step does not fit a chip, when a collective moves a layer's
-experts of more than one expert shard, the logits or the state of the factors, or when experts are
+config.json or a directory with one, by default the published one in benchmarks/models that
+`model.path` names. Prints the memory per chip, the FLOPs and every collective with its bytes per
+step. Exits with 1 if the step does not fit a chip, if a collective moves a layer's experts of more
+than one expert shard, the logits or the optimizer state of LoRA matrices, or if experts are
 computed by a dense expansion.
 """
 
@@ -94,7 +94,7 @@ def _devices(name: str, slices: int):
         ) from error
 
 
-# ------------------------------------------------------------------------------------------ report
+# ------------------------------------------------------------------------------------------- report
 
 
 def _memory_lines(run, compiled, limit: float) -> list[str]:
@@ -108,12 +108,12 @@ def _flops_lines(run, compiled) -> list[str]:
     section, chips = run.job.config.train, run.mesh.size
     tokens = section.batch_size * section.sequence_length
     model = flops_per_token(run.job.model_config, section.sequence_length) * tokens / chips
-    return [f"FLOPs       {model / 1e12:.2f} T of the model a step and chip (4 N + attention)"]
+    return [f"FLOPs       {model / 1e12:.2f} T of the model per step and chip (4 N + attention)"]
 
 
 def _collective_lines(collectives: list[hlo.Collective]) -> list[str]:
     total = sum(each.bytes * each.times for each in collectives)
-    lines = [f"collectives {format_bytes(total)} a step and chip, by result", ""]
+    lines = [f"collectives {format_bytes(total)} per step and chip, by result", ""]
     groups: dict = {}
     for each in collectives:
         key = (each.kind, each.shape, each.origin)

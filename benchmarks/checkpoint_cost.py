@@ -1,10 +1,10 @@
-"""What checksums cost a checkpoint: saves and restores in turns, with them and without.
+"""Measures what checksums cost a checkpoint: saves and restores in turns, with and without them.
 
     python benchmarks/checkpoint_cost.py [--pairs 20] [--mib 200]
 
-The state is `--mib` MiB of random float32 arrays of 4 MiB. A save is from the call to the end of
-its writing; a restore is from the call until the arrays are there. Prints the ratios of the pairs,
-with and without, and the share of a restore that comparing checksums takes.
+The state is `--mib` MiB of random float32 arrays of 4 MiB. A save lasts from the call until it is
+written; a restore from the call until the arrays are in memory. Prints the ratios of the pairs,
+with and without, and the share of a restore that verifying checksums takes.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def time_save(checkpoints: Checkpoints, state: dict, with_them: bool) -> float:
 
 
 def time_restore(checkpoints: Checkpoints, abstract: dict, with_them: bool) -> tuple[float, float]:
-    """Seconds of a restore, and of the verifying in it."""
+    """Returns the seconds of a restore, and of the verification in it."""
     verifying = [0.0]
 
     def timed(*arguments):

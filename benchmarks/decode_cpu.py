@@ -1,10 +1,10 @@
-"""Decoding speed beside `transformers`: same weights, prompts and f32, greedy, interleaved rounds.
+"""Compares decoding speed with `transformers`: same weights, prompts and f32, greedy, in turns.
 
     python tools/smollm2.py --out build/smollm2
     python benchmarks/decode_cpu.py --model build/smollm2 --batch-sizes 1,8 --new-tokens 64
 
-Prints tokens a second of both and their ratio (median over rounds), and whether the generated
-tokens are the same. The first pass over the prompt is part of the time, compiling is not.
+Prints tokens per second of both and their ratio (median over rounds), and whether the generated
+tokens are equal. The time includes the first pass over the prompt, but not compilation.
 """
 
 import argparse
@@ -68,14 +68,14 @@ def main() -> None:
 
 
 def ours(generator: Generator, prompts, new_tokens: int) -> list[list[int]]:
-    """Always `new_tokens` tokens: end-of-text does not end a row, for both."""
+    """Generates exactly `new_tokens` tokens: for both sides, end-of-text does not end a row."""
     generator._end = -1
     return [answer.tokens for answer in generator.generate(prompts, max_new_tokens=new_tokens)]
 
 
 @torch.no_grad()
 def theirs(model, prompts, new_tokens: int) -> list[list[int]]:
-    """`generate` on left-padded prompts, as its documentation has it."""
+    """Runs `generate` on left-padded prompts, as its documentation recommends."""
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

@@ -1,5 +1,5 @@
-"""Grouped products that a compiler made dense ones of: arrays in a compiled module that hold every
-row once for every expert.
+"""Finds grouped products that a compiler turned into dense ones: arrays in a compiled module that
+hold every row once per expert.
 """
 
 import itertools
@@ -19,7 +19,8 @@ def dense_expansions(
     widths: tuple[int, ...],
     own: tuple[tuple[int, ...], ...] = (),
 ) -> list[str]:
-    """Arrays of experts, rows and a width in whatever order, or with two of them as one side.
+    """Lists arrays of experts, rows and a width in any order, or with two of them merged into one
+    axis.
 
     Args:
       rows: of the grouped product, on one device. widths: of its operands.
@@ -46,7 +47,7 @@ def _sides(experts: int, rows: int, width: int):
 
 
 def step_expansions(run, text: str) -> list[str]:
-    """Of the experts of a compiled training step."""
+    """Lists the dense expansions of the experts in a compiled training step."""
     config, section, sizes = run.job.model_config, run.job.config.train, run.mesh.shape
     if not isinstance(config.moe, MoeConfig):
         return []
@@ -67,7 +68,9 @@ def step_expansions(run, text: str) -> list[str]:
 
 
 def own_arrays(config, experts: int, rows: int, tokens: int) -> tuple[tuple[int, ...], ...]:
-    """Sides of weights, rows, embeddings and logits: there without any expansion."""
+    """Returns the axes of weights, rows, embeddings and logits, which exist without any
+    expansion.
+    """
     width, hidden = config.width, config.moe.expert_dim
     weights = [(experts, width, hidden), (experts, width, 2 * hidden)]
     weights += [(experts * one, other) for one, other in ((width, 2 * hidden), (hidden, width))]

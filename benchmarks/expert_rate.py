@@ -1,13 +1,13 @@
-"""How near the expert operation on CPU comes to the rate of its bare products.
+"""Compares the rate of the expert operation on CPU with that of its bare products.
 
     python benchmarks/expert_rate.py [--rounds 12]
 
 One layer's experts (64 of 256, 8 active, width 512, 2,048 tokens, float32) with LoRA of rank 16 on
-gate_up and down, forward, and forward with gradients of tokens and factors; with tokens spread
-evenly, at random, and so that some experts have many times the tokens of others. Beside them, in
-turns, XLA's products of those shapes, each jitted by itself: gate_up and down of every expert for
-the rows that it has when tokens are spread evenly, and their input gradients. Prints GFLOP/s of
-useful work, factors included and filling rows not, and its share of the bare products' rate.
+gate_up and down, forward, and forward with gradients of tokens and LoRA matrices; with tokens
+spread evenly, at random, and so that some experts have many times the tokens of others. In turns
+with them run XLA's products of those shapes, each jitted separately: gate_up and down of every
+expert for its rows when tokens are spread evenly, and their input gradients. Prints GFLOP/s of
+useful work, including LoRA and excluding padding rows, and its share of the bare products' rate.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TOKENS, EXPERTS, PER_TOKEN, WIDTH, HIDDEN, RANK = 2048, 64, 8, 512, 256, 16
 SLOTS = TOKENS * PER_TOKEN
 BASE = 2 * SLOTS * 3 * WIDTH * HIDDEN  # floating-point operations of the base, forward
 FACTORS = 2 * SLOTS * RANK * (2 * WIDTH + 3 * HIDDEN)
-# The input gradient of a frozen base is as much again; factors have that and their own gradients.
+# A frozen base adds its input gradient, as much again; LoRA matrices add their own gradients too.
 OPERATIONS = {"forward": BASE + FACTORS, "with gradients": 2 * BASE + 3 * FACTORS}
 
 
@@ -36,7 +36,7 @@ def normal(draw: np.random.Generator, *shape: int) -> jax.Array:
 
 
 def routings(draw: np.random.Generator) -> dict[str, jax.Array]:
-    """Name -> experts of every token, i32 [TOKENS, PER_TOKEN]."""
+    """Returns name -> experts of every token, i32 [TOKENS, PER_TOKEN]."""
     order_TK = np.arange(SLOTS).reshape(TOKENS, PER_TOKEN)
     logits_TE = draw.normal(size=(TOKENS, EXPERTS))
     skewed_TE = logits_TE + draw.normal(size=EXPERTS)
@@ -47,7 +47,7 @@ def routings(draw: np.random.Generator) -> dict[str, jax.Array]:
 
 
 def operations(draw: np.random.Generator) -> dict[tuple[str, str], Callable]:
-    """(routing, which of OPERATIONS) -> a call that computes it."""
+    """Returns (routing, one of OPERATIONS) -> a call that computes it."""
     base = (normal(draw, EXPERTS, WIDTH, 2 * HIDDEN), normal(draw, EXPERTS, HIDDEN, WIDTH))
     shapes = {"gate_up": (WIDTH, 2 * HIDDEN), "down": (HIDDEN, WIDTH)}
     lora = {
@@ -80,7 +80,7 @@ def operations(draw: np.random.Generator) -> dict[tuple[str, str], Callable]:
 
 
 def bare_products(draw: np.random.Generator) -> dict[str, Callable]:
-    """Of all experts, one product after another: forward, and input gradients."""
+    """Computes the products of all experts one after another: forward, and input gradients."""
     rows = SLOTS // EXPERTS
     inputs = {size: normal(draw, rows, size) for size in (WIDTH, HIDDEN, 2 * HIDDEN)}
     weights = [normal(draw, *size) for size in ((WIDTH, 2 * HIDDEN), (HIDDEN, WIDTH))] * EXPERTS

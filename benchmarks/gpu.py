@@ -7,7 +7,7 @@
     kernels    the grouped products of experts against float64, with all gradients; then a layer's
                experts of OLMoE with them and with every expert on every token
     step       a whole training step of the OLMoE-1B-7B shape, 4 rows of 4,096 tokens, random
-               weights: tokens a second, 4 N + attention as shares of both ceilings, memory as
+               weights: tokens per second, 4 N + attention as shares of both ceilings, memory as
                forecast, compiled and measured
     qwen3      `step` of the Qwen3-30B-A3B shape, if the forecast fits the device
     peers      transformers + peft, and ours with the same shape, batch, targets, rank and optimizer
@@ -16,7 +16,7 @@
                by backend, uniform and skewed groups: rate, dense expansions, error against float32
     attention  forward and backward of every backend of the platform, long and packed rows, and
                whether a document sees another
-    thin       grouped products with factors of 16, 32 and 64 ranks and their gradients
+    thin       grouped products with LoRA of 16, 32 and 64 ranks and their gradients
     steps      `step` with other rows and rematerialisation
     profile    kernels that the time of `step` goes to
 
@@ -129,7 +129,7 @@ def parse(argv) -> argparse.Namespace:
 
 
 def part_rows(part: str, tiny: bool, folder: str, known: dict, end: float) -> Iterator[dict]:
-    """The rows of one part, from a process for each case.
+    """Yields the rows of one part, with one process per case.
 
     Args:
       known: ceilings that `bounds` has found, which it fills in. end: when everything has to.
@@ -150,7 +150,7 @@ def part_rows(part: str, tiny: bool, folder: str, known: dict, end: float) -> It
 
 
 def child_rows(command: list[str], seconds: float, on_cpu: bool = False) -> Iterator[dict]:
-    """What a process reports as it goes, and what ended it if that was not its own will."""
+    """Yields the rows that a process reports, and why it ended if it did not end by itself."""
     if seconds < LEAST_SECONDS:
         yield {"error": "time", "seconds": 0}
         return
@@ -206,7 +206,7 @@ def child_environment() -> dict[str, str]:
 
 
 def child(args: argparse.Namespace) -> int:
-    """One case of one part: its rows on stdout."""
+    """Runs one case of one part, and prints its rows."""
     import gpu_attention
     import gpu_grouped
     import gpu_kernels
@@ -243,7 +243,7 @@ def child(args: argparse.Namespace) -> int:
 
 
 def peer_ratio(rows: list[dict], *, shares_weights: bool) -> Iterator[dict]:
-    """Ours over peft's; with the same weights the first losses have to agree."""
+    """Returns our rate over peft's; with the same weights the first losses have to agree."""
     sides = {row["case"]: row for row in rows if "error" not in row}
     if sides.keys() != {"peft", "ours"}:
         return

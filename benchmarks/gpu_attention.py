@@ -1,5 +1,5 @@
-"""Attention on one device, for `gpu.py`: every backend that the platform takes, forward and
-backward, in long rows of one document and of several, and whether a document sees another.
+"""Measures attention on one device, for `gpu.py`: every backend of the platform, forward and
+backward, in long rows of one document and of several, and whether documents see each other.
 """
 
 import functools
@@ -38,7 +38,7 @@ TINY_SHAPES = {"tiny": (Shape(2, 256, 1, 4, 2, 16), Shape(2, 256, 3, 4, 2, 16))}
 
 
 def attention(setting: Setting, case: str):
-    """A row for every shape and backend."""
+    """Yields a row per shape and backend."""
     platform = jax.default_backend()
     for name, shapes in (TINY_SHAPES if setting.tiny else SHAPES).items():
         for shape in shapes:
@@ -94,7 +94,7 @@ def _measure(setting: Setting, shape: Shape, backend: str) -> dict:
 
 
 def leaks(both, inputs, others, dy_BTNH, segments_BT) -> dict:
-    """What becomes of documents when one of their row becomes another.
+    """Measures how the other documents change when one document of their row is replaced.
 
     Outputs may not change by a bit. Nor may gradients, unless the kernel adds them up in whatever
     order: then by no more than between two calls with equal inputs.
@@ -125,7 +125,7 @@ def leaks(both, inputs, others, dy_BTNH, segments_BT) -> dict:
 
 
 def packed(shape: Shape):
-    """Segment ids and positions [B, T] of rows whose documents begin and end anywhere."""
+    """Returns segment ids and positions [B, T] of rows whose documents begin and end anywhere."""
     draw, segments, positions = np.random.default_rng(0), [], []
     for _ in range(shape.rows):
         cuts = draw.choice(np.arange(1, shape.length), shape.documents - 1, replace=False)
@@ -136,7 +136,7 @@ def packed(shape: Shape):
 
 
 def random_inputs(setting: Setting, shape: Shape, seed: int) -> list[jax.Array]:
-    """Queries, keys and values."""
+    """Returns random queries, keys and values."""
     keys = jax.random.split(jax.random.key(seed), 3)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
     sizes = [(shape.rows, shape.length, count, shape.width) for count in heads]

@@ -1,7 +1,7 @@
-"""Grouped products on one device, for `gpu.py`: those of experts, and thin ones with factors.
+"""Measures grouped products on one device, for `gpu.py`: those of experts, and thin ones of LoRA.
 
 Every product is compiled ahead of time, and arrays in the compiled text that hold every row once
-for every expert are named as `dense_expansions`: a product that has them is no grouped one. It is
+per expert are listed as `dense_expansions`: a product that has them is not a grouped one. It is
 timed with few rows only.
 """
 
@@ -55,7 +55,7 @@ class Product(NamedTuple):
 
 
 def products(dtype, shape: Shape) -> Iterator[Product]:
-    """What a program can be given for a grouped product here."""
+    """Yields the ways in which a program can compute a grouped product here."""
     device = jax.devices()[0]
     if cannot("mosaic", Call(device.platform, dtype, (shape.width, shape.hidden), device)) is None:
         yield Product("mosaic", mosaic.product)
@@ -69,7 +69,7 @@ def products(dtype, shape: Shape) -> Iterator[Product]:
 
 
 def grouped(setting: Setting, case: str):
-    """Products of experts: by shape, groups, way and direction."""
+    """Measures products of experts by shape, groups, way and direction."""
     draw = np.random.default_rng(0)
     for name, shape in (TINY_SHAPES if setting.tiny else SHAPES).items():
         skewed_E = draw.multinomial(shape.rows, draw.dirichlet(np.full(shape.experts, 0.3)))
@@ -85,7 +85,7 @@ def grouped(setting: Setting, case: str):
 
 
 def directions(setting: Setting, row: dict, product: Product, shape: Shape, size_E):
-    """A row for each of the product, its input gradient and its weight gradient."""
+    """Yields a row each for the product, its input gradient and its weight gradient."""
     rows, experts, width, hidden = shape
     row = row | {"rows": rows, "experts": experts, "in": width, "out": hidden}
     keys = jax.random.split(jax.random.key(0), 3)
@@ -135,7 +135,7 @@ def _copies(text: str, size: int) -> int:
 
 
 def _error(y_PF, x_PD, w_EDF, size_E) -> float:
-    """||y - y64|| / ||y64|| of some first and last rows of groups."""
+    """Returns ||y - y64|| / ||y64|| over some first and last rows of groups."""
     y_PF, ends_E = np.asarray(y_PF, np.float64), np.cumsum(np.asarray(size_E))
     rows = np.unique(np.concatenate([ends_E - 1, ends_E[:-1], [0]]).clip(0, len(y_PF) - 1))
     rows = rows[np.linspace(0, len(rows) - 1, CHECKED_ROWS).astype(int)]
@@ -153,7 +153,7 @@ def _error(y_PF, x_PD, w_EDF, size_E) -> float:
 
 
 def thin(setting: Setting, case: str):
-    """Products with factors, and both gradients: into the ranks and out of them.
+    """Measures products with LoRA matrices and both gradients: into the ranks and out of them.
 
     As the library computes them here, where that is a grouped product, with ranks of whole tiles;
     else `lax.ragged_dot`. And, `dense`, all experts' factors side by side as one product of all

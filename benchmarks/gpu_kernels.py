@@ -1,9 +1,9 @@
-"""The grouped kernels that a training on Hopper takes, for `gpu.py`: first whether they are right,
-then what a layer's experts take with them and with every expert on every token.
+"""Checks the grouped kernels that training uses on Hopper, for `gpu.py`, and times the experts of a
+layer with them and with every expert on every token.
 
-`right` compares products and both gradients with float64, expert by expert, for groups that end
-anywhere: none, single rows, whole and broken tiles, nearly all rows in one. On a CPU the kernels
-run in jax's interpreter.
+`right` compares products and both gradients with float64, expert by expert, for groups with any
+borders: empty ones, single rows, full and partial tiles, nearly all rows in one group. On a CPU the
+kernels run in jax's interpreter.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ TINY_ROWS, TINY_WIDTHS = 128, (64, 64)
 
 
 def kernels(setting: Setting, case: str):
-    """`right` or `layer`."""
+    """Measures `right` or `layer`."""
     yield from {"right": right, "layer": layer}[case](setting)
 
 
 def right(setting: Setting):
-    """A row for each kind of groups and way that weights lie."""
+    """Yields a row for each kind of groups and layout of weights."""
     groups, rows, widths = (
         (TINY_GROUPS, TINY_ROWS, TINY_WIDTHS) if setting.tiny else (GROUPS, ROWS, WIDTHS)
     )
@@ -72,8 +72,8 @@ def _interpreted_on_cpu():
 
 
 def _errors(sizes, rows: int, widths: tuple[int, int], is_transposed: bool) -> dict:
-    """||error|| / ||float64||: of the product and of its rows' gradient; of the weights' gradient
-    that of the worst expert.
+    """Returns ||error|| / ||float64|| for the product and its row gradient, and for the weight
+    gradient.
     """
     draw, size_E = np.random.default_rng(0), np.array(sizes, np.int32)
     sides = widths[::-1] if is_transposed else widths
@@ -120,12 +120,12 @@ def _error(got, wanted) -> float:
     return float(np.linalg.norm(got - wanted) / (np.linalg.norm(wanted) or 1.0))
 
 
-# ------------------------------------------------------------------------------------------- layer
+# -------------------------------------------------------------------------------------------- layer
 
 
 def layer(setting: Setting):
-    """One layer's experts of the OLMoE shape with factors of 32 ranks on up and down, forward and
-    all gradients of a frozen base, by way and routing.
+    """Yields rows about one layer's experts of the OLMoE shape with LoRA matrices of 32 ranks on up
+    and down, forward and backward.
     """
     sizes = (96, 2, 4, 64, 64, 4) if setting.tiny else (16384, 8, 64, 2048, 1024, 32)
     device, exact = jax.devices()[0], {}

@@ -1,11 +1,12 @@
-"""Training steps of transformers + peft and of ours on the same device, for `gpu.py`.
+"""Times training steps of transformers + peft and of ours on the same device, for `gpu.py`.
 
-Both: the OLMoE shape, 2 rows of 4,096 tokens (the same ones), LoRA of rank 16 with alpha 32 on the
-fused gate_up, down, q and v, no dropout, AdamW without weight decay and without clipping, base in
-bfloat16, factors in float32. peft runs with `target_parameters` and grouped_mm, its fastest
-setting; ours as a training runs by default. Each is a process of its own, so that the peak of
-memory is its own: of the device, or of the process where the device is a CPU. With `--rehearse`
-ours loads the weights that peft's process made; as B starts at zero, both have the same first loss.
+Both sides: the OLMoE shape, 2 rows of 4,096 tokens (the same ones), LoRA of rank 16 with alpha 32
+on the fused gate_up, down, q and v, no dropout, AdamW without weight decay and without clipping,
+base model in bfloat16, LoRA matrices in float32. peft runs with `target_parameters` and grouped_mm,
+its fastest setting; ours runs with the defaults of training. Each is a separate process, so that
+its peak memory is its own: of the device, or of the process if the device is a CPU. With
+`--rehearse` ours loads the weights that peft's process wrote; as B starts at zero, both have the
+same first loss.
 """
 
 import statistics
@@ -22,7 +23,7 @@ WARMUP = 2
 
 
 def peers(setting: Setting, case: str):
-    """One of the two, by name."""
+    """Runs one of the two sides, by name."""
     length = 32 if setting.tiny else 4096
     row = {"rows": ROWS, "length": length, "rank": RANK, "dtype": setting.dtype}
     yield attempt(row, lambda: {"peft": run_peft, "ours": run_ours}[case](setting, length))
@@ -33,7 +34,7 @@ def token_ids(vocabulary: int, length: int) -> np.ndarray:
 
 
 def measure(setting: Setting, length: int, step) -> dict:
-    """`step() -> loss` with the loss waited for; the first ones compile and are not timed."""
+    """Times `step() -> loss`, waiting for the loss; the first steps compile and are not timed."""
     losses, seconds = [], []
     for _ in range(WARMUP + setting.repeats):
         start = time.perf_counter()
@@ -165,7 +166,7 @@ def weights_folder(setting: Setting):
 
 
 def peak(device_bytes: int | None) -> dict:
-    """Of the device since the step began, or of this process since it began."""
+    """Returns the peak memory of the device since the step began, or of this process."""
     if device_bytes is not None:
         return {"peak_gib": device_bytes / GIB, "peak_of": "device"}
     return {"peak_gib": peak_memory()["host_peak_bytes"] / GIB, "peak_of": "process"}

@@ -1,5 +1,5 @@
-"""What the parts of `gpu.py` share: sizes and precision, the ceilings that shares are of, and what
-a measurement that fails leaves behind.
+"""Shared settings of the parts of `gpu.py`: sizes and precision, the ceilings that shares refer to,
+and the rows of failed measurements.
 """
 
 import pathlib
@@ -32,7 +32,9 @@ class Setting(NamedTuple):
 
 
 def measured_ceilings(tiny: bool) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s read and written by a pass over a large array)."""
+    """Returns (FLOP/s of a large matrix product, bytes/s read and written by a pass over a large
+    array).
+    """
     side, dtype = (512, "float32") if tiny else (8192, "bfloat16")
     product, operations = matmul_bound(side, dtype)
     copy, moved = copy_bound(2 * side, dtype)
@@ -40,7 +42,9 @@ def measured_ceilings(tiny: bool) -> tuple[float, float]:
 
 
 def bounds(setting: Setting, case: str):
-    """The ceilings that shares are of, as measured in this process; a copy reads and writes."""
+    """Yields the ceilings that shares refer to, as measured in this process; a copy reads and
+    writes.
+    """
     yield {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -51,7 +55,7 @@ def bounds(setting: Setting, case: str):
 
 
 def rate_shares(setting: Setting, flops: float) -> dict:
-    """FLOP/s as a share of what a large product reaches here and of what the maker says."""
+    """Returns FLOP/s as a share of a large product's rate here and of the vendor's figure."""
     peak = peak_flops(1)
     return {
         "tflops": flops / 1e12,
@@ -61,7 +65,7 @@ def rate_shares(setting: Setting, flops: float) -> dict:
 
 
 def attempt(row: dict, measure: Callable[[], dict]) -> dict:
-    """The row with what `measure` found, or with the first line of what it raised."""
+    """Returns the row with what `measure` found, or with the first line of what it raised."""
     try:
         return row | measure()
     except Exception as error:  # whatever a backend raises is a finding
@@ -69,12 +73,16 @@ def attempt(row: dict, measure: Callable[[], dict]) -> dict:
 
 
 def device_limit() -> int | None:
-    """Bytes that this process may take of its device, where the platform says so."""
+    """Returns the bytes of device memory that this process may use, if the platform reports
+    them.
+    """
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def device_peak() -> int | None:
-    """Most bytes in use on the device since this process started, where the platform says so."""
+    """Returns the peak bytes in use on the device since this process started, if the platform
+    reports them.
+    """
     return peak_memory().get("device_peak_bytes")
 
 

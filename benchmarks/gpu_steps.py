@@ -1,5 +1,5 @@
-"""Whole training steps on one device, for `gpu.py`: their rate and memory, an event between them,
-and where their time goes.
+"""Measures whole training steps on one device, for `gpu.py`: rate and memory, an event between two
+steps, and a profile.
 """
 
 import collections
@@ -56,7 +56,7 @@ def olmoe_values(setting: Setting) -> dict:
 
 
 def step_config(setting: Setting, case: str) -> TrainConfig:
-    """`case` is rows and rematerialisation, such as "2 selective"."""
+    """Returns the config of a case, which is rows and rematerialisation, such as "2 selective"."""
     rows, remat = case.split()
     length = 32 if setting.tiny else 4096
     return TrainConfig(
@@ -68,13 +68,13 @@ def step_config(setting: Setting, case: str) -> TrainConfig:
 
 
 def step(setting: Setting, case: str):
-    """A step of the OLMoE shape."""
+    """Yields the row of a step of the OLMoE shape."""
     config = step_config(setting, case)
     yield attempt(label(config), lambda: measure(setting, config, olmoe_values(setting)))
 
 
 def qwen3(setting: Setting, case: str):
-    """A step of the Qwen3-30B-A3B shape, if there is memory for what is forecast."""
+    """Yields the row of a step of the Qwen3-30B-A3B shape, if the forecast fits into memory."""
     values = json.loads(QWEN3.read_text()) | (TINY_QWEN3 if setting.tiny else {})
     config = step_config(setting, case)
 
@@ -103,7 +103,7 @@ def make_step(config: TrainConfig, values: dict) -> Step:
 
 
 def measure(setting: Setting, config: TrainConfig, values: dict) -> dict:
-    """Rate, shares and memory of a compiled step.
+    """Measures rate, shares and memory of a compiled step.
 
     The device's peak is that of the process, so a process takes one case only; weights are made so
     that this takes little more than what lies there in the end. Operations are 4 N + attention.
@@ -137,7 +137,9 @@ def measure(setting: Setting, config: TrainConfig, values: dict) -> dict:
 
 
 def random_params(abstract: dict) -> dict:
-    """Weights of normal numbers, norms of ones, made a layer at a time: no leaf is there twice."""
+    """Returns normal weights and norms of ones, built layer by layer, so that no leaf exists
+    twice.
+    """
 
     def make(path, like):
         if path[-1].key == "scale":
@@ -162,11 +164,13 @@ def random_params(abstract: dict) -> dict:
     return jax.tree.map_with_path(make, abstract)
 
 
-# ------------------------------------------------------------------------------------------- event
+# -------------------------------------------------------------------------------------------- event
 
 
 def event(setting: Setting, case: str):
-    """Statistics to the host, a decision, new mask values back, between two steps."""
+    """Measures an event between two steps: statistics to the host, a decision, new mask values
+    back.
+    """
     yield attempt({}, lambda: _measure_event(setting))
 
 
@@ -197,11 +201,11 @@ def _measure_event(setting: Setting) -> dict:
     }
 
 
-# ----------------------------------------------------------------------------------------- profile
+# ------------------------------------------------------------------------------------------ profile
 
 
 def profile(setting: Setting, case: str):
-    """Kernels of the step of 2 rows, by the time that they take."""
+    """Lists the kernels of the step of 2 rows by their time."""
     yield attempt({"rows": 2, "remat": "selective"}, lambda: _profiled(setting))
 
 
@@ -233,8 +237,8 @@ def _profiled(setting: Setting) -> dict:
 
 
 def kernel_times(trace) -> tuple[collections.Counter, collections.Counter]:
-    """(seconds, calls) by name, numbers at its end left out; time inside another event is not that
-    other one's.
+    """Returns (seconds, calls) by name without trailing numbers; time inside a nested event counts
+    only for that event.
     """
     seconds, calls = collections.Counter(), collections.Counter()
     for line in _kernel_lines(trace):
@@ -255,7 +259,7 @@ def kernel_times(trace) -> tuple[collections.Counter, collections.Counter]:
 
 
 def _kernel_lines(trace) -> Iterator:
-    """Of a GPU its streams, of a TPU its operations, of a CPU the threads that compute."""
+    """Returns a GPU's streams, a TPU's operations, or a CPU's compute threads."""
     devices = [plane for plane in trace.planes if plane.name.startswith(DEVICES)]
     if not devices:
         hosts = (plane for plane in trace.planes if plane.name == "/host:CPU")

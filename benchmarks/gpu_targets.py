@@ -1,8 +1,8 @@
-"""GPUs that are not there, described to XLA, so that it compiles for them.
+"""Describes GPUs to XLA, so that it compiles for them without a device.
 
-XLA reads a device as text: what a block, a core and the device have, clocks, and what a core's
-units do in a clock. The numbers are NVIDIA's, of its data sheets and its CUDA programming guide.
-Nothing of CUDA has to be installed for it but `jax-cuda13-plugin` and `nvidia-nvvm`.
+XLA reads a device description as text: limits of a block, a core and the device, clocks, and the
+operations per clock of a core's units. The numbers are from NVIDIA's data sheets and its CUDA
+programming guide. Only `jax-cuda13-plugin` and `nvidia-nvvm` have to be installed, no CUDA.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ GPUS = {
 
 
 def devices(gpu: Gpu, count: int):
-    """That many of one process, for programs to be compiled for."""
+    """Returns devices of one process, as compilation targets."""
     from jax._src.cudnn import fused_attention_stablehlo
     from jax.experimental import topologies
 
@@ -46,7 +46,7 @@ def devices(gpu: Gpu, count: int):
 
 
 def target_config(gpu: Gpu) -> str:
-    """Of a Hopper GPU with 132 cores."""
+    """Returns the target description of a Hopper GPU with 132 cores."""
     major, minor, patch = CUDNN
     model = f"sm_9.0a with {gpu.memory}B RAM, 132 cores, 1980000KHz clock, "
     model += f"{gpu.memory_clock}KHz mem clock, 52428800B L2$"
@@ -89,7 +89,9 @@ def _rates(unit: str, rates: dict[int, tuple]) -> str:
 
 
 def library_flags() -> str:
-    """Where XLA finds the device library of `nvidia-nvvm`; without it, it looks for CUDA."""
+    """Returns XLA's flag for the device library of `nvidia-nvvm`; without it XLA searches for
+    CUDA.
+    """
     package = importlib.util.find_spec("nvidia")
     for root in package.submodule_search_locations if package else ():
         folder = pathlib.Path(root) / "cu13"

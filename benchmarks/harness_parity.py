@@ -1,14 +1,14 @@
-"""Our model and lm-evaluation-harness's own `hf` model, sample by sample, on the same weights.
+"""Compares our model with lm-evaluation-harness's own `hf` model, sample by sample.
 
     pip install -e ".[eval,oracle]" && python tools/smollm2.py --out build/smollm2
     python benchmarks/harness_parity.py --model build/smollm2 --choices ARC-Easy/test.jsonl
 
-Three tasks, defined here over local files: multiple choice (log-likelihoods), texts (rolling) and
-written answers; then greedy tokens beside `transformers`' own `generate`, one prompt at a time. All
-in f32. `--float64` adds two models: `hf64` is `hf` with its option `softmax_dtype=float64` (the
-same f32 forward pass, but log-softmax and the sum over tokens in f64), and `f64` is torch in f64
-throughout, the truth that all are measured against. With 49,152 tokens to choose from, torch's f32
-log-softmax on a CPU is off by 8e-6 a token on average, which adds up over an answer.
+Three tasks on the same weights, defined here over local files: multiple choice (log-likelihoods),
+texts (rolling) and written answers; then greedy tokens against `transformers`' own `generate`, one
+prompt at a time. Everything is in f32. `--float64` adds two models: `hf64` is `hf` with its option
+`softmax_dtype=float64` (the same f32 forward pass, but log-softmax and the sum over tokens in f64),
+and `f64` is torch in f64 throughout, the reference for all. With a vocabulary of 49,152, torch's
+f32 log-softmax on a CPU is off by 8e-6 per token on average, which adds up over an answer.
 """
 
 import argparse
@@ -130,13 +130,13 @@ def prompts_of(args) -> list[dict]:
 
 
 def gsm8k(count: int) -> list[dict]:
-    """Rows of the package: {question, answer}."""
+    """Returns rows of the package: {question, answer}."""
     rows = [row.fields for row in read_rows("bundled:gsm8k/heldout.jsonl")][:count]
     return [{"question": row["prompt"], "answer": row["response"]} for row in rows]
 
 
 def texts_of(count: int) -> list[dict]:
-    """Texts of 1 to 5 rows each: some are longer than a window."""
+    """Returns texts of 1 to 5 rows each, some longer than a window."""
     rows = [f"{row['question']}\n{row['answer']}" for row in gsm8k(3 * count)]
     sizes = [1 + index % 5 for index in range(count)]
     ends = np.cumsum(sizes)
@@ -201,7 +201,7 @@ def spread(values: np.ndarray) -> str:
 
 @torch.no_grad()
 def compare_tokens(loaded, peer, rows: list[dict], args) -> None:
-    """Greedy tokens; where they part, how far apart the two likeliest tokens were."""
+    """Compares greedy tokens, and the gap between the two likeliest tokens where they diverge."""
     ids = [loaded.tokenizer(f"Question: {row['question']}\nAnswer:").input_ids for row in rows]
     generator = Generator(loaded, batch_size=args.batch_size)
     ours = generator.generate(ids, max_new_tokens=args.new_tokens)

@@ -1,9 +1,9 @@
-"""What a compiled GPU module does in a step, read from its text: operations of matrix products by
-the numbers that they multiply, kernels that are started, and calls of libraries and of kernels.
+"""Counts what a compiled GPU module does per step, from its text: operations of matrix products by
+number format, kernel launches, and calls of libraries and kernels.
 
-What stands in a loop counts once a trip. Products in calls that are known are counted (cuBLAS,
-cuDNN's attention, grouped products of Pallas: all rows, whoever's they are); every other call that
-takes arrays is named in `uncounted`, none is taken for free.
+The content of a loop counts once per trip. Products in known calls are counted (cuBLAS, cuDNN's
+attention, grouped products of Pallas: all rows, including padding); every other call with array
+arguments is named in `uncounted`, so that none is treated as free.
 """
 
 import math
@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import hlo_text
 
-Array = tuple[str, tuple[int, ...]]  # kind of numbers, sizes
+Array = tuple[str, tuple[int, ...]]  # number format, sizes
 NARROW = ("bf16", "f16")
-# Instructions that start nothing.
+# Instructions that launch no kernel.
 FREE = {
     "parameter",
     "constant",
@@ -57,7 +57,9 @@ class Cost(NamedTuple):
 
 
 def cost(text: str, unknown_trips: int = 1) -> Cost:
-    """Of a module; `unknown_trips` stand in where the compiler knows no trips of a loop."""
+    """Counts the cost of a module; `unknown_trips` replaces trip counts that the compiler does not
+    know.
+    """
     bodies, entry = hlo_text.computations(text)
     module = {name: _instructions(lines) for name, lines in bodies.items()}
     found = Cost(Counter(), 0, Counter(), Counter(), 0)
@@ -81,7 +83,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """A text that begins with a parenthesis, cut behind the one that closes it."""
+    """Returns a text that begins with a parenthesis, cut behind the one that closes it."""
     depth = 0
     for at, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -119,7 +121,7 @@ def _walk(module, name: str, times: int, unknown_trips: int, found: Cost) -> Cos
 
 
 def _called(each: Instruction) -> list[str]:
-    """Computations: of a loop its body, of a fusion what it fuses."""
+    """Returns the called computations: the body of a loop, the content of a fusion."""
     return re.findall(
         r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)", each.attributes
     ) + [
@@ -138,7 +140,7 @@ def _add_products_inside(module, name: str, times: int, found: Cost) -> None:
 
 
 def _add_products(module, body, each: Instruction, times: int, found: Cost) -> None:
-    """The operations of one instruction, added to what was found."""
+    """Adds the operations of one instruction to the totals."""
     if each.kind == "dot":
         found.operations[_dot_kind(body, each)] += times * _dot_operations(body, each)
     if each.kind != "custom-call":
@@ -167,7 +169,7 @@ def _dot_kind(body, dot: Instruction) -> str:
 
 
 def _was_narrow(body, name: str) -> bool:
-    """Whether numbers were converted from 16 bits, in this computation."""
+    """Returns whether numbers were converted from 16 bits, in this computation."""
     each = body[name]
     while each.kind in LAYOUTS and each.operands[0] in body:
         each = body[each.operands[0]]
@@ -175,7 +177,7 @@ def _was_narrow(body, name: str) -> bool:
 
 
 def _call_operations(target: str, call: Instruction) -> tuple[str, int] | None:
-    """Kind of numbers and operations; None where they are not known."""
+    """Returns number format and operations of a call; None if they are not known."""
     layouts = re.search(r"operand_layout_constraints=\{(.*?)\}, api_version", call.attributes)
     inputs = _arrays(layouts[1]) if layouts else []
     if "fmha" in target:
@@ -190,7 +192,7 @@ def _call_operations(target: str, call: Instruction) -> tuple[str, int] | None:
 
 
 def _attention_operations(target: str, call: Instruction) -> int:
-    """Scores and values, 2 products, and 5 backward; half of them where it is causal."""
+    """Counts scores and values, 2 products forward and 5 backward; half of them if causal."""
     sizes = re.search(
         r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', call.attributes
     )
@@ -207,7 +209,7 @@ def _library_operations(call: Instruction, inputs: list[Array]) -> int:
 
 
 def _grouped_operations(call: Instruction, inputs: list[Array]) -> tuple[str, int] | None:
-    """Of [P, I] x [E, I, O] to [P, O], or of [P, M] and [P, N] to [E, M, N]."""
+    """Counts [P, I] x [E, I, O] to [P, O], or [P, M] and [P, N] to [E, M, N]."""
     floats = [array for array in inputs if array[0] in (*NARROW, "f32")]
     if len(floats) != 2 or len(call.results) != 1:
         return None

@@ -1,6 +1,6 @@
-"""Collectives in the text of a compiled module: kind, shape, and how often a step runs them.
+"""Reads collectives from the text of a compiled module: kind, shape, and executions per step.
 
-A collective inside a loop counts once a trip, as far as the compiler knows the trip count.
+A collective inside a loop counts once per trip, as far as the compiler knows the trip count.
 """
 
 import math
@@ -27,7 +27,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 class Collective(NamedTuple):
     kind: str
     shape: str  # of the result, such as bf16[8,4096]
-    times: int  # a step
+    times: int  # per step
     origin: str  # the operation it comes from
 
     @property
@@ -45,7 +45,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def collectives(text: str) -> list[Collective]:
-    """Of the whole module, in program order of the computations."""
+    """Lists the collectives of the whole module, in program order of the computations."""
     bodies, entry = computations(text)
     found: list[Collective] = []
     _walk(bodies, entry, 1, found)
@@ -80,7 +80,9 @@ def _walk(bodies, name: str, times: int, found: list[Collective]) -> None:
 
 
 def _trips(bodies, line: str) -> int:
-    """Of a loop: what the compiler noted, or the bound of its counter; 1 where neither is known."""
+    """Returns the trips of a loop as the compiler noted them, or the bound of its counter; 1 if
+    neither is known.
+    """
     noted = _TRIPS.search(line)
     if noted:
         return int(noted[1])
@@ -106,13 +108,13 @@ def _collective(match, line: str, times: int) -> Collective:
 
 
 class Limits(NamedTuple):
-    """What must not travel between chips; sizes in elements."""
+    """Arrays that must not be communicated between chips; sizes in elements."""
 
     local_experts: int  # experts of one shard
     expert_shapes: tuple[tuple[int, int], ...]  # of one expert's weights, whole or cut by fsdp
     vocab: int
     head: int
-    global_lora: set[tuple[int, ...]]  # factors of all experts, where they are sharded
+    global_lora: set[tuple[int, ...]]  # LoRA matrices of all experts, if sharded
 
 
 def _holds(shape: tuple[int, ...], matrix: tuple[int, int]) -> bool:
@@ -125,7 +127,7 @@ def _holds(shape: tuple[int, ...], matrix: tuple[int, int]) -> bool:
 
 
 def forbidden(each: Collective, limits: Limits) -> str | None:
-    """What a collective moves that it must not, or None."""
+    """Describes what a collective moves that it must not move; returns None if it is allowed."""
     for _, sizes in _ARRAY.findall(each.shape):
         shape = tuple(int(size) for size in sizes.split(",") if size)
         count = math.prod(shape)
@@ -136,5 +138,5 @@ def forbidden(each: Collective, limits: Limits) -> str | None:
             return "logits"
         squeezed = tuple(size for size in shape if size != 1)
         if squeezed in limits.global_lora:
-            return "factors of all experts"
+            return "LoRA matrices of all experts"
     return None

@@ -1,4 +1,4 @@
-"""Jobs without files: what a benchmark builds a step from, and steps of random numbers."""
+"""Builds jobs without files for benchmarks, and steps on random numbers."""
 
 import json
 import pathlib
@@ -26,8 +26,8 @@ MODELS = pathlib.Path(__file__).parent / "models"
 
 
 def model_values(model: str | None, config: TrainConfig) -> dict:
-    """A config.json: of a file or directory, or the published or bundled one that `model.path`
-    names.
+    """Returns a config.json: of a file or directory, or the published or bundled one that
+    `model.path` names.
     """
     name = config.model.path.rsplit("/", 1)[-1]
     file = pathlib.Path(model) if model else MODELS / f"{name}.json"
@@ -41,7 +41,7 @@ def model_values(model: str | None, config: TrainConfig) -> dict:
 
 
 def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Job:
-    """The job of a config without files: no data, weights, tokenizer or run directory."""
+    """Returns the job of a config without files: no data, weights, tokenizer or run directory."""
     model_config = parse_config(values)
     adapter = resolve.make_adapter(config, model_config)
     sizes = mesh_lib.resolve_sizes(config.mesh, device_count)
@@ -69,7 +69,7 @@ def abstract_job(config: TrainConfig, values: dict, device_count: int) -> job.Jo
 
 
 def forecast_bytes(run: train.Run) -> int:
-    """What is said before compiling, everything counted."""
+    """Returns the total bytes that are forecast before compiling."""
     layout, lora = memory_layout(run.job, run.mesh, run.experts), run.abstract_state.lora
     added = predicted_step_bytes(
         run.job.model_config, layout, bytes_on_one_device(lora), run.job.config.model.remat
@@ -102,7 +102,7 @@ class Step:
 
 
 def random_params(run: train.Run) -> dict:
-    """Weights in the run's own dtypes, never all of them in another one."""
+    """Returns random weights in the run's own dtypes, never all of them in another dtype."""
 
     def make(key):
         params = init_variables(run.model, key)["params"]
@@ -112,7 +112,7 @@ def random_params(run: train.Run) -> dict:
 
 
 def random_batch(config: TrainConfig, vocab: int) -> Batch:
-    """Rows of one document each; the same for equal sizes."""
+    """Returns rows of one document each; equal sizes give equal rows."""
     section = config.train
     shape = (section.micro_batches, section.batch_size // section.micro_batches)
     shape = (*shape, section.sequence_length)

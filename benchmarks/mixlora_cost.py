@@ -1,13 +1,14 @@
-"""What routed LoRA experts cost beside plain LoRA: whole training steps in turns.
+"""Measures what routed LoRA experts cost compared with plain LoRA: whole training steps in turns.
 
     python benchmarks/mixlora_cost.py [--kind mixlora] [--rounds 10] [--layers 6]
     python benchmarks/mixlora_cost.py --ways 8,16,32,64
 
-Shape of SmolLM2-135M with fewer layers, random weights, 4 rows of 512. MixLoRA with 8 experts of
-rank 16, 2 a token, on the FFN and plain LoRA of rank 16 on attention, against plain LoRA of rank 86
-on all seven projections, which has as many trained parameters; or with `--kind mola` 8 experts of
-rank 8 on all seven against plain LoRA of rank 64, which has the same factors. Prints the ratio of
-their times with a 95 % interval, and of what the compiled steps take besides their inputs.
+The shape is SmolLM2-135M with fewer layers, random weights, 4 rows of 512 tokens. MixLoRA with 8
+experts of rank 16, 2 per token, on the FFN and plain LoRA of rank 16 on attention is compared with
+plain LoRA of rank 86 on all seven projections, which has as many trained parameters; or with
+`--kind mola` 8 experts of rank 8 on all seven with plain LoRA of rank 64, which has LoRA matrices
+of the same size. Prints the ratio of their times with a 95 % interval, and of the memory that the
+compiled steps need besides their inputs.
 """
 
 import argparse
@@ -72,7 +73,9 @@ def main() -> None:
 
 
 def compare_ways(values: dict, experts: list[int], rounds: int) -> None:
-    """MixLoRA sorted and side by side (ops/lora_deltas.py), by number of experts."""
+    """Compares MixLoRA sorted with MixLoRA side by side (ops/lora_deltas.py), by number of
+    experts.
+    """
     params = None
     for number in experts:
         adapter = AdapterSection(

@@ -1,22 +1,21 @@
-"""Training steps of ours beside transformers + peft, same machine, same weights, same batch, in
-turns.
+"""Times our training steps and those of transformers + peft in turns, on the same machine.
 
     python benchmarks/peers_cpu.py [--rounds 3] [--steps 5] [--python .venv313/bin/python]
 
-Needs torch and peft (the extra `oracle`). Where those are not to be had for the Python that the
-newest jax wants, `--python` names another environment's interpreter for all sides but peft's. The
-case: OLMoE-like, 4 layers, width 512, 64 experts of
-256 with 8 active, 8 heads, vocabulary 8,192, float32; LoRA of rank 16 on gate_up, down, q and v; 4
-rows of 512 tokens; AdamW. peft runs with `target_parameters` and grouped_mm, its fastest setting;
-ours as a training runs by default, and once more saving memory (model.remat=full,
-train.micro_batches=4). Every measurement is a process of its own, so that peak memory is the
-process's own; the losses of the first step must agree, because B starts at zero.
+Weights and batch are the same. Needs torch and peft (the extra `oracle`). If they do not support
+the Python that the newest jax requires, `--python` names another environment's interpreter for all
+sides except peft's. The case: OLMoE-like, 4 layers, width 512, 64 experts of 256 with 8 active, 8
+heads, vocabulary 8,192, float32; LoRA of rank 16 on gate_up, down, q and v; 4 rows of 512 tokens;
+AdamW. peft runs with `target_parameters` and grouped_mm, its fastest setting; ours with the
+defaults of training, and once more saving memory (model.remat=full, train.micro_batches=4). Every
+measurement is a separate process, so that peak memory is the process's own; the losses of the first
+step must agree, because B starts at zero.
 
 In every round one more process times the bare products of that step in programs that do nothing
-else: gate_up and down of every expert for as many rows as it has when tokens are spread evenly,
-forward and input gradient, attention's projections and the head likewise; then the factors'
-products with their gradients, and attention's, in blocks. What they take is the least that the
-step's own products could take at XLA's rate; it is printed as a share of each side's step.
+else: gate_up and down of every expert for its rows when tokens are spread evenly, forward and input
+gradient, attention's projections and the head likewise; then LoRA's products with their gradients,
+and attention's, in blocks. Their time is a lower bound for the step's own products at XLA's rate;
+it is printed as a share of each side's step.
 """
 
 import argparse
@@ -121,7 +120,9 @@ class Product(NamedTuple):
 
 
 def bare_products() -> dict[str, list[Product]]:
-    """Of a step with a frozen base: those with its weights, with factors, and of attention."""
+    """Returns the products of a step with a frozen base: those with its weights, with LoRA
+    matrices, and of attention.
+    """
     layers, experts, heads = (
         CONFIG[name] for name in ("num_hidden_layers", "num_experts", "num_attention_heads")
     )
@@ -170,7 +171,7 @@ def bare_products() -> dict[str, list[Product]]:
 
 
 def run_products(directory: str, steps: int) -> dict:
-    """The seconds of all bare products of a step, and operations, by kind."""
+    """Returns the seconds of all bare products of a step, and operations, by kind."""
     import jax
     import jax.numpy as jnp
     from timing import median_seconds
@@ -301,7 +302,9 @@ def main() -> None:
 def products_line(
     products: list[dict], rounds: dict[str, list[dict]], kinds: tuple[str, ...]
 ) -> str:
-    """The bare products' time, and what share of each side's step of the same round that is."""
+    """Returns the bare products' time, and what share of each side's step of the same round that
+    is.
+    """
     seconds, operations = (
         np.array([sum(row[kind][name] for kind in kinds) for row in products])
         for name in ("seconds", "operations")
@@ -316,7 +319,7 @@ def products_line(
 
 
 def _summary(name: str, results: dict) -> list[str]:
-    """Medians, and the median ratio to peft of the same round."""
+    """Returns medians, and the median ratio to peft in the same round."""
     parts = []
     for side, rows in results.items():
         pairs = zip(rows, results["peft"], strict=True)

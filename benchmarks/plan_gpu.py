@@ -1,4 +1,4 @@
-"""What a step would take on each of N GPUs, by the forecast: no GPU, no weights, nothing compiled.
+"""Forecasts the memory of a step on each of N GPUs: no GPU, no weights, nothing compiled.
 
     python benchmarks/plan_gpu.py --devices 8 --config configs/mixtral.py mesh.data=1 mesh.expert=8
 

@@ -1,15 +1,15 @@
-"""What dynamic ranks cost: whole training steps in turns, one of each variant a round.
+"""Measures what dynamic ranks cost: whole training steps in turns, one of each variant per round.
 
     python benchmarks/rank_cost.py [--rounds 40] [--r-max 32,64,128]
     python benchmarks/rank_cost.py --operation    the expert operation alone
 
-On the bundled model's shape with random weights. `uniform` is plain LoRA of rank 16 that has memory
-for 16; the others are DR-LoRA with 16 active ranks in every expert and more allocated: same active
-parameters, plus importance, statistics, masks and inactive rows. Prints each variant's time over
-that of `uniform`, the mean of the rounds' ratios with a 95 % interval, and the time of a growth
+It uses the bundled model's shape with random weights. `uniform` is plain LoRA with 16 allocated
+ranks; the others are DR-LoRA with 16 active ranks in every expert and more allocated: the same
+active parameters, plus importance, statistics, masks and inactive rows. Prints each variant's time
+relative to `uniform`, the mean of the rounds' ratios with a 95 % interval, and the time of a growth
 event in steps. `--operation` times one layer's experts (64 of 256, 8 active, width 512, 2,048
 tokens), forward and gradient, with ranks from 8 to 24 around 16 in every expert, and prints what
-the factors add to the operation without factors, by allocated rank.
+LoRA adds to the operation without it, by allocated rank.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Variant(Step):
         self.state = state._replace(mask_LER=jax.device_put(mask_LER, state.mask_LER.sharding))
 
     def event(self) -> float:
-        """Statistics to the host, a decision, new mask values back."""
+        """Runs an event: statistics to the host, a decision, new mask values back."""
         start = time.perf_counter()
         policy, state = self.run.job.policy, self.state
         ranks_LE = np.full(state.mask_LER.shape[:2], RANK, np.int32)

@@ -1,23 +1,23 @@
-"""How time and memory of a training step grow with tokens, experts and layers, on one device.
+"""Measures how time and memory of a training step grow with tokens, experts and layers.
 
     python benchmarks/scaling.py                    # small on a CPU, OLMoE-1B-7B elsewhere
     python benchmarks/scaling.py --size tiny --axes rows,layers --rounds 2
 
-Whole steps of DR-LoRA on random weights. Along each axis one size changes and the others stay at
-its middle; experts change at a constant number of experts a token. The sizes of an axis take turns,
-with a bare matrix product and a copy in every round, so that ratios hold on a machine that others
-use as well. The table says, for each size:
+Whole steps of DR-LoRA run on random weights, on one device. Along each axis one size changes and
+the others keep their middle value; the number of experts changes at a constant number of experts
+per token. The sizes of an axis take turns, with a bare matrix product and a copy in every round, so
+that ratios are valid on a machine that others use too. The table has, for each size:
 
-    time       of the first size's: mean of the rounds' ratios with a 95 % interval
-    products   what its floating-point operations say (4 N + attention) of the first size's: linear
-               in rows and layers, almost flat in experts
-    + reading  the same with the base weights read once forward and once backward: the time of the
+    time       relative to the first size: mean of the rounds' ratios with a 95 % interval
+    products   floating-point operations (4 N + attention) relative to the first size: linear in
+               rows and layers, almost constant in experts
+    + reading  the same plus one read of the base weights forward and one backward: the time of the
                operations at the product's rate and of the bytes at the copy's
-    rate       those operations a second, of the bare product's in the same round
-    step adds  what the compiled step takes besides its inputs
-    forecast   all bytes as forecast, of those of the compiled step
+    rate       those operations per second, relative to the bare product in the same round
+    step adds  memory of the compiled step besides its inputs
+    forecast   forecast bytes relative to the bytes of the compiled step
 
-A size that fails, for one because it does not fit, is named with what it raised.
+A size that fails, for example because it does not fit, is listed with its error.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Point(NamedTuple):
     """Sizes of a step."""
 
     rows: int
-    length: int  # tokens a row
+    length: int  # tokens per row
     experts: int
     layers: int
 
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def measure_axis(size: Size, axis: str, rounds: int):
-    """Rows of the table, one for each size along an axis."""
+    """Yields rows of the table, one per size along an axis."""
     steps = {}
     for value in size.axes[axis]:
         try:
@@ -151,7 +151,7 @@ def make_step(values: dict, point: Point) -> Step:
 
 
 def table(axis: str, steps: dict[int, Step], seconds: dict, matmul_N, copy_N):
-    """Rows of the steps of an axis.
+    """Formats the rows of an axis's steps.
 
     Args:
       matmul_N: operations a second of the bare product, by round. copy_N: bytes of the copy.
@@ -183,7 +183,7 @@ def table(axis: str, steps: dict[int, Step], seconds: dict, matmul_N, copy_N):
 
 
 def forecast_bytes(step: Step) -> int:
-    """What is said before compiling, everything counted."""
+    """Returns the total bytes that are forecast before compiling."""
     run = step.run
     experts = run.model.options.ops.expert_mlp.keywords["backend"]
     layout = memory_layout(run.job, run.mesh, experts)

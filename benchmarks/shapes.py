@@ -24,7 +24,7 @@ TINY = OLMOE | {
     "num_experts": 8,
     "num_experts_per_tok": 2,
 }
-SMALL = OLMOE | {  # seconds of a CPU a step, and groups of experts that are larger than a block
+SMALL = OLMOE | {  # seconds per step on a CPU, and groups of experts that are larger than a block
     "vocab_size": 4096,
     "hidden_size": 256,
     "intermediate_size": 128,

@@ -1,7 +1,7 @@
-"""How benchmarks take times: after a warm-up, results waited for, in turns, ratios by round.
+"""Times functions for benchmarks: after a warm-up, waiting for results, in turns, ratios per round.
 
-A call that ends in less than a few milliseconds is repeated within one measurement: a device that
-takes its programs from a queue gets as many as fill `MEASUREMENT` seconds, and the last result is
+A call of less than a few milliseconds is repeated within one measurement: a device that reads
+programs from a queue receives as many as fill `MEASUREMENT` seconds, and only the last result is
 waited for. A CPU may run such programs side by side, so there every call is waited for.
 """
 
@@ -30,7 +30,7 @@ class Ratio(NamedTuple):
 
 
 def seconds_of(function: Callable, *args, calls: int = 1) -> float:
-    """Of one call, as the mean of some that follow one another."""
+    """Returns the seconds per call, averaged over consecutive calls."""
     is_queue = jax.default_backend() != "cpu"
     start = time.perf_counter()
     for _ in range(calls):
@@ -42,7 +42,7 @@ def seconds_of(function: Callable, *args, calls: int = 1) -> float:
 
 
 def calls_that_fill(function: Callable, *args, seconds: float = MEASUREMENT) -> int:
-    """How many calls take about that long; alone a call also takes what starting it takes."""
+    """Returns how many calls take about `seconds`; a single timed call also includes its launch."""
     alone = seconds_of(function, *args)
     calls = _bounded(seconds / alone)
     return _bounded(seconds / seconds_of(function, *args, calls=calls)) if calls > 1 else 1
@@ -53,7 +53,9 @@ def _bounded(calls: float) -> int:
 
 
 def median_seconds(function: Callable, *args, repeats: int = 20, warmup: int = 3) -> float:
-    """Of one call: the median of measurements of about `MEASUREMENT` seconds or one call each."""
+    """Returns the seconds per call: the median of measurements of about `MEASUREMENT` seconds or
+    one call each.
+    """
     for _ in range(warmup):
         seconds_of(function, *args)
     calls = calls_that_fill(function, *args)
@@ -61,8 +63,8 @@ def median_seconds(function: Callable, *args, repeats: int = 20, warmup: int = 3
 
 
 def in_turns(functions: dict, rounds: int, warmup: int = 3) -> dict:
-    """Seconds of each function, one call of each a round in an order that changes: none always runs
-    after the same one.
+    """Returns the seconds of each function, called once per round in changing order, so that none
+    always runs after the same one.
     """
     draw, names = np.random.default_rng(1), list(functions)
     seconds: dict = {name: [] for name in names}
@@ -84,7 +86,7 @@ def ratio(seconds_N: np.ndarray, base_N: np.ndarray) -> Ratio:
 
 
 def matmul_bound(side: int, dtype) -> tuple[Callable, int]:
-    """A product of square matrices to time, and its floating-point operations."""
+    """Returns a product of square matrices to time, and its floating-point operations."""
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (side, side), dtype) for key in keys)
     product = jax.jit(jnp.matmul)
@@ -92,13 +94,13 @@ def matmul_bound(side: int, dtype) -> tuple[Callable, int]:
 
 
 def copy_bound(side: int, dtype) -> tuple[Callable, int]:
-    """A pass over an array of side^2 to time, and the bytes that it reads and writes."""
+    """Returns a pass over an array of side^2 to time, and the bytes that it reads and writes."""
     array = jax.random.normal(jax.random.key(0), (side, side), dtype)
     add = jax.jit(lambda array: array + 1)
     return lambda: add(array), 2 * array.nbytes
 
 
 def first_line(error: Exception) -> str:
-    """What a measurement that failed says of it."""
+    """Returns the first line of a failed measurement's error."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"

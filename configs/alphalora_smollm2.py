@@ -6,15 +6,15 @@ weights have lighter tails; fine-tuned on ARC-Easy.
     python -m drlora_jax.train --config configs/alphalora_smollm2.py
     python -m drlora_jax.evaluate --run runs/alphalora_smollm2 --tasks arc_easy --limit 300
 
-150 experts are five a layer; MoLA's uniform placement of as many is adapter.experts_per_layer=5555.
-`--estimator median` is less moved by single matrices (docs/design.md). Without the first command,
-adapter.experts_per_layer=none allocation.kind=alphalora allocation.experts=150 computes exponents
-when the run is prepared; adapter.num_experts=20 is then what the largest layer needs. Trained
-parameters: 12,960,000 wherever the 150 experts are, of which 748,800 in routers. Local files,
-prompts, and plain LoRA with about as many parameters: as in configs/mixlora_smollm2.py. The authors
-leave the balance loss off. Measured with train.epochs=1 train.sequence_length=128
-(docs/methods.md): accuracy on 300 ARC-Easy questions from 0.547 to 0.690; plain LoRA of as many
-parameters 0.693.
+150 experts are five per layer; MoLA's uniform placement of as many is
+adapter.experts_per_layer=5555. `--estimator median` depends less on single matrices
+(docs/design.md). Without the first command, adapter.experts_per_layer=none
+allocation.kind=alphalora allocation.experts=150 computes exponents when the run is prepared;
+adapter.num_experts=20 is then what the largest layer needs. Trained parameters: 12,960,000 wherever
+the 150 experts are, of which 748,800 in routers. For local files, prompts, and plain LoRA with
+about as many parameters see configs/mixlora_smollm2.py. The authors use no balance loss. Measured
+with train.epochs=1 train.sequence_length=128 (docs/methods.md): accuracy on 300 ARC-Easy questions
+from 0.547 to 0.690; plain LoRA with as many parameters 0.693.
 """
 
 from drlora_jax.config import (

@@ -1,15 +1,16 @@
-"""Plain LoRA on a dense model of yours: one pair of matrices per projection, no experts.
+"""Plain LoRA on your own dense model: one pair of matrices per projection, no experts.
 
     python -m drlora_jax.train --config configs/dense_lora.py model.path=/models/Llama-2-7b-hf
     python -m drlora_jax.evaluate --run runs/dense_lora --tasks gsm8k=bundled:gsm8k/heldout.jsonl
     python -m drlora_jax.export --run runs/dense_lora --format peft --out adapter/
 
-Any model of the llama family: a directory or a hub name. It learns the 1,000 questions of GSM8K in
-the package; your rows are data.path=train.jsonl data.eval_path=heldout.jsonl, and an Instruct model
-takes data.template=tokenizer, its own prompt format.
+It works with any model of the llama family: a directory or a hub name. It trains on the 1,000
+GSM8K questions in the package; for your own rows set data.path=train.jsonl
+data.eval_path=heldout.jsonl, and for an Instruct model data.template=tokenizer, its own prompt
+format.
 
-Trained parameters on LLaMA-2-7B: 39,976,960. DoRA instead: adapter.dora=true. LoRA experts with a
-router instead: configs/mixlora.py.
+Trained parameters on LLaMA-2-7B: 39,976,960. For DoRA set adapter.dora=true. For LoRA experts with
+a router see configs/mixlora.py.
 
 Hardware: one device with 24 GB. Forecast for LLaMA-2-7B (by benchmarks/plan_gpu.py, not measured):
 17 GiB, of which the base model is 12.6 GiB in bfloat16, for micro-batches of 8 rows.

@@ -1,16 +1,17 @@
-"""MixLoRA on a dense model of yours: eight LoRA experts on every FFN, with the authors' settings.
+"""MixLoRA on your own dense model: eight LoRA experts on every FFN, with the authors' settings.
 
     python -m drlora_jax.train --config configs/mixlora.py model.path=/models/Llama-2-7b-hf
     python -m drlora_jax.evaluate --run runs/mixlora --tasks gsm8k=bundled:gsm8k/heldout.jsonl
 
-Any model of the llama family: a directory or a hub name. It learns the 1,000 questions of GSM8K in
-the package; your rows are data.path=train.jsonl data.eval_path=heldout.jsonl, and an Instruct model
-takes data.template=tokenizer, its own prompt format. `configs/mixlora_smollm2.py` is an example for
-two CPU cores, docs/methods.md has the method and what differs from the published code.
+It works with any model of the llama family: a directory or a hub name. It trains on the 1,000
+GSM8K questions in the package; for your own rows set data.path=train.jsonl
+data.eval_path=heldout.jsonl, and for an Instruct model data.template=tokenizer, its own prompt
+format. `configs/mixlora_smollm2.py` is an example for two CPU cores; docs/methods.md describes the
+method and the differences from the published code.
 
-Trained parameters on LLaMA-2-7B: 203,423,744, of which 1,048,576 in routers. Plain LoRA instead:
+Trained parameters on LLaMA-2-7B: 203,423,744, of which 1,048,576 in routers. For plain LoRA set
 adapter.kind=lora adapter.rank=16. `python -m drlora_jax.convert` writes the adapter for MoE-PEFT;
-peft has no form for it.
+peft has no such format.
 
 Hardware: one device with 24 GB. Forecast for LLaMA-2-7B (by benchmarks/plan_gpu.py, not measured):
 20 GiB, of which the base model is 12.6 GiB in bfloat16, for micro-batches of 8 rows.

@@ -5,17 +5,17 @@
     python -m drlora_jax.evaluate --run runs/mixlora_smollm2 --tasks arc_easy --limit 300 --base
     python -m drlora_jax.evaluation.compare runs/mixlora_smollm2/eval/arc_easy*
 
-Model and data come from the hub (`pip install datasets`). From local files: model.path=DIR
+Model and data come from the hub (`pip install datasets`). For local files set model.path=DIR
 data.path=arc_easy=FILE.jsonl data.eval_path= (or arc_easy=FILE), and --data-dir for evaluate;
-docs/evaluation.md has the layouts of rows. The model is trained on the prompt that `arc_easy` is
-scored with, the answer written out; `arc_easy:mixlora=...` trains on the authors' prompts.
+docs/evaluation.md describes the layouts of rows. The model is trained on the prompt that `arc_easy`
+is scored with, with the full answer; `arc_easy:mixlora=...` trains on the authors' prompts.
 
-Trained parameters: 13,224,960, of which 138,240 in routers. Plain LoRA with as many (13,127,040):
-adapter.kind=lora adapter.rank=43. Without the balance loss: train.balance_loss=0.
+Trained parameters: 13,224,960, of which 138,240 in routers. For plain LoRA with as many
+(13,127,040) set adapter.kind=lora adapter.rank=43. Without the balance loss: train.balance_loss=0.
 
-One epoch is 72,538 tokens: on two CPU cores 8 to 9 minutes, and 1 to 2 for each evaluation; 3.2
+One epoch is 72,538 tokens: 8 to 9 minutes on two CPU cores, and 1 to 2 for each evaluation; 3.2
 GiB, float32. Measured with train.epochs=1 train.sequence_length=128 (docs/methods.md): accuracy on
-300 questions from 0.547 to 0.677; plain LoRA of as many parameters 0.693, no difference shown.
+300 questions from 0.547 to 0.677; plain LoRA with as many parameters 0.693, no difference shown.
 
 Five tasks at once with the authors' sizes, on one GPU of 24 GB or more (not measured):
 

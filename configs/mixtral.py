@@ -2,15 +2,15 @@
 
     python -m drlora_jax.train --config configs/mixtral.py data.eval_path=heldout.jsonl
 
-Rows, passes, prompts and dtype: as in configs/olmoe.py (one document a row, three passes over
+Rows, passes, prompts and dtype: as in configs/olmoe.py (one document per row, three passes over
   60,000 rows; the tags of Tulu, for an Instruct model data.template=tokenizer; bfloat16 on every
   device).
-Hardware: eight devices with 24 GB or more each (base 87 GiB in bfloat16, 12 GiB a device with
-  mesh.expert=8; rank state 1 GiB a device), for example 8 x H100 or a TPU v5p-16; mesh.fsdp shards
-  the base further. Expected time, an estimate from the FLOPs of 92 M tokens that was not measured:
-  half an hour on 8 x H200 at 40 % of peak with grouped expert kernels. The line `computed` of the
-  output says whether experts run so; `dense` is every local expert on every token, 4 times the
-  expert work: count on 2 hours.
+Hardware: eight devices with 24 GB or more each (base model 87 GiB in bfloat16, 12 GiB per device
+  with mesh.expert=8; rank state 1 GiB per device), for example 8 x H100 or a TPU v5p-16; mesh.fsdp
+  shards the base model further. Expected time, estimated from the FLOPs of 92 M tokens and not
+  measured: half an hour on 8 x H200 at 40 % of peak with grouped expert kernels. The line `kernels`
+  of the output tells whether experts use them; `dense` computes every local expert on every token,
+  4 times the expert work: expect 2 hours.
 """
 
 from drlora_jax.config import (
@@ -42,7 +42,7 @@ def get_config() -> TrainConfig:
         train=TrainSection(
             steps=3750,
             batch_size=48,
-            micro_batches=3,  # 16 rows at a time, two a device of eight
+            micro_batches=3,  # 16 rows at a time, two per device on eight devices
             sequence_length=512,
             learning_rate=2e-5,
             schedule="linear",
@@ -56,7 +56,6 @@ def get_config() -> TrainConfig:
         allocation=AllocationSection(
             kind="dr_lora", r_init=8, r_target=16, r_max=32, interval=200, p_grow=0.1, gamma=1.2
         ),
-        # As many devices as there are share the eight experts; for sixteen: mesh.data=2
-        # mesh.expert=8.
+        # All devices shard the eight experts; for sixteen devices: mesh.data=2 mesh.expert=8.
         mesh=MeshSection(data=1, expert=-1),
     )

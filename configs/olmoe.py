@@ -2,18 +2,18 @@
 
     python -m drlora_jax.train --config configs/olmoe.py data.eval_path=heldout.jsonl
 
-Rows: 3,750 steps of 48 are 180,000. With data.pack=False a row is one document and padding, so
-  they are three passes over max_rows=60,000 and at most 92 M tokens. A packed row holds several
-  documents, and the same steps would be as many times the passes: with data.pack=True count in
-  train.epochs. What a run makes of its data is printed at the start.
+Rows: 3,750 steps of 48 are 180,000 rows. With data.pack=False a row is one document and padding, so
+  they are three passes over max_rows=60,000 and at most 92 M tokens. A packed row has several
+  documents, so the same steps would be that many times the passes: with data.pack=True set
+  train.epochs instead. The run prints at the start how it reads its data.
 Prompts: the tags of Tulu (data.template), as for a base model; for an Instruct model set
   data.template=tokenizer.
-Hardware: one device with 80 GB (base 13 GiB in bfloat16, rank state 3 GiB), or any number with
-  mesh.data=-1. model.dtype=bfloat16 is taken on a CPU, too: model.dtype=auto is float32 there, with
-  compiled kernels. Expected time, an estimate from the FLOPs of 92 M tokens that was not measured:
-  22 minutes on one H200 at 40 % of peak with grouped expert kernels. The line `computed` of the
-  output says whether experts run so; `dense` is every expert on every token, 8 times the expert
-  work: count on 2 to 3 hours.
+Hardware: one device with 80 GB (base model 13 GiB in bfloat16, rank state 3 GiB), or any number
+  with mesh.data=-1. model.dtype=bfloat16 also works on a CPU, where model.dtype=auto is float32
+  with compiled kernels. Expected time, estimated from the FLOPs of 92 M tokens and not measured: 22
+  minutes on one H200 at 40 % of peak with grouped expert kernels. The line `kernels` of the output
+  tells whether experts use them; `dense` computes every expert on every token, 8 times the expert
+  work: expect 2 to 3 hours.
 Reported by the authors (three runs, arXiv 2601.04823v5): GSM8K 28.4 with 8 shots.
 """
 

@@ -1,12 +1,12 @@
-"""Pretrains the small OLMoE that the package carries (bundled:tiny_moe), all weights from scratch.
+"""Pretrains the small OLMoE of the package (bundled:tiny_moe), all weights from scratch.
 
     python tools/build_corpus.py --source DIR && python tools/train_tokenizer.py
     python -m drlora_jax.pretrain --config configs/pretrain_tiny.py
 
-Four domains in equal parts of every batch: stories, books, Python source, mathematics. `model.path`
-gives architecture and tokenizer only. About an hour on two quiet CPU cores for 14.7 M tokens; the
-result is <run.dir>/model, a Hugging Face directory in bfloat16. The losses it reached are in
-drlora_jax/bundled/tiny_moe/README.md.
+Four domains contribute equal parts of every batch: stories, books, Python source, mathematics.
+`model.path` gives architecture and tokenizer only. It takes about an hour on two quiet CPU cores
+for 14.7 M tokens; the result is <run.dir>/model, a Hugging Face directory in bfloat16. Its losses
+are in drlora_jax/bundled/tiny_moe/README.md.
 """
 
 from drlora_jax.config import DataSection, ModelSection, RunSection, TrainConfig, TrainSection

@@ -1,4 +1,4 @@
-"""DR-LoRA on the MoE and the data that the package carries: the first thing to run.
+"""DR-LoRA on the MoE and the data of the package: the first thing to run.
 
     python -m drlora_jax.train --config configs/tiny.py
 
@@ -6,8 +6,8 @@ A 6.9 M parameter OLMoE (bundled:tiny_moe) learns to answer grade-school mathema
 chat format: 1,000 rows of GSM8K, 200 other rows held out. It takes under a minute on two quiet CPU
 cores, compilation included, and two minutes without a C++ compiler. The held-out loss falls from
 2.31 to 2.11 nats per token, and ranks grow from 4 to a mean of 8 in every layer, up to 16 in the
-experts that mathematics uses. Packed, the 1,000 rows are 366 of 512 tokens, so the 200 steps of 4
-are 2.2 passes, which the start points out.
+experts that mathematics uses. Packed, the 1,000 rows are 366 rows of 512 tokens, so the 200 steps
+of 4 rows are 2.2 passes, which the run reports at the start.
 """
 
 from drlora_jax.config import (

@@ -16,7 +16,7 @@ import importlib
 import os
 import sys
 
-TYPE_CHECKING = False  # `typing` takes milliseconds in which no signal is heard
+TYPE_CHECKING = False  # importing `typing` takes milliseconds in which no signal is handled
 if TYPE_CHECKING:
     from drlora_jax.api import (
         CapacityShapes,
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name == "train":  # the module of the command, which is callable
+    if name == "train":  # the command's module, which is callable
         return importlib.import_module("drlora_jax.train")
     if name in __all__:
         return getattr(importlib.import_module("drlora_jax.api"), name)
@@ -68,12 +68,12 @@ def __dir__() -> list[str]:
 
 
 def _end(number, _):
-    os.write(2, b"stopped by a signal: the same command starts again\n")
+    os.write(2, b"stopped by a signal: run the same command again\n")
     os._exit(75)
 
 
-# `python -m drlora_jax.NAME`, before anything of it is imported. Nothing of ours runs earlier, and
-# what is imported here is in memory already: `early` takes over as soon as it is imported itself.
+# For `python -m drlora_jax.NAME`, before any of its modules is imported: this is our earliest code,
+# and the modules imported above are in memory already. `early` takes over once it is imported.
 if sys.argv[:1] == ["-m"] and any("drlora_jax." in each for each in sys.orig_argv[1:]):
     for _number in (_signal.SIGINT, _signal.SIGTERM):
         _signal.signal(_number, _end)

@@ -1,16 +1,16 @@
-"""`python -m drlora_jax.alpha MODEL --experts 160`: how heavy-tailed the weights of each layer are,
-and how many LoRA experts AlphaLoRA (arXiv 2410.10054) gives the layer for it.
+"""`python -m drlora_jax.alpha MODEL --experts 160`: measures how heavy-tailed the weights of each
+layer are, and how many LoRA experts AlphaLoRA (arXiv 2410.10054) assigns to the layer.
 
 MODEL is a directory, a hub name or bundled:NAME, dense or MoE. Nothing is trained and no device is
-used. The spectra of the weights are kept in a cache; with other options the same model takes
-seconds, and an analysis that was stopped goes on.
+used. The spectra of the weights are cached: the same model takes seconds with other options, and an
+interrupted analysis resumes.
 """
 
 import os
 
 if __name__ == "__main__":
-    # A thread for each matrix, not several in BLAS: those wait for each other by spinning, which on
-    # a busy machine made a matrix take tens of times as long. It must be said before NumPy loads.
+    # One thread per matrix, not several in BLAS: those wait for each other by spinning, which made
+    # a matrix take tens of times as long on a busy machine. It must be set before NumPy loads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -42,14 +42,14 @@ from drlora_jax.system.paths import ABSENT, DIRECTORY, FILE, kind_of, local_path
 
 LONGEST_BAR = 40  # characters
 _ESTIMATOR_TEXTS = {
-    "fix_finger": "fits the tail above the peak of each matrix's spectrum (the authors' choice)",
+    "fix_finger": "fits the tail above the peak of each matrix's spectrum (as in the paper)",
     "median": "fits the upper half of each matrix's spectrum (plain Hill estimator)",
 }
-MOST_THREADS = 8  # unless said; one of them needs 0.9 GiB for the matrices of a 7B model
+MOST_THREADS = 8  # by default; each needs 0.9 GiB for the matrices of a 7B model
 
 
 class Result(NamedTuple):
-    """What the analysis of a model found."""
+    """The results of a model's analysis."""
 
     layers: list[LayerFit]
     experts_L: np.ndarray
@@ -65,7 +65,7 @@ def main(argv=None) -> int:
     directory = find_model(args.model, option="MODEL")
     config = read_model_config(directory)
     cli.check_positive(args, "threads")
-    _allocate(args, [1.0] * config.num_layers)  # refused now, not after the analysis
+    _allocate(args, [1.0] * config.num_layers)  # refuses bad options before the analysis
     cache = None if args.no_cache else open_cache(args.cache)
     print(f"model       {args.model}: {config.family}, {config.num_layers} layers", flush=True)
     layers = list(with_progress(_fits(args, config, directory, cache), config.num_layers))
@@ -89,39 +89,50 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub name or bundled:NAME")
     parser.add_argument(
-        "--experts", type=int, required=True, metavar="N", help="to give out over all layers"
+        "--experts", type=int, required=True, metavar="N", help="total to distribute over layers"
     )
     parser.add_argument(
-        "--beta", type=float, default=2.5, help="share = alpha^beta: 0 is even (default: 2.5)"
+        "--beta",
+        type=float,
+        default=2.5,
+        help="a layer's share is proportional to alpha^beta; 0: equal shares (default: 2.5)",
     )
     parser.add_argument(
         "--estimator",
         choices=ESTIMATORS,
         default="fix_finger",
-        help="where the tail begins: near the peak of the spectrum (default), or at its median",
+        help="where the tail begins: near the peak of the spectrum (fix_finger, the default), or "
+        "at its median",
     )
     parser.add_argument(
         "--rounding",
         choices=ROUNDINGS,
         default="largest_remainder",
-        help="default: nearest to the shares, at least one a layer; or as the authors' code",
+        help="largest_remainder (default): nearest to the shares, at least one per layer; or as "
+        "the authors' code",
     )
-    parser.add_argument("--out", metavar="FILE.json", help="all exponents, matrix by matrix")
-    parser.add_argument("--svg", metavar="FILE.svg", help="a chart of exponents and experts")
+    parser.add_argument(
+        "--out", metavar="FILE.json", help="write the exponents of all matrices to this file"
+    )
+    parser.add_argument(
+        "--svg", metavar="FILE.svg", help="write a chart of exponents and experts to this file"
+    )
     parser.add_argument(
         "--threads",
         type=int,
         default=_free_cores(),
-        help="matrices at once (default: as many as cores, at most 8)",
+        help="matrices computed at once (default: the number of cores, at most 8)",
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--cache", metavar="DIR", help=f"of spectra (default: {default_cache()})")
-    where.add_argument("--no-cache", action="store_true", help="neither read nor write one")
+    where.add_argument(
+        "--cache", metavar="DIR", help=f"cache of spectra (default: {default_cache()})"
+    )
+    where.add_argument("--no-cache", action="store_true", help="use no cache")
     return parser.parse_args(argv)
 
 
 def _free_cores() -> int:
-    """Cores that this process may use, unless BLAS was told to use several itself."""
+    """Returns the cores that this process may use, or 1 if BLAS was told to use several itself."""
     if os.environ.get("OMP_NUM_THREADS") != "1":
         return 1
     is_told = hasattr(os, "sched_getaffinity")  # by Linux
@@ -130,7 +141,7 @@ def _free_cores() -> int:
 
 
 def _check_file(name: str, path: str | None) -> pathlib.Path | None:
-    """A file that can be written, or None where none is asked for."""
+    """Returns a file that can be written, or None if none is requested."""
     if path is None:
         return None
     file = local_path(path, f"--{name}")
@@ -152,12 +163,11 @@ def _fits(args, config: ModelConfig, directory, cache) -> Iterator[LayerFit]:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# results
+# ------------------------------------------------------------------------------------------ results
 
 
 def table(args: argparse.Namespace, result: Result) -> list[str]:
-    """A line a layer, with a bar as long as its exponent is large."""
+    """Returns one line per layer, with a bar in proportion to its exponent."""
     largest = max(result.alpha_L)
     room = min(shutil.get_terminal_size().columns - 34, LONGEST_BAR)
     block = "█" if "utf" in (sys.stdout.encoding or "").lower() else "#"
@@ -172,13 +182,13 @@ def table(args: argparse.Namespace, result: Result) -> list[str]:
     empty = [fit.layer for fit, n in zip(result.layers, result.experts_L, strict=True) if n < 1]
     lines += [
         "",
-        "alpha      heavy-tail exponent of a layer's weights, the mean over its matrices; a larger "
-        "one means lighter tails",
-        f"experts    shared out in proportion to alpha^{args.beta:g} (--beta)",
+        "alpha      heavy-tail exponent of a layer's weights, the mean over its matrices; larger "
+        "means lighter tails",
+        f"experts    distributed in proportion to alpha^{args.beta:g} (--beta)",
         f"{args.estimator:<11}{_ESTIMATOR_TEXTS[args.estimator]}",
     ]
     if empty:
-        lines += ["", f"Layers without an expert, as the authors' rounding has it: {empty}."]
+        lines += ["", f"The authors' rounding leaves layers without an expert: {empty}."]
     return lines
 
 
@@ -188,7 +198,7 @@ def _cached(layers: list[LayerFit]) -> str:
 
 
 def record(args: argparse.Namespace, result: Result, identity: str) -> dict:
-    """What --out holds."""
+    """Returns the content of --out."""
     layers = []
     for fit, experts in zip(result.layers, result.experts_L.tolist(), strict=True):
         matrices = [
@@ -223,6 +233,6 @@ def _write(file: pathlib.Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    # Only shapes are asked of JAX: an accelerator may be in use by somebody else.
+    # JAX is used for shapes only: an accelerator may be in use by somebody else.
     jax.config.update("jax_platforms", "cpu")
     cli.run_and_exit(main)

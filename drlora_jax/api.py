@@ -283,7 +283,7 @@ def load_run(
     dtype: str | None = None,
     mesh: Mapping[str, int] | None = None,
 ) -> TrainedModel:
-    """Loads what a training made; nothing in the run directory is executed or changed.
+    """Loads a trained model; nothing in the run directory is executed or changed.
 
     Args:
       run_dir: The training's `run.dir`.
@@ -331,7 +331,7 @@ def _mesh_section(mesh: Mapping[str, int] | None) -> MeshSection:
 
 
 def _first_ranks(config: TrainConfig, shapes: CapacityShapes) -> np.ndarray:
-    """The ranks before step 1, i32 [L, E], of a run that has time for every event."""
+    """Returns the ranks before step 1, i32 [L, E], of a run with time for every event."""
     section = config.allocation
     measured = "exponents of the weights" if section.own.wants_exponents() else None
     policy = None if measured else make_policy(config, shapes, MANY_STEPS)

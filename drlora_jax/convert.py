@@ -1,27 +1,28 @@
-"""MixLoRA adapters of MoE-PEFT and the package `mixlora`: to a run directory, and back.
+"""Converts MixLoRA adapters of MoE-PEFT and the package `mixlora` to a run directory, and back.
 
     python -m drlora_jax.convert import --adapter DIR --model BASE --out runs/theirs
     python -m drlora_jax.convert export --run runs/mine --out DIR [--weights bin]
 
 `import` reads adapter_config.json and adapter_model.bin (or .safetensors) and writes a run
-directory that `drlora_jax.evaluate` and `drlora_jax.generate` take; it has no optimizer state, so
-training does not go on from it. `export` writes those two files from a run's checkpoint. A .bin
-file is a pickle: it is read with torch's `weights_only`, which builds tensors and nothing else, and
-torch is needed for it. Their loaders do not read .safetensors.
+directory that `drlora_jax.evaluate` and `drlora_jax.generate` can use; it has no optimizer state,
+so training cannot resume from it. `export` writes those two files from a run's checkpoint. A .bin
+file is a pickle: it is read with torch's `weights_only`, which builds nothing but tensors, so torch
+is needed for it. Their loaders do not read .safetensors.
 
-What does not carry over:
+Differences between the formats:
 
-* top_p routing (`mixlora-dynamic`) is renormalised here and not there, so the same tensors are two
-  functions; both directions want --accept-top-p. Switch routing, temperature, DoRA (its magnitudes
-  are not in their files), other adapters (loramoe, mola) and sequence classifiers are refused.
-* Their file has one rank. Experts with fewer are padded with zeros; `import` takes zeros at the end
-  for inactive ranks, so that ranks come back as they were.
+* top_p routing (`mixlora-dynamic`) is renormalised here and not there, so the same tensors compute
+  different functions; both directions require --accept-top-p. Switch routing, temperature, DoRA
+  (its magnitudes are not in their files), other adapters (loramoe, mola) and sequence classifiers
+  are refused.
+* Their file has one rank. Experts with fewer are padded with zeros; `import` reads zeros at the end
+  as inactive ranks, so that ranks are restored exactly.
 * Every layer has the same experts: a run with experts of rank 0 is refused.
-* lora_alpha is a whole number. Where scale * rank is not, the scale is multiplied into B.
-* An own rank, alpha or dropout of experts (`expert_lora`) is read; written files have none, because
-  the package `mixlora` does not look at it: an own scale is multiplied into B.
-* lora_dropout=0 is written as 1e-6, because their loader wants more than 0; 1e-6 is read as 0.
-* Base models of the `llama` family, as for adapter.kind=mixlora itself.
+* lora_alpha is an integer. If scale * rank is not, the scale is multiplied into B.
+* A separate rank, alpha or dropout of experts (`expert_lora`) is read; written files have none,
+  because the package `mixlora` ignores it: a separate scale is multiplied into B.
+* lora_dropout=0 is written as 1e-6, because their loader requires more than 0; 1e-6 is read as 0.
+* Only base models of the `llama` family are supported, as for adapter.kind=mixlora itself.
 """
 
 import argparse
@@ -76,21 +77,25 @@ def _parse(argv) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     directions = parser.add_subparsers(dest="direction", required=True)
-    into = directions.add_parser("import", help="their files to a run directory")
+    into = directions.add_parser("import", help="convert their files to a run directory")
     into.add_argument("--adapter", required=True, metavar="DIR")
     into.add_argument("--model", required=True, metavar="BASE", help="directory or hub name")
-    out_of = directions.add_parser("export", help="a run's checkpoint to their files")
+    out_of = directions.add_parser("export", help="convert a run's checkpoint to their files")
     out_of.add_argument("--run", required=True, metavar="DIR")
     out_of.add_argument("--step", default="latest", help="latest (default), best, or a number")
-    out_of.add_argument("--model-path", metavar="PATH", help="where the base is, if it has moved")
+    out_of.add_argument("--model-path", metavar="PATH", help="the base model, if it has moved")
     out_of.add_argument("--weights", choices=("bin", "safetensors"), default="bin")
     for each in (into, out_of):
         each.add_argument("--out", required=True, metavar="DIR", help="a new directory")
-        each.add_argument("--accept-top-p", action="store_true", help="see above")
+        each.add_argument(
+            "--accept-top-p",
+            action="store_true",
+            help="convert top_p routing although it is computed differently (see above)",
+        )
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------- in
+# ----------------------------------------------------------------------------------------------- in
 
 
 def _import(args: argparse.Namespace) -> int:
@@ -122,7 +127,7 @@ def _read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         tensors = _read_pickle(file.with_suffix(".bin"))
     for key, value in tensors.items():
         if not np.isfinite(value).all():
-            raise UserError(f"{folder}: {key} has values that are not finite; take another copy.")
+            raise UserError(f"{folder}: {key} has values that are not finite; use another copy.")
     return tensors
 
 
@@ -134,22 +139,26 @@ def _read_pickle(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with warnings.catch_warnings(action="ignore"):
             found = torch.load(file, map_location="cpu", weights_only=True)
-    # Bytes that are no pickle can raise anything. What torch advises is not repeated: it would run
-    # the code that a pickle may hold.
+    # Bytes that are no pickle can raise anything. torch's own advice is not repeated: it would run
+    # the code that a pickle may contain.
     except Exception as error:
         raise UserError(
-            f"{file} is cut off, damaged or holds more than tensors ({type(error).__name__}); copy "
-            "it again, or save the tensors as .safetensors."
+            f"{file} is truncated, damaged or contains more than tensors "
+            f"({type(error).__name__}); copy it again, or save the tensors as .safetensors."
         ) from error
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in found.items()
     ):
-        raise UserError(f"{file} must hold tensors by name and nothing else; give the adapter's.")
+        raise UserError(
+            f"{file} must be a dict of tensors by name; give the weights of an adapter."
+        )
     return {key: value.float().numpy() for key, value in found.items()}
 
 
 def _run_config(args, section: AdapterSection, ranks_LE: np.ndarray) -> TrainConfig:
-    """Equal ranks are a uniform allocation; others come from the run's own ranks.jsonl."""
+    """Builds the run's config: equal ranks are a uniform allocation, others come from the run's own
+    ranks.jsonl.
+    """
     rank = max(int(ranks_LE.max()), 1)
     kind = "uniform" if (ranks_LE == rank).all() else "pattern"
     pattern = f"{args.out}/ranks.jsonl" if kind == "pattern" else None
@@ -173,7 +182,7 @@ def _write_run(run_dir: RunDirectory, run: TrainConfig, base: str, lora, ranks_L
     checkpoints.close()
 
 
-# --------------------------------------------------------------------------------------------- out
+# ---------------------------------------------------------------------------------------------- out
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -186,8 +195,9 @@ def _export(args: argparse.Namespace) -> int:
         )
     if section.top_p is not None and not args.accept_top_p:
         raise UserError(
-            f"{args.run} has adapter.top_p={section.top_p}: weights are renormalised here and not "
-            "in MoE-PEFT, where it is another function. --accept-top-p writes it still."
+            f"{args.run} has adapter.top_p={section.top_p}: combine weights are renormalised here "
+            "but not in MoE-PEFT, so its outputs would differ. To export it anyway, add "
+            "--accept-top-p."
         )
     mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
     lora, ranks_LE, source = read_factors(source, mesh)

@@ -1,9 +1,9 @@
-"""The two ways a run ends badly, and the exit codes that scripts may rely on.
+"""The two kinds of failure, and the exit codes that scripts may rely on.
 
 A `UserError` is found before any device work: one message (what, where, got, what to do), exit code
-2. A `RunError` is found while running, its reason is the last line printed, exit code 1. What a
-signal or the loss of a process has stopped exits with `EXIT_RESUMABLE`: the same command goes on
-from the last checkpoint, or starts again where there is none.
+2. A `RunError` is raised while running; its reason is the last line printed, exit code 1. A run
+that was stopped by a signal or by the loss of a process exits with `EXIT_RESUMABLE`: the same
+command resumes from the last checkpoint, or starts again if there is none.
 """
 
 EXIT_DONE = 0
@@ -13,10 +13,8 @@ EXIT_RESUMABLE = 75
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: config, path, model directory, data. Shown without a
-    traceback.
-    """
+    """A mistake in the input: config, path, model directory, data. Shown without a traceback."""
 
 
 class RunError(RuntimeError):
-    """A run that failed after it started, with a reason that a person can act on."""
+    """A failure after the start of a run, with a reason that the user can act on."""

@@ -1,18 +1,18 @@
-"""`python -m drlora_jax.export --run DIR --format FORMAT --out DIR`: a run's model for other
-programs.
+"""`python -m drlora_jax.export --run DIR --format FORMAT --out DIR`: exports a run's model for
+other programs.
 
-  peft     an adapter for `peft`, experts fused as transformers 5 holds them
-  peft-2d  an adapter with one pair per expert, as servers that stack experts read it
+  peft     an adapter for `peft`, experts fused as in transformers 5
+  peft-2d  an adapter with one pair per expert, for servers that stack experts
   merged   a full model directory in the layout of the base model, the adapter added to its weights
 
-Versions that were tried: transformers 5.3 with peft 0.19.1 to 0.21.2, transformers 5.24 with peft
-0.20 to 0.21.2. Older ones of peft fail, or load peft-2d without its experts and say nothing.
+Tested versions: transformers 5.3 with peft 0.19.1 to 0.21.2, transformers 5.24 with peft 0.20 to
+0.21.2. Older versions of peft fail, or silently load peft-2d without its experts.
 
-Before an export is kept its files are read back, and on a few texts they must compute what the run
-computes, in float32. A layer is in memory at a time, so this needs no accelerator. Where torch is
-installed, transformers (and peft) then open the export too, if the model fits into memory in
-float32. Exit codes: 0 done, 2 a mistake in the input, 1 the export failed; then --out is left as it
-was.
+Before an export is kept, its files are read back and must reproduce the run's outputs on a few
+texts, in float32. Only one layer is in memory at a time, so this needs no accelerator. If torch is
+installed, transformers (and peft) then open the export too, provided that the model fits into
+memory in float32. Exit codes: 0 done, 1 the export failed and --out is unchanged, 2 a mistake in
+the input.
 """
 
 import argparse
@@ -53,15 +53,17 @@ UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB":
 
 
 class Request(NamedTuple):
-    """What to export, and how; the command's arguments."""
+    """The arguments of the command."""
 
     run: str  # run.dir of a training
     out: str  # a new or empty directory
     format: str  # of FORMATS
     step: str = "latest"  # or best, or a number
-    model_path: str | None = None  # where the base is, if it has moved
-    dtype: str | None = None  # of all tensors; None: float32, or the base's own when merged
-    max_shard_size: str | None = None  # of merged weights, such as 5GB; None: the base's files
+    model_path: str | None = None  # the base model, if it has moved
+    # of all tensors; None: float32 for adapters, the base model's own dtypes for merged
+    dtype: str | None = None
+    # of merged weights, such as 5GB; None: sharded like the base model
+    max_shard_size: str | None = None
 
 
 def main(argv=None) -> int:
@@ -70,10 +72,11 @@ def main(argv=None) -> int:
 
 
 def export(request: Request) -> None:
-    """Writes a run's model, and keeps the files if they are read back as the same model.
+    """Writes a run's model, and keeps the files only if they read back as the same model.
 
     Raises:
-      UserError: for what the user can mend; RunError: if the files do not compute the same.
+      UserError: for mistakes in the input.
+      RunError: if the files do not reproduce the run's outputs.
     """
     if request.format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}, got {request.format!r}.")
@@ -109,11 +112,9 @@ def export(request: Request) -> None:
 def _check(
     draft, request: Request, trained: Trained, reader: LayerReader, base, tokenizer, ends
 ) -> None:
-    """The export as it is computed here, as its files say, and as other libraries read it."""
-    prompts, is_merged = (
-        make_prompts(tokenizer, trained.config.vocab_size),
-        request.format == MERGED,
-    )
+    """Checks the export as computed here, as its files declare, and as other libraries read it."""
+    prompts = make_prompts(tokenizer, trained.config.vocab_size)
+    is_merged = request.format == MERGED
     measured = measure(trained, reader, draft, prompts, is_merged=is_merged, dtype=request.dtype)
     judge(measured)
     print("\n".join(_measured_lines(measured)), flush=True)
@@ -143,18 +144,19 @@ def _parse(argv) -> argparse.Namespace:
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="run.dir of a training")
     parser.add_argument("--step", default="latest", help="latest (default), best, or a number")
-    parser.add_argument("--format", required=True, choices=FORMATS)
+    parser.add_argument("--format", required=True, choices=FORMATS, help="see above")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty directory")
-    parser.add_argument("--model-path", metavar="PATH", help="where the base is, if it has moved")
+    parser.add_argument("--model-path", metavar="PATH", help="the base model, if it has moved")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of all tensors; default: float32 factors, or the base's own dtypes when merged",
+        help="dtype of all tensors (default: float32 for adapters, the base model's own dtypes "
+        "for merged)",
     )
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
-        help="of merged weights, such as 5GB; default: the files that the base has",
+        help="largest file of merged weights, such as 5GB (default: sharded like the base model)",
     )
     return parser.parse_args(argv)
 
@@ -163,7 +165,9 @@ def _shard_bytes(request: Request) -> int | None:
     if request.max_shard_size is None:
         return None
     if request.format != MERGED:
-        raise UserError(f"--max-shard-size is for --format merged; {request.format} is one file.")
+        raise UserError(
+            f"--max-shard-size applies to --format merged; {request.format} is always one file."
+        )
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", request.max_shard_size, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size < 1:
@@ -171,12 +175,13 @@ def _shard_bytes(request: Request) -> int | None:
     return size
 
 
-# ---------------------------------------------------------------------------------------------
-# what is written
+# ------------------------------------------------------------------------------------------ writing
 
 
 def read_trained(source: RunSource) -> tuple[Trained, RunSource]:
-    """Factors, ranks and gates of the run's checkpoint, on the host, and which one it was."""
+    """Reads LoRA matrices, ranks and gates of the run's checkpoint onto the host; returns them and
+    the source with the step that was read.
+    """
     config, adapter = source.model_config, source.adapter
     mesh = mesh_lib.make_mesh(mesh_lib.resolve_sizes(MeshSection(), jax.device_count()))
     lora, ranks_LE, source = read_factors(source, mesh)
@@ -189,7 +194,7 @@ def read_trained(source: RunSource) -> tuple[Trained, RunSource]:
 def make_adapter(
     trained: Trained, reader: LayerReader, layout: str, dtype: str | None
 ) -> peft_write.Adapter:
-    """The adapter in the layout `peft` or `peft-2d`, in `dtype` (None: f32)."""
+    """Packs the adapter in the layout `peft` or `peft-2d`, in `dtype` (None: f32)."""
     routers = {
         update.layer.number: reader.layer(update.layer)["moe"]["router"] + update.router_DE
         for update in trained.updates
@@ -210,7 +215,7 @@ def make_adapter(
 
 
 def _base_name(source: RunSource) -> str:
-    """A hub name as it is, anything else as the directory that it means."""
+    """Returns a hub name unchanged, anything else as a resolved directory."""
     name, here = source.config.model.path, source.directory.resolve()
     return name if here.parent.name == "snapshots" else str(here)  # where the hub's client puts it
 
@@ -233,11 +238,11 @@ def write_merged(
     end_token_ids: Sequence[int] = (),
     tokenizer_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[str]:
-    """Writes the base's directory with the adapter added; returns what there is to say about it.
+    """Writes the base model's directory with the adapter added; returns the lines to print.
 
     Args:
       end_token_ids: tokens that end a text of the run, the tokenizer's own first.
-      tokenizer_settings: of the training, where the base has others now.
+      tokenizer_settings: those of the training, if the base model has different ones now.
     """
     changed = adapted_tensors(reader.table, trained.updates)
     notes = rewrite_model(
@@ -250,12 +255,11 @@ def write_merged(
         end_token_ids=end_token_ids,
         tokenizer_settings=tokenizer_settings,
     )
-    lines = [f"merged   {len(changed)} of {len(reader.table)} tensors are adapted"]
+    lines = [f"merged   {len(changed)} of {len(reader.table)} tensors changed"]
     return lines + [f"note     {note}" for note in notes]
 
 
-# ---------------------------------------------------------------------------------------------
-# what is said
+# ----------------------------------------------------------------------------------------- messages
 
 
 def _describe(source: RunSource, trained: Trained) -> str:
@@ -274,13 +278,14 @@ def _adapter_lines(adapter: peft_write.Adapter) -> list[str]:
     ]
     if adapter.active_share < 0.5:
         lines.append(
-            f"note     only {100 * adapter.active_share:.0f} % of the rows are active: the format "
-            "has one rank for all, the rest is zeros"
+            f"note     only {100 * adapter.active_share:.0f} % of the rank rows are active: the "
+            "format has one rank for all experts, the rest is padded with zeros"
         )
     if adapter.saved_modules:
         lines.append(
-            f"note     a trained router is a module to save ({', '.join(adapter.saved_modules)}), "
-            "which not every server loads; --format merged works everywhere"
+            f"note     the trained router is stored in modules_to_save "
+            f"({', '.join(adapter.saved_modules)}), which not every server loads; --format merged "
+            "works everywhere"
         )
     return lines
 
@@ -288,14 +293,16 @@ def _adapter_lines(adapter: peft_write.Adapter) -> list[str]:
 def _measured_lines(measured: Measured) -> list[str]:
     lines = [
         f"checked  {counted(measured.prompts, 'text')}, {counted(measured.tokens, 'token')}: KL "
-        f"{measured.exported.kl:.1e} a token (allowed {MAX_KL:g}); the adapter changes logits by "
+        f"{measured.exported.kl:.1e} per token (limit {MAX_KL:g}); the adapter changes logits by "
         f"up to {measured.adapter_change:.3g}"
     ]
     if measured.merged is not None:
-        lines.append(f"         rounding costs a KL of up to {measured.kl:.1e} a token")
+        lines.append(f"         rounding costs a KL of up to {measured.kl:.1e} per token")
     left_out = measured.prompts - measured.exported.counted
     if left_out:
-        lines.append(f"         {left_out} texts were left out: ties in the choice of experts")
+        lines.append(
+            f"         {counted(left_out, 'text')} left out: ties in the choice of experts"
+        )
     return lines
 
 

@@ -1,8 +1,8 @@
-"""`python -m drlora_jax.inspect DIR`: what a model directory or a run directory holds.
+"""`python -m drlora_jax.inspect DIR`: summarises a model directory or a run directory.
 
-Of a model: its architecture, and its parameters by kind, in all and those that one token is
-multiplied with. Of a run also what was adapted, how far it came, its checkpoints and ranks. Reads
-files only: no network, no device, nothing is executed or changed.
+For a model: its architecture, and its parameters by kind, in total and active per token. For a run
+also what was adapted, its progress, checkpoints and ranks. Only reads files: no network, no device,
+nothing is executed or changed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv=None) -> int:
 
 
 def is_run(path: str) -> bool:
-    """Whether config.json there is of a run, and not of a model."""
+    """Returns whether the directory's config.json belongs to a run and not to a model."""
     try:
         found = json.loads((local_path(path, "DIR") / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -50,8 +50,7 @@ def is_run(path: str) -> bool:
     return isinstance(found, dict) and isinstance(found.get("config"), dict)
 
 
-# ---------------------------------------------------------------------------------------------
-# models
+# ------------------------------------------------------------------------------------------- models
 
 
 class Kind(NamedTuple):
@@ -59,7 +58,7 @@ class Kind(NamedTuple):
 
     name: str
     parameters: int
-    active: int  # that one token is multiplied with
+    active: int  # those that one token is multiplied with
 
 
 def model_lines(path: str) -> list[str]:
@@ -70,7 +69,7 @@ def model_lines(path: str) -> list[str]:
 
 
 def find_local(path: str) -> pathlib.Path:
-    """The directory of a model that is on this machine; a hub name is not looked up."""
+    """Returns a model's directory on this machine; hub names are not downloaded."""
     if not path.startswith("bundled:") and kind_of(local_path(path, "DIR")) == ABSENT:
         raise UserError(
             f"{path}: no such directory; give a model directory, a run.dir or bundled:NAME "
@@ -96,17 +95,17 @@ def architecture_lines(
         )
     routing = adapter.routing(config)
     if routing:
-        kind = f"of hidden width {config.moe.expert_dim:,}" if config.moe else "of LoRA (at most)"
+        kind = f"hidden width {config.moe.expert_dim:,}" if config.moe else "LoRA experts (at most)"
         lines.append(
-            f"experts     {routing.num_experts} a layer in "
+            f"experts     {routing.num_experts} per layer in "
             f"{len(adapter.expert_layers(config))} layers, "
-            f"{routing.experts_per_token} a token, {kind}"
+            f"{routing.experts_per_token} per token, {kind}"
         )
     return lines
 
 
 def _weight_lines(directory: pathlib.Path, config: ModelConfig) -> list[str]:
-    """What the weights are, after the checks that loading them begins with."""
+    """Describes the weights, after the checks that loading them begins with."""
     if not has_weights(directory):
         return ["weights     none here"]
     headers = read_headers(directory)
@@ -121,7 +120,7 @@ def _weight_lines(directory: pathlib.Path, config: ModelConfig) -> list[str]:
 
 
 def parameters_by_kind(config: ModelConfig) -> list[Kind]:
-    """Weight matrices; norms and biases are not counted."""
+    """Counts the parameters of weight matrices; norms and biases are not counted."""
     kinds: dict[str, Kind] = {}
     for matrix in config.matrices():
         active = matrix.active * matrix.in_features * matrix.out_features
@@ -135,12 +134,11 @@ def parameters_by_kind(config: ModelConfig) -> list[Kind]:
 def kind_lines(config: ModelConfig) -> list[str]:
     kinds = parameters_by_kind(config)
     kinds.append(Kind("total", sum(k.parameters for k in kinds), sum(k.active for k in kinds)))
-    lines = [f"{'parameters':<12}{'in all':>18}{'active a token':>18}"]
+    lines = [f"{'parameters':<12}{'total':>18}{'active per token':>18}"]
     return lines + [f"{k.name:<12}{k.parameters:>18,}{k.active:>18,}" for k in kinds]
 
 
-# ---------------------------------------------------------------------------------------------
-# runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def run_lines(directory: pathlib.Path) -> list[str]:
@@ -156,7 +154,9 @@ def run_lines(directory: pathlib.Path) -> list[str]:
 
 
 def _base_lines(run: RunLog) -> list[str]:
-    """Architecture and what is adapted; a base that is not on this machine is only named."""
+    """Describes architecture and adapter; a base model that is not on this machine is only
+    named.
+    """
     try:
         config = from_flat(run.config)
         model = read_model_config(find_local(config.model.path))
@@ -169,14 +169,14 @@ def _base_lines(run: RunLog) -> list[str]:
 
 
 def rank_lines(run: RunLog) -> list[str]:
-    """Active ranks of every layer after the last event."""
+    """Returns the active ranks of every layer after the last event."""
     found = frames(run, "ranks")
     if not found:
         return []
     step, values = found[-1]
     limits = budgets(run, len(values)) or []
     width = max((len(f" of {limit:,}") for limit in limits), default=0)
-    lines = ["", f"ranks after step {step}", "layer     sum" + " " * width + "   mean  from  to"]
+    lines = ["", f"ranks after step {step}", "layer     sum" + " " * width + "   mean   min max"]
     for index, (layer, row) in enumerate(zip(layer_indices(run, len(values)), values, strict=True)):
         mean = statistics.fmean(row) if row else 0.0
         low, high = min(row, default=0), max(row, default=0)

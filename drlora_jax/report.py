@@ -1,9 +1,9 @@
 """`python -m drlora_jax.report --run DIR [--run DIR ...]`: writes the report of a run, or one that
 compares several, as a single HTML file that needs no network.
 
-A run rewrites its own `report.html` at every checkpoint; this does it by hand, at any time, also
-for a run that is still going or was killed. Exit codes: 0 written, 2 a mistake in the arguments, 1
-the file could not be written.
+A run rewrites its own `report.html` at every checkpoint; this command does so at any time, also for
+a run that is still going or was killed. Exit codes: 0 written, 1 the file could not be written, 2 a
+mistake in the arguments.
 """
 
 import argparse
@@ -22,10 +22,17 @@ def main(argv=None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--run", action="append", required=True, metavar="DIR", help="a run.dir; several compare"
+        "--run",
+        action="append",
+        required=True,
+        metavar="DIR",
+        help="run.dir of a training; may be repeated to compare runs",
     )
     parser.add_argument(
-        "--out", metavar="FILE", help="default: report.html in the run; comparison.html in here"
+        "--out",
+        metavar="FILE",
+        help="file to write (default: report.html in the run directory; for several runs "
+        "comparison.html in the current one)",
     )
     args = parser.parse_args(argv)
     directories = [local_path(run, "--run") for run in args.run]
@@ -38,7 +45,7 @@ def main(argv=None) -> int:
     try:
         write_report(directories, out)
     except OSError as error:
-        raise RunError(f"{out} can not be written: {error.strerror}.") from error
+        raise RunError(f"{out} cannot be written: {error.strerror}.") from error
     print(f"wrote {out}")
     return EXIT_DONE
 

@@ -42,11 +42,16 @@ from drlora_jax.training.costs import (
 )
 from drlora_jax.training.growth import grow, start_profiled
 from drlora_jax.training.job import Job, prepare
-from drlora_jax.training.metrics_rows import RowWriter, require_finite, require_finite_base, routing
-from drlora_jax.training.optimizer import rate_at
-from drlora_jax.training.program import Run, build, compile_step
+from drlora_jax.training.metrics_rows import (
+    RowWriter,
+    rate_at,
+    require_finite,
+    require_finite_base,
+    routing,
+)
+from drlora_jax.training.program import Run, build
 from drlora_jax.training.state import Position, restore_newest, save
-from drlora_jax.training.step import TrainState
+from drlora_jax.training.step import TrainState, compile_step
 
 COMPILING = "compiling the train step; this takes seconds to minutes ..."
 
@@ -224,8 +229,8 @@ class Loop:
     def _make_batch(self, step: int) -> tuple[Batch, int]:
         """Returns the batch of a step on its devices, and its number of tokens."""
         job, section = self.run.job, self.run.job.config.train
-        first_row = step * section.batch_size
-        batch = sharded_batch(job.loader, first_row, section.micro_batches, self.run.batch_sharding)
+        first_row, sharding = step * section.batch_size, self.run.abstract_batch.tokens_BT.sharding
+        batch = sharded_batch(job.loader, first_row, section.micro_batches, sharding)
         tokens = job.loader.token_count(first_row)
         self.made.add(step)
         return batch, tokens

@@ -1,8 +1,8 @@
-"""Figures of a study: pure functions from its results to numbers.
+"""Computes the figures of a study: pure functions from its results to numbers.
 
-Losses are nats a target token on held-out rows after the last step. Differences are paired by seed
-(same data order, same initial factors up to the rank, same dropout) and have Student's 95 %
-interval.
+Losses are nats per target token on held-out rows after the last step. Differences are paired by
+seed (same data order, same initial LoRA matrices up to the rank, same dropout) and have Student's
+95 % interval.
 """
 
 import math
@@ -26,14 +26,14 @@ class Paired(NamedTuple):
 
 
 class Relation(NamedTuple):
-    """How two values of the experts of a layer go together, over runs and layers."""
+    """The correlation of two values over the experts of a layer, over runs and layers."""
 
     correlation: float  # mean of Pearson's r within a layer
     layers: list[float]
 
 
 def select(results: dict, *, task: str, arm: str, is_tuning: bool = False) -> dict[int, dict]:
-    """Cells of an arm by seed (test cells) or by learning rate (tuning cells)."""
+    """Selects cells of an arm by seed (test cells) or by learning rate (tuning cells)."""
     cells = [
         cell
         for cell in results["cells"]
@@ -43,7 +43,7 @@ def select(results: dict, *, task: str, arm: str, is_tuning: bool = False) -> di
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """second - first, pair by pair: mean and Student's 95 % interval (n - 1 degrees)."""
+    """Returns second - first, pair by pair: mean and Student's 95 % interval (n - 1 degrees)."""
     steps = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     mean, n = float(steps.mean()), steps.size
     if n < 2:
@@ -53,7 +53,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def compare(results: dict, task: str, reference: str, arm: str, value="test_loss") -> Paired | None:
-    """`arm` minus `reference` over the seeds that both have; None if there are none."""
+    """Returns `arm` minus `reference` over the seeds that both have; None if there are none."""
     one, other = (select(results, task=task, arm=name) for name in (reference, arm))
     seeds = sorted(one.keys() & other.keys())
     if not seeds:
@@ -62,7 +62,9 @@ def compare(results: dict, task: str, reference: str, arm: str, value="test_loss
 
 
 def relation(ranks_RLE: np.ndarray, value_RLE: np.ndarray) -> Relation:
-    """Pearson's r of ranks and another value over the experts of a layer, averaged over runs R."""
+    """Returns Pearson's r of ranks and another value over the experts of a layer, averaged over
+    runs R.
+    """
     by_layer = []
     for layer in range(ranks_RLE.shape[1]):
         pairs = zip(ranks_RLE[:, layer], value_RLE[:, layer], strict=True)
@@ -77,13 +79,17 @@ def _pearson(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def effective_rank(ranks_LE: np.ndarray, load_LE: np.ndarray) -> float:
-    """Mean active rank that a token's choices meet: sum of load * rank, averaged over layers."""
+    """Returns the mean active rank over a token's choices: sum of load * rank, averaged over
+    layers.
+    """
     load_LE = load_LE / load_LE.sum(axis=1, keepdims=True)
     return float((ranks_LE * load_LE).sum(axis=1).mean())
 
 
 def base_shares(results: dict, task: str) -> np.ndarray | None:
-    """Share of choices by expert, [L, E], that the base makes on the task's training rows."""
+    """Returns the share of choices per expert, [L, E], of the base model on the task's training
+    rows.
+    """
     profiles = [
         cell["profile"] for cell in results["cells"] if cell["task"] == task and cell["profile"]
     ]

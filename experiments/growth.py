@@ -1,9 +1,9 @@
-"""Does growing ranks help at equal budget? DR-LoRA against what it must beat.
+"""Tests whether growing ranks helps at equal budget: DR-LoRA against its baselines.
 
     python -m experiments.run --study experiments/growth.py --out build/growth --jobs 2
 
-All arms but the upper one end with the same number of active ranks in every layer (8 experts * 16)
-and see the same tokens in the same order for a seed; the router is frozen in all of them.
+All arms except the upper one end with the same number of active ranks in every layer (8 experts *
+16) and see the same tokens in the same order for a seed; the router is frozen in all of them.
 """
 
 from drlora_jax.config import (
@@ -42,7 +42,7 @@ ARMS = (
         ("allocation.kind=uniform", "allocation.r_target=32"),
     ),
     Arm("dr_lora", "DR-LoRA, 8 to a mean of 16, at most 32", ()),
-    Arm("random", "its schedule, experts drawn by lot", ("allocation.kind=random",)),
+    Arm("random", "its schedule, experts chosen at random", ("allocation.kind=random",)),
     Arm(
         "moe_sieve",
         "rank 64 on the quarter of experts used most",
@@ -54,7 +54,7 @@ ARMS = (
         ("allocation.kind=pattern",),
         ranks_of="dr_lora",
     ),
-    # What might be in the way of growth, each mended alone.
+    # Possible obstacles to growth, each removed alone.
     Arm(
         "early_end",
         "dr_lora, growth ends after a quarter",

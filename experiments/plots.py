@@ -1,4 +1,4 @@
-"""Plots of a study as PNG files; matplotlib is imported here only, and only when one is drawn."""
+"""Plots a study as PNG files; matplotlib is imported only here, and only when a plot is drawn."""
 
 import pathlib
 
@@ -39,7 +39,7 @@ def _panels(count: int, height: float, width: float = 4.4):
 
 
 def differences(study: Study, results: dict):
-    """Held-out loss minus the reference's: every seed, mean and 95 % interval."""
+    """Plots held-out loss minus the reference's: every seed, mean and 95 % interval."""
     arms = [arm for arm in study.arms if arm.name != study.reference]
     figure, axes = _panels(len(study.tasks), 0.42 * len(arms) + 1.1)
     for axis, task in zip(axes, study.tasks, strict=True):
@@ -58,13 +58,13 @@ def differences(study: Study, results: dict):
         axis.set_yticks(range(len(arms)), [arm.name for arm in reversed(arms)])
         axis.locator_params(axis="x", nbins=5)
         axis.set_title(f"{task.name}: held-out loss minus {study.reference}")
-        axis.set_xlabel("nats a token (left is better)")
+        axis.set_xlabel("nats per token (left is better)")
     figure.tight_layout()
     return figure
 
 
 def curves(study: Study, results: dict):
-    """Mean held-out loss minus the reference's at the same tokens, along the run."""
+    """Plots mean held-out loss minus the reference's at equal tokens, along the run."""
     figure, axes = _panels(len(study.tasks), 3.0)
     for axis, task in zip(axes, study.tasks, strict=True):
         reference = analyse.select(results, task=task.name, arm=study.reference)
@@ -80,14 +80,14 @@ def curves(study: Study, results: dict):
             axis.plot(tokens / 1000, loss, label=arm.name, color=colour, marker=".", ms=4)
         axis.set_title(f"{task.name}: held-out loss minus {study.reference}")
         axis.set_xlabel("thousand tokens")
-    axes[0].set_ylabel("nats a token")
+    axes[0].set_ylabel("nats per token")
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     return figure
 
 
 def ranks_and_use(study: Study, results: dict):
-    """Final ranks of DR-LoRA (mean over seeds) against how often the base uses the expert."""
+    """Plots final ranks of DR-LoRA (mean over seeds) against the base model's use of experts."""
     figure, axes = _panels(len(study.tasks), 3.0)
     for axis, task in zip(axes, study.tasks, strict=True):
         cells = analyse.select(results, task=task.name, arm="dr_lora")

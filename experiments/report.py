@@ -1,10 +1,10 @@
-"""Tables and plots of a study, made from experiments/results/<study>.json alone.
+"""Writes tables and plots of a study from experiments/results/<study>.json alone.
 
     python -m experiments.report --study experiments/growth.py
 
 Rewrites the blocks between `<!-- NAME -->` and `<!-- end -->` of docs/results.md and the plots in
-docs/images/results; what stands around the blocks is written by hand. Plots need matplotlib
-(`pip install -e ".[experiments]"`); `--tables` leaves them out.
+docs/images/results; the text around the blocks is written by hand. Plots need matplotlib
+(`pip install -e ".[experiments]"`); `--tables` skips them.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def fill(page: str, blocks: dict[str, str]) -> str:
-    """The page with the named blocks replaced; a block that the page lacks is left out."""
+    """Returns the page with the named blocks replaced; a block that the page lacks is left out."""
     for name, text in blocks.items():
         pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
         page = re.sub(
@@ -50,7 +50,7 @@ def fill(page: str, blocks: dict[str, str]) -> str:
 
 
 def tables(study: Study, results: dict) -> dict[str, str]:
-    """Markdown by block name."""
+    """Returns Markdown by block name."""
     blocks = {}
     for task in study.tasks:
         blocks[f"losses {task.name}"] = loss_table(study, results, task.name)
@@ -76,7 +76,7 @@ def _difference(found: analyse.Paired | None) -> str:
 
 
 def loss_table(study: Study, results: dict, task: str) -> str:
-    """Arms by their loss; the difference to the reference in bold where its interval is off 0."""
+    """Lists arms by loss; a difference to the reference is bold if its interval excludes 0."""
     rows = []
     for arm in study.arms:
         cells = analyse.select(results, task=task, arm=arm.name)
@@ -101,7 +101,7 @@ def loss_table(study: Study, results: dict, task: str) -> str:
 
 
 def rate_table(study: Study, results: dict, task: str) -> str:
-    """Tuning losses by learning rate, the smallest in bold."""
+    """Lists tuning losses by learning rate, the smallest in bold."""
     rows, rates = [], study.task(task).learning_rates
     for arm in study.arms:
         if arm.rate_of is not None:
@@ -119,7 +119,9 @@ def rate_table(study: Study, results: dict, task: str) -> str:
 
 
 def rank_table(study: Study, results: dict, task: str) -> str:
-    """How final ranks go with the routing that MoE-Sieve's profile measured on the base."""
+    """Lists how final ranks correlate with the routing that MoE-Sieve's profile measured on the
+    base model.
+    """
     share_LE = analyse.base_shares(results, task)
     if share_LE is None:
         return ""
@@ -144,13 +146,14 @@ def rank_table(study: Study, results: dict, task: str) -> str:
                 f"{related.correlation:+.2f} ({layers})",
             ]
         )
-    head = ["arm", "ranks a layer", "range", "sd in a layer", "rank a choice meets"]
+    head = ["arm", "ranks per layer", "range", "sd within a layer", "mean rank per assignment"]
     return _markdown([*head, "r(rank, use), by layer"], rows)
 
 
 def config_table(study: Study, results: dict) -> str:
-    """What the stored configs of the arms differ in from the study's base, rates and places left
-    out; a field that differs in some task only is named with it."""
+    """Lists how the stored configs of the arms differ from the study's base config, except rates
+    and paths; a field that differs only in some tasks is named with them.
+    """
     rows = []
     for arm in study.arms:
         found: dict[str, set] = {}
@@ -168,8 +171,9 @@ def config_table(study: Study, results: dict) -> str:
 
 
 def information_table(study: Study, results: dict) -> str:
-    """By layer: what an expert says about the domain of a token in the base, and how unequal use
-    and the ranks of `dr_lora` are on each task."""
+    """Lists by layer what a token's expert tells about its domain in the base model, and how
+    unevenly experts are used.
+    """
     loads = [values["load"] for values in read_json(BUNDLED / "pretrain.json")["heldout"].values()]
     load_DLE = np.array(loads)
     columns = [
@@ -190,10 +194,10 @@ def information_table(study: Study, results: dict) -> str:
 
 
 CONTRASTS = (  # question, arm, minus
-    ("growth by saliency against growth by lot", "dr_lora", "random"),
+    ("growth by saliency against growth at random", "dr_lora", "random"),
     ("growth by saliency against its own final ranks from step 1", "dr_lora", "frozen_final"),
     ("its final ranks from step 1 against uniform ranks", "frozen_final", "lora_r16"),
-    ("growth by lot against uniform ranks", "random", "lora_r16"),
+    ("growth at random against uniform ranks", "random", "lora_r16"),
     ("growth by saliency against the static quarter", "dr_lora", "moe_sieve"),
     ("growth that ends after a quarter of the steps", "early_end", "dr_lora"),
     ("Adam that counts by rank", "rank_adam", "dr_lora"),
@@ -211,7 +215,7 @@ def contrast_table(study: Study, results: dict) -> str:
 
 
 def cost_table(study: Study, results: dict) -> str:
-    """Tokens a second of an arm as a ratio to the reference, paired by seed and task."""
+    """Lists tokens per second of an arm as a ratio to the reference, paired by seed and task."""
     rows = []
     for arm in study.arms:
         ratios, peaks = [], []
@@ -232,7 +236,7 @@ def cost_table(study: Study, results: dict) -> str:
                     str(len(ratios)),
                 ]
             )
-    head = ["arm", f"time a token over `{study.reference}` (quartiles)", "peak memory over it"]
+    head = ["arm", f"time per token over `{study.reference}` (quartiles)", "peak memory over it"]
     return _markdown([*head, "pairs"], rows)
 
 

@@ -1,4 +1,4 @@
-"""From run directories to one JSON file, the only thing that tables and plots are made of."""
+"""Collects run directories into one JSON file, the only source of tables and plots."""
 
 import dataclasses
 import json
@@ -14,7 +14,9 @@ PLACES = ("run.dir", "run.seed", "data.path", "data.eval_path", "allocation.patt
 
 
 def finished_losses(study: Study, out: pathlib.Path) -> dict[Cell, float]:
-    """Final held-out loss of every finished cell; tuning first, because it names the others."""
+    """Returns the final held-out loss of every finished cell; tuning cells first, because they
+    determine the others.
+    """
     done: dict[Cell, float] = {}
     for _ in range(2):
         for cell in known_cells(study, done):
@@ -25,7 +27,7 @@ def finished_losses(study: Study, out: pathlib.Path) -> dict[Cell, float]:
 
 
 def read_cell(run_dir: pathlib.Path) -> dict | None:
-    """What a finished run measured; None if it is not finished."""
+    """Returns the measurements of a finished run; None if it is not finished."""
     try:
         stored = json.loads((run_dir / "config.json").read_text())
         rows = _rows(run_dir / "metrics.jsonl")

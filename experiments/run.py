@@ -1,12 +1,12 @@
-"""Runs what is missing of a study and writes its results as data.
+"""Runs the missing cells of a study and writes its results as data.
 
     python -m experiments.run --study experiments/growth.py --out build/growth --jobs 2
 
-Every cell is a training of its own (`python -m drlora_jax.train`) in OUT/cells/TASK/ARM/..., one
-core each. Stop it with Ctrl-C or SIGTERM: the trainings save, and the same command goes on. After
-every cell experiments/results/<study>.json holds all that is done.
+Every cell is a separate training (`python -m drlora_jax.train`) in OUT/cells/TASK/ARM/..., on one
+core. Stop it with Ctrl-C or SIGTERM: the trainings save, and the same command resumes. After every
+cell experiments/results/<study>.json has all finished cells.
 
-    --again TASK/ARM/SEED    runs that cell once more elsewhere and compares the losses
+    --again TASK/ARM/SEED    repeats that cell elsewhere and compares the losses
 """
 
 import argparse
@@ -83,7 +83,7 @@ def run_all(study: Study, file: pathlib.Path, out: pathlib.Path, jobs: int, arms
 
 
 def launch(study, file, cell: Cell, out, done, core: int | None, run_dir=None) -> subprocess.Popen:
-    """A training on one core of its own; its output goes beside its run directory."""
+    """Returns a training on one core of its own; its output goes beside its run directory."""
     changes = overrides_of(study, cell, out, done)
     if run_dir is not None:
         changes[0] = f"run.dir={run_dir}"

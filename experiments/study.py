@@ -1,9 +1,9 @@
-"""What an experiment is: tasks x arms x seeds of one base config, and the cells they make.
+"""Defines experiments: tasks x arms x seeds of one base config, and their cells.
 
 An arm is what is compared: a few config overrides. Its learning rate is chosen per task on one
-extra seed and other held-out rows (`tune_rows`) than those that the comparison uses (`test_rows`).
-A cell is one training run. It may need others first: the tuning cells of its arm, or the run whose
-final ranks it starts with.
+extra seed, with held-out rows (`tune_rows`) that the comparison (`test_rows`) does not use. A cell
+is one training run. It may need others first: the tuning cells of its arm, or the run whose final
+ranks it starts with.
 """
 
 import importlib.util
@@ -77,7 +77,7 @@ def tuning_cells(study: Study, task: str, arm: str) -> list[Cell]:
 
 
 def tuned_rate(study: Study, task: str, arm: str, done: Losses) -> float | None:
-    """The learning rate with the smallest tuning loss; None until all of them are measured."""
+    """Returns the learning rate with the smallest tuning loss; None until all are measured."""
     arm = study.arm(arm).rate_of or arm
     cells = tuning_cells(study, task, arm)
     if any(cell not in done for cell in cells):
@@ -86,7 +86,7 @@ def tuned_rate(study: Study, task: str, arm: str, done: Losses) -> float | None:
 
 
 def source_of_ranks(study: Study, cell: Cell, done: Losses) -> Cell | None:
-    """The run whose final ranks a cell takes: same task and seed, at that arm's own rate."""
+    """Returns the run whose final ranks a cell uses: same task and seed, at its arm's own rate."""
     source = study.arm(cell.arm).ranks_of
     if source is None:
         return None
@@ -95,7 +95,9 @@ def source_of_ranks(study: Study, cell: Cell, done: Losses) -> Cell | None:
 
 
 def known_cells(study: Study, done: Losses) -> list[Cell]:
-    """All cells that can be named so far: every tuning cell, and the test cells of tuned arms."""
+    """Returns all cells that can be named so far: every tuning cell, and the test cells of tuned
+    arms.
+    """
     cells = []
     for task in study.tasks:
         for arm in study.arms:
@@ -111,7 +113,7 @@ def known_cells(study: Study, done: Losses) -> list[Cell]:
 
 
 def ready_cells(study: Study, done: Losses) -> list[Cell]:
-    """Cells that are not done and need nothing that is not, in the order to run them."""
+    """Returns the unfinished cells whose requirements are finished, in the order to run them."""
     ready = []
     for cell in known_cells(study, done):
         if cell in done:
@@ -129,7 +131,7 @@ def count_cells(study: Study) -> int:
 
 
 def overrides_of(study: Study, cell: Cell, out: pathlib.Path, done: Losses) -> list[str]:
-    """What turns the base config into the cell's, as the command line takes it."""
+    """Returns the overrides that turn the base config into the cell's, as on the command line."""
     task, arm = study.task(cell.task), study.arm(cell.arm)
     changes = [
         f"run.dir={out / 'cells' / cell.key}",

@@ -3,14 +3,14 @@
 
     python launch/local.py --processes 2 -- --config configs/tiny.py run.dir=runs/two mesh.data=2
 
-What comes after `--` goes to every `python -m drlora_jax.train` (or, with `--module`, another one:
-drlora_jax.evaluate). On CPU each process has
-`--devices` simulated devices. To try a launch before it goes to a cluster, and for tests; one
-process alone drives all GPUs or TPU chips of a machine.
+All arguments after `--` go to every `python -m drlora_jax.train` (or, with `--module`, another
+one: drlora_jax.evaluate). On CPU each process has `--devices` simulated devices. It is for trying
+a launch before it goes to a cluster, and for tests; one process alone drives all GPUs or TPU chips
+of a machine.
 
 SIGTERM and SIGINT go to the processes, which save and stop at the same step. When one of them has
-ended the others get `--grace` seconds, also those that hang. The exit code is 0 when all end with
-0, else that of the first that did not.
+ended the others get `--grace` seconds, even if they hang. The exit code is 0 when all end with 0,
+else that of the first that did not.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _start(index: int, address: str, args) -> subprocess.Popen:
 
 
 def _wait(processes: list[subprocess.Popen], grace: float) -> int:
-    """Until all have ended; ends those that outlive the first one by `grace` seconds."""
+    """Waits until all have ended; ends those that outlive the first one by `grace` seconds."""
     code, deadline = 0, None
     while None in (codes := [process.poll() for process in processes]):
         ended = [each for each in codes if each is not None]

@@ -88,7 +88,7 @@ def test_options_reach_the_result(model, tmp_path):
 def test_layers_left_without_an_expert_are_said(model, capsys, monkeypatch):
     monkeypatch.setattr(alpha, "allocate_experts", lambda *_, **__: np.array([0, 9]))
     assert run(model, "--experts", 9, "--no-cache") == 0
-    assert "Layers without an expert, as the authors' rounding has it: [0]." in (
+    assert "The authors' rounding leaves layers without an expert: [0]." in (
         capsys.readouterr().out
     )
 
@@ -108,7 +108,7 @@ def test_layers_left_without_an_expert_are_said(model, capsys, monkeypatch):
         (["bundled:huge", "--experts", "9"], "it has bundled:tiny_moe"),
         (["model", "--experts", "9", "--out", "none/a.json"], "--out none/a.json: give a file in"),
         (["model", "--experts", "9", "--svg", "model"], "--svg model: give a file in a directory"),
-        (["model", "--experts", "9", "--cache", "file"], "--cache file can not be written: "),
+        (["model", "--experts", "9", "--cache", "file"], "--cache file cannot be written: "),
         (["model", "--experts", "9", "--threads", "0"], "--threads must be 1 or more, got 0"),
         (["model", "--experts", "9", "--cache", "a", "--no-cache"], "not allowed with argument"),
         (["empty", "--experts", "9"], "empty is an empty directory, not a model directory"),

@@ -49,7 +49,7 @@ def test_without_the_plugin_it_says_what_to_install(benchmark, monkeypatch):
     monkeypatch.setattr(attention, "check_cudnn_version", attention.check_cudnn_version)
     gpu = benchmark("gpu_targets").GPUS["h200"]
     install = r"pip install 'drlora-jax\[cuda-aot\]' jax-cuda13-plugin=="
-    with pytest.raises(UserError, match=f"jax can not compile for an NVIDIA GPU here.*{install}"):
+    with pytest.raises(UserError, match=f"jax cannot compile for an NVIDIA GPU here.*{install}"):
         benchmark("aot_gpu").described_devices(gpu, 1)
 
 

@@ -259,7 +259,7 @@ def test_an_interrupted_command_can_be_started_again(capsys):
         cli.run_and_exit(main)
     assert end.value.code == 75
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("stopped: interrupted; the same command starts again")
+    assert line.startswith("stopped: interrupted; run the same command again")
 
 
 def test_help_lists_every_field():

@@ -44,6 +44,7 @@ MARKS = {
 SMALL = ["model.path=olmoe", "data.path=train.jsonl", "data.eval_path=heldout.jsonl"]
 SMALL += ["train.steps=6", "train.sequence_length=64", "train.eval_every=6"]
 FEW_TOKENS = ["--max-new-tokens=4"]
+RAN: set[tuple[str, ...]] = set()
 CHEAPER = {"evaluate": ["--limit=2", *FEW_TOKENS], "generate": FEW_TOKENS}
 
 
@@ -112,8 +113,11 @@ def trained(place):
 
 
 def run(words: list[str]) -> None:
-    """Runs a command in this process, cheaply."""
+    """Runs a command in this process, cheaply, and once for all pages that have it."""
     name = module_of(words)
+    if tuple(words) in RAN:
+        return
+    RAN.add(tuple(words))
     arguments = words[3:] + CHEAPER.get(name, [])
     if name == "train":
         arguments += SMALL

@@ -60,11 +60,11 @@ MISTAKES = [
     (dict(out="file"), "is a file"),
     (dict(out="full"), "is not empty: it has notes"),
     (dict(out="file/out"), "file is a file"),
-    (dict(max_shard_size="5GB"), "is for --format merged"),
+    (dict(max_shard_size="5GB"), "applies to --format merged"),
     (dict(layout="merged", max_shard_size="five"), "must look like 5GB"),
     (dict(layout="merged", max_shard_size="0GB"), "must look like 5GB"),
-    (dict(step="3"), f"has {STEP}; or say latest"),
-    (dict(model_path="other"), "is not the base of"),
+    (dict(step="3"), f"has the steps {STEP}; give one of them, latest"),
+    (dict(model_path="other"), "is not the base model of"),
 ]
 
 

@@ -55,7 +55,7 @@ def test_flops_count_the_keys_that_a_token_sees(window):
 def test_a_model_is_described(capsys):
     shown = show(capsys, "bundled:tiny_moe")
     assert "olmoe, 4 layers of width 192" in shown
-    assert "8 a layer in 4 layers, 2 a token" in shown and "BF16 in 1 file," in shown
+    assert "8 per layer in 4 layers, 2 per token" in shown and "BF16 in 1 file," in shown
 
 
 def make_run(tmp_path):
@@ -108,4 +108,4 @@ def test_it_runs_as_a_module_and_starts_no_device():
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "active a token" in result.stdout
+    assert "active per token" in result.stdout

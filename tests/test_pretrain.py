@@ -53,7 +53,7 @@ def test_pretraining_learns_and_writes_a_model(tmp_path, config_file, capsys):
 def test_another_config_is_refused_and_more_steps_go_on(tmp_path, config_file):
     arguments = ["--config", str(config_file)]
     assert pretrain.main(arguments) == EXIT_DONE
-    with pytest.raises(UserError, match="made with train.learning_rate"):
+    with pytest.raises(UserError, match="created with train.learning_rate"):
         pretrain.main([*arguments, "train.learning_rate=0.5"])
     assert pretrain.main([*arguments, "train.steps=10"]) == EXIT_DONE
     assert json.loads((tmp_path / "run" / "pretrain.json").read_text())["steps"] == 10

@@ -1,7 +1,11 @@
-"""The bars of the sources' structure; `tools/count_structure.py` says what is counted."""
+"""The structure of the sources: bars that are held, and the layers of the package.
+
+`tools/count_structure.py` says what is counted.
+"""
 
 import ast
 import pathlib
+import re
 import sys
 
 import pytest
@@ -13,6 +17,8 @@ import count_structure  # noqa: E402  (the path is set above)
 
 sys.path.remove(str(ROOT / "tools"))
 
+PACKAGE = ROOT / "drlora_jax"
+ENTRY = "entry points"
 BARS = {
     "modules directly in the package": 15,
     "import cycles": 0,
@@ -74,3 +80,45 @@ def test_a_step_and_an_event_enter_few_files():
     assert len(files["files of a step"]) <= 33
     assert len(files["files of an event"]) <= 12
     assert files["files of other placements"] == []
+
+
+# ------------------------------------------------------------------------------------------ layers
+
+
+def layers() -> dict[str, int]:
+    """The layer of every place, as docs/design.md states it."""
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page.partition("## Folders")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|", table, re.MULTILINE)
+    found = {place: int(layer) for layer, places in rows for place in re.findall(r"\w+", places)}
+    return found | {ENTRY: int(rows[-1][0])}
+
+
+def test_no_folders_import_in_a_circle():
+    graph = count_structure.graph_of(PACKAGE)
+    assert {"models", "training", "train"} <= graph.keys()
+    assert count_structure.cycles(graph) == []
+
+
+def test_places_import_from_the_layers_below_their_own():
+    stated, graph = layers(), count_structure.graph_of(PACKAGE)
+    folders = {file.parent.name for file in PACKAGE.glob("*/__init__.py")}
+    assert folders <= stated.keys() and len(folders) > 10
+    above = {
+        (place, other)
+        for place, others in graph.items()
+        for other in others
+        if stated.get(other, stated[ENTRY]) >= stated.get(place, stated[ENTRY] + 1)
+    }
+    assert above == set()
+
+
+@pytest.mark.parametrize(
+    ("graph", "expected"),
+    [
+        ({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}, [{"a", "b", "c"}]),
+        ({"a": {"b"}, "b": {"c"}, "c": set()}, []),
+    ],
+)
+def test_circles_are_found(graph, expected):
+    assert count_structure.cycles(graph) == expected

@@ -239,9 +239,9 @@ def test_lines_after_the_restored_step_are_cut(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(train=dict(learning_rate=0.5)), r"made with train.learning_rate=0.01, got 0.5"),
-        (dict(allocation=dict(gamma=2.0)), r"made with allocation.gamma=1.2, got 2.0"),
-        (dict(data=dict(loss_on="all")), r"made with data.loss_on=response, got all"),
+        (dict(train=dict(learning_rate=0.5)), r"created with train.learning_rate=0.01, got 0.5"),
+        (dict(allocation=dict(gamma=2.0)), r"created with allocation.gamma=1.2, got 2.0"),
+        (dict(data=dict(loss_on="all")), r"created with data.loss_on=response, got all"),
     ],
 )
 def test_another_config_is_refused_on_resume(built, start_run, changes, message):
@@ -260,7 +260,7 @@ def test_a_run_from_before_a_setting_existed_goes_on(built, start_run):
     del stored["config"]["allocation"]["spectral_start"]
     file.write_text(json.dumps(stored))
     assert prepare(tiny_config(folder, "older")).is_new is False
-    with pytest.raises(UserError, match="made with allocation.spectral_start=False, got True"):
+    with pytest.raises(UserError, match="created with allocation.spectral_start=False, got True"):
         prepare(tiny_config(folder, "older", allocation=dict(spectral_start=True)))
 
 
@@ -280,7 +280,7 @@ def test_another_base_is_refused_on_resume(built, start_run, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-3] ^= 1
     weights.write_bytes(bytes(content))
-    with pytest.raises(UserError, match="another base"):
+    with pytest.raises(UserError, match="a base model different"):
         prepare(tiny_config(folder, "based", model=dict(path=str(tmp_path / "model"))))
 
 

@@ -88,18 +88,18 @@ def size(texts):
 
 
 def squeeze(text):
-    """The key for duplicates: case and white space do not count."""
+    """Returns the key for duplicates: case and white space do not count."""
     return " ".join(text.lower().split())
 
 
 def unique(texts, *, seen=()):
-    """The texts in order, without those whose key came before or is in `seen`."""
+    """Returns the texts in order, without those whose key came before or is in `seen`."""
     keys = set(seen)
     return [t for t in texts if (key := squeeze(t)) not in keys and not keys.add(key)]
 
 
 def take(texts, max_bytes):
-    """How many of the first texts fit in `max_bytes`."""
+    """Returns how many of the first texts fit into `max_bytes`."""
     ends = itertools.accumulate(len(text.encode()) for text in texts)
     return sum(end <= max_bytes for end in ends)
 
@@ -168,14 +168,18 @@ def build_code():
 
 
 def read_gsm8k(source):
-    """(question, answer) in the order of the sha256 of the question, calculator notes removed."""
+    """Returns (question, answer) in the order of the question's sha256, calculator notes
+    removed.
+    """
     lines = read_input(source, "gsm8k/train.jsonl.gz").splitlines()
     rows = {row["question"]: row["answer"] for row in map(json.loads, lines)}
     return [(q, re.sub(r"<<.*?>>", "", rows[q])) for q in sorted(rows, key=sha256)]
 
 
 def make_problems(total_bytes, *, seed, seen):
-    """Procedural problems; row i of a task is drawn from seed + i, so keep seeds far apart."""
+    """Generates procedural problems; row i of a task is drawn from seed + i, so keep seeds far
+    apart.
+    """
     try:
         import reasoning_gym
     except ImportError:
@@ -210,7 +214,7 @@ def write_jsonl(path, rows):
 
 
 def write_bundle(directory, rows):
-    """The fine-tuning rows; the README beside them holds their origin, rule and hashes."""
+    """Writes the fine-tuning rows; the README beside them has their origin, rule and hashes."""
     pairs = [{"prompt": question, "response": answer} for question, answer in rows]
     for split, part in (("train", pairs[:BUNDLED_TRAIN]), ("heldout", pairs[BUNDLED_TRAIN:])):
         print(directory.name, split, write_jsonl(directory / f"{split}.jsonl", part))

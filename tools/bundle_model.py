@@ -1,10 +1,10 @@
-"""Puts a pretrained model into the package: weights, and a model card with what was measured.
+"""Puts a pretrained model into the package: weights, and a model card with its measurements.
 
     python tools/bundle_model.py --run runs/pretrain_tiny [--corpus build/corpus]
 
-The card states held-out loss by domain beside the unigram entropy, and how the experts' load
+The card states held-out loss by domain next to the unigram entropy, and how the experts' load
 differs by domain (share of choices, and the mutual information of domain and expert in nats). The
-measured values are also kept as data, in pretrain.json.
+measured values are also stored as data, in pretrain.json.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def read_tokens(file: pathlib.Path, tokenizer, limit: int = 4_000_000) -> np.ndarray:
-    """Token counts of a corpus file's first `limit` characters."""
+    """Counts the tokens of a corpus file's first `limit` characters."""
     counts, size = np.zeros(len(tokenizer)), 0
     for line in file.open(encoding="utf-8"):
         text = json.loads(line)["text"]
@@ -52,7 +52,9 @@ def read_tokens(file: pathlib.Path, tokenizer, limit: int = 4_000_000) -> np.nda
 
 
 def unigram_loss(corpus: pathlib.Path, name: str, tokenizer) -> float:
-    """Nats a held-out token under the domain's own token frequencies, one added to every count."""
+    """Returns nats per held-out token under the domain's own token frequencies, with add-one
+    smoothing.
+    """
     train = read_tokens(corpus / "train" / f"{name}.jsonl", tokenizer) + 1
     heldout = read_tokens(corpus / "heldout" / f"{name}.jsonl", tokenizer)
     return float(-(heldout * np.log(train / train.sum())).sum() / heldout.sum())
@@ -75,7 +77,7 @@ def model_card(report: dict, manifest: dict, unigram: dict[str, float], note: st
         f"{report['steps']:,} steps of 16 rows of",
         "256 tokens, equal parts of four domains." + (f" {note}" if note else ""),
         "",
-        "| domain | held-out loss, nats a token | unigram entropy | held-out tokens |",
+        "| domain | held-out loss, nats per token | unigram entropy | held-out tokens |",
         "|---|--:|--:|--:|",
     ]
     for name, values in heldout.items():

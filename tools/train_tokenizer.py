@@ -42,7 +42,7 @@ def read_texts(path):
 
 
 def sample_texts(corpus):
-    """Shuffled rows of every domain, cut to the bytes of the smallest domain."""
+    """Returns shuffled rows of every domain, cut to the bytes of the smallest domain."""
     domains = [read_texts(corpus / "train" / f"{domain}.jsonl") for domain in DOMAINS]
     budget = min(SAMPLE_BYTES, *(sum(len(t.encode()) for t in texts) for texts in domains))
     for texts in domains:

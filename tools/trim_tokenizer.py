@@ -132,7 +132,9 @@ def read_source(name: str, file: pathlib.Path) -> dict:
 
 
 def from_ranks(data: bytes) -> dict:
-    """Vocabulary and merges of ranked tokens: a token's merge is what all earlier ones leave."""
+    """Builds vocabulary and merges from ranked tokens: a token's merge is what all earlier ones
+    leave.
+    """
     pairs = (line.split() for line in data.splitlines())
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     letters = byte_letters()
@@ -157,7 +159,7 @@ def parts_before(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[byte
 
 
 def byte_letters() -> dict[int, str]:
-    """How byte-level tokenizers write a byte: itself where it is a visible character."""
+    """Returns how byte-level tokenizers write a byte: unchanged if it is a visible character."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     letters = {byte: chr(byte) for byte in visible}
@@ -169,7 +171,7 @@ def spell(token: bytes, letters: dict[int, str]) -> str:
 
 
 def shorten(values: dict) -> tuple[str, int]:
-    """The JSON text with the most merges that fit, and how many these are."""
+    """Returns the JSON text with the most merges that fit, and how many these are."""
     for merges in range(MERGES, 0, -10):
         text = json.dumps(cut(values, merges), ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) <= MAX_BYTES:

@@ -34,12 +34,12 @@ def main() -> None:
 
 
 def page() -> str:
-    """The whole page."""
+    """Returns the whole page."""
     return "\n".join([HEAD, *map(section, COMMANDS)])
 
 
 def section(name: str) -> str:
-    """One command: its description as the module has it, and a table of arguments."""
+    """Returns one command: its description as the module has it, and a table of arguments."""
     parser = parser_of(name)
     text = [f"## {name}", "", "```text", parser.description.strip(), "```", ""]
     for title, each in [("", parser), *subcommands(parser)]:
@@ -51,7 +51,7 @@ def section(name: str) -> str:
 
 
 def parser_of(name: str) -> argparse.ArgumentParser:
-    """The parser of a command, caught when it is about to parse."""
+    """Returns the parser of a command, caught when it is about to parse."""
     module = importlib.import_module(f"drlora_jax.{name}")
 
     def stop(self, *_):
@@ -77,7 +77,7 @@ def is_shown(action: argparse.Action) -> bool:
 
 
 def row(action: argparse.Action) -> str:
-    """An argument with what it takes, whether it is required, and its help."""
+    """Returns an argument with what it takes, whether it is required, and its help."""
     name = ", ".join(action.option_strings)
     value = "" if action.nargs == 0 else value_of(action)
     shown = " ".join(filter(None, (name, value))).replace("|", r"\|")

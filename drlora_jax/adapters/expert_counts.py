@@ -1,7 +1,7 @@
 """How many LoRA experts each layer has, from `adapter.experts_per_layer`.
 
     2468          four digits, MoLA's allocations: of the quarters of the depth, input first
-    5,5,4,...     one number a layer
+    5,5,4,...     one number per layer
     FILE.json     what `python -m drlora_jax.alpha MODEL --experts N --out FILE.json` wrote
 
 Where the depth does not divide by four, layer l of L is in quarter floor(4 l / L).
@@ -14,7 +14,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.system.paths import FILE, check_downloaded, kind_of, local_path
 
 QUARTERS = 4
-MOST_EXPERTS = 1024  # of a layer; more can only be a slip
+MOST_EXPERTS = 1024  # per layer; more can only be a slip
 
 
 def experts_of_layers(section, num_layers: int) -> tuple[int, ...]:
@@ -53,7 +53,7 @@ def _of_quarters(digits: str, num_layers: int) -> list[int]:
     if num_layers < QUARTERS:
         raise UserError(
             f"adapter.experts_per_layer={digits} is for the four quarters of the depth, but the "
-            f"model has {num_layers} layers; give one number a layer, such as 2,4."
+            f"model has {num_layers} layers; give one number per layer, such as 2,4."
         )
     return [int(digits[QUARTERS * layer // num_layers]) for layer in range(num_layers)]
 
@@ -63,8 +63,8 @@ def _read_file(path: str) -> list[int]:
     file = local_path(path, "adapter.experts_per_layer")
     if kind_of(file) != FILE:
         raise UserError(
-            f"adapter.experts_per_layer={path}: give four digits such as 2468, one number a layer "
-            f"such as 2,4,4, or the FILE.json that drlora_jax.alpha wrote (this is "
+            f"adapter.experts_per_layer={path}: give four digits such as 2468, one number per "
+            "layer such as 2,4,4, or the FILE.json that drlora_jax.alpha wrote (this is "
             f"{kind_of(file)})."
         )
     check_downloaded(file)
@@ -74,7 +74,7 @@ def _read_file(path: str) -> list[int]:
         counts = [by_layer[layer] for layer in range(len(layers))]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise UserError(
-            f"adapter.experts_per_layer={path} can not be read as the --out of drlora_jax.alpha: "
+            f"adapter.experts_per_layer={path} cannot be read as the --out of drlora_jax.alpha: "
             f"{type(error).__name__}: {error}."
         ) from error
     if not all(type(count) is int for count in counts):

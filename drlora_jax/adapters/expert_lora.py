@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_base import BesideOptions, WithExperts
-from drlora_jax.adapters.low_rank import ExpertPairs
+from drlora_jax.adapters.lora import BesideOptions, ExpertPairs, WithExperts
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import ATTENTION, EXPERTS, ROUTER, Matrix, ModelConfig
 from drlora_jax.models.placement import Coverage, ExpertMatrices, PlacementOptions

@@ -1,6 +1,6 @@
 """MixLoRA: E LoRA experts on the shared, frozen FFN of a dense model, with a router of their own.
 
-Expert e of a token x computes the whole FFN with its own factors,
+Expert e of a token x computes the whole FFN with its own LoRA matrices,
 
     h_e = act(W1 x + s B1_e A1_e x) * (W3 x + s B3_e A3_e x)
     y_e = W2 h_e + s B2_e A2_e h_e            y = sum_k w_k y_{e_k}
@@ -9,8 +9,8 @@ with w the renormalised softmax of the best K, so that an adapter with B = 0 is 
 are shared and linear in x: once per token. W2 is shared and linear in h: once per token, after the
 hidden vectors are combined. What the experts add is in `ops.lora_deltas`.
 
-Dropout draws one mask for a projection's input, shared by the experts (one for every slot on the
-down projection, whose input differs by slot). Letters as in `models.layers`.
+Dropout draws one mask for a projection's input, shared by the experts (for the down projection,
+whose input differs by expert, one for each of a token's experts). Letters as in `models.layers`.
 """
 
 from dataclasses import dataclass, replace
@@ -20,21 +20,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_base import (
-    BesideOptions,
+from drlora_jax.adapters.lora import BesideOptions, ExpertPairs, drop_in_training
+from drlora_jax.adapters.own_experts import (
     OwnExpertOptions,
     OwnExperts,
     active_experts,
     check_alike,
     choose_active,
 )
-from drlora_jax.adapters.low_rank import ExpertPairs, drop_in_training
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import FFN, FFN_ROLES, DenseFfnConfig, Matrix, ModelConfig
 from drlora_jax.models.layers import Projection
-from drlora_jax.models.options import DecoderOptions
+from drlora_jax.models.options import DecoderOptions, keep
 from drlora_jax.models.placement import NO_ADAPTER, Coverage, PlacementOptions
-from drlora_jax.models.remat import keep
 from drlora_jax.models.routing import RoutingStats, routing_stats
 from drlora_jax.ops.experts.shared import ACTIVATIONS
 
@@ -107,7 +105,7 @@ class MixtureFfn(nn.Module):
             if role in adapter.paths
         }
         any_lora = next(iter(lora.values()))
-        is_active_E = active_experts(any_lora.gate_ER)  # ranks are a layer's
+        is_active_E = active_experts(any_lora.gate_ER)  # all projections have the same ranks
         logits_TE = x_TD.astype(jnp.float32) @ router_DE
         logits_TE, chosen = choose_active(logits_TE, is_active_E, routing)
         stats = routing_stats(logits_TE, chosen, is_valid_T)
@@ -120,20 +118,22 @@ class MixtureFfn(nn.Module):
             return projection(rows_TX, segment_ids_BT)[0]
 
         hidden_TF = {role: keep(base(role, hidden, x_TD), "mlp_gu") for role in ("gate", "up")}
-        slots = chosen.expert_TK.shape[1]
+        choices = chosen.expert_TK.shape[1]
         added = {
-            role: deltas.of_tokens(self._drop(x_TD), lora[role]) if role in lora else [0.0] * slots
+            role: deltas.of_tokens(self._drop(x_TD), lora[role])
+            if role in lora
+            else [0.0] * choices
             for role in hidden_TF
         }
         rows, h_TF = [], jnp.zeros((x_TD.shape[0], hidden), jnp.float32)
-        for slot in range(slots):
-            gate_TF, up_TF = (hidden_TF[role] + added[role][slot] for role in hidden_TF)
-            slot_TF = ACTIVATIONS[self.config.activation](gate_TF) * up_TF
-            h_TF = h_TF + chosen.weight_TK[:, slot, None] * slot_TF
-            rows.append(slot_TF)
+        for choice in range(choices):
+            gate_TF, up_TF = (hidden_TF[role] + added[role][choice] for role in hidden_TF)
+            h_e_TF = ACTIVATIONS[self.config.activation](gate_TF) * up_TF
+            h_TF = h_TF + chosen.weight_TK[:, choice, None] * h_e_TF
+            rows.append(h_e_TF)
         y_TD = base("down", width, h_TF.astype(x_TD.dtype))
         if "down" in lora:
-            rows = [self._drop(slot_TF) for slot_TF in rows]
+            rows = [self._drop(h_e_TF) for h_e_TF in rows]
             y_TD = y_TD + deltas.of_slots(rows, chosen.weight_TK, lora["down"])
         return y_TD.reshape(x_BTD.shape), [stats]
 

@@ -1,13 +1,13 @@
 """MoLA (arXiv 2402.08562): routed LoRA experts on every adapted matrix of a dense model.
 
-Each adapted projection has a router of its own on its own input and E pairs of factors,
+Each adapted projection has a router on its own input and E pairs of LoRA matrices,
 
     y = W x + sum_k w_k s B_{e_k} A_{e_k} x
 
-with w the renormalised softmax of the best K, so that B = 0 is the base. With the factors of all
+with w the renormalised softmax of the best K, so that B = 0 is the base. With the matrices of all
 experts side by side along the rank that is one LoRA of rank E * R whose z = A x is multiplied with
 the weights: the cost of plain LoRA, whatever the routing. Layers with fewer experts than the one
-with most have inactive ones beside them: see `expert_base.active_experts`.
+with most have inactive ones beside them: see `own_experts.active_experts`.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from drlora_jax.adapters.expert_base import (
+from drlora_jax.adapters.lora import ExpertPairs, drop_in_training, init_a
+from drlora_jax.adapters.own_experts import (
     OwnExpertOptions,
     OwnExperts,
     active_experts,
     check_alike,
     choose_active,
 )
-from drlora_jax.adapters.low_rank import ExpertPairs, drop_in_training, init_a
 from drlora_jax.models.architecture import ATTENTION, FFN, Matrix, ModelConfig
 from drlora_jax.models.placement import Coverage, PlacementOptions
 from drlora_jax.models.routing import Routing, routing_stats
@@ -47,7 +47,7 @@ class Mola(OwnExperts):
         check_alike(cls.kind, config, paths, (ATTENTION, FFN))
 
     def delta(self, module, x_BTD, product_BTF, kernel_DF, segment_ids_BT):
-        # Router and LoRA matrices lie beside the projection, in the module that it is part of.
+        # Router and LoRA matrices are beside the projection, in the module that it is part of.
         role, parent, routing = module.name, module.parent, self.own_routing
         width, features = kernel_DF.shape
         x_TD, is_valid_T = x_BTD.reshape(-1, width), segment_ids_BT.reshape(-1) > 0

@@ -17,9 +17,9 @@ PLACEMENTS = {
         _load,
         (
             "expert_lora:ExpertLora",
+            "lora:Lora",
             "mixlora:MixLora",
             "mola:Mola",
-            "lora:Lora",
             "shared_expert_lora:SharedExpertLora",
         ),
     )

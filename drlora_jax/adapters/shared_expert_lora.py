@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.expert_lora import ExpertLora, ExpertLoraOptions
-from drlora_jax.adapters.low_rank import init_a, rank_gate
+from drlora_jax.adapters.lora import init_a, rank_gate
 from drlora_jax.models.architecture import EXPERTS, INTO_RESIDUAL, Matrix, ModelConfig
 from drlora_jax.models.placement import Coverage, PlacementOptions
 from drlora_jax.ops.experts.shared import RoleLora

@@ -29,8 +29,10 @@ singular vectors.
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.allocation.base import (
@@ -46,13 +48,10 @@ from drlora_jax.allocation.schedule import EventFields, last_event_words
 from drlora_jax.errors import UserError
 from drlora_jax.system.fields import fraction, option, require
 
-if TYPE_CHECKING:
-    import jax
-
 
 class Stats(NamedTuple):
-    importance_LPER: "jax.Array"  # f32, EMA
-    uncertainty_LPER: "jax.Array"  # f32, EMA
+    importance_LPER: jax.Array  # f32, EMA
+    uncertainty_LPER: jax.Array  # f32, EMA
 
 
 AXES = Stats("LPER", "LPER")
@@ -164,8 +163,6 @@ def make_schedule(context: Context, fields: AdaLora) -> Schedule:
 
 def _accumulate(fields: AdaLora, stats: Stats, step: StepStats) -> Stats:
     """Updates the moving averages; runs inside the jitted step."""
-    import jax.numpy as jnp
-
     beta1, beta2 = fields.importance_decay, fields.uncertainty_decay
     now_LPER = IMPORTANCES[fields.importance].of(step)
     smooth_LPER = beta1 * stats.importance_LPER + (1 - beta1) * now_LPER

@@ -2,22 +2,21 @@
 
 A policy is one file. It declares its own config fields as a `PolicyFields`, whose `make` returns a
 `Policy`: functions over plain values. `accumulate` runs inside the jitted step (jnp); everything
-else runs on the host, in NumPy. Configs are read without jax, so policy files import jax only
-inside the functions that are traced. Letters: L MoE layers, P adapted projections, E experts, R
+else runs on the host, in NumPy. Letters: L MoE layers, P adapted projections, E experts, R
 allocated ranks, M micro-batches.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.allocation.spectra import Exponents
 from drlora_jax.system.fields import positive
 
 if TYPE_CHECKING:
-    import jax
-
     from drlora_jax.allocation.measurements import Measurement
 
 LARGEST_RANK = 65536
@@ -40,12 +39,12 @@ class StepStats(NamedTuple):
     """Holds the measurements of one optimizer step, summed over all devices."""
 
     # f32, d loss / d gate of every rank, per micro-batch; 0 where inactive.
-    gate_grad_MLPER: "jax.Array"
-    count_MLE: "jax.Array"  # f32, number of valid tokens that chose each expert
-    weight_MLE: "jax.Array"  # f32, sum of the combine weights of each expert
-    tokens_M: "jax.Array"  # f32, valid tokens
+    gate_grad_MLPER: jax.Array
+    count_MLE: jax.Array  # f32, number of valid tokens that chose each expert
+    weight_MLE: jax.Array  # f32, sum of the combine weights of each expert
+    tokens_M: jax.Array  # f32, valid tokens
     # Values of the policy's `measures`, by their names.
-    measured: dict[str, "jax.Array"] = {}
+    measured: dict[str, jax.Array] = {}
 
 
 class Event(NamedTuple):
@@ -170,9 +169,6 @@ def static_policy(
 
 def zero_stats(axes: Any, shapes: CapacityShapes) -> Any:
     """Returns f32 zeros, of the shape that the letters of each leaf of `axes` name."""
-    import jax
-    import jax.numpy as jnp
-
     sizes = dict(zip("LPER", shapes, strict=True))
     return jax.tree.map(
         lambda letters: jnp.zeros([sizes[letter] for letter in letters], jnp.float32), axes

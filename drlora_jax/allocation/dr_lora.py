@@ -23,6 +23,8 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.allocation.base import CapacityState, Context, Policy, StepStats
@@ -174,9 +176,6 @@ def _accumulate_released(fields: DrLora, stats: Stats, step: StepStats) -> Stats
     """Accumulates as the released code does: counts without the factor (1 - beta), and two EMA
     updates per micro-batch with the absolute value of that micro-batch's gradient.
     """
-    import jax
-    import jax.numpy as jnp
-
     beta_f, beta_i = fields.frequency_decay, fields.importance_decay
 
     def micro_batch(carry, inputs):

@@ -15,8 +15,10 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from drlora_jax.allocation.base import (
@@ -33,14 +35,11 @@ from drlora_jax.allocation.schedule import EventFields, last_event_words
 from drlora_jax.errors import UserError
 from drlora_jax.system.fields import fraction, option, positive, require
 
-if TYPE_CHECKING:
-    import jax
-
 
 class Stats(NamedTuple):
-    frequency_LE: "jax.Array"  # f32, EMA
-    importance_LPER: "jax.Array"  # f32, EMA since the last event
-    updates_LE: "jax.Array"  # f32, importance updates since the last event
+    frequency_LE: jax.Array  # f32, EMA
+    importance_LPER: jax.Array  # f32, EMA since the last event
+    updates_LE: jax.Array  # f32, importance updates since the last event
 
 
 AXES = Stats("LE", "LPER", "LE")
@@ -207,8 +206,6 @@ def _range(ranks_LE: np.ndarray, mean: int) -> str:
 
 def _accumulate(fields: GrowthFields, stats: Stats, step: StepStats) -> Stats:
     """Updates the moving averages; runs inside the jitted step."""
-    import jax.numpy as jnp
-
     beta_f, beta_i = fields.frequency_decay, fields.importance_decay
     use_MLE = step.weight_MLE if fields.frequency == "weight" else step.count_MLE
     use_LE = jnp.sum(use_MLE, axis=0)

@@ -6,12 +6,12 @@ them by name.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from drlora_jax.allocation.base import StepStats
-
-if TYPE_CHECKING:
-    import jax
 
 
 class StepView(NamedTuple):
@@ -19,12 +19,12 @@ class StepView(NamedTuple):
 
     lora: Any
     grads: Any  # same structure as `lora`, summed over micro-batches and devices
-    mask_LER: "jax.Array"  # f32, the active ranks
+    mask_LER: jax.Array  # f32, the active ranks
     # each_role(measure) -> f32 [L, P, E, R] calls measure(matrices, gradients, side) -> [..., E, R]
     # for every role of a layer. Matrices and gradients are {"a": [..., E, R, D], "b": [..., E, R,
     # D]}, with E = 1 where the experts share a matrix; `side` is the one that starts at zero and is
     # never shared.
-    each_role: Callable[[Callable[[dict, dict, str], "jax.Array"]], "jax.Array"]
+    each_role: Callable[[Callable[[dict, dict, str], jax.Array]], jax.Array]
     # An expert without ranks still computes, since it is one of the base model's.
     has_base_experts: bool
 
@@ -33,17 +33,16 @@ class Measurement(NamedTuple):
     """Defines a quantity that a step measures for a policy that declares it."""
 
     name: str
-    measure: Callable[[StepView], "jax.Array"]  # f32 [L, P, E, R]
+    measure: Callable[[StepView], jax.Array]  # f32 [L, P, E, R]
     # (mask_LER, has_base_experts) -> the mask that the loss is computed with; None: the active
     # ranks. Ranks that it activates in addition are measured but not trained.
-    opens: Callable[["jax.Array", bool], "jax.Array"] | None = None
+    opens: Callable[[jax.Array, bool], jax.Array] | None = None
 
 
-def _elementwise(view: StepView) -> "jax.Array":
+def _elementwise(view: StepView) -> jax.Array:
     """Returns (sum_j |A_kj dA_kj|) * (sum_i |B_ik dB_ik|) for every rank."""
-    import jax.numpy as jnp
 
-    def sides(matrices: dict, gradients: dict, _) -> "jax.Array":
+    def sides(matrices: dict, gradients: dict, _) -> jax.Array:
         a_side, b_side = (
             jnp.sum(jnp.abs(matrices[side] * gradients[side]), axis=-1) for side in ("a", "b")
         )
@@ -52,26 +51,22 @@ def _elementwise(view: StepView) -> "jax.Array":
     return view.each_role(sides)
 
 
-def _with_next_rank(mask_LER: "jax.Array", has_base_experts: bool) -> "jax.Array":
+def _with_next_rank(mask_LER: jax.Array, has_base_experts: bool) -> jax.Array:
     """Returns the mask in which every expert's next inactive rank is active too.
 
     The row of that rank is zero in the matrix that starts at zero, so the output of the model is
     unchanged, but the row has a gradient. An expert of the adapter that has no rank stays inactive.
     """
-    import jax.numpy as jnp
-
     first_LE1 = mask_LER[..., :1]
     if has_base_experts:
         first_LE1 = jnp.ones_like(first_LE1)
     return jnp.concatenate([first_LE1, mask_LER[..., :-1]], axis=-1)
 
 
-def _next_rank(view: StepView) -> "jax.Array":
+def _next_rank(view: StepView) -> jax.Array:
     """Returns sum_i dB_ik^2 for the rank k that `_with_next_rank` activates, 0 for all others; with
     A in place of B where A is the matrix that starts at zero.
     """
-    import jax.numpy as jnp
-
     rows_LPER = view.each_role(
         lambda matrices, gradients, side: jnp.sum(gradients[side] ** 2, axis=-1)
     )
@@ -89,18 +84,16 @@ PROBE = Measurement("probe", _next_rank, opens=_with_next_rank)
 class Importance(NamedTuple):
     """Measures how much every rank matters to the loss of one step."""
 
-    of: Callable[[StepStats], "jax.Array"]  # f32 [L, P, E, R]; runs inside the jitted step
+    of: Callable[[StepStats], jax.Array]  # f32 [L, P, E, R]; runs inside the jitted step
     measures: tuple[Measurement, ...] = ()
     # It scores the next inactive rank of every expert, not the active ones.
     is_of_next_rank: bool = False
 
 
-def _gate_abs(step: StepStats) -> "jax.Array":
+def _gate_abs(step: StepStats) -> jax.Array:
     """Returns |d loss / d gate|. The absolute value is taken once, after the sum over micro-batches
     and devices, because the gate gradient is linear.
     """
-    import jax.numpy as jnp
-
     return jnp.abs(jnp.sum(step.gate_grad_MLPER, axis=0))
 
 

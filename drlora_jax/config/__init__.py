@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, checked where they are made.
+"""The config of a run: frozen dataclasses, checked when they are built.
 
 A config file is Python with one function, `get_config() -> TrainConfig`; `load_config` runs it and
 applies `section.field=value` overrides. Every field is typed; unknown names, wrong types, values

@@ -1,11 +1,11 @@
-"""A config as one level of `section.field`, and back."""
+"""Converts a config between sections and one level of `section.field`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns {section.field: value} of {section: {field: value}}."""
+    """Flattens {section: {field: value}} to {section.field: value}."""
     return {
         f"{section}.{name}": value
         for section, fields in sections.items()
@@ -14,7 +14,7 @@ def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns {section: {field: value}} of {section.field: value}."""
+    """Nests {section.field: value} as {section: {field: value}}."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         section, _, field = name.partition(".")

@@ -1,4 +1,4 @@
-"""Sections whose fields depend on a `kind`: what a registry of policies or placements adds."""
+"""Sections whose fields depend on a `kind`, built from a registry of policies or placements."""
 
 import dataclasses
 import functools
@@ -10,13 +10,13 @@ from drlora_jax.system.fields import Section, field_types, shown
 
 
 class Unnamed(str):
-    """The kind of a section as long as nobody has named one: the text of the default."""
+    """The default kind of a section that nobody has named yet."""
 
     __slots__ = ()
 
 
 class KindSection(Section):
-    """A section with a field `kind`, made by `with_kinds`."""
+    """A section with a field `kind`, built by `with_kinds`."""
 
     kinds: ClassVar[Mapping[str, type]]
 
@@ -32,7 +32,9 @@ class KindSection(Section):
         self.own.check(self)
 
     def foreign(self, kind: str) -> dict[str, Any]:
-        """Returns the values, other than defaults, of fields that a kind does not have."""
+        """Returns the fields that a kind does not have, if their values differ from the
+        defaults.
+        """
         return {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
@@ -47,7 +49,7 @@ class KindSection(Section):
 
     @classmethod
     def owners(cls, name: str) -> list[str]:
-        """Returns the kinds that declare a field; none for a field that all share."""
+        """Returns the kinds that declare a field; empty for a field that all share."""
         return [
             kind
             for kind, own in cls.kinds.items()
@@ -67,11 +69,11 @@ class KindSection(Section):
             )
 
     def changed(self, given: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """Applies values of the command line.
+        """Applies values from the command line.
 
         Returns:
-          The section, and what was dropped: fields that the config file had set for its own kind,
-          where the command line names another one that lacks them.
+          The section, and the dropped fields: those that the config file had set for its own kind,
+          if the command line names another kind that lacks them.
 
         Raises:
           UserError: a given field that the kind does not have.
@@ -83,7 +85,9 @@ class KindSection(Section):
         return dataclasses.replace(self, **defaults, **given), dropped
 
     def settled(self) -> Self:
-        """Returns the section with its kind named, so that no value of another kind is left."""
+        """Returns the section with its kind named, so that no field of another kind may have a
+        value.
+        """
         return dataclasses.replace(self, kind=str(self.kind))
 
 
@@ -99,10 +103,10 @@ def with_kinds(kinds: Mapping[str, type]) -> Callable[[type], type]:
             kind: str = option("dr_lora", "who decides the active ranks")
             r_target: int = option(16, "mean active rank at the end")
 
-    The section that comes out is flat: `kind` is a Literal of the registry's names, the shared
-    fields follow, then each kind's own. `section.own` is the chosen kind's dataclass with its
-    values. A field that several kinds declare is one field, with one type and default; a kind may
-    have its own meaning of it. A field of another kind has its default, or is refused.
+    The resulting section is flat: `kind` is a Literal of the registry's names, the shared fields
+    follow, then each kind's own. `section.own` is the chosen kind's dataclass with its values. A
+    field that several kinds declare is one field, with one type and default; each kind may
+    document its own meaning. A field of another kind must keep its default, or it is refused.
     """
 
     def decorate(shared: type) -> type:
@@ -118,7 +122,7 @@ def with_kinds(kinds: Mapping[str, type]) -> Callable[[type], type]:
             namespace={"kinds": kinds, "__doc__": shared.__doc__},
             frozen=True,
         )
-        made.__module__ = shared.__module__  # where it is found again, as by pickle
+        made.__module__ = shared.__module__  # pickle looks it up there
         return made
 
     return decorate

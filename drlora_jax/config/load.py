@@ -1,4 +1,4 @@
-"""Configs from files, command lines and stored runs."""
+"""Loads configs from files, command lines and stored runs."""
 
 import dataclasses
 import importlib.util
@@ -22,14 +22,15 @@ def load_config(path: str, overrides: typing.Sequence[str] = ()) -> TrainConfig:
     """Runs the config file's `get_config()` and applies `section.field=value` overrides.
 
     Args:
-      path: a Python file, or `bundled:NAME` for a config that the package carries.
-      overrides: strings like `train.steps=100`; values are read by the field's type.
+      path: a Python file, or `bundled:NAME` for a config of the package.
+      overrides: strings like `train.steps=100`; values are parsed by the field's type.
     """
     file = config_file(path)
     module, config = _run_file(file)
     if not hasattr(module, "get_config"):
         raise UserError(
-            f"The config file {file} has no function get_config(); it must return a TrainConfig."
+            f"The config file {file} has no function get_config(); add one that returns a "
+            "TrainConfig."
         )
     if not isinstance(config, TrainConfig):
         raise UserError(
@@ -49,7 +50,7 @@ def _run_file(file: pathlib.Path) -> tuple[types.ModuleType, Any]:
         return module, module.get_config() if hasattr(module, "get_config") else None
     except UserError:
         raise
-    # Whatever a user's file raises is the user's mistake, named with the file; sys.exit too.
+    # Anything that a user's file raises is reported as the user's mistake; sys.exit too.
     except (Exception, SystemExit) as error:
         raise UserError(
             f"The config file {file} does not run: {type(error).__name__}: {error}"
@@ -57,7 +58,7 @@ def _run_file(file: pathlib.Path) -> tuple[types.ModuleType, Any]:
 
 
 def _check_places(config: TrainConfig) -> None:
-    """Refuses addresses where paths are wanted, before anything is read."""
+    """Refuses URLs where paths are required, before anything is read."""
     for name in PLACES:
         section, field_name = name.split(".")
         value = getattr(getattr(config, section), field_name) or ()
@@ -66,7 +67,7 @@ def _check_places(config: TrainConfig) -> None:
 
 
 def config_file(path: str) -> pathlib.Path:
-    """Returns where a config is: a path, or `bundled:NAME` (with the package, or in the clone)."""
+    """Returns the file of a config: a path, or `bundled:NAME` (in the package, or in the clone)."""
     if not path.startswith("bundled:"):
         file = local_path(path, "--config")
         kind = kind_of(file)
@@ -83,16 +84,17 @@ def config_file(path: str) -> pathlib.Path:
         if pathlib.PurePath(name).name == name and kind_of(folder / f"{name}.py") == FILE:
             return folder / f"{name}.py"
     raise UserError(
-        f"--config {path}: the package has no config of that name; one of them is bundled:tiny."
+        f"--config {path}: the package has no config of that name; use for example bundled:tiny."
     )
 
 
-# ------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def apply_overrides(config: TrainConfig, overrides: typing.Sequence[str]) -> TrainConfig:
     """Returns a config with `section.field=value` strings applied; refuses unknown names and wrong
-    types. Prints what the config file had set for a `kind` that is replaced by one without it.
+    types. Prints which values of the config file are dropped because the new `kind` lacks their
+    fields.
     """
     changes: dict[str, dict] = {}
     for override in overrides:
@@ -100,7 +102,7 @@ def apply_overrides(config: TrainConfig, overrides: typing.Sequence[str]) -> Tra
         if not separator or name.count(".") != 1:
             raise UserError(
                 f"Override {override!r} must look like section.field=value, for example "
-                f"train.steps=100."
+                "train.steps=100."
             )
         section, key = name.split(".")
         changes.setdefault(section, {})[key] = parse(name, text, _field_type(section, key))
@@ -119,14 +121,12 @@ def _changed(section, given: Mapping[str, Any]):
     if dropped:
         name = type(section).__name__.removesuffix("Section").lower()
         listed = ", ".join(f"{key}={value}" for key, value in dropped.items())
-        print(f"note: {name}.kind={changed.kind} does not have {listed} of the config file")
+        print(f"note: {name}.kind={changed.kind} does not use {listed} of the config file")
     return changed
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """Returns a config in which every kind counts as named: refuses values that are left of another
-    one.
-    """
+    """Returns a config in which every kind is named; refuses values that belong to another kind."""
     sections = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     kinds = {n: each.settled() for n, each in sections.items() if isinstance(each, KindSection)}
     return dataclasses.replace(config, **kinds)
@@ -141,8 +141,8 @@ def to_dict(config: TrainConfig) -> dict:
 
 
 def from_dict(values: dict) -> TrainConfig:
-    """Returns the config of `to_dict`; checks names, types and ranges like any other config. Fields
-    that the stored `kind` does not have are ignored.
+    """Inverts `to_dict`; checks names, types and ranges like any other config. Fields that the
+    stored `kind` does not have are ignored.
     """
     sections = {}
     for section, fields in values.items():
@@ -166,20 +166,20 @@ def own_fields(section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_flat(values: Mapping[str, Any]) -> TrainConfig:
-    """Returns the config whose fields are given as `section.field`."""
+    """Builds a config from fields named `section.field`."""
     return from_dict(nested(values))
 
 
-# ------------------------------------------------------------------------------------------ fields
+# ------------------------------------------------------------------------------------------- fields
 
 
 class FieldRow(NamedTuple):
-    """A field for a reader."""
+    """A field as documentation lists it."""
 
     name: str  # section.field
     type: str
     default: Any
-    # what it means, and the kinds of which it means that; () of every kind
+    # (meaning, the kinds for which it has this meaning; () for all)
     meanings: tuple[tuple[str, tuple[str, ...]], ...]
     is_path: bool
 

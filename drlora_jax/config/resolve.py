@@ -1,4 +1,4 @@
-"""What a config means for a model: derived settings, the adapter, the shapes of ranks, the policy.
+"""Resolves a config for a model: derived settings, the adapter, the shapes of ranks, the policy.
 
 Pure functions.
 """
@@ -20,41 +20,42 @@ from drlora_jax.system.precision import resolve_dtype
 
 
 def with_resolved_dtype(config: TrainConfig) -> TrainConfig:
-    """So that config.json says what was computed in, and a resume elsewhere computes in the same
-    or is refused.
+    """Returns the config with its dtype settled, so that config.json records it and a resume on
+    other hardware uses the same dtype or is refused.
     """
     dtype = resolve_dtype(config.model.dtype)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
 
 
 def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainConfig:
-    """The config with the rank that `allocation.rank_rule` makes of r_target in its place.
+    """Returns the config with r_target replaced by the rank that `allocation.rank_rule` derives
+    from it.
 
-    The undivided r_target stays the rank of plain LoRA, where that is not set: the rules make the
-    experts of a token, or of a layer, together as large as one adapter of rank r.
+    The undivided r_target stays the rank of plain LoRA unless that is set: the rules make the
+    experts of a token, or of a layer, together as large as one adapter of rank r_target.
     """
     section = config.allocation
     if section.rank_rule == "fixed":
         return config
     routing = make_adapter(config, model_config).routing(model_config)
-    if routing is None:  # without experts, targets say so
+    if routing is None:  # without experts, the check of targets reports it
         return config
     counts = set(experts_of_layers(config.adapter, model_config.num_layers))
     if len(counts) > 1:
         raise UserError(
-            f"allocation.rank_rule={section.rank_rule} divides by a number of experts, and with "
-            "adapter.experts_per_layer layers have different ones; set allocation.r_target to the "
-            "rank that you want, and rank_rule=fixed."
+            f"allocation.rank_rule={section.rank_rule} divides by the number of experts, but "
+            "adapter.experts_per_layer gives layers different numbers; set "
+            "allocation.rank_rule=fixed and allocation.r_target to the rank that you want."
         )
     by, what = {
-        "per_top_k": (routing.experts_per_token, "experts a token"),
+        "per_top_k": (routing.experts_per_token, "experts per token"),
         "per_expert": (routing.num_experts, "experts"),
     }[section.rank_rule]
     rank = section.r_target // by
     if not rank:
         raise UserError(
-            f"allocation.rank_rule={section.rank_rule} makes rank {section.r_target} // {by} "
-            f"{what} = 0; set allocation.r_target to {by} or more."
+            f"allocation.rank_rule={section.rank_rule} gives rank {section.r_target} // {by} "
+            f"{what} = 0; set allocation.r_target to at least {by}."
         )
     return dataclasses.replace(
         config,
@@ -64,7 +65,9 @@ def with_resolved_rank(config: TrainConfig, model_config: ModelConfig) -> TrainC
 
 
 def with_resolved_experts(config: TrainConfig, num_layers: int) -> TrainConfig:
-    """So that config.json says how many experts every layer has, whatever becomes of a file."""
+    """Returns the config with the number of experts of every layer, so that config.json does not
+    depend on a file.
+    """
     text = ",".join(map(str, experts_of_layers(config.adapter, num_layers))) or None
     return dataclasses.replace(
         config, adapter=dataclasses.replace(config.adapter, experts_per_layer=text)
@@ -72,7 +75,7 @@ def with_resolved_experts(config: TrainConfig, num_layers: int) -> TrainConfig:
 
 
 def make_adapter(config: TrainConfig, model_config: ModelConfig) -> Placement:
-    """The adapter that a config puts on a model."""
+    """Returns the adapter that a config attaches to a model."""
     section = config.adapter
     paths = resolve_targets(model_config, section.kind, section.targets)
     ranks = {"rank": section.rank or config.allocation.r_target, "max_rank": allocated_rank(config)}
@@ -80,12 +83,12 @@ def make_adapter(config: TrainConfig, model_config: ModelConfig) -> Placement:
 
 
 def allocated_rank(config: TrainConfig) -> int:
-    """Returns the ranks that experts have memory for."""
+    """Returns the number of ranks that are allocated per expert."""
     return config.allocation.own.allocated_rank(config.allocation, config.adapter)
 
 
 def capacity_shapes(model_config: ModelConfig, adapter: Placement) -> CapacityShapes:
-    """The axes of ranks, masks and statistics; a dense model has no layers of them."""
+    """Returns the axes of ranks, masks and statistics; a dense model has zero layers of them."""
     routing = adapter.routing(model_config)
     return CapacityShapes(
         layers=len(adapter.expert_layers(model_config)),
@@ -101,8 +104,8 @@ def make_policy(
     total_steps: int,
     exponents: Callable[[], Exponents] | None = None,
 ) -> Policy:
-    """Returns the policy that a config names, for a model's shapes and the number of steps its
-    schedule is made for; `exponents` is called if it asks for them.
+    """Returns the policy that a config names, for a model's shapes and the total steps of its
+    schedule; `exponents` is called if the policy needs them.
     """
     chosen, counts_L = config.allocation.own, experts_of_layers(config.adapter, shapes.layers)
     context = Context(

@@ -1,7 +1,7 @@
-"""What the values of a config may be: inside a section, and across sections.
+"""Rules for the values of a config, inside a section and across sections.
 
-Rules with one condition each are tables, checked from top to bottom: the first one that is broken
-is the message. What a policy allows is in its own file.
+Rules with one condition each form tables, checked from top to bottom: the first violated rule is
+reported. The rules of a policy or placement are in its own file.
 """
 
 import datetime
@@ -28,7 +28,7 @@ def check_rules(rules: Sequence[Rule], value: Any) -> None:
             raise UserError(rule.message(value))
 
 
-# --------------------------------------------------------------------------------- inside sections
+# ---------------------------------------------------------------------------------- inside sections
 
 
 def check_run(run) -> None:
@@ -95,7 +95,7 @@ def check_mesh(mesh) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor)
     require(
         all(size == -1 or size > 0 for size in sizes) and sizes.count(-1) <= 1,
-        f"mesh sizes must be positive, at most one -1 (the rest of the devices), got "
+        "mesh sizes must be positive, and at most one may be -1 (the remaining devices), got "
         f"{', '.join(map(str, sizes))}.",
     )
 
@@ -122,18 +122,17 @@ ADAPTER_TARGETS = (
     Rule(
         lambda a: "gate_up" not in a.targets or not {"gate", "up"} & set(a.targets),
         lambda a: (
-            "adapter.targets has gate_up next to gate or up: one or the other, got "
-            f"{', '.join(a.targets)}."
+            f"adapter.targets must name either gate_up or gate and up, got {', '.join(a.targets)}."
         ),
     ),
 )
 
 
-# --------------------------------------------------------------------------------- across sections
+# ---------------------------------------------------------------------------------- across sections
 
 
 def check_together(config) -> None:
-    """Checks that every section is of its class, then what sections ask of each other."""
+    """Checks that every section has its class, then the rules across sections."""
     for name, cls in field_types(type(config)).items():
         value = getattr(config, name)
         require(isinstance(value, cls), f"{name} must be a {cls.__name__}, got {value!r}.")
@@ -141,7 +140,7 @@ def check_together(config) -> None:
 
 
 def _refusal(config) -> str | None:
-    """Returns why the policy does not go with the placement."""
+    """Returns why the policy does not fit the placement; None if it does."""
     return config.allocation.own.refuses(config.allocation, config.adapter)
 
 
@@ -157,8 +156,9 @@ TOGETHER = (
     Rule(
         lambda c: c.adapter.experts_per_layer is None or not c.allocation.own.shares_among_layers,
         lambda c: (
-            f"allocation.kind={c.allocation.kind} shares ranks or experts out among layers "
-            "alike, and adapter.experts_per_layer makes them different. Use one of them."
+            f"allocation.kind={c.allocation.kind} distributes ranks or experts over layers with "
+            "equal numbers of experts, but adapter.experts_per_layer makes them different. Use "
+            "one of the two."
         ),
     ),
 )

@@ -1,4 +1,4 @@
-"""Values of config fields as they are written on a command line."""
+"""Parses the values of config fields from a command line."""
 
 import re
 import typing
@@ -35,9 +35,7 @@ def parse(name: str, text: str, kind: Any) -> Any:
 
 
 def _parts(name: str, text: str) -> tuple[str, ...]:
-    """Splits a list; a data path with a comma in it is one part where there is such a file, or in
-    quotes.
-    """
+    """Splits a list. A data path with a comma is one part if such a file exists or it is quoted."""
     is_path = name.startswith("data.") and "," in text
     if is_path and kind_of(expand_user(text)) in (FILE, DIRECTORY):
         return (text,)

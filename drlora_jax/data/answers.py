@@ -1,9 +1,9 @@
-"""Finds in renderings of a chat template what is to be learned: each answer up to its end.
+"""Finds the text to learn in renderings of a chat template: each answer up to its end.
 
 The text before an answer is always the template's own generation prompt, so that training and
-generation agree to the character. Where one rendering of the whole conversation has every such
-prompt as a prefix, it is one document; where a template rewrites earlier turns, each learned answer
-is a document of its own.
+generation agree to the character. If one rendering of the whole conversation has every such prompt
+as a prefix, it is one document; if the template rewrites earlier turns, each learned answer is its
+own document.
 """
 
 import json
@@ -20,7 +20,7 @@ from drlora_jax.data.chat_template import (
 )
 from drlora_jax.data.segments import BadRow, Segment, Written, control_pattern, unguard
 
-_FEW = 4  # answers that are each rendered exactly, without a search
+_FEW = 4  # up to this many answers are each rendered on their own, without a search
 _TELLING = 12  # characters: shorter texts may be found in a rendering by chance
 _REASONING = ("reasoning_content", "thinking")
 _THOUGHTS = re.compile(r"\s*[<\[](?P<name>[\w:|-]+)[>\]]\n?(?P<rest>.*)", re.S)
@@ -68,7 +68,7 @@ def write_chat(chat: Chat, is_learned: tuple[bool, ...]) -> list[Written]:
 class _Writer:
     """Finds the answers of a conversation in one rendering of all of it.
 
-    A few answers are rendered by themselves and compared: the first, second, third, fifth, ninth,
+    A few answers are rendered on their own for comparison: the first, second, third, fifth, ninth,
     ..., the last, and those that differ in kind. So the cost is linear in turns.
     """
 
@@ -77,21 +77,23 @@ class _Writer:
         self._exact: dict[int, _Answer] = {}
 
     def answer(self, place: int) -> _Answer:
-        """The answer at a place, rendered by itself."""
+        """Returns the answer at a place, rendered on its own."""
         if place not in self._exact:
             full = self.whole if place == self.learned[-1] else None
             self._exact[place] = _answer(self.chat, place, full)
         return self._exact[place]
 
     def spans(self) -> list[_Span] | None:
-        """Where the answers are; None if the template writes them otherwise when they are last."""
+        """Returns the spans of the answers; None if the template writes them differently when they
+        are last.
+        """
         found = {} if len(self.learned) <= _FEW else self._search()
         sure = set(_samples(self.chat.messages, self.learned)) | (set(self.learned) - set(found))
         for place in sorted(sure):
             span = self._exact_span(place)
             if span is None:
                 return None
-            if place in found and found[place] != span:  # the search was led astray
+            if place in found and found[place] != span:  # the search was misled
                 exact = [self._exact_span(each) for each in self.learned]
                 return None if None in exact else exact
             found[place] = span
@@ -105,7 +107,7 @@ class _Writer:
         return None
 
     def _search(self) -> dict[int, _Span]:
-        """Answers by the generation prompts in the rendering, if there are as many as answers."""
+        """Finds answers by their generation prompts, if the rendering has as many as answers."""
         chat, last = self.chat, self.learned[-1]
         first = self.answer(self.learned[0]).prompt
         try:
@@ -132,7 +134,9 @@ class _Writer:
 
 
 def _samples(messages: list[dict], learned: list[int]) -> list[int]:
-    """Places of the answers to be compared: by doubling, and the first and last of each kind."""
+    """Returns the places of the answers to compare: by doubling, and the first and last of each
+    kind.
+    """
     if len(learned) <= _FEW:
         return learned
     chosen, step = {learned[0], learned[-1]}, 1
@@ -155,7 +159,7 @@ def _samples(messages: list[dict], learned: list[int]) -> list[int]:
 
 
 def _clear_end(chat: Chat, place: int, whole: str, start: int, limit: int):
-    """Where an answer ends, if all that the row has of it is found there; else None."""
+    """Returns where an answer ends if all its parts are found there, else None."""
     message = chat.messages[place]
     content = message.get("content", "").strip()
     at = whole.find(content, start, limit)
@@ -182,11 +186,11 @@ def _names(message: dict) -> list[str]:
     return [call.get("function", call)["name"] for call in message.get("tool_calls", ())]
 
 
-# ---------------------------------------------------------------------------------- one by itself
+# ------------------------------------------------------------------------------------ one by itself
 
 
 def _answer(chat: Chat, place: int, full: str | None) -> _Answer:
-    """The answer at a place by itself: its generation prompt, and what is learned behind it."""
+    """Renders one answer on its own: its generation prompt, and what is learned behind it."""
     before, message = chat.messages[:place], chat.messages[place]
     prompt = render_chat(chat, before, answering=True)
     if full is None:
@@ -203,11 +207,11 @@ def _answer(chat: Chat, place: int, full: str | None) -> _Answer:
 
 
 def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str, str]:
-    """The answer behind a generation prompt that its rendering does not begin with.
+    """Returns the answer behind a generation prompt that is no prefix of its rendering.
 
-    Either the template writes the turns before otherwise once they are answered, or its prompt
-    opens a block of reasoning: rows with reasoning go on with it, others close it. Returns the text
-    behind the prompt and the content in it.
+    Either the template writes the turns before it differently once they are answered, or its
+    prompt opens a reasoning block: rows with reasoning continue it, others close it. Returns the
+    text behind the prompt and the content in it.
     """
     before, message = chat.messages[:place], chat.messages[place]
     answer = {"role": "assistant", "content": SENTINEL}
@@ -222,7 +226,7 @@ def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str,
         return _behind(full, head, prompt, place), content
     bare = {key: held for key, held in message.items() if key not in _REASONING}
     has_block = words.strip() in content and len(bare) == len(message)
-    if has_block:  # templates may drop it, or write it in their own way: it is kept as it is
+    if has_block:  # templates may drop or rewrite it: it is kept unchanged
         bare["content"] = SENTINEL
     text = _behind(render_chat(chat, [*before, bare], answering=False), head, prompt, place)
     if has_block:
@@ -232,11 +236,11 @@ def _behind_prompt(chat: Chat, place: int, prompt: str, full: str) -> tuple[str,
 
 
 def _behind(text: str, head: str, prompt: str, place: int) -> str:
-    """A rendering behind the head that it has for other answers."""
+    """Returns what a rendering has behind the head that it shares with other answers."""
     if not text.startswith(head):
         raise BadRow(
             "not behind the generation prompt",
-            f"the tokenizer's chat template does not write message {place + 1} behind its own "
+            f"the tokenizer's chat template does not write message {place + 1} after its own "
             f"generation prompt, which ends in {unguard(prompt)[-24:]!r}; remove the message's "
             "reasoning, or set data.template=chatml or tulu",
         )
@@ -244,14 +248,16 @@ def _behind(text: str, head: str, prompt: str, place: int) -> str:
 
 
 def _without_opening(content: str, closing: str) -> str:
-    """Content whose block of reasoning was opened by the prompt already."""
+    """Returns content without the opening of its reasoning block, which the prompt already has."""
     opened = _THOUGHTS.match(content)
     name = closing.strip("<>[]/")
     return opened["rest"] if opened and opened["name"] == name else content
 
 
 def _end(chat: Chat, body: str, content: str) -> tuple[int, bool]:
-    """Where an answer ends, and whether a control token ends it: blanks behind are not learned."""
+    """Returns where an answer ends, and whether a control token ends it: blanks behind it are not
+    learned.
+    """
     at = body.find(content)
     token = turn_end(chat).token
     if token and at >= 0:
@@ -264,11 +270,11 @@ def _end(chat: Chat, body: str, content: str) -> tuple[int, bool]:
     return len(body.rstrip()), False
 
 
-# ----------------------------------------------------------------------------- nothing is dropped
+# ------------------------------------------------------------------------------- nothing is dropped
 
 
 def _check_answer(chat: Chat, place: int, text: str) -> None:
-    """Refuses a row of which the template leaves something out of a learned answer."""
+    """Refuses a row if the template drops a part of a learned answer."""
     message = chat.messages[place]
     reasoning = message.get("reasoning_content", "").strip()
     if reasoning not in text and not _is_written(chat, place, *_REASONING):
@@ -285,10 +291,10 @@ def _check_answer(chat: Chat, place: int, text: str) -> None:
 
 
 def check_context(chat: Chat, learned: list[int], text: str) -> None:
-    """Refuses a row of which the template leaves turns or tools out.
+    """Refuses a row if the template drops turns or tools.
 
     Args:
-      learned: places of the answers to be learned; none for a prompt.
+      learned: places of the answers to be learned; empty for a prompt.
       text: the last answer's generation prompt.
     """
     _check_tools(chat, learned)
@@ -312,7 +318,9 @@ def check_context(chat: Chat, learned: list[int], text: str) -> None:
 
 
 def _is_asked(chat: Chat, place: int, count: int) -> bool:
-    """Whether the prompt of the first messages depends on the content of one."""
+    """Returns whether the prompt built from the first messages depends on the content of the one at
+    `place`.
+    """
     messages = chat.messages[:count]
     text = render_chat(chat, messages, answering=True)
     messages[place] = messages[place] | {"content": SENTINEL}
@@ -327,14 +335,14 @@ def _escaped(text: str) -> str:
 
 
 def _check_history(chat: Chat, place: int, seen: set) -> None:
-    """The first tool calls and the first reasoning of answers that are not learned."""
+    """Checks the first tool calls and the first reasoning of answers that are not learned."""
     message = chat.messages[place]
     for part in ("tool_calls", "reasoning_content"):
         if part not in message or part in seen:
             continue
         seen.add(part)
         is_thought = part == "reasoning_content"
-        # Earlier reasoning is left out on purpose where the prompt opens the next one.
+        # Earlier reasoning is left out on purpose if the prompt opens the next one.
         if is_thought and opening(chat).words.strip():
             continue
         if not _is_written(chat, place, *(_REASONING if is_thought else (part,))):
@@ -356,7 +364,7 @@ def _check_tools(chat: Chat, learned: list[int]) -> None:
 
 
 def _is_written(chat: Chat, place: int, *keys: str) -> bool:
-    """Whether a rendering up to a turn depends on some of the turn's keys."""
+    """Returns whether a rendering up to a turn depends on some of the turn's keys."""
     before, message = chat.messages[:place], chat.messages[place]
     spoken = SENTINEL if "content" in keys else ""
     bare = {"content": spoken} | {key: held for key, held in message.items() if key not in keys}
@@ -364,7 +372,7 @@ def _is_written(chat: Chat, place: int, *keys: str) -> bool:
     text = render_chat(chat, [*before, message], answering=answering)
     try:
         return text != render_chat(chat, [*before, bare], answering=answering)
-    except BadRow:  # it reads the key, or it would not miss it
+    except BadRow:  # it reads the key, since it fails without it
         return True
 
 
@@ -381,6 +389,6 @@ def _unwritten(what: str, place: int | None = None) -> BadRow:
 
 
 def writes_key(chat: Chat, key: str) -> bool:
-    """Whether the template writes this key of the first turn that has it."""
+    """Returns whether the template writes this key of the first turn that has it."""
     place = next(n for n, message in enumerate(chat.messages) if key in message)
     return _is_written(chat, place, key)

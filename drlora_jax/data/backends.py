@@ -1,9 +1,9 @@
-"""Ids and spans of texts, many at once, out of copies of a tokenizer's Rust part.
+"""Computes ids and spans of many texts at once, with copies of a tokenizer's Rust part.
 
-One copy lacks the post-processor, which may trim the spans of tokens by their blanks, and adds
-nothing here. A second one, for texts with guarded control tokens, does not know the control tokens
-by their names but by aliases that no text can hold: what a template wrote is replaced by its alias
-and matched as before, what a user wrote is ordinary text.
+One copy lacks the post-processor, which may trim blanks from token spans and has no other effect
+here. A second one, for texts with guarded control tokens, knows control tokens not by their names
+but by aliases that no text can contain: those of a template are replaced by their aliases and
+matched as before, those of a user are ordinary text.
 """
 
 import functools
@@ -24,7 +24,7 @@ from drlora_jax.data.segments import (
 )
 from drlora_jax.system.imports import load_package
 
-_FIRST_ALIAS = 0xF0000  # a private-use character between two guards: user text holds no guard
+_FIRST_ALIAS = 0xF0000  # a private-use character between two guards, which user text never has
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -38,7 +38,7 @@ class Encoded(NamedTuple):
 
 
 def encode_texts(documents: Sequence[Sequence[Segment]], tokenizer) -> list[Encoded]:
-    """Tokenises each document as one text, without tokens that are added around it."""
+    """Tokenises each document as one text, without BOS and EOS tokens around it."""
     if not getattr(tokenizer, "is_fast", False):
         return [_encode_apart(segments, tokenizer) for segments in documents]
     backend = _backend(tokenizer)
@@ -112,7 +112,7 @@ class _Guarded:
         return [each._replace(ids=[self._ids.get(i, i) for i in each.ids]) for each in found]
 
     def _replace(self, text: str) -> str:
-        # Split first: the aliases hold guards of their own.
+        # Split first: the aliases contain guards themselves.
         ordinary = self.pattern.split(text)
         controls = [self._aliases[name] for name in self.pattern.findall(text)] + [""]
         return "".join(
@@ -120,7 +120,7 @@ class _Guarded:
         )
 
     def _equals(self, plain: _Plain, names: list[str]) -> bool:
-        """Whether what a template writes becomes the same as without aliases."""
+        """Returns whether a template's control tokens get the same ids with aliases as without."""
         texts = [f"Tom {name} has{name}{name}  3\n{name}\n a" for name in names]
         pairs = zip(plain.encode([texts]), self.encode([texts]), strict=True)
         return all(a.ids == b.ids for a, b in pairs)
@@ -139,15 +139,16 @@ class _Backend:
 
 def _backend(tokenizer) -> _Backend:
     kept = _kept.get(tokenizer)
-    if kept is None or kept.size != len(tokenizer):  # tokens were added since
+    if kept is None or kept.size != len(tokenizer):  # tokens have been added
         kept = _kept[tokenizer] = _Backend(tokenizer)
     return kept
 
 
 def _without_controls(values: str, names: set[str]) -> str:
-    """tokenizer.json's text without the control tokens, as added ones and as words of the model.
+    """Returns the text of tokenizer.json without control tokens, both as added tokens and as words
+    of the model.
 
-    A BPE model only makes what its merges make; the others take any text that is in the vocabulary.
+    A BPE model only produces what its merges produce; others match any text in the vocabulary.
     """
     parsed = json.loads(values)
     parsed["added_tokens"] = [t for t in parsed["added_tokens"] if t["content"] not in names]
@@ -171,7 +172,9 @@ def _encoded(encoding, texts: Sequence[str]) -> Encoded:
 
 
 def _encode_apart(segments: Sequence[Segment], tokenizer) -> Encoded:
-    """Tokenizers without spans: piece by piece, so ids at the borders may differ a little."""
+    """Encodes segment by segment with a tokenizer that has no spans; ids at the borders may differ
+    a little.
+    """
     pieces = [_ids_apart(segment.text, tokenizer) for segment in segments]
     ids = [index for piece in pieces for index in piece]
     places = np.arange(len(ids))  # spans in tokens

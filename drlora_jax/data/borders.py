@@ -1,11 +1,11 @@
-"""Gives the tokens in front of an answer the ids that the prompt has when it is tokenised alone.
+"""Gives the tokens before an answer the ids that the prompt has when it is tokenised alone.
 
-A document is tokenised as one text. What follows can change the prompt's last tokens: one may hold
-characters of both (a line break that ends the prompt and one that begins the answer), and splitters
-look ahead (two line breaks are one piece at the end of a text and two before a letter). A model
-that is asked would then see other ids than it was trained with. So in front of an answer stand the
-ids of the prompt alone, and what is left of a token across the border is tokenised by the
-tokenizer's own model. All other tokens are those of the whole text.
+A document is tokenised as one text. The answer can change the prompt's last tokens: a token may
+contain characters of both (a line break that ends the prompt and one that begins the answer), and
+splitters look ahead (two line breaks are one piece at the end of a text and two before a letter).
+At generation time the model would then see ids different from those of training. So the ids before
+an answer are those of the prompt alone, and the rest of a token across the border is tokenised by
+the tokenizer's own model. All other tokens are those of the whole text.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,21 @@ from drlora_jax.data.segments import Segment, control_pattern
 
 
 class _Border(NamedTuple):
-    """The start of an answer, and the prompt's text that decides on the tokens before it."""
+    """The start of an answer, and the prompt's text that determines the tokens before it."""
 
     document: int
     segment: int  # the answer's number
-    section: str  # from the last control token on, which splits texts; the whole prompt if none
+    section: str  # from the last control token on, since these split texts; else the whole prompt
     control: str  # that token, or ""
-    has_answers: bool  # the section holds earlier answers
+    has_answers: bool  # whether the section contains earlier answers
 
 
 def cut_at_borders(
     encoded: Sequence[Encoded], documents: Sequence[Sequence[Segment]], tokenizer
 ) -> list[Encoded]:
-    """The documents with prompts as they are alone, wherever that can be done: the words of the
-    vocabulary must add up to the same in both, and decode to the same.
+    """Returns the documents with the prompts' ids as they are when tokenised alone, wherever that
+    is possible: the words of the vocabulary must join to the same text in both, and decode to the
+    same.
     """
     encoded = list(encoded)
     if not getattr(tokenizer, "is_fast", False):
@@ -40,8 +41,8 @@ def cut_at_borders(
         border
         for number, segments in enumerate(documents)
         for border in _borders(number, segments, tokenizer)
-        # Without a control token behind the last answer the section is all of the text: it is
-        # tokenised only where a token is cut, to stay linear in the number of turns.
+        # Without a control token behind the last answer the section is the whole text: it is
+        # tokenised only if a token is cut, to stay linear in the number of turns.
         if not border.has_answers or _is_cut(encoded[number], border)
     ]
     sections = encode_texts([[Segment(each.section, False)] for each in borders], tokenizer)
@@ -64,7 +65,9 @@ def _borders(document: int, segments: Sequence[Segment], tokenizer):
 
 
 def _cut(encoded: Encoded, section: Encoded, border: _Border, tokenizer) -> Encoded | None:
-    """The document with the section's own tokens; None where it has them, or cannot have them."""
+    """Returns the document with the section's own tokens; None if it has them already, or cannot
+    have them.
+    """
     inside = _tokens_before(encoded, border)
     first = 0
     if border.control:
@@ -86,7 +89,7 @@ def _cut(encoded: Encoded, section: Encoded, border: _Border, tokenizer) -> Enco
         return None
     if not _is_same_text(tokenizer, encoded.ids[first : first + behind + 1], section.ids + rest):
         return None
-    # Earlier answers stay as they are: only what lies behind the last common end is replaced.
+    # Earlier answers stay as they are: only tokens behind the last common end are replaced.
     shared = max(set(ends[:behind]) & set(own_ends), default=0) if border.has_answers else 0
     kept = first + (ends.index(shared) + 1 if shared else 0)
     taken = own_ends.index(shared) + 1 if shared else 0
@@ -94,19 +97,21 @@ def _cut(encoded: Encoded, section: Encoded, border: _Border, tokenizer) -> Enco
 
 
 def _tokens_before(encoded: Encoded, border: _Border) -> int:
-    """How many tokens end before the answer, or where it starts."""
+    """Returns how many tokens end before the answer or where it starts."""
     return int(np.searchsorted(encoded.ends, encoded.borders[border.segment], side="right"))
 
 
 def _is_cut(encoded: Encoded, border: _Border) -> bool:
-    """Whether a token lies across the start of the answer."""
+    """Returns whether a token crosses the start of the answer."""
     token = _tokens_before(encoded, border)
     is_there = token < len(encoded.ids)
     return is_there and encoded.starts[token] < encoded.borders[border.segment]
 
 
 def _is_same_text(tokenizer, before: list[int], after: list[int]) -> bool:
-    """Whether ids decode to the same: some spell the start of a word otherwise (WordPiece)."""
+    """Returns whether both ids decode to the same text: some tokenizers spell the start of a word
+    differently (WordPiece).
+    """
     decode = tokenizer.backend_tokenizer.decode
     texts = [decode(ids, skip_special_tokens=False) for ids in (before, after)]
     return texts[0] == texts[1]
@@ -119,7 +124,9 @@ def _ends(words: Sequence[str]) -> list[int]:
 def _spliced(
     encoded: Encoded, segment: int, kept: int, prompt: list[int], rest: list[int], behind: int
 ) -> Encoded:
-    """The first tokens, those of the prompt, those of the answer's start, and all behind them."""
+    """Joins the first tokens, those of the prompt, those of the answer's start, and all that
+    follow.
+    """
     start, place = int(encoded.borders[segment - 1]), int(encoded.borders[segment])
     stop = int(encoded.ends[behind])
     spans = [(start, place)] * len(prompt) + [(place, stop)] * len(rest)

@@ -1,7 +1,7 @@
 """Renders conversations with a tokenizer's own chat template, as transformers does.
 
-What differs from a bare `apply_chat_template`: control tokens in the user's text are guarded, the
-clock stands still, and a template that raises anything is a bad row.
+Unlike plain `apply_chat_template`, control tokens in the user's text are guarded, the clock is
+fixed, and any exception of the template makes the row a bad row.
 """
 
 import copy
@@ -24,24 +24,24 @@ _PROBES = (
     [{"role": "system", "content": "b"}, {"role": "user", "content": "a"}],
 )
 _DIRECTIVE = re.compile(r"%[-_^#0]?[A-Za-z%]")  # of strftime
-_NO_TOKEN = re.compile(r"'(\w+_token)' is undefined")  # as Jinja says it
+_NO_TOKEN = re.compile(r"'(\w+_token)' is undefined")  # Jinja's message
 _CLOCK = re.compile(r"\bstrftime_now\b")
 _REASONING_MARK = re.compile(r"[<\[]/?[\w:|-]*(?:think|thought|reason)[\w:|-]*[>\]]", re.I)
 _OPENING_MARK = re.compile(r"\s*(?:<([\w:|-]+)>|\[([\w:|-]+)\])\s*")
 
 
 class Chat(NamedTuple):
-    """A conversation that is ready to be rendered."""
+    """A conversation that is ready for rendering."""
 
     tokenizer: object
     messages: list[dict]
     tools: list[dict] | None
-    template: str  # its text, with a clock that stands still
+    template: str  # its text, with a fixed clock
     is_guarded: bool
 
 
 class TurnEnd(NamedTuple):
-    """What a template puts behind an answer."""
+    """The text that a template puts behind an answer."""
 
     token: str | None  # the first control token
     text: str
@@ -50,12 +50,14 @@ class TurnEnd(NamedTuple):
 class Opening(NamedTuple):
     """Where the generation prompt and an answer meet."""
 
-    mark: str  # what the prompt has opened and no plain answer begins with, such as <think>
-    words: str  # what an answer without reasoning begins with, such as the end of that block
+    mark: str  # opened by the prompt, and no plain answer begins with it, such as <think>
+    words: str  # the start of an answer without reasoning, such as the end of that block
 
 
 def open_chat(conversation, tokenizer, *, special_tokens: str, date: str | None) -> Chat:
-    """Prepares a conversation: guards the user's text and gives reasoning all of its names."""
+    """Prepares a conversation: guards the user's text, and stores reasoning under every name that
+    templates read.
+    """
     is_guarded = special_tokens == "split"
     template = _template(tokenizer, conversation.tools, date)
     marks = _reasoning_marks(tokenizer, template) if is_guarded else ()
@@ -84,7 +86,9 @@ def _guarded(value, tokenizer):
 
 
 def _guarded_content(message: dict, tokenizer, marks: tuple[str, ...]) -> dict:
-    """An answer's content; marks of reasoning that the template itself writes stay readable."""
+    """Returns an answer's guarded content; reasoning marks that the template itself writes stay
+    readable.
+    """
     if not marks or "content" not in message:
         return {}
     pieces = re.split(f"({'|'.join(map(re.escape, marks))})", message["content"])
@@ -93,7 +97,7 @@ def _guarded_content(message: dict, tokenizer, marks: tuple[str, ...]) -> dict:
 
 
 def template_texts(tokenizer) -> list[str]:
-    """The chat templates, several where they have names."""
+    """Returns the chat templates; there are several where they have names."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         return list(template.values())
@@ -101,28 +105,30 @@ def template_texts(tokenizer) -> list[str]:
 
 
 def check_texts(tokenizer) -> None:
-    """Refuses a chat template that is no text."""
+    """Refuses a chat template that is not text."""
     for template in template_texts(tokenizer):
         if not isinstance(template, str):
             raise UserError(
-                "chat_template of tokenizer_config.json must be a text, or a list of objects with "
-                f"name and template, got {type(template).__name__}; correct it, or set "
+                "chat_template of tokenizer_config.json must be a string, or a list of objects "
+                f"with name and template, got {type(template).__name__}; correct it, or set "
                 "data.template=chatml or tulu."
             )
 
 
 def reads_clock(tokenizer) -> bool:
-    """Whether the rendering depends on the date."""
+    """Returns whether the rendering depends on the date."""
     return any(map(_CLOCK.search, template_texts(tokenizer)))
 
 
 def check_chance(chat: Chat) -> None:
-    """Refuses a template that draws its words: no later prompt could be the one of training."""
+    """Refuses a template that picks words at random: later prompts could not match those of
+    training.
+    """
     if _uses_chance(chat.template):
         raise UserError(
-            "the tokenizer's chat template writes other text each time it is used (the Jinja "
-            "filter random), so the prompts of training and generation would differ; take that "
-            "out of the template, or set data.template=chatml or tulu."
+            "the tokenizer's chat template writes different text each time it is used (the Jinja "
+            "filter random), so the prompts of training and generation would differ; remove the "
+            "filter from the template, or set data.template=chatml or tulu."
         )
 
 
@@ -131,22 +137,22 @@ def _uses_chance(template: str) -> bool:
     if "random" not in template:  # true of nearly all
         return False
     jinja2 = load_package("jinja2", "The tokenizer's chat template")
-    try:  # tokens, so that neither text nor comments count
+    try:  # lexed, so that neither text nor comments count
         tokens = [each[1:] for each in jinja2.Environment().lex(template)]
     except jinja2.TemplateSyntaxError:
-        return False  # the rendering says so
+        return False  # rendering reports it
     tokens = [each for each in tokens if each[0] != "whitespace"]
     return (("operator", "|"), ("name", "random")) in itertools.pairwise(tokens)
 
 
-# ---------------------------------------------------------------------------------------- render
+# ------------------------------------------------------------------------------------------- render
 
 
 def render_chat(chat: Chat, messages: list[dict], *, answering: bool) -> str:
-    """Renders messages of a chat; `answering`: with the generation prompt behind them.
+    """Renders messages of a chat; with `answering`, the generation prompt follows them.
 
-    Arguments of tool calls are given as objects, as transformers asks for, or as JSON text where
-    the template concatenates them; a call without content gets an empty one where that is needed.
+    Arguments of tool calls are passed as objects, as transformers requires, or as JSON text if the
+    template concatenates them; a call without content gets an empty one if the template needs it.
     """
     objects = [_with_arguments(message, as_text=False) for message in messages]
     arguments = [found for message in objects for found in _arguments_of(message)]
@@ -159,10 +165,10 @@ def render_chat(chat: Chat, messages: list[dict], *, answering: bool) -> str:
         try:
             text = _apply(chat, way, answering)
         except BadRow as error:
-            # With a content, the reason is another one than that it is missing.
+            # With content given, the reason cannot be that content is missing.
             refusal = error if way is ways[2] else refusal or error
             continue
-        # Python's way to write an object: the template writes arguments as they come.
+        # Text with Python's repr of an object shows that the template concatenates arguments.
         if way is texts or not any(each and str(each) in text for each in arguments):
             return text
     raise refusal or BadRow("tool call", "the chat template writes no JSON for tool calls")
@@ -174,7 +180,9 @@ def _arguments_of(message: dict) -> list:
 
 
 def _with_arguments(message: dict, *, as_text: bool) -> dict:
-    """Arguments of tool calls as objects, or as JSON text where a template concatenates them."""
+    """Returns a message with tool-call arguments as objects, or as JSON text for templates that
+    concatenate them.
+    """
     if "tool_calls" not in message:
         return message
     message = copy.deepcopy(message)
@@ -200,7 +208,7 @@ def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
-            f"the tokenizer's chat template is no valid Jinja: {error} (line {error.lineno}); fix "
+            f"the tokenizer's chat template is not valid Jinja: {error} (line {error.lineno}); fix "
             "it, or set data.template=chatml or tulu."
         ) from error
     except Exception as error:  # a template is a program in a sandbox: it may raise anything
@@ -219,7 +227,9 @@ def _apply(chat: Chat, messages: list[dict], answering: bool) -> str:
 
 
 def _other_template(chat: Chat, messages: list[dict]) -> str:
-    """What else writes such a row: the templates that we bring write no tools and no reasoning."""
+    """Returns advice on what else writes such a row: the bundled templates write no tools and no
+    reasoning.
+    """
     keys = {key for message in messages for key in message}
     if chat.tools or keys & {"tool_calls", "reasoning_content"}:
         return "use a chat template that writes them"
@@ -227,38 +237,40 @@ def _other_template(chat: Chat, messages: list[dict]) -> str:
 
 
 def _template(tokenizer, tools, date: str | None) -> str:
-    """The text of the template that transformers would take, with the date's clock."""
+    """Returns the text of the template that transformers would choose, with the clock set to the
+    date.
+    """
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named and not (tools and "tool_use" in named):
         raise UserError(
-            f"the tokenizer's chat templates are {', '.join(named)}, and none of them is named "
-            "default; name one so, or set data.template=chatml or tulu."
+            f"the tokenizer has the chat templates {', '.join(named)}, but none named default; "
+            "rename one to default, or set data.template=chatml or tulu."
         )
     template = tokenizer.get_chat_template(None, list(tools) if tools else None)
     if date is None or not _CLOCK.search(template):
         return template
-    # Not as an argument of the rendering: transformers turns functions among those into texts.
+    # Not passed as an argument of the rendering: transformers converts function arguments to text.
     return _fixed_clock(date, tuple(sorted(set(_DIRECTIVE.findall(template))))) + template
 
 
 @functools.cache
 def _fixed_clock(date: str, directives: tuple[str, ...]) -> str:
-    """A Jinja macro in place of transformers' strftime_now: the same at a date's midnight."""
+    """Returns a Jinja macro that replaces transformers' strftime_now by midnight of a date."""
     day = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time())
     values = {"%%": "\ufdd1"} | {each: day.strftime(each) for each in directives if each != "%%"}
     values["\ufdd1"] = "%"
     replaced = "".join(f" | replace({json.dumps(a)}, {json.dumps(b)})" for a, b in values.items())
-    # The line break is the one that `trim_blocks` takes away behind a block.
+    # `trim_blocks` removes this line break behind the block.
     return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
-# ---------------------------------------------------------------------------------------- probes
+# ------------------------------------------------------------------------------------------- probes
 
 _found: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _once(function):
-    """Remembers what was found out about a tokenizer's template."""
+    """Caches what was found out about a tokenizer's template."""
 
     @functools.wraps(function)
     def remembered(chat: Chat):
@@ -272,7 +284,9 @@ def _once(function):
 
 
 def _reasoning_marks(tokenizer, text: str) -> tuple[str, ...]:
-    """Control tokens such as <think> and </think>, if the template's text has one of the two."""
+    """Returns control tokens such as <think> and </think>, if the template's text has one of the
+    two.
+    """
     tokens = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return tuple(
         token
@@ -282,7 +296,7 @@ def _reasoning_marks(tokenizer, text: str) -> tuple[str, ...]:
 
 
 class _Probe(NamedTuple):
-    """A small conversation as the template writes it, with and without an answer SENTINEL."""
+    """A small conversation as the template writes it, with and without the answer SENTINEL."""
 
     chat: Chat
     prompt: str
@@ -290,7 +304,7 @@ class _Probe(NamedTuple):
 
 
 def _probe(chat: Chat) -> _Probe | None:
-    """Returns the first probe that the template takes; None if it refuses all."""
+    """Returns the first probe that the template accepts; None if it refuses all."""
     for messages in _PROBES:
         chat = chat._replace(messages=messages, tools=None)
         answer = {"role": "assistant", "content": SENTINEL}
@@ -306,7 +320,7 @@ def _probe(chat: Chat) -> _Probe | None:
 
 @_once
 def turn_end(chat: Chat) -> TurnEnd:
-    """What the template puts behind an answer, as a small conversation shows."""
+    """Returns the text that the template puts behind an answer, found with a small conversation."""
     probe = _probe(chat)
     behind = probe.answered.rpartition(SENTINEL)[2] if probe else ""
     token = control_pattern(chat.tokenizer).search(behind)
@@ -315,7 +329,7 @@ def turn_end(chat: Chat) -> TurnEnd:
 
 @_once
 def opening(chat: Chat) -> Opening:
-    """How the template's generation prompt and its answers fit together."""
+    """Returns where the template's generation prompt ends and its answers begin."""
     probe = _probe(chat)
     if probe is None:
         return Opening("", "")
@@ -327,7 +341,9 @@ def opening(chat: Chat) -> Opening:
 
 
 def _closing(probe: _Probe, opened: str) -> str:
-    """What closes the block of reasoning that a generation prompt has opened; "" for no such."""
+    """Returns the text that closes the reasoning block opened by a generation prompt; "" if none
+    was opened.
+    """
     mark = _OPENING_MARK.fullmatch(opened)
     reasoning = SENTINEL[::-1]
     answers = [{"content": SENTINEL, "reasoning_content": reasoning, "thinking": reasoning}]

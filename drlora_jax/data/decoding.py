@@ -1,7 +1,7 @@
-"""The text that new tokens add behind a prompt.
+"""Decodes the text that new tokens add behind a prompt.
 
-Decoders treat the start of a text in their own ways (a first blank is stripped, `##` stays), and a
-character may end in a later token, so new tokens are decoded behind the last ones of the prompt.
+Decoders treat the start of a text specially (a first blank is stripped, `##` stays), and a
+character may end in a later token, so new tokens are decoded together with the prompt's last ones.
 """
 
 import os
@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from drlora_jax.data.tokenizer_probe import decoded
 
 _SHORTEST_TAIL = 8  # tokens
-_HALF = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
+_HALF = "\ufffd"  # written by decoders for bytes that are no character (yet)
 
 
 def decode_after(tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> str:
-    """The text of `new_ids` behind a prompt, special tokens left out; U+FFFD for half characters.
+    """Decodes `new_ids` behind a prompt, without special tokens; U+FFFD stands for incomplete
+    characters.
 
     Args:
-      prompt_ids: of the whole prompt, or its `prompt_tail`, which spares the search for it.
+      prompt_ids: the whole prompt, or its `prompt_tail`, which saves searching for it.
     """
     tail = prompt_tail(tokenizer, prompt_ids)
     before = decoded(tokenizer, tail, skip=True)
@@ -25,17 +26,17 @@ def decode_after(tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]) -
     if both.startswith(before):
         return both[len(before) :]
     common = len(os.path.commonprefix([before, both]))
-    # A byte-fallback decoder gives up a whole run of bytes for one half character at its end: the
-    # run's characters of the prompt are half ones now, one for each byte.
+    # A byte-fallback decoder gives up a whole run of bytes if the character at its end is
+    # incomplete: the prompt's characters in that run have become one U+FFFD per byte.
     given_up = _HALF * len(before[common:].encode())
     return both[common:].removeprefix(given_up)
 
 
 def prompt_tail(tokenizer, prompt_ids: Sequence[int]) -> list[int]:
-    """The last tokens of a prompt, enough for `decode_after`.
+    """Returns the last tokens of a prompt, enough for `decode_after`.
 
-    They begin with a token that stays in the text, and neither inside a character nor in a run of
-    byte tokens, which decoders read as one.
+    They begin with a token that is visible in the text, and neither inside a character nor inside
+    a run of byte tokens, which decoders read as one unit.
     """
     ids, size = [int(index) for index in prompt_ids], _SHORTEST_TAIL
     special = set(tokenizer.all_special_ids) if size < len(ids) else set()

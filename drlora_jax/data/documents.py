@@ -1,6 +1,6 @@
-"""From a data config to documents, with a count of everything that did not go in as it was.
+"""Builds documents from a data config, and counts everything that was skipped, cut or changed.
 
-Format and template are settled per file, by its first row. Rows are written one by one and
+Format and template are decided per file, by its first row. Rows are written one by one and
 tokenised in batches.
 """
 
@@ -29,7 +29,7 @@ from drlora_jax.data.wording import Writer, field_names, resolve_wording
 from drlora_jax.errors import UserError
 
 BATCH_ROWS, BATCH_CHARACTERS = 512, 1 << 22  # tokenised in one call
-SAY_AFTER = 5.0  # seconds without a word
+SAY_AFTER = 5.0  # seconds between progress messages
 
 
 class Documents(NamedTuple):
@@ -51,20 +51,20 @@ def load_documents(
 
     Args:
       config: the section `data`.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
       sequence_length: the longest document that fits into a row.
-      evaluation: read `eval_path` instead of `path`.
-      date: of templates that read the clock; None: what `data.date` says.
-      vocab_size: embedding rows of the model; a row with another token is a bad one.
-      say: is told how far reading has come, every few seconds.
+      evaluation: whether to read `eval_path` instead of `path`.
+      date: the date for templates that read the clock; None: as `data.date` says.
+      vocab_size: embedding rows of the model; a row with a token beyond them is a bad row.
+      say: receives a progress message every few seconds.
     """
     paths = config.eval_path if evaluation else config.path
     if not paths:
         raise UserError(f"data.{'eval_path' if evaluation else 'path'} is empty; name a data file.")
     if sequence_length < 2:
         raise UserError(
-            f"train.sequence_length must be at least 2, got {sequence_length}: "
-            "the first token of a row is never predicted."
+            f"train.sequence_length must be at least 2, got {sequence_length}: the first token of "
+            "a row is never predicted."
         )
     check_tokenizer(tokenizer)
     split = _splits(config)[evaluation]
@@ -81,7 +81,7 @@ def check_paths(config: DataSection) -> None:
 
 
 def _splits(config: DataSection) -> tuple[dict[str, str], dict[str, str]]:
-    """The split of `path` and that of `eval_path`, each with the field that says it."""
+    """Returns the splits of `path` and `eval_path`, each with the field that sets it."""
     return (
         {"split": config.split, "setting": "data.split"},
         {"split": config.eval_split, "setting": "data.eval_split"},
@@ -89,7 +89,9 @@ def _splits(config: DataSection) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def digest(documents: list[Document]) -> str:
-    """sha256 of all tokens and of which are learned: rows, tokenizer and the way to read them."""
+    """Returns the sha256 of all tokens and target masks: it covers rows, tokenizer and how rows are
+    read.
+    """
     found = hashlib.sha256()
     for document in documents:
         found.update(document.tokens.tobytes())
@@ -98,7 +100,7 @@ def digest(documents: list[Document]) -> str:
 
 
 def _files(config: DataSection, paths, split: dict) -> Iterator[tuple[str, str, Iterator[Row]]]:
-    """(multiple-choice task or "", file, rows) of every file."""
+    """Yields (multiple-choice task or "", file, rows) for every file."""
     if config.format != CHOICE:
         yield from (("", *each) for each in read_paths(paths, **split))
         return
@@ -107,7 +109,7 @@ def _files(config: DataSection, paths, split: dict) -> Iterator[tuple[str, str, 
 
 
 class _Reader:
-    """Documents as they come, and the report on them."""
+    """Collects documents, and the report on them."""
 
     def __init__(self, config, tokenizer, sequence_length: int, date, vocab_size, say):
         self._vocab_size = vocab_size
@@ -127,7 +129,7 @@ class _Reader:
             report.parts.append(part)
             for row in rows:
                 self._take(task, row, part)
-                # Looked at behind the row: past the limit a bad row would stop us.
+                # Checked after the row: a bad row beyond the limit must not stop the run.
                 if report.rows_read == limit:
                     break
             self._flush()
@@ -139,14 +141,14 @@ class _Reader:
         return Documents(self._documents, report)
 
     def _take(self, task: str, row: Row, part: PathReport) -> None:
-        """Writes a row out; it is tokenised with the next batch."""
+        """Writes a row as text; it is tokenised with the next batch."""
         part.rows_read += 1
         if part.wording is None:
             self._settle(row, part)
         try:
             written = self._written(task, row, part)
         except BadRow as error:
-            self._flush()  # what is wrong in an earlier row is said first
+            self._flush()  # errors of earlier rows are reported first
             self._skip(row, part, self._explained(error, row, part))
             return
         except UserError as error:
@@ -184,15 +186,15 @@ class _Reader:
             part.saw(conversation)
             if conversation.unread and self._config.unread == "stop":
                 names = ", ".join(conversation.unread)
-                raise UserError(f"fields that nothing reads: {names} (data.unread=stop)")
+                raise UserError(f"nothing reads the fields {names} (data.unread=stop)")
         self._report.several += len(written) > 1
         self._report.unended += any(map(_has_open_answers, written))
         self._report.guarded += self._has_control_tokens(written, conversation)
         return written
 
     def _explained(self, error: BadRow, row: Row, part: PathReport) -> BadRow:
-        """The error, or that the row is not laid out like the first one of its file, or that the
-        settings are for other rows than that first one.
+        """Returns the error, or a clearer one: the row has another layout than the first one of its
+        file, or the settings are for other rows than this file has.
         """
         if error.reason != "missing field":
             return error
@@ -208,14 +210,14 @@ class _Reader:
             return error
         return BadRow(
             "another format",
-            f"this row has the format {found}, and the file's first row {part.wording.format}; "
-            "give each format a file of its own",
+            f"this row has the format {found}, but the file's first row {part.wording.format}; put "
+            "each format into its own file",
         )
 
     def _has_control_tokens(
         self, written: list[Written], conversation: Conversation | None
     ) -> bool:
-        """Whether the row's own text has control tokens; a template's are not meant."""
+        """Returns whether the row's own text has control tokens; the template's do not count."""
         wording = self._writer.wording
         texts = [segment.text for each in written for segment in each.segments]
         if wording.special_tokens == "split":
@@ -225,7 +227,7 @@ class _Reader:
         return self._writer.would_split(conversation)
 
     def _flush(self) -> None:
-        """Tokenises the rows that wait, and takes their documents."""
+        """Tokenises the waiting rows and keeps their documents."""
         waiting, self._waiting, self._characters = self._waiting, [], 0
         everything = [each for _, _, written in waiting for each in written]
         counts = Counter()
@@ -243,7 +245,9 @@ class _Reader:
             self._say(f"tokenizing: {self._report.rows_read:,} rows")
 
     def _starts_apart(self, written: Written, document: Document) -> bool:
-        """Whether a document begins with a token that the tokenizer adds and nobody has written."""
+        """Returns whether a document begins with a BOS token that the tokenizer adds and the
+        template did not write.
+        """
         bos = self._tokenizer.bos_token
         is_there = bos is not None and document.tokens[0] == self._tokenizer.bos_token_id
         return is_there and not plain_text(written.segments).startswith(bos)
@@ -277,7 +281,7 @@ class _Reader:
 
 
 def _has_open_answers(written: Written) -> bool:
-    """Whether a document has several answers, and the template ends none of them."""
+    """Returns whether a document has several answers and the template ends none of them."""
     return not written.is_ended and sum(segment.is_response for segment in written.segments) > 1
 
 
@@ -286,7 +290,7 @@ def _size(documents: list[Document]) -> int:
 
 
 def _fit(document: Document, config: DataSection, sequence_length: int) -> list[Document]:
-    """Brings a document to the length of a row, as `data.too_long` says."""
+    """Fits a document to the length of a row, as `data.too_long` says."""
     length = len(document.tokens)
     if length <= sequence_length:
         return [document]
@@ -302,8 +306,8 @@ def _fit(document: Document, config: DataSection, sequence_length: int) -> list[
 
 
 def windows(document: Document, sequence_length: int) -> list[Document]:
-    """Returns windows that share one token, so that every token but the first is predicted exactly
-    once: the last token of one is given, not predicted, in the next.
+    """Splits a document into windows that overlap by one token, so that every token but the first
+    is predicted exactly once: the last token of a window is only context in the next.
     """
     found = []
     for start in range(0, len(document.tokens) - 1, sequence_length - 1):
@@ -320,6 +324,6 @@ def _check_targets(whole: list[Document], fitted: list[Document], sequence_lengt
         return
     raise BadRow(
         "no target token left",
-        f"no target token left in the first {sequence_length} of {_size(whole)} tokens; "
-        "raise train.sequence_length or shorten the prompt",
+        f"no target token left in the first {sequence_length} of {_size(whole)} tokens; raise "
+        "train.sequence_length or shorten the prompt",
     )

@@ -1,4 +1,4 @@
-"""Rows of one file: JSON lines, JSON, CSV, Parquet, Arrow; text also compressed."""
+"""Reads the rows of one file: JSON lines, JSON, CSV, Parquet, Arrow; text also compressed."""
 
 import bz2
 import contextlib
@@ -16,8 +16,8 @@ from drlora_jax.errors import UserError
 from drlora_jax.system.imports import load_package
 from drlora_jax.system.paths import check_downloaded
 
-MAX_LINE_BYTES = 64 << 20  # of a row; a long book is 3 MiB
-MAX_LIST_BYTES = 1 << 30  # of a .json list, which is read as a whole
+MAX_LINE_BYTES = 64 << 20  # per row; a long book has 3 MiB
+MAX_LIST_BYTES = 1 << 30  # for a .json list, which is read as a whole
 _LINES, _JSON = (".jsonl", ".ndjson"), (".json",)
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _ARROW = (".arrow", ".feather")
@@ -28,20 +28,22 @@ KNOWN = f"{', '.join(_TEXT)} (also with {', '.join(_PACKED)}), .parquet, {', '.j
 
 
 class Row(NamedTuple):
-    where: str  # "file:line", or "file row 12" where lines mean nothing
+    where: str  # "file:line", or "file row 12" for files without lines
     fields: dict
 
 
 def ending_of(name: str) -> str:
-    """The ending that says what a file is, in lower case; "" for a file that is not read."""
+    """Returns the suffix that tells what a file is, in lower case; "" for files that are not
+    read.
+    """
     return max((each for each in SUFFIXES if name.lower().endswith(each)), key=len, default="")
 
 
 def read_file(name: str, file: pathlib.Path) -> Iterator[Row]:
-    """The rows of a file whose ending is known.
+    """Reads the rows of a file whose suffix is known.
 
     Args:
-      name: how messages call it.
+      name: its name in messages.
     """
     check_downloaded(file)
     ending = ending_of(file.name)
@@ -56,23 +58,22 @@ def read_file(name: str, file: pathlib.Path) -> Iterator[Row]:
 
 
 def rows_of(where: str, rows: Iterable, *, first: int = 0) -> Iterator[Row]:
-    """Rows of something that has no lines, numbered on from `first`."""
+    """Yields rows of a source without lines, numbered on from `first`."""
     for number, fields in enumerate(rows, start=first + 1):
         yield _row(f"{where} row {number}", fields)
 
 
-# ---------------------------------------------------------------------------------------------
-# text
+# --------------------------------------------------------------------------------------------- text
 
 
 @contextlib.contextmanager
 def _reading(name: str, file: pathlib.Path):
-    """Opens a file, unpacked, and turns what goes wrong on disk into one message."""
+    """Opens a file, decompressed, and turns disk errors into one message."""
     try:
         with _open(name, file) as stream:
             yield stream
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{name} cannot be read: {error}. Is the file whole?") from error
+        raise UserError(f"{name} cannot be read: {error}. Is the file complete?") from error
 
 
 def _open(name: str, file: pathlib.Path):
@@ -89,7 +90,7 @@ def _read_lines(name: str, file: pathlib.Path) -> Iterator[Row]:
 
 
 def read_stream(name: str, stream: io.BufferedIOBase) -> Iterator[Row]:
-    """The rows of JSON lines that come from anywhere, such as standard input."""
+    """Yields the rows of JSON lines from any stream, such as standard input."""
     # Bytes are split at \n only: str.splitlines would also cut at U+2028 inside a string.
     # Not enumerate(stream): a line without an end would be read into memory as a whole.
     lines = iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b"")
@@ -97,33 +98,36 @@ def read_stream(name: str, stream: io.BufferedIOBase) -> Iterator[Row]:
         where = f"{name}:{number}"
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
-                f"{where}: a row of more than {MAX_LINE_BYTES >> 20} MiB; split the document "
+                f"{where}: the row has more than {MAX_LINE_BYTES >> 20} MiB; split the document "
                 "into several rows."
             )
         text = _decode(line, name, first_line=number)
         if text.strip() in ("{", "["):
             raise UserError(
-                f"{where}: only {text.strip()!r}, so the file is one JSON value over several "
-                "lines; write one object a line, or a list of objects [ ] in a .json file."
+                f"{where}: the line is only {text.strip()!r}, so the file is one JSON value over "
+                "several lines; write one object per line, or a list of objects [ ] in a .json "
+                "file."
             )
         if text.strip():
             fields = _parse(text, name, first_line=number)
             if number == 1 and isinstance(fields, list):
                 raise UserError(
-                    f"{where}: a list, where each line must be an object; call the file .json "
-                    "if it is one list of objects."
+                    f"{where}: each line must be an object, got a list; name the file .json if it "
+                    "is one list of objects."
                 )
             yield _row(where, fields)
 
 
 def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:
-    """A list of objects, alone or as the only one in an object; or JSON lines by this ending."""
+    """Yields the rows of a list of objects, alone or as the only list in an object; or of JSON
+    lines with this suffix.
+    """
     with _reading(name, file) as stream:
         content = stream.read(MAX_LIST_BYTES + 1)
     if len(content) > MAX_LIST_BYTES:
         raise UserError(
             f"{name} has more than {MAX_LIST_BYTES >> 20} MiB in one list; write it as .jsonl, one "
-            "object a line."
+            "object per line."
         )
     start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
@@ -137,24 +141,26 @@ def _read_json(name: str, file: pathlib.Path) -> Iterator[Row]:
         raise UserError(f"{name}: the file is one JSON object; {several_lists(keys)}.")
     elif whole is not None and b"\n" in start.strip():
         raise UserError(
-            f"{name}: one JSON object over several lines; wrap it in [ ] if it is a row, or write "
-            f"one object a row. It has {_named(whole)}."
+            f"{name} is one JSON object over several lines, with {_named(whole)}; wrap it in [ ] "
+            "if it is a row, or write one object per line."
         )
     else:
         yield from _read_lines(name, file)
 
 
 def _one_object(content: bytes) -> dict | None:
-    """The object that the whole file is, if it is one."""
+    """Returns the object that makes up the whole file, if there is one."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError):
-        return None  # lines, or broken: whoever reads the lines says where
+        return None  # lines, or broken: reading the lines reports where
     return value if isinstance(value, dict) else None
 
 
 def lists_of_rows(whole: dict) -> list[str]:
-    """The keys of all lists of objects; none if one has the messages of a single row."""
+    """Returns the keys of all lists of objects; none if one of them holds the messages of a single
+    row.
+    """
     lists = [
         key
         for key, value in whole.items()
@@ -165,16 +171,16 @@ def lists_of_rows(whole: dict) -> list[str]:
 
 
 def one_list(key: str) -> str:
-    return f"{key!r} is a list of rows: write its objects one a line, or name the file .json"
+    return f"{key!r} is a list of rows: write one of its objects per line, or name the file .json"
 
 
 def several_lists(keys: list[str]) -> str:
     names = ", ".join(map(repr, keys))
-    return f"{names} are lists of rows: write the one that you mean into a file of its own"
+    return f"{names} are lists of rows: write the one that you want into its own file"
 
 
 def _is_row(whole: dict) -> bool:
-    """Whether an object has the texts of a row, beside lists such as its tools."""
+    """Returns whether an object has the texts of a row, beside lists such as its tools."""
     return any(isinstance(value, str) and value.strip() for value in whole.values())
 
 
@@ -188,7 +194,7 @@ def _named(whole: dict) -> str:
 
 
 def _read_table(name: str, file: pathlib.Path, delimiter: str) -> Iterator[Row]:
-    """CSV or TSV with a line of names; every value is text, as it stands."""
+    """Yields the rows of a CSV or TSV file with a header line; every value is text, unchanged."""
     csv.field_size_limit(MAX_LINE_BYTES)
     with _reading(name, file) as stream:
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
@@ -209,7 +215,7 @@ def _read_table(name: str, file: pathlib.Path, delimiter: str) -> Iterator[Row]:
                     )
                 yield Row(where, dict(zip(names, values, strict=True)))
         except csv.Error as error:
-            raise UserError(f"{name}:{reader.line_num}: no such table: {error}.") from error
+            raise UserError(f"{name}:{reader.line_num}: not a valid table: {error}.") from error
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{name}: not UTF-8 after line {reader.line_num}, got byte "
@@ -220,8 +226,8 @@ def _read_table(name: str, file: pathlib.Path, delimiter: str) -> Iterator[Row]:
 def _header(where: str, names: list[str]) -> list[str]:
     if len(names) == 1 and any(mark in names[0] for mark in ";,|\t"):
         raise UserError(
-            f"{where}: the names {names[0]!r} are not separated as the ending says (.csv: commas, "
-            ".tsv: tabs); save the table so."
+            f"{where}: the names {names[0]!r} are not separated as the file name says (.csv: "
+            "commas, .tsv: tabs); save the table with that separator."
         )
     twice = next((each for each in names if names.count(each) > 1 or not each.strip()), None)
     if twice is not None:
@@ -230,8 +236,7 @@ def _header(where: str, names: list[str]) -> list[str]:
     return names
 
 
-# ---------------------------------------------------------------------------------------------
-# Arrow
+# -------------------------------------------------------------------------------------------- Arrow
 
 
 def _read_parquet(name: str, file: pathlib.Path) -> Iterator[Row]:
@@ -241,7 +246,8 @@ def _read_parquet(name: str, file: pathlib.Path) -> Iterator[Row]:
 
 
 def read_arrow(name: str, file: pathlib.Path, *, first: int = 0) -> Iterator[Row]:
-    """Rows of an Arrow file, in the format of files (Feather) or of streams (`datasets`).
+    """Yields the rows of an Arrow file, in the file format (Feather) or the stream format
+    (`datasets`).
 
     Args:
       first: rows of the same data set in earlier files.
@@ -280,7 +286,7 @@ def _rows_of_batches(name: str, batches: Iterable, first: int) -> Iterator[Row]:
 
 
 def _with_text(value):
-    """Bytes as the UTF-8 text that they are; others stay, and are refused where they are read."""
+    """Decodes bytes that are UTF-8 text; other values stay, and are refused where they are read."""
     if isinstance(value, bytes):
         with contextlib.suppress(UnicodeDecodeError):
             return value.decode("utf-8")
@@ -289,19 +295,18 @@ def _with_text(value):
     return [_with_text(each) for each in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------------------------------------
-# rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def _decode(content: bytes, name: str, *, first_line: int) -> str:
     try:
-        # Editors on Windows put a byte order mark in front; json would choke on it.
+        # Editors on Windows write a byte order mark first, which json refuses.
         return content.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line = first_line + content.count(b"\n", 0, error.start)
         raise UserError(
-            f"{name}:{line}: not UTF-8, got byte 0x{content[error.start]:02x}; "
-            "save the file as UTF-8."
+            f"{name}:{line}: not UTF-8, got byte 0x{content[error.start]:02x}; save the file as "
+            "UTF-8."
         ) from error
 
 
@@ -311,11 +316,11 @@ def _parse(text: str, name: str, *, first_line: int):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(
-            f"{name}:{line}: not JSON at column {error.colno} ({error.msg}); "
-            "one object a line, or in a .json file one list of objects."
+            f"{name}:{line}: not JSON at column {error.colno} ({error.msg}); write one object per "
+            "line, or one list of objects in a .json file."
         ) from error
     except (RecursionError, ValueError) as error:  # nested too deep, an integer of 5000 digits
-        raise UserError(f"{name}:{first_line}: not JSON that can be read: {error}") from error
+        raise UserError(f"{name}:{first_line}: this JSON cannot be read: {error}") from error
 
 
 def _row(where: str, fields) -> Row:
@@ -325,7 +330,7 @@ def _row(where: str, fields) -> Row:
 
 
 def _as_messages(value):
-    """Messages that a table holds as one list a key, as the list of objects that they mean."""
+    """Converts messages stored as one list per key, as in tables, to a list of objects."""
     if not isinstance(value, dict) or not _is_message(value):
         return value
     columns = list(value.values())

@@ -1,7 +1,7 @@
-"""Folders of data files: which of their files are data, and which belong to a split.
+"""Selects the data files of a folder, and those of a split.
 
-File names say the split by the rules of `datasets`: `data/NAME-00000-of-00003.parquet`, else a
-folder, else a file name that has one of the words below.
+File names determine the split by the rules of `datasets`: `data/NAME-00000-of-00003.parquet`, else
+a folder name, else a file name that contains one of the words below.
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from drlora_jax.data.file_readers import KNOWN, ending_of
 from drlora_jax.errors import UserError
 from drlora_jax.system.paths import FILE, kind_of
 
-SAVED_SET, SAVED_SETS = "state.json", "dataset_dict.json"  # what `save_to_disk` writes
+SAVED_SET, SAVED_SETS = "state.json", "dataset_dict.json"  # written by `save_to_disk`
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -19,7 +19,7 @@ SPLIT_WORDS = {
 }
 _SPLIT_OF_WORD = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
-# What stands beside data, or in a model directory, and is no data.
+# Files next to data, or in a model directory, that are not data.
 _NOT_DATA = {SAVED_SET, SAVED_SETS, "dataset_info.json", "dataset_infos.json", "croissant.json"}
 _NOT_DATA |= {"config.json", "generation_config.json", "adapter_config.json", "pretrain.json"}
 _NOT_DATA |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"}
@@ -28,7 +28,7 @@ _NOT_DATA |= {"processor_config.json", "chat_template.json"}
 
 
 def is_data(file: pathlib.Path) -> bool:
-    """Whether the name is one of a data file."""
+    """Returns whether the name is that of a data file."""
     name = file.name
     is_hidden = name.startswith((".", "__"))
     is_other = name.lower() in _NOT_DATA or name.lower().endswith(".index.json")
@@ -36,7 +36,7 @@ def is_data(file: pathlib.Path) -> bool:
 
 
 def data_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """All below a folder, in order; nothing hidden."""
+    """Returns all data files below a folder, in order, hidden ones excluded."""
     try:
         return [
             file
@@ -46,16 +46,16 @@ def data_files(folder: pathlib.Path) -> list[pathlib.Path]:
             and kind_of(file) == FILE
         ]
     except OSError as error:
-        raise UserError(f"{folder} can not be listed: {error.strerror}.") from error
+        raise UserError(f"{folder} cannot be listed: {error.strerror}.") from error
 
 
 def choose_shards(
     name: str, folder: pathlib.Path, split: str, setting: str = ""
 ) -> list[pathlib.Path]:
-    """The data files of a folder, of one split where their names say splits.
+    """Returns the data files of a folder; of one split where file names name splits.
 
     Args:
-      setting: the field that chooses the split, for a message; "" where none does.
+      setting: the field that chooses the split, for a message; "" if there is none.
     """
     files = data_files(folder)
     if not files:
@@ -69,8 +69,9 @@ def choose_shards(
         return files
     if None in by_split:
         raise UserError(
-            f"{name} has files of the split {_listed(by_split)}, and of none by their names, such "
-            f"as {by_split[None][0].relative_to(folder)}; name the files you mean, or give a glob."
+            f"{name} has files of the split {_listed(by_split)} and files whose names say no "
+            f"split, such as {by_split[None][0].relative_to(folder)}; name the files you want, or "
+            "give a glob."
         )
     if wanted not in by_split:
         other = min(by_split)
@@ -83,12 +84,12 @@ def choose_shards(
 
 
 def way_to_split(setting: str, split: str) -> str:
-    """What else than naming files chooses a split, for a message that goes on."""
+    """Returns how to choose a split other than by naming files, for the middle of a message."""
     return f"set {setting}={split}, or " if setting else ""
 
 
 def split_of(file: pathlib.PurePath) -> str | None:
-    """The split that a path below the folder of a data set says; None where it says none."""
+    """Returns the split that a path below a data set's folder names; None if it names none."""
     shard = _SHARD.match(file.name)
     if shard and (file.parent.name == "data" or _word_split(shard[1])):
         return _SPLIT_OF_WORD.get(shard[1], shard[1])
@@ -110,21 +111,21 @@ def _check_alike(name: str, folder: pathlib.Path, files: list[pathlib.Path]) -> 
     endings = sorted({ending_of(file.name) for file in files})
     if len(endings) > 1:
         raise UserError(
-            f"{name} has files of several kinds ({', '.join(endings)}), which may be the same rows "
-            f"twice; name the files you mean, or give a glob such as {name.rstrip('/')}/**/*"
-            f"{endings[0]}."
+            f"{name} has files of several kinds ({', '.join(endings)}), which may hold the same "
+            f"rows twice; name the files you want, or give a glob such as "
+            f"{name.rstrip('/')}/**/*{endings[0]}."
         )
     tops = {file.relative_to(folder).parts[0] for file in files}
     sets = sorted(tops & _configurations(folder / "README.md"))
     if len(sets) > 1:
         raise UserError(
-            f"{name} has several data sets ({', '.join(sets)}), as its README.md says; give one of "
-            f"them: {name.rstrip('/')}/{sets[0]}."
+            f"{name} has several data sets ({', '.join(sets)}) according to its README.md; give "
+            f"one of them, such as {name.rstrip('/')}/{sets[0]}."
         )
 
 
 def _configurations(card: pathlib.Path) -> set[str]:
-    """The configurations that the card of a data set on the hub names."""
+    """Returns the configurations that a data set's card on the hub names."""
     try:
         text = card.read_text(encoding="utf-8", errors="replace") if kind_of(card) == FILE else ""
     except OSError:
@@ -133,11 +134,11 @@ def _configurations(card: pathlib.Path) -> set[str]:
 
 
 def _why_nothing(name: str, folder: pathlib.Path) -> str:
-    """What the folder is instead, as far as that can be seen."""
+    """Explains what a folder without data files is instead, as far as that can be seen."""
     if (folder / "config.json").is_file():
         return " It looks like a model directory or a run; data.path is for rows."
     found = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     has = f" It has {', '.join(found[:3])}." if found else " It is empty."
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         has += " It hides the `datasets` name of the hub: rename it to read that one."
-    return f"{has} Known are {KNOWN}."
+    return f"{has} Known file types are {KNOWN}."

@@ -1,7 +1,7 @@
-"""From a row's fields to a conversation, whatever layout the row has.
+"""Reads a row's fields as a conversation, in any of the supported layouts.
 
 Formats: `chat` (a list of turns, or a prompt and a completion of turns), `prompt_response`,
-`alpaca` and `text`. Fields that nothing reads are named in `Conversation.unread`.
+`alpaca` and `text`. `Conversation.unread` names the fields that nothing reads.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from drlora_jax.data.segments import BadRow
 from drlora_jax.errors import UserError
 
 _SYSTEM_FIELDS = ("system", "system_prompt")
-# Pairs of fields that often hold a prompt and its response: proposed, never guessed.
+# Pairs of fields that often hold a prompt and its response: suggested in messages, never assumed.
 _USUAL_PAIRS = (
     ("question", "answer"),
     ("question", "response"),
@@ -53,7 +53,7 @@ class Conversation(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A row that is taken as it is."""
+    """A row that is used unchanged."""
 
     text: str
     unread: tuple[str, ...]
@@ -88,15 +88,15 @@ def detect_format(fields: dict, names: FieldNames = DEFAULT_NAMES) -> tuple[str,
         return "chat", found
     got = ", ".join(map(str, fields)) or "none"
     raise UserError(
-        f"data.format=auto cannot tell the format of a row with the fields {got}; it looks for "
+        f"data.format=auto cannot detect the format of a row with the fields {got}; it needs "
         f"{names.messages}, or {names.prompt} and {names.response}, or instruction and output, or "
         f"{names.text}. {_sentence(_way_out(fields))}"
     )
 
 
 def other_settings(fields: dict, names: FieldNames, row_format: str) -> str:
-    """What to set for rows like this one, which lacks a field that the settings name; goes on in a
-    sentence.
+    """Returns which settings would read rows like this one, which lacks a field that the settings
+    name; the text continues a sentence.
     """
     try:
         found_format, found = detect_format(fields)
@@ -113,7 +113,7 @@ def other_settings(fields: dict, names: FieldNames, row_format: str) -> str:
 
 
 def _is_pair(prompt, response) -> bool:
-    """Two texts, or turns and what answers them."""
+    """Returns whether the values are two texts, or turns and an answer to them."""
     if _turns(prompt):
         return isinstance(response, str) or bool(_turns(response))
     return isinstance(prompt, str) and isinstance(response, str)
@@ -124,7 +124,7 @@ def _sentence(clause: str) -> str:
 
 
 def _resolved(fields: dict, names: FieldNames) -> FieldNames:
-    """Other usual names in place of default names that the row does not have."""
+    """Replaces default names that the row lacks by other usual names that it has."""
     for kind, others in _OTHER_NAMES.items():
         name = getattr(names, kind)
         if name == getattr(DEFAULT_NAMES, kind) and fields.get(name) is None:
@@ -135,7 +135,7 @@ def _resolved(fields: dict, names: FieldNames) -> FieldNames:
 
 
 def _way_out(fields: dict) -> str:
-    """The settings that would read such a row, or what the file is instead."""
+    """Returns the settings that would read such a row, or says what the file is instead."""
     pairs = [pair for pair in _USUAL_PAIRS if _is_pair(*map(fields.get, pair))]
     with_turns = [pair for pair in pairs if _turns(fields[pair[0]])]
     for name, value in fields.items():
@@ -147,8 +147,8 @@ def _way_out(fields: dict) -> str:
     if lists and sum(isinstance(value, str) for value in fields.values()) < 2:
         return several_lists(lists) if len(lists) > 1 else one_list(lists[0])
     return (
-        "set data.prompt_field and data.response_field to your names of two texts, or "
-        "data.messages_field to your name of a list of turns"
+        "set data.prompt_field and data.response_field to the names of two text fields, or "
+        "data.messages_field to the name of a list of turns"
     )
 
 
@@ -158,13 +158,13 @@ def read_row(
     """Reads a row of the formats chat, prompt_response and alpaca.
 
     Args:
-      fields: of the row.
-      row_format: of `detect_format` or the config.
-      names: of the fields.
-      needs_answer: False for a prompt: an answer at its end is dropped, and need not be there.
+      fields: the row.
+      row_format: from `detect_format` or the config.
+      names: the names of its fields.
+      needs_answer: False for a prompt, which needs no answer; one at its end is dropped.
 
     Raises:
-      BadRow: the row lacks what it needs, or has what cannot be read.
+      BadRow: if something is missing from the row or cannot be read.
     """
     reader = _Reader(fields, _resolved(fields, names), needs_answer)
     try:
@@ -215,7 +215,7 @@ class _Reader:
         return self._turns_of(names.messages), ""
 
     def _pair(self) -> tuple[list[Turn], str]:
-        """A prompt and a response, each a text or a list of turns; prompts are not learned."""
+        """Reads prompt and response, each a text or a list of turns; prompts are not learned."""
         prompt, response = self.names.prompt, self.names.response
         if _turns(self.fields.get(prompt)):
             turns = [turn._replace(is_learned=False) for turn in self._turns_of(prompt)]
@@ -238,7 +238,9 @@ class _Reader:
         return turns, extra
 
     def _history(self) -> list[Turn]:
-        """Earlier turns, [[user, assistant], ...]; their answers are learned as those of a chat."""
+        """Returns earlier turns, [[user, assistant], ...]; their answers are learned like those of
+        a chat.
+        """
         self.read_fields.add("history")
         value = parsed(self.fields.get("history"))
         if is_empty(value):
@@ -254,7 +256,9 @@ class _Reader:
         return turns
 
     def _system(self, turns: list[Turn]) -> list[Turn]:
-        """A system text in a field of its own, unless the turns begin with one."""
+        """Returns the system message that a field of its own holds, unless the turns begin with
+        one.
+        """
         for name in _SYSTEM_FIELDS:
             if is_empty(self.fields.get(name)) or name in self.read_fields:
                 continue
@@ -281,19 +285,19 @@ class _Reader:
         return turns
 
     def _learnable(self, turns: list[Turn]) -> list[Turn]:
-        """The turns up to the last one that is learned."""
+        """Returns the turns up to the last one that is learned."""
         learned = [place for place, turn in enumerate(turns) if turn.is_learned]
         if not learned:
             roles = ", ".join(turn.message["role"] for turn in turns[:8])
             raise BadRow(
                 "no answer to learn",
-                f"no assistant turn is to be learned, got the roles {roles}; add an answer",
+                f"no assistant turn would be learned, got the roles {roles}; add an answer",
             )
         if learned[0] == 0:
             raise BadRow(
                 "role order",
-                "message 1 is an answer and nothing stands before it; put a user or system turn "
-                'before it, or give it "weight": 0',
+                "message 1 is an answer without a turn before it; put a user or system turn before "
+                'it, or give it "weight": 0',
             )
         if learned[-1] + 1 < len(turns):
             name = next((n for n in (self.names.messages,) if n in self.read_fields), "turns")
@@ -312,7 +316,7 @@ class _Reader:
 def _without_answer(turns: list[Turn]) -> list[Turn]:
     kept = turns[:-1] if turns and turns[-1].message["role"] == "assistant" else turns
     if not kept:
-        raise BadRow("empty messages", "no turn stands before the answer; add a prompt")
+        raise BadRow("empty messages", "there is no turn before the answer; add a prompt")
     return kept
 
 
@@ -321,9 +325,10 @@ def _plain(role: str, content: str) -> Turn:
 
 
 def _turns(value) -> list[dict] | None:
-    """The turns in a field: a list of objects, or an object of lists; None for anything else.
+    """Returns the turns in a field: a list of objects, or an object of lists; None for anything
+    else.
 
-    JSON text is none: a response that is to be learned may well be JSON.
+    JSON text does not count: a response to be learned may well be JSON.
     """
     if isinstance(value, dict) and _is_turn(value):
         columns = [held for held in value.values() if held is not None]

@@ -12,15 +12,25 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from drlora_jax.data.packing import RowArrays, fill_row, one_a_row, pack
+from drlora_jax.data.packing import one_a_row, pack
 from drlora_jax.data.tokenize import Document
 from drlora_jax.errors import UserError
 
 KEPT_EPOCHS = 2  # plans in memory: a batch can touch the end of one epoch and the start of the next
 
 
+class RowArrays(NamedTuple):
+    """One row, each array of shape [T]."""
+
+    tokens: np.ndarray  # int32
+    targets: np.ndarray  # int32: the next token of the same document
+    segment_ids: np.ndarray  # int32: 1, 2, ... by document; 0 is padding
+    positions: np.ndarray  # int32: from 0 in every document
+    target_mask: np.ndarray  # float32: 1 where the target is to be predicted
+
+
 class Batch(NamedTuple):
-    """Rows stacked; meaning and dtypes as in `packing.RowArrays`."""
+    """Stacked rows; meaning and dtypes are those of `RowArrays`."""
 
     tokens_BT: np.ndarray
     targets_BT: np.ndarray
@@ -129,6 +139,31 @@ def eval_batches(
     for start in starts if limit is None else starts[:limit]:
         part = rows[start : start + batch_size]
         yield stack_rows(documents, part, sequence_length, pad_id)
+
+
+def fill_row(
+    documents: Sequence[Document], indices: Sequence[int], sequence_length: int, pad_id: int
+) -> RowArrays:
+    """Writes documents one after the other into the arrays of a row; no indices give padding."""
+    row = RowArrays(
+        tokens=np.full(sequence_length, pad_id, np.int32),
+        targets=np.full(sequence_length, pad_id, np.int32),
+        segment_ids=np.zeros(sequence_length, np.int32),
+        positions=np.zeros(sequence_length, np.int32),
+        target_mask=np.zeros(sequence_length, np.float32),
+    )
+    start = 0
+    for segment, index in enumerate(indices, start=1):
+        document = documents[index]
+        end = start + len(document.tokens)
+        row.tokens[start:end] = document.tokens
+        row.segment_ids[start:end] = segment
+        row.positions[start:end] = np.arange(end - start)
+        # One short: the last token of a document has no target, whatever stands behind it.
+        row.targets[start : end - 1] = document.tokens[1:]
+        row.target_mask[start : end - 1] = document.is_target[1:]
+        start = end
+    return row
 
 
 def stack_rows(

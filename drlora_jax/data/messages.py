@@ -1,7 +1,7 @@
-"""One turn of a conversation, as rows write it, to the form that chat templates take.
+"""Converts a turn of a conversation from the layouts of rows to the one of chat templates.
 
-Turns come as role and content or as ShareGPT's from and value, with text parts, tool calls (also as
-JSON text), reasoning under several names, and marks that say whether a turn is to be learned.
+Turns have role and content, or ShareGPT's from and value; they may have text parts, tool calls
+(also as JSON text), reasoning under several names, and marks whether a turn is to be learned.
 """
 
 import json
@@ -21,7 +21,7 @@ _SPEAKERS = {
     "chatgpt": "assistant",
     "system": "system",
 }
-# In from/value only: as roles these words are the chat template's own.
+# For from/value only: as roles, these words belong to the chat template.
 _SHAREGPT_SPEAKERS = _SPEAKERS | {
     "function": "tool",
     "observation": "tool",
@@ -38,7 +38,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 class Turn(NamedTuple):
     message: dict  # as apply_chat_template takes it
     is_learned: bool
-    unread: tuple[str, ...]  # keys that nothing reads and that are not empty
+    unread: tuple[str, ...]  # non-empty keys that nothing reads
 
 
 def read_turn(value, number: int) -> Turn:
@@ -81,7 +81,7 @@ def _key_of(value: dict, keys: tuple[str, ...], where: str) -> str:
 
 
 def _body(value: dict, role: str, where: str, read: set[str]) -> dict:
-    """Content, reasoning, tool calls and names of a turn; notes the keys that it has read."""
+    """Reads content, reasoning, tool calls and names of a turn; notes the keys that it has read."""
     body = {}
     calls = _tool_calls(value, where, read) if role == "assistant" else None
     if not calls or any(value.get(key) is not None for key in ("content", "value")):
@@ -100,7 +100,7 @@ def _body(value: dict, role: str, where: str, read: set[str]) -> dict:
 
 
 def _content(value, what: str) -> str:
-    """A string, or a list of text parts joined."""
+    """Returns a string, or a list of text parts joined."""
     if not isinstance(value, list) or not value:
         return checked_text(value, what, "a string or a list of text parts")
     texts = []
@@ -131,7 +131,9 @@ def _reasoning(value: dict, where: str, read: set[str]) -> str:
 
 
 def _is_learned(value: dict, role: str, where: str, read: set[str]) -> bool:
-    """Obeys weights of 0 and 1; those that ask to learn what is no answer stay unread."""
+    """Reads the marks of a turn; a mark that asks to learn a turn other than an answer stays
+    unread.
+    """
     is_learned = role == "assistant"
     for key in _LEARN_KEYS:
         mark = value.get(key)
@@ -140,7 +142,7 @@ def _is_learned(value: dict, role: str, where: str, read: set[str]) -> bool:
         if not isinstance(mark, bool | int | float) or mark not in (0, 1):
             raise BadRow(
                 "weight of a turn",
-                f"the {key} of {where} is {mark!r}; a turn is learned (1, true) or not (0, false)",
+                f"the {key} of {where} must be 1 (learned) or 0 (not learned), got {mark!r}",
             )
         if role == "assistant" or not mark:
             read.add(key)
@@ -148,7 +150,7 @@ def _is_learned(value: dict, role: str, where: str, read: set[str]) -> bool:
     return is_learned
 
 
-# ------------------------------------------------------------------------------------------ tools
+# -------------------------------------------------------------------------------------------- tools
 
 
 def _tool_calls(value: dict, where: str, read: set[str]) -> list[dict]:
@@ -169,7 +171,7 @@ def _tool_calls(value: dict, where: str, read: set[str]) -> list[dict]:
 
 
 def _spoken_calls(value, where: str) -> list[dict]:
-    """ShareGPT's turn of a function_call: the call, or a list of calls, as JSON."""
+    """Reads ShareGPT's function_call turn: a call, or a list of calls, as JSON."""
     held = parsed(value)
     held = held if isinstance(held, list) else [held]
     return [
@@ -195,7 +197,7 @@ def _tool_call(call, what: str) -> dict:
 
 
 def read_tools(value, name: str = "tools") -> tuple[dict, ...] | None:
-    """The tools that a row offers: a list of objects, or JSON text of one."""
+    """Returns the tools that a row offers: a list of objects, or JSON text of one."""
     if is_empty(value):
         return None
     tools = parsed(value)
@@ -211,7 +213,7 @@ def _without_nulls(value: dict) -> dict:
     return {key: held for key, held in value.items() if held is not None}
 
 
-# ----------------------------------------------------------------------------------------- checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def checked_text(value, what: str, wanted: str = "a string") -> str:
@@ -239,7 +241,7 @@ def checked_tree(value, what: str) -> None:
 
 
 def parsed(value):
-    """JSON text of a list or an object as such; everything else as it is."""
+    """Parses JSON text of a list or an object; returns everything else unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
@@ -249,7 +251,9 @@ def parsed(value):
 
 
 def is_empty(value) -> bool:
-    """Null, "", [], {} or an object of nothing else, as Parquet writes what a row does not have."""
+    """Returns whether a value is null, "", [], {} or an object of such values, as Parquet stores
+    absent keys.
+    """
     if isinstance(value, dict):
         return all(map(is_empty, value.values()))
     return value is None or (isinstance(value, str | list | tuple) and not value)

@@ -1,8 +1,8 @@
-"""Multiple-choice rows as training text: the prompt that `evaluate` asks, and the right answer.
+"""Writes multiple-choice rows as training text: the prompt of `evaluate`, and the right answer.
 
-With `data.format=choice` a path is `TASK=PATH`. TASK is a name of `evaluate`: `arc_easy` writes the
+With `data.format=choice` a path is `TASK=PATH`. TASK is a task of `evaluate`: `arc_easy` writes the
 whole answer behind the question, `arc_easy:mixlora` the label behind a prompt that lists all
-choices. PATH is whatever rows are read from. Several tasks may be mixed.
+choices. PATH is any data path. Several tasks may be mixed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ PROTOCOLS = ("", "mixlora")
 
 
 def split_task(path: str) -> tuple[str, str]:
-    """The task and the data of `TASK=PATH`."""
+    """Splits `TASK=PATH` into task and data."""
     task, separator, rows = path.partition("=")
     dataset, _, protocol = task.partition(":")
     if not separator or not rows:
         raise UserError(
-            f"data.format={FORMAT} needs paths TASK=PATH, for example arc_easy=FILE.jsonl; "
-            f"got {path!r}."
+            f"data.format={FORMAT} needs paths TASK=PATH, for example arc_easy=FILE.jsonl, got "
+            f"{path!r}."
         )
     if dataset not in DATASETS or protocol not in PROTOCOLS:
         hint = did_you_mean(dataset, () if dataset in DATASETS else DATASETS) or "known are"
@@ -35,15 +35,17 @@ def split_task(path: str) -> tuple[str, str]:
 
 
 def read_choices(paths: Sequence[str], *, split: str) -> Iterator[tuple[str, Row]]:
-    """(task, row) of every path."""
-    tasks = [split_task(path) for path in paths]  # before any is read
+    """Yields (task, row) for every row of every path."""
+    tasks = [split_task(path) for path in paths]  # checked before any path is read
     for task, path in tasks:
         for row in read_rows(path, split=split):
             yield task, row
 
 
 def render_choice(task: str, row: Row) -> list[Segment]:
-    """Prompt and right answer of a row; raises BadRow if it is no question of its task."""
+    """Writes the prompt and the right answer of a row; raises BadRow if it is no question of its
+    task.
+    """
     dataset, _, protocol = task.partition(":")
     try:
         question = read_question(row, dataset)
@@ -55,5 +57,5 @@ def render_choice(task: str, row: Row) -> list[Segment]:
         continuation = f" {labels[gold]}"
     else:
         context, continuation, _ = likelihood_choices(question, dataset)[question.gold]
-    prompt = context.rstrip()  # as evaluation cuts: a space in front belongs to the word
+    prompt = context.rstrip()  # as in evaluation: a leading space belongs to the word
     return [Segment(prompt, False), Segment(context[len(prompt) :] + continuation, True)]

@@ -1,4 +1,4 @@
-"""Batches made while the device computes."""
+"""Prepares batches while the device computes."""
 
 import collections
 import concurrent.futures
@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
-DEPTH = 2  # made ahead of the one in use
+DEPTH = 2  # batches prepared ahead of the one in use
 
 
 def made_ahead(make: Callable[[int], Item], indices: Iterable[int]) -> Iterator[Item]:
-    """make(index) for every index, in order, made by one thread up to DEPTH ahead.
+    """Yields make(index) for every index, in order, computed by one thread up to DEPTH ahead.
 
-    What `make` raises is raised where its item would have come. Close the iterator to end early: it
-    waits for what is being made.
+    An exception of `make` is raised in the place of its item. Close the iterator to end early: it
+    waits for the item in progress.
     """
     with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         waiting: collections.deque = collections.deque()

@@ -1,5 +1,5 @@
-"""What came of the rows of a data set, path by path: counts, and everything that did not go in as
-it was, by name.
+"""Reports on the rows of a data set, path by path: counts, and everything that was skipped, cut or
+changed.
 """
 
 import dataclasses
@@ -19,16 +19,16 @@ _INSIDE = ("answer begins inside a token of its prompt", "answers begin inside a
 
 @dataclasses.dataclass
 class PathReport:
-    """Of one file."""
+    """The report on one file."""
 
     path: str
-    wording: Wording | None = None  # None until its first row was seen
-    is_detected: bool = False  # the format, from that row's fields
-    has_own_template: bool = False  # the tokenizer
+    wording: Wording | None = None  # None until its first row is read
+    is_detected: bool = False  # whether the format was detected from that row's fields
+    has_own_template: bool = False  # whether the tokenizer has a chat template
     rows_read: int = 0
     rows_kept: int = 0
     system_rows: int = 0
-    system_texts: set[str] = dataclasses.field(default_factory=set)  # two are enough
+    system_texts: set[str] = dataclasses.field(default_factory=set)  # at most about two
     skipped: Counter = dataclasses.field(default_factory=Counter)  # by reason
     examples: dict[str, str] = dataclasses.field(default_factory=dict)  # first message by reason
     unread: Counter = dataclasses.field(default_factory=Counter)  # by field: rows
@@ -47,7 +47,7 @@ class PathReport:
             self.system_texts.update(map(str, texts))
 
     def nothing_left(self) -> str:
-        """Why no row is left."""
+        """Explains why no row is left."""
         reasons = "; ".join(
             f"{count} {reason} (first: {self.examples[reason]})"
             for reason, count in self.skipped.most_common()
@@ -57,11 +57,11 @@ class PathReport:
     def wording_text(self) -> str:
         if self.wording is None:
             return "no row was read"
-        found = " (found from the first row)" if self.is_detected else ""
+        found = " (detected from the first row)" if self.is_detected else ""
         text = f"format {self.wording.format}{found}, template {self.wording.template}"
         if self.has_own_template and self.wording.template in ("chatml", "tulu"):
-            # A config file may have set it, and the model may know another format.
-            text += " (the tokenizer has a chat template of its own: data.template=tokenizer)"
+            # A config file may have set it, while the model knows another format.
+            text += " (the tokenizer has its own chat template: data.template=tokenizer)"
         if self.wording.date:
             text += f", date {self.wording.date} (the template reads the clock)"
         return text
@@ -72,18 +72,18 @@ SYSTEM_ROLES = ("system", "developer")
 
 @dataclasses.dataclass
 class Report:
-    """Of one data set."""
+    """The report on one data set."""
 
     parts: list[PathReport] = dataclasses.field(default_factory=list)
-    left_out: list[str] = dataclasses.field(default_factory=list)  # paths behind data.max_rows
+    left_out: list[str] = dataclasses.field(default_factory=list)  # paths beyond data.max_rows
     truncated: int = 0
     split: int = 0  # rows cut into windows
-    unended: int = 0  # rows of several answers, of which only the last one is taught an end
-    several: int = 0  # rows that became a document for each answer
+    unended: int = 0  # rows with several answers of which only the last one learns to end
+    several: int = 0  # rows that became one document per answer
     guarded: int = 0  # rows with control tokens in their own text
-    straddled: int = 0  # learned texts whose first characters lie in a token of the prompt
-    ended_thinking: str | None = None  # what rows without reasoning learn in front of answers
-    added_start: str | None = None  # in front of documents, though their chat template has none
+    straddled: int = 0  # learned texts whose first characters share a token with the prompt
+    ended_thinking: str | None = None  # text that answers without reasoning begin with
+    added_start: str | None = None  # token before documents that their chat template does not write
     max_rows: int | None = None
     special_tokens: str = "keep"
     documents: int = 0
@@ -111,7 +111,7 @@ class Report:
         return {part.path: part.wording for part in self.parts if part.wording is not None}
 
     def lines(self, title: str = "data") -> list[str]:
-        """The report as text, warnings last."""
+        """Returns the report as text, warnings last."""
         lines = [f"{title}: {', '.join(part.path for part in self.parts)}", *self._wording_lines()]
         lines.append(
             f"{counted(self.rows_read, 'row')} read, {self.rows_kept} kept, "
@@ -121,7 +121,7 @@ class Report:
         return [*lines, *self.remarks()]
 
     def remarks(self) -> list[str]:
-        """What did not go in as it was; warnings last."""
+        """Lists everything that was changed, cut or left out; warnings come last."""
         lines = self._counted_lines()
         skipped, examples = self.skipped, {}
         for part in reversed(self.parts):
@@ -137,7 +137,7 @@ class Report:
         return lines
 
     def _wording_lines(self) -> list[str]:
-        """One line where all paths are read alike, else a line per path with its counts."""
+        """Returns one line if all paths are read alike, else one line per path with its counts."""
         texts = {part.wording_text() for part in self.parts}
         if len(texts) == 1:
             return list(texts)
@@ -151,13 +151,13 @@ class Report:
         texts = set().union(*(part.system_texts for part in self.parts))
         what = f"the same: {shortened(next(iter(texts)))}" if len(texts) == 1 else "they differ"
         of = counted(self.rows_read, "row")
-        return f"system message in {self.total('system_rows')} of {of} ({what})"
+        return f"system messages in {self.total('system_rows')} of {of} ({what})"
 
     def _counted_lines(self) -> list[str]:
         return [*self._field_lines(), *self._template_lines(), *self._length_lines()]
 
     def _field_lines(self) -> list[str]:
-        """What was in the rows."""
+        """Lists remarks on the content of the rows."""
         lines = []
         unread = sum((part.unread for part in self.parts), Counter())
         if unread:
@@ -172,7 +172,7 @@ class Report:
         return lines
 
     def _template_lines(self) -> list[str]:
-        """What the chat template made of them."""
+        """Lists remarks on how the chat template wrote the rows."""
         lines = []
         if self.several:
             lines.append(
@@ -182,22 +182,22 @@ class Report:
         if self.unended:
             lines.append(
                 f"{counted(self.unended, 'row')} with several answers: the template ends none with "
-                "a control token, so only the last answer of a row is taught to end"
+                "a control token, so only the last answer of a row learns to end"
             )
         if self.ended_thinking is not None:
             lines.append(
                 f"answers without reasoning learn to begin with {self.ended_thinking!r}: the chat "
-                "template writes it in front of them, but not in its generation prompt"
+                "template writes it before them, but not in its generation prompt"
             )
         if self.added_start is not None:
             lines.append(
-                f"documents begin with {self.added_start}, as the tokenizer's texts do; the chat "
-                "template writes none, so apply_chat_template of transformers gives ids without it"
+                f"documents begin with {self.added_start}, which the tokenizer adds; the chat "
+                "template does not write it, so apply_chat_template gives ids without it"
             )
         return lines
 
     def _length_lines(self) -> list[str]:
-        """What was cut or left out."""
+        """Lists what was cut or left out."""
         lines = []
         if self.straddled:
             lines.append(f"{counted(self.straddled, *_INSIDE)}; that token is not learned")
@@ -215,10 +215,10 @@ class Report:
 
 
 def by_rows(fields: Counter) -> str:
-    """Fields with the number of rows that have them."""
+    """Lists fields with the number of rows that have them."""
     return ", ".join(f"{name} ({counted(rows, 'row')})" for name, rows in fields.most_common())
 
 
 def shortened(text: str, length: int = 60) -> str:
-    """The text in quotes, cut if it is long."""
+    """Returns the text in quotes, cut if it is long."""
     return repr(text if len(text) <= length else f"{text[:length]}...")

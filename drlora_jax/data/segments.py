@@ -1,10 +1,9 @@
-"""The text of a document on its way from a row to token ids, and which of it came from the user.
+"""Represents the text of a document between its row and its token ids; guards the user's text.
 
 A rendering is a list of segments; their concatenation is the document's text. Inside a segment,
-control tokens (`<|endoftext|>`, `<|im_end|>`, ...) that stand in the *user's* text are guarded: a
-noncharacter behind their first character keeps them from being matched, so whatever still matches
-was put there by the template. `encode_document` takes the guards out again and tokenises guarded
-literals as ordinary text.
+control tokens (`<|endoftext|>`, `<|im_end|>`, ...) in the *user's* text are guarded: a noncharacter
+behind their first character keeps them from being matched, so whatever still matches was written by
+the template. `encode_document` removes the guards and tokenises guarded literals as ordinary text.
 """
 
 import re
@@ -17,18 +16,18 @@ _patterns: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 class Segment(NamedTuple):
     text: str
-    is_response: bool  # to be learned
+    is_response: bool  # whether it is learned
 
 
 class Written(NamedTuple):
     """One document as text."""
 
     segments: list[Segment]
-    is_ended: bool  # the template closed the last answer with a control token of its own
+    is_ended: bool  # whether the template ended the last answer with its own control token
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: a short reason to count by, and a message to act on."""
+    """A row that cannot be used: a short reason for counting, and a message for the user."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -36,8 +35,8 @@ class BadRow(ValueError):
 
 
 def control_tokens(tokenizer) -> dict:
-    """Added tokens by id: those marked special, and those that end, begin or pad a text although
-    their file does not mark them.
+    """Returns added tokens by id: those marked special, and those that end, begin or pad a text
+    although their file does not mark them.
     """
     roles = set(tokenizer.all_special_tokens)
     added = tokenizer.added_tokens_decoder.items()
@@ -55,15 +54,15 @@ def control_pattern(tokenizer) -> re.Pattern:
 
 
 def guard(text: str, tokenizer) -> str:
-    """The user's text with every control token in it guarded.
+    """Returns the user's text with every control token in it guarded.
 
     Raises:
-      BadRow: for a text that holds the guard character itself.
+      BadRow: if the text contains the guard character itself.
     """
     if GUARD in text:
         raise BadRow("invalid text", f"the text has the noncharacter U+{ord(GUARD):04X}; remove it")
     pattern = control_pattern(tokenizer)
-    while pattern.search(text):  # again: one control token may lie inside another
+    while pattern.search(text):  # repeated: a control token may contain another one
         text = pattern.sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
     return text
 
@@ -73,5 +72,5 @@ def unguard(text: str) -> str:
 
 
 def plain_text(segments: list[Segment]) -> str:
-    """The document's text as a person reads it."""
+    """Returns the document's readable text, without guards."""
     return unguard("".join(segment.text for segment in segments))

@@ -1,9 +1,9 @@
-"""Rows of what `data.path` names: files, folders of shards, globs, saved data sets, files of the
-package, `datasets` names.
+"""Reads the rows that `data.path` names: files, folders of shards, globs, saved data sets, files of
+the package, `datasets` names.
 
-Every row carries the place it came from, so that a message about it can be acted on. A file that
-is not what its name says (not UTF-8, not JSON, cut off) stops the run whatever `data.bad_rows` is:
-that is a broken file, not a bad row.
+Every row carries its origin, so that messages can name it. A file that is not what its name says
+(not UTF-8, not JSON, truncated) stops the run regardless of `data.bad_rows`: that is a broken file,
+not a bad row.
 """
 
 import functools
@@ -34,7 +34,7 @@ _PATTERN = frozenset("*?[")
 class Source(NamedTuple):
     """One file, saved data set or `datasets` name."""
 
-    name: str  # as it is shown
+    name: str  # as messages show it
     read: Callable[[], Iterator[Row]]
 
 
@@ -44,7 +44,7 @@ def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Ro
     Args:
       path: a file of a KNOWN kind, a folder of such files or one that `save_to_disk` wrote, a
         glob, `bundled:FILE`, or a `datasets` name.
-      split: of a `datasets` name, and of a folder whose files are named by splits.
+      split: the split of a `datasets` name, or of a folder whose files are named by splits.
     """
     for _, rows in read_paths(path, split=split):
         yield from rows
@@ -53,9 +53,10 @@ def read_rows(path: str | Sequence[str], *, split: str = "train") -> Iterator[Ro
 def read_paths(
     paths: str | Sequence[str], *, split: str = "train", setting: str = ""
 ) -> Iterator[tuple[str, Iterator[Row]]]:
-    """(name, rows) of each file that the paths mean, all found before the first is read.
+    """Yields (name, rows) for each file that the paths mean; all are found before the first is
+    read.
 
-    A file without rows is passed over where it is one of several that a path means.
+    A file without rows is skipped if it is one of several that a path means.
     """
     names = [paths] if isinstance(paths, str) else paths
     found = [(name, find_sources(name, split=split, setting=setting)) for name in names]
@@ -68,15 +69,15 @@ def read_paths(
                 is_empty = False
                 yield source.name, itertools.chain([first], rows)
         if is_empty:
-            raise UserError(f"{name} has no rows: it is empty. Give a file with at least one row.")
+            raise UserError(f"{name} has no rows; give a file with at least one row.")
 
 
 def find_sources(name: str, *, split: str = "train", setting: str = "") -> list[Source]:
-    """What a path means, without reading it: at least one source.
+    """Returns the sources that a path means, at least one, without reading them.
 
     Args:
       split: see `read_rows`.
-      setting: the field that chooses the split, for a message; "" where none does.
+      setting: the field that chooses the split, for a message; "" if there is none.
     """
     if name.startswith("bundled:"):
         return [_file_source(name, _bundled_file(name))]
@@ -109,14 +110,14 @@ def _file_source(name: str, file: pathlib.Path) -> Source:
 def _unknown_kind(file: pathlib.Path) -> str:
     if file.suffix.lower() in (".txt", ".md"):
         return (
-            "a text file does not say what a row is; write a .jsonl with one "
-            '{"text": ...} a document (data.format=text).'
+            "a text file does not tell where rows begin; write a .jsonl file with one "
+            '{"text": ...} per document (data.format=text).'
         )
-    return f"unknown kind of file; known are {KNOWN}."
+    return f"unknown file type; known are {KNOWN}."
 
 
 def _in_folder(name: str, folder: pathlib.Path, split: str, setting: str) -> list[Source]:
-    """The shards of a folder, or the one data set that `save_to_disk` wrote there."""
+    """Returns the shards of a folder, or the one data set that `save_to_disk` wrote there."""
     if kind_of(folder / SAVED_SETS) == FILE:
         splits = list(map(str, read_json(folder / SAVED_SETS).get("splits") or []))
         if split not in splits:
@@ -134,7 +135,7 @@ def _in_folder(name: str, folder: pathlib.Path, split: str, setting: str) -> lis
 
 
 def _read_saved(name: str, folder: pathlib.Path) -> Iterator[Row]:
-    """A data set that `datasets` saved: its Arrow files in order, as one."""
+    """Yields the rows of a data set that `datasets` saved: its Arrow files in order, as one."""
     state = read_json(folder / SAVED_SET)
     listed = state.get("_data_files") or []
     files = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed]
@@ -163,11 +164,11 @@ def _in_glob(name: str, pattern: pathlib.Path, split: str, setting: str) -> list
     others = [each for each in found if kind_of(each) == FILE and not _is_known(each)]
     if others:
         raise UserError(
-            f"{name} also matches {others[0]}, which is no data file; narrow it, for example to "
-            f"*{ending_of(kept[0].name) if kept else '.jsonl'}."
+            f"{name} also matches {others[0]}, which is not a data file; narrow the glob, for "
+            f"example to *{ending_of(kept[0].name) if kept else '.jsonl'}."
         )
     if not kept and not folders:
-        raise UserError(f"{name} matches no data file; known are {KNOWN}.")
+        raise UserError(f"{name} matches no data file; known types are {KNOWN}.")
     return [
         source
         for each in sorted(kept + folders)
@@ -176,7 +177,7 @@ def _in_glob(name: str, pattern: pathlib.Path, split: str, setting: str) -> list
 
 
 def _is_known(file: pathlib.Path) -> bool:
-    """Data, or what stands beside data and holds none."""
+    """Returns whether a file is data, or a known companion of data such as a README."""
     return bool(ending_of(file.name)) or file.suffix.lower() in (".md", "")
 
 
@@ -189,12 +190,13 @@ def _bundled_file(name: str) -> pathlib.Path:
     return known[wanted]
 
 
-# ---------------------------------------------------------------------------------------------
-# what is not there
+# -------------------------------------------------------------------------------- what is not there
 
 
 def _is_missing_file(name: str) -> bool:
-    """A `datasets` name is NAME or OWNER/NAME; what cannot be one is a file that is not there."""
+    """Returns whether a name must be a missing file, because no `datasets` name (NAME or
+    OWNER/NAME) looks like it.
+    """
     return (
         bool(ending_of(name))
         or name.startswith((".", "/", "~"))
@@ -222,16 +224,17 @@ def _names_in(folder: pathlib.Path) -> list[str]:
         return []
 
 
-# ---------------------------------------------------------------------------------------------
-# the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def _read_dataset(name: str, split: str) -> Iterator[Row]:
-    """A `datasets` name, with the name of a configuration where there are several: NAME:CONFIG."""
+    """Yields the rows of a `datasets` name, NAME or NAME:CONFIG where there are several
+    configurations.
+    """
     datasets = load_package("datasets", f"{name} is not a file; reading it as a `datasets` name")
     repository, separator, configuration = name.partition(":")
     if not repository or bool(separator) != bool(configuration):
-        raise UserError(f"{name!r} is no `datasets` name; write NAME, or NAME:CONFIG.")
+        raise UserError(f"{name!r} is not a `datasets` name; write NAME, or NAME:CONFIG.")
     chosen = (repository, configuration) if configuration else (repository,)
     try:
         yield from rows_of(f"{name}[{split}]", datasets.load_dataset(*chosen, split=split))
@@ -240,7 +243,7 @@ def _read_dataset(name: str, split: str) -> Iterator[Row]:
     except Exception as error:  # network, name, split: the library raises dozens of unrelated types
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise UserError(
-            f"{name} is no file here, and as a `datasets` name (split {split}) it does not load: "
+            f"{name} is not a local file, and does not load as a `datasets` name (split {split}): "
             f"{type(error).__name__}: {reason}. Give a local file, or check name (NAME or "
             "NAME:CONFIG), split and network."
         ) from error

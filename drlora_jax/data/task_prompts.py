@@ -1,4 +1,4 @@
-"""The texts that a model is asked with, by protocol. No model, no tokenizer.
+"""Prompts of multiple-choice tasks, by protocol; neither model nor tokenizer is needed.
 
 `loglikelihood`, the default, ranks full answers as lm-evaluation-harness does for these tasks.
 `mixlora` ranks the labels (A), (B), ... behind the prompts that MixLoRA's evaluation uses.
@@ -12,7 +12,7 @@ from drlora_jax.data.task_questions import LETTERS, Question
 
 
 class Choice(NamedTuple):
-    """A context, what may follow it, and the text whose length normalises."""
+    """A context, a possible continuation, and the text whose length normalises the score."""
 
     context: str
     continuation: str
@@ -20,7 +20,7 @@ class Choice(NamedTuple):
 
 
 def likelihood_choices(question: Question, dataset: str) -> list[Choice]:
-    """One choice per answer; all have the same context but for WinoGrande."""
+    """Returns one choice per answer; all share one context, except in WinoGrande."""
     if dataset == "winogrande":
         return _partial_choices(question)
     context = _CONTEXTS.get(dataset, _question_answer)(question)
@@ -31,13 +31,13 @@ def likelihood_choices(question: Question, dataset: str) -> list[Choice]:
 
 
 def label_prompt(question: Question, dataset: str) -> tuple[str, tuple[str, ...], int]:
-    """A prompt, the labels that are ranked, and the index of the right one."""
+    """Returns a prompt, the labels that are ranked, and the index of the right one."""
     if dataset == "boolq":
         prompt = f"Please answer the following question with true or false: {question.text}?"
         return f"{prompt}\nAnswer:", ("true", "false"), 1 - question.gold
     labels = question.labels or LETTERS[: len(question.choices)]
     prompt = _LABEL_PROMPTS.get(dataset, _inline_options)(question, labels)
-    # ARC's labels are letters in most rows and digits in some: all of them compete in every row.
+    # ARC's labels are letters in most rows and digits in some: all are ranked in every row.
     ranked = _ARC_LABELS if dataset.startswith("arc") else LETTERS[: _LABELS[dataset]]
     return prompt, ranked, ranked.index(labels[question.gold])
 
@@ -68,13 +68,13 @@ _CONTEXTS: dict[str, Callable[[Question], str]] = {
 
 
 def _without_wikihow_marks(text: str) -> str:
-    """HellaSwag's sentences from WikiHow carry [header], [title], [step]."""
+    """Removes the marks [header], [title] and [step] of HellaSwag's sentences from WikiHow."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
 
 def _partial_choices(question: Question) -> list[Choice]:
-    """The rest of the sentence behind each option: only what both have in common is scored."""
+    """Returns the rest of the sentence behind each option; only this shared part is scored."""
     before, _, after = question.text.partition("_")
     rest = after.strip()
     return [Choice(before + option, f" {rest}", option) for option in question.choices]

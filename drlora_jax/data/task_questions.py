@@ -1,11 +1,11 @@
-"""Multiple-choice rows of several published layouts, read into one form.
+"""Reads multiple-choice rows of several published layouts into one form.
 
     instruct     {instruction, answer}; the instruction is "... question: Q", an empty line,
                  "Answer1: a Answer2: b", an empty line, "Answer format: answer1/answer2"
     structured   {query, choices, gold}; WinoGrande {context_options, continuation, gold}
     hub          the fields of the data sets on the Hugging Face hub
 
-A row of another layout is refused with the layouts that would do.
+A row with another layout is refused; the message lists the supported ones.
 """
 
 import re
@@ -39,9 +39,9 @@ def read_question(row: Row, dataset: str) -> Question:
         question = _read(row.fields, dataset)
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{row.where}: not a row of {dataset}: {type(error).__name__}: {error}. Known are the "
-            "layouts {instruction, answer}, {query, choices, gold} and that of the hub's data set; "
-            f"got the fields {', '.join(map(str, row.fields))}."
+            f"{row.where}: not a row of {dataset}: {type(error).__name__}: {error}. Supported "
+            "layouts are {instruction, answer}, {query, choices, gold} and that of the hub's data "
+            f"set, got the fields {', '.join(map(str, row.fields))}."
         ) from error
     if not 0 <= question.gold < len(question.choices) or len(question.choices) < 2:
         raise UserError(
@@ -52,12 +52,12 @@ def read_question(row: Row, dataset: str) -> Question:
 
 
 def instruction_options(row: Row) -> tuple[str, ...]:
-    """The words of which one is the answer to an instruction row: answer1, answer2, ..."""
+    """Returns the possible answers to an instruction row: answer1, answer2, ..."""
     found = re.search(r"Answer format: (\S.*)", row.fields.get("instruction", ""))
     if not found or "answer" not in row.fields:
         raise UserError(
-            f"{row.where}: this protocol needs rows with an instruction that ends in 'Answer "
-            "format: a/b' and an answer; use the task without a protocol, or another file."
+            f"{row.where}: this protocol needs rows with an answer and an instruction that ends in "
+            "'Answer format: a/b'; use the task without a protocol, or another file."
         )
     return tuple(option.strip() for option in found[1].split("/"))
 
@@ -101,7 +101,7 @@ def _structured(fields: dict) -> Question:
 def _structured_boolq(fields: dict) -> Question:
     passage, _, question = fields["query"].rpartition("\nQuestion: ")
     if not question or list(fields["choices"]) != ["no", "yes"]:
-        raise ValueError("query must be 'Passage: ...\\nQuestion: ...', choices no and yes")
+        raise ValueError("query must be 'Passage: ...\\nQuestion: ...', choices must be no and yes")
     return _yes_or_no(question, bool(fields["gold"]), passage.removeprefix("Passage: "))
 
 
@@ -111,12 +111,12 @@ def _structured_piqa(fields: dict) -> Question:
 
 
 def _structured_winogrande(fields: dict) -> Question:
-    """The sentence is put together again: what both beginnings share, `_`, the continuation."""
+    """Rebuilds the sentence: what both beginnings share, `_`, the continuation."""
     first, second = fields["context_options"]
     common = 0
     while common < min(len(first), len(second)) and first[common] == second[common]:
         common += 1
-    common = first.rfind(" ", 0, common) + 1  # options may begin alike: back to a whole word
+    common = first.rfind(" ", 0, common) + 1  # options may share letters: back to a whole word
     text = f"{first[:common]}_ {fields['continuation']}"
     return Question(text, (first[common:], second[common:]), int(fields["gold"]))
 

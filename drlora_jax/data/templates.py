@@ -1,13 +1,13 @@
-"""From a conversation to text: templates say how it is written.
+"""Writes conversations as text, by template.
 
 A document is a list of segments, each marked as response or not; its text is their concatenation. A
 response begins with the space before its first word ("Answer:" + " 42"): byte-pair tokenizers join
 the two, and a token that starts before the border does not count as response. `write` and
 `write_prompt` put the same text before an answer, to the character.
 
-`plain`, `question_answer` and `alpaca` write one prompt and its response; a system text stands
-before them with an empty line between. `chatml`, `tulu` and the tokenizer's own chat template write
-any number of turns.
+`plain`, `question_answer` and `alpaca` write one prompt and its response, after the system text and
+an empty line if there is one. `chatml`, `tulu` and the tokenizer's own chat template write any
+number of turns.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from drlora_jax.system.text import did_you_mean
 
 PROMPT_TEMPLATES = ("plain", "question_answer", "alpaca")
 CHAT_TEMPLATES = ("chatml", "tulu", "tokenizer")
-AS_IS = "as is"  # what the formats `text` and `choice` resolve to
+AS_IS = "as is"  # the template of the formats `text` and `choice`
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _NOTHING = Conversation((), ())
@@ -34,12 +34,12 @@ class Style(NamedTuple):
     """How a run writes its rows."""
 
     template: str  # resolved, see `choose_template`
-    special_tokens: str = "split"  # control tokens in users' text: split into text, or keep
+    special_tokens: str = "split"  # control tokens in the user's text: split into text, or keep
     date: str | None = None  # YYYY-MM-DD, for chat templates that read the clock
 
 
 def choose_template(template: str, row_format: str, tokenizer) -> str:
-    """Resolves `auto` for a row format, and refuses names and pairs that do not exist."""
+    """Resolves `auto` for a row format; refuses unknown names and pairs that do not fit."""
     known = (*PROMPT_TEMPLATES, *CHAT_TEMPLATES, "auto")
     if template not in known:
         hint = did_you_mean(template, known) or f"known: {', '.join(known)}."
@@ -47,7 +47,8 @@ def choose_template(template: str, row_format: str, tokenizer) -> str:
     has_own = bool(getattr(tokenizer, "chat_template", None))
     if template == "tokenizer" and not has_own:
         raise UserError(
-            "data.template=tokenizer, but the tokenizer has no chat template; use chatml or tulu."
+            "data.template=tokenizer needs a chat template, but the tokenizer has none; use chatml "
+            "or tulu."
         )
     uses_own = template == "tokenizer" or (template == "auto" and row_format == "chat")
     if uses_own:
@@ -57,25 +58,25 @@ def choose_template(template: str, row_format: str, tokenizer) -> str:
         automatic = {"alpaca": "alpaca", "chat": chat, "prompt_response": "plain"}
         return automatic.get(row_format, AS_IS)
     if row_format in ("text", "choice"):
-        why = "is taken as it is" if row_format == "text" else "has the prompts of its tasks"
+        why = "is used unchanged" if row_format == "text" else "has the prompts of its tasks"
         raise UserError(
             f"data.template={template} does not apply to data.format={row_format}, which {why}; "
             "use data.template=auto."
         )
     if row_format == "chat" and template in PROMPT_TEMPLATES:
         raise UserError(
-            f"data.template={template} writes one prompt and one response, data.format=chat has "
-            f"messages; use {', '.join(CHAT_TEMPLATES)} or auto."
+            f"data.template={template} writes one prompt and one response, but data.format=chat "
+            f"has messages; use {', '.join(CHAT_TEMPLATES)} or auto."
         )
     return template
 
 
 def write(conversation: Conversation, style: Style, tokenizer) -> list[Written]:
     """Writes a conversation as documents: one, or one for each learned answer where a chat template
-    writes earlier turns otherwise than last ones.
+    writes earlier turns differently from last ones.
 
     Raises:
-      BadRow: the template cannot write it, or would leave a part of it out.
+      BadRow: if the template cannot write it, or would drop a part of it.
     """
     if style.template == "tokenizer":
         chat = _open_chat(_merged(conversation), style, tokenizer)
@@ -85,7 +86,7 @@ def write(conversation: Conversation, style: Style, tokenizer) -> list[Written]:
 
 
 def write_prompt(conversation: Conversation, style: Style, tokenizer) -> list[Segment]:
-    """Writes what stands before the next answer: the text that `write` puts there."""
+    """Writes the text before the next answer, the same text that `write` puts there."""
     if not conversation.messages:
         raise BadRow("empty messages", "the conversation has no messages; give a prompt")
     if style.template == "tokenizer":
@@ -102,9 +103,9 @@ def write_prompt(conversation: Conversation, style: Style, tokenizer) -> list[Se
 
 
 def unwritten(conversation: Conversation, style: Style, tokenizer) -> tuple[str, ...]:
-    """Names of a turn's keys that the template passes over: the name and tool_call_id of a turn.
+    """Returns the keys of turns that the template ignores: `name` and `tool_call_id`.
 
-    What matters more is never passed over: `write` refuses such rows.
+    More important parts are never ignored: `write` refuses such rows.
     """
     keys = ("name", "tool_call_id")
     there = [key for key in keys if any(key in message for message in conversation.messages)]
@@ -115,7 +116,7 @@ def unwritten(conversation: Conversation, style: Style, tokenizer) -> tuple[str,
 
 
 def turn_end(style: Style, tokenizer) -> str | None:
-    """The control token that a template puts behind an answer; None if it puts none there."""
+    """Returns the control token that a template puts behind an answer; None if there is none."""
     if style.template == "tokenizer":
         return chat_template.turn_end(_open_chat(_NOTHING, style, tokenizer)).token
     if style.template not in CHAT_TEMPLATES:
@@ -125,8 +126,8 @@ def turn_end(style: Style, tokenizer) -> str | None:
 
 
 def opens_thinking(style: Style, tokenizer) -> str:
-    """What rows without reasoning learn in front of their answer, such as the end of a block that
-    the generation prompt has opened; "" for most templates.
+    """Returns the text that answers without reasoning learn to begin with, such as the end of a
+    block that the generation prompt has opened; "" for most templates.
     """
     if style.template != "tokenizer":
         return ""
@@ -141,7 +142,7 @@ def _open_chat(conversation: Conversation, style: Style, tokenizer) -> chat_temp
 
 
 def _merged(conversation: Conversation) -> Conversation:
-    """Alpaca's input on the line below the instruction, the last user turn."""
+    """Puts Alpaca's input on the line below the instruction, the last user turn."""
     if not conversation.extra:
         return conversation
     messages = list(conversation.messages)
@@ -151,11 +152,11 @@ def _merged(conversation: Conversation) -> Conversation:
     return conversation._replace(messages=tuple(messages), extra="")
 
 
-# ------------------------------------------------------------------------------- our own templates
+# -------------------------------------------------------------------------------- our own templates
 
 
 def _write_ours(conversation: Conversation, style: Style, tokenizer) -> list[Segment]:
-    """Segments of the templates that we bring; the last one is the last answer."""
+    """Writes segments with a bundled template; the last segment is the last answer."""
     if style.template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
         raise ValueError(f"{style.template!r} is no template for conversations")
     _check_ours(conversation, style.template)
@@ -226,15 +227,15 @@ def _write_turns(conversation: Conversation, template: str, tokenizer) -> list[S
         content = message["content"]
         if is_learned:
             segments += [Segment(before + opening, False), Segment(content + closing, True)]
-            before = "\n"  # after the end of an answer: the next turn's, not to be learned
+            before = "\n"  # it belongs to the next turn, so that it is not learned
         else:
             before += opening + content + closing + "\n"
     return segments
 
 
 def _turn(template: str, role: str, tokenizer) -> tuple[str, str]:
-    """What stands before and behind the content of a turn."""
+    """Returns the texts before and behind the content of a turn."""
     if template == "chatml":
         return f"<|im_start|>{role}\n", "<|im_end|>"
-    # Every answer ends with the end-of-text token, or the model would not learn to stop early.
+    # Every answer ends with the end-of-text token: otherwise early answers would not learn to stop.
     return f"<|{role}|>\n", (tokenizer.eos_token or "") if role == "assistant" else ""

@@ -1,9 +1,9 @@
-"""From text to token ids and the mask of tokens to be predicted.
+"""Converts text to token ids and the mask of tokens to predict.
 
-A document is tokenised as one text: its ids are the tokenizer's own, not those of glued pieces, and
-the spans of the tokens say which of them belong to a response. Control tokens that are guarded
-(`segments.guard`) are tokenised as ordinary text, all others as the control tokens they are.
-What else is done with a tokenizer is here by name: loading it, its end tokens, identity, decoding.
+A document is tokenised as one text: its ids are the tokenizer's own, not those of concatenated
+pieces, and token spans tell which tokens belong to a response. Guarded control tokens
+(`segments.guard`) are tokenised as ordinary text, all others as control tokens. The other functions
+on tokenizers are re-exported here: loading, end tokens, identity, decoding.
 """
 
 from collections import Counter
@@ -34,11 +34,13 @@ _NAMED = 5  # tokens in a message
 
 class Document(NamedTuple):
     tokens: np.ndarray  # int32 [n]
-    is_target: np.ndarray  # bool [n]: this token is to be predicted; the first one never is
+    is_target: np.ndarray  # bool [n]: whether the token is predicted; the first one never is
 
 
 def pad_token(tokenizer, vocab_size: int | None = None) -> int:
-    """What fills rows up, masked: the padding token, or eos where the model has none."""
+    """Returns the token that fills rows up, masked: the padding token, or eos if the tokenizer has
+    none.
+    """
     pad_id = tokenizer.pad_token_id
     if pad_id is None or (vocab_size is not None and pad_id >= vocab_size):
         return tokenizer.eos_token_id
@@ -48,8 +50,8 @@ def pad_token(tokenizer, vocab_size: int | None = None) -> int:
 def check_vocabulary(tokenizer, vocab_size: int) -> str | None:
     """Refuses a tokenizer with tokens that have no embedding row, unless rows can do without them.
 
-    Control tokens beyond the table are often there for padding alone: what they are is returned as
-    one line, and `check_row_tokens` refuses a row that holds one.
+    Control tokens beyond the embedding table are often used for padding only: they are reported in
+    the returned line, and `check_row_tokens` refuses a row that contains one.
     """
     beyond = _beyond(tokenizer, vocab_size)
     if not beyond:
@@ -61,8 +63,8 @@ def check_vocabulary(tokenizer, vocab_size: int) -> str | None:
     if needed:
         names = token_names({index: beyond[index] for index in sorted(needed)})
         raise UserError(
-            f"The model has {vocab_size} embedding rows, none for {names} of its tokenizer: use "
-            "the model's own tokenizer files, without tokens that were added for another model."
+            f"The model has {vocab_size} embedding rows, but none for {names} of its tokenizer; "
+            "use the model's own tokenizer files, without tokens added for another model."
         )
     unused = pad_token(tokenizer, vocab_size) != pad_token(tokenizer)
     padding = f"; rows are padded with {tokenizer.eos_token}" if unused else ""
@@ -75,7 +77,7 @@ def check_row_tokens(
     """Raises BadRow for ids that the embedding table does not have.
 
     Args:
-      template: what has written the row's control tokens, where the row's own text has none.
+      template: the template that wrote the row's control tokens, if its own text has none.
     """
     ids = np.asarray(tokens)
     if ids.size == 0 or ids.max() < vocab_size:
@@ -92,7 +94,7 @@ def check_row_tokens(
         )
     raise BadRow(
         "token without an embedding",
-        f"the text has {names}, but the model has {vocab_size} embedding rows; take it out, or set "
+        f"the text has {names}, but the model has {vocab_size} embedding rows; remove it, or set "
         "data.special_tokens=split if it is not meant as a control token",
     )
 
@@ -103,20 +105,22 @@ def _beyond(tokenizer, vocab_size: int) -> dict[int, str]:
 
 
 def token_names(tokens: dict[int, str]) -> str:
-    """Tokens with their ids, for a message."""
+    """Lists tokens with their ids, for a message."""
     named = [f"{token} ({index})" for index, token in list(tokens.items())[:_NAMED]]
     more = f" and {len(tokens) - _NAMED} more" if len(tokens) > _NAMED else ""
     return f"the token{'s' if len(tokens) > 1 else ''} {', '.join(named)}{more}"
 
 
 def check_tokenizer(tokenizer) -> None:
-    """Refuses a tokenizer without an end-of-text token: answers would have no end to learn."""
+    """Refuses a tokenizer without an end-of-text token: the model could not learn to end its
+    answers.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError("The tokenizer has no eos token; set eos_token in tokenizer_config.json.")
 
 
 def encode_prompt(text: str | Sequence[Segment], tokenizer) -> list[int]:
-    """Token ids of the start of a document, BOS token included where documents have one."""
+    """Tokenises the start of a document, with the BOS token if documents have one."""
     segments = [Segment(text, False)] if isinstance(text, str) else list(text)
     ids = encode_texts([segments], tokenizer)[0].ids
     return _bos(ids, tokenizer) + ids
@@ -135,13 +139,13 @@ def encode_documents(
 ) -> list[Document]:
     """Tokenises documents and marks the tokens to be predicted.
 
-    Eos is appended where the document is not ended and its last token is not eos already.
+    Eos is appended if the template has not ended the document and its last token is not eos.
 
     Args:
-      written: of a template; segments alone are a document that the template has not ended.
+      written: the output of a template; plain segments are a document that no template has ended.
       loss_on: "response", or "all" for every token but the first.
-      counts: gets CUT_STARTS, the number of responses whose first characters share a token with
-        what stands before them, so that they are not learned.
+      counts: receives CUT_STARTS, the number of responses whose first characters share a token
+        with the text before them, so that they are not learned.
     """
     check_tokenizer(tokenizer)
     counts = Counter() if counts is None else counts
@@ -178,12 +182,12 @@ def _document(
             is_response.append(False)
         is_response[-1] = ends_learned
     is_target = np.array(is_response) if loss_on == "response" else np.ones(len(ids), bool)
-    is_target[:1] = False  # nothing stands before it
+    is_target[:1] = False  # no token precedes it
     return Document(np.array(ids, np.int32), is_target)
 
 
 def _first_of_a_text(tokenizer) -> int | None:
-    # Asked with a letter: of an empty text, a token added at the end would look like one in front.
+    # Not with an empty text: there, a token added at the end would look like one at the start.
     return next(iter(tokenizer("a").input_ids), None)
 
 
@@ -191,7 +195,9 @@ _ASK = object()
 
 
 def _bos(ids: list[int], tokenizer, start=_ASK) -> list[int]:
-    """The BOS token, if this tokenizer starts texts with one and this text does not have it yet."""
+    """Returns the BOS token, if this tokenizer starts texts with one and this text does not have it
+    yet.
+    """
     bos = tokenizer.bos_token_id
     if bos is None or ids[:1] == [bos]:
         return []
@@ -199,18 +205,19 @@ def _bos(ids: list[int], tokenizer, start=_ASK) -> list[int]:
 
 
 def _inside_responses(encoded: Encoded, segments: Sequence[Segment]) -> tuple[list[bool], int]:
-    """Which tokens lie wholly inside a response, and how many responses begin inside a token.
+    """Returns which tokens lie wholly inside a response, and how many responses begin inside a
+    token.
 
-    A token across the border holds characters of the prompt: at generation time the prompt is
-    tokenised alone and that token never appears, so it is not learned either. For the same reason a
-    token that runs on from a response into the next turn is none.
+    A token across the border contains characters of the prompt: at generation time the prompt is
+    tokenised alone and that token never appears, so it is not learned either. The same holds for a
+    token that extends from a response into the next turn.
     """
     learned = np.array([segment.is_response for segment in segments], bool)
     token_starts, token_ends = encoded.starts, encoded.ends
     if not learned.any() or not encoded.ids:
         return [False] * len(encoded.ids), 0
     starts, ends = encoded.borders[:-1][learned], encoded.borders[1:][learned]
-    # The one span in which the token's last character could lie.
+    # The only span that may contain the token's last character.
     span = np.searchsorted(starts, token_ends, side="left") - 1
     inside = (span >= 0) & (token_starts >= starts[span]) & (token_ends <= ends[span])
     follows_prompt = ~np.concatenate([[True], learned[:-1]])

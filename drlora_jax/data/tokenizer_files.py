@@ -1,13 +1,12 @@
-"""The tokenizer of a model directory, read as its files mean it; nothing of it is executed.
+"""Loads the tokenizer of a model directory as its files define it; nothing is executed.
 
-`tokenizer.json` describes a tokenizer completely. transformers may build another one beside it: the
-class that tokenizer_config.json (or the model type) names can bring a normalizer, a splitter or a
-decoder of its own, in some versions and not in others. So what `AutoTokenizer` gives is compared
-with the file, and where they differ the file is loaded without a class. The file also decides
-whether texts begin with BOS (its post-processor), as in transformers 5, which passes over
-`add_bos_token` and `add_eos_token` of tokenizer_config.json where there is a tokenizer.json.
-Special tokens, chat templates and limits come from tokenizer_config.json and the files beside it,
-in either case.
+`tokenizer.json` describes a tokenizer completely. transformers may build a different one from it:
+the class that tokenizer_config.json (or the model type) names can add its own normalizer, splitter
+or decoder, in some versions and not in others. So the result of `AutoTokenizer` is compared with
+the file, and if they differ the file is loaded without a class. The file also decides whether texts
+begin with BOS (its post-processor), as in transformers 5, which ignores `add_bos_token` and
+`add_eos_token` of tokenizer_config.json if there is a tokenizer.json. Special tokens, chat
+templates and limits come from tokenizer_config.json and the files beside it, in either case.
 """
 
 import functools
@@ -36,7 +35,7 @@ _VOCABULARY_FILES = (
 )
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = ("merges.txt", "chat_template.jinja", "chat_template.json")
-# Of the settings that transformers read: what says how the vocabulary is built.
+# Those of transformers' settings that describe how the vocabulary is built.
 _OF_THE_BACKEND = ("added_tokens_decoder", "tokenizer_object", "tokenizer_file", "vocab_file")
 _OF_THE_BACKEND += ("vocab", "merges", "merges_file", "post_processor", "backend")
 _RANKED_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")  # the format of tiktoken
@@ -73,7 +72,7 @@ def load_tokenizer(model_dir: str | pathlib.Path):
 def end_token_ids(
     tokenizer, directory: pathlib.Path, vocab_size: int | None = None
 ) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's eos, then what the model's files name.
+    """Returns the tokens that end an answer: the tokenizer's eos, then what the model's files name.
 
     generation_config.json and config.json hold a number or a list; ids that the model cannot write
     (`vocab_size` or more) are left out.
@@ -118,7 +117,9 @@ def _check_files(folder: pathlib.Path) -> None:
 
 
 def _first_that_agrees(folder: pathlib.Path, classes: list[Callable], processor):
-    """Without tokenizer.json: the first class that does what the SentencePiece model does."""
+    """Returns the first class that agrees with the SentencePiece model, for a folder without
+    tokenizer.json.
+    """
     reasons = []
     for make in classes:
         loaded, reason = _attempt(make)
@@ -126,19 +127,19 @@ def _first_that_agrees(folder: pathlib.Path, classes: list[Callable], processor)
             difference, reason = _attempt(lambda it=loaded: sentencepiece_difference(it, processor))
             if not (difference or reason):
                 return loaded
-            reason = reason or f"read by {type(loaded).__name__}, {difference}"
+            reason = reason or f"as {type(loaded).__name__}, {difference}"
         reasons.append(reason)
     newer = (
         ""
         if processor is None
-        else "; update transformers, or take a tokenizer.json that a newer one wrote"
+        else "; update transformers, or use a tokenizer.json that a newer version wrote"
     )
     raise UserError(f"The tokenizer of {folder} does not load: {reasons[0]}{newer}.")
 
 
 def _sentencepiece(folder: pathlib.Path):
-    """The processor of a SentencePiece model, if there is one; says what to install where it or
-    tiktoken is missing, since transformers takes one kind of file for the other.
+    """Returns the processor of a SentencePiece model, if there is one. Says what to install where
+    sentencepiece or tiktoken is missing, since transformers takes one kind of file for the other.
     """
     for name in SENTENCEPIECE_FILES:
         file = folder / name
@@ -156,7 +157,7 @@ def _sentencepiece(folder: pathlib.Path):
             )
             raise UserError(
                 f"{file} is {kind} without a tokenizer.json: pip install {needed}, or convert it "
-                f'once where that is installed: python -c "{convert}"'
+                f'once on a machine that has it: python -c "{convert}"'
             )
         if not is_ranked:
             processors = load_package("sentencepiece", f"Reading {file}")
@@ -168,7 +169,7 @@ def _sentencepiece(folder: pathlib.Path):
 
 
 def _read_own(file: pathlib.Path):
-    """The `tokenizers.Tokenizer` that the file describes, without truncation and padding."""
+    """Loads the `tokenizers.Tokenizer` of the file, without truncation and padding."""
     tokenizers = load_package("tokenizers", "Loading a tokenizer")
     own, reason = _attempt(lambda: tokenizers.Tokenizer.from_file(str(file)))
     if reason:
@@ -179,11 +180,11 @@ def _read_own(file: pathlib.Path):
 
 
 def _without_class(transformers, folder: pathlib.Path, own, by_class):
-    """The file's own tokenizer, with the settings that stand beside it.
+    """Returns the tokenizer of tokenizer.json, with the settings of the files beside it.
 
     Args:
-      by_class: what `AutoTokenizer` made, or None. Special tokens that only its class names are
-        kept where the file has them: GPT-2's tokenizer_config.json names no end of text.
+      by_class: the result of `AutoTokenizer`, or None. Special tokens that only its class names
+        are kept if the file has them: GPT-2's tokenizer_config.json names no end of text.
     """
     made, reason = _attempt(lambda: _dressed(transformers, folder, own, by_class))
     difference = None
@@ -194,9 +195,9 @@ def _without_class(transformers, folder: pathlib.Path, own, by_class):
     if difference:
         name = type(made if by_class is None else by_class).__name__
         raise UserError(
-            f"{folder}: the class {name} and tokenizer.json disagree: {difference}. Tokens that "
-            "only tokenizer_config.json or added_tokens.json name? Remove them there, or write "
-            "both files anew with save_pretrained."
+            f"{folder}: the class {name} and tokenizer.json disagree: {difference}. If only "
+            "tokenizer_config.json or added_tokens.json name some tokens, remove them there, or "
+            "write all files again with save_pretrained."
         )
     return made
 
@@ -220,8 +221,8 @@ def _dressed(transformers, folder: pathlib.Path, own, by_class):
 
 
 def _attempt(make: Callable):
-    """(value, "") or (None, reason): tokenizers end in exceptions of all kinds, at the first text
-    too, and a panic of the Rust code is no Exception.
+    """Returns (value, "") or (None, reason): tokenizers raise exceptions of all kinds, also at the
+    first text, and a panic of the Rust code is no Exception.
     """
     try:
         return make(), ""

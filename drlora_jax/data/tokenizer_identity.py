@@ -1,9 +1,9 @@
-"""What a tokenizer means, as digests that a run stores and a later use compares.
+"""Identifies a tokenizer by digests that a run stores and later uses compare.
 
 `vocabulary` and `normalizer` come from tokenizer.json as the installed `tokenizers` writes it, so
 layout and order do not count; another version of that package may still write more options. `probe`
-is what the tokenizer does: where only `normalizer` differs and `probe` is the same, nothing changed
-that shows. `template` and `ends` can change while ids stay.
+covers the behaviour: if only `normalizer` differs and `probe` is equal, no visible behaviour has
+changed. `template` and `ends` can change while ids stay the same.
 """
 
 import hashlib
@@ -17,23 +17,23 @@ from drlora_jax.system.imports import load_package
 
 _PIPELINE = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
-_MOST_ADDED = 100  # each number of tokens is tried
+_MOST_ADDED = 100  # every number of tokens up to this one is tried
 
 
 class Added(NamedTuple):
-    """Control tokens that a tokenizer has on top of those that an identity is of."""
+    """Control tokens that were added to a tokenizer since its identity was taken."""
 
     tokens: dict[int, str]
-    ends_are_same: bool  # but for a padding token among the new ones
-    pad_token: str | None  # of then, where `ends_are_same`
+    ends_are_same: bool  # except for a padding token among the new ones
+    pad_token: str | None  # the earlier one, if `ends_are_same`
 
 
 def tokenizer_identity(tokenizer, directory: str | pathlib.Path) -> dict[str, str]:
-    """Digests (sha256) by name: vocabulary, normalizer, probe, template, ends.
+    """Returns sha256 digests by name: vocabulary, normalizer, probe, template, ends.
 
     Args:
-      tokenizer: of `load_tokenizer`.
-      directory: of the model, for tokenizer.json and the end tokens that its files name.
+      tokenizer: from `load_tokenizer`.
+      directory: the model directory, for tokenizer.json and the end tokens that its files name.
     """
     directory = pathlib.Path(directory)
     pipeline, vocabulary = _described(tokenizer, directory / TOKENIZER_FILE)
@@ -47,9 +47,10 @@ def tokenizer_identity(tokenizer, directory: str | pathlib.Path) -> dict[str, st
 
 
 def added_since(tokenizer, directory: str | pathlib.Path, before: dict[str, str]) -> Added | None:
-    """What came on top of the vocabulary of an identity; None if anything else has changed.
+    """Returns the control tokens added since an identity was taken; None if anything else has
+    changed.
 
-    Only control tokens: an added word would change the ids of texts that have it.
+    Only control tokens may be added: an added word would change the ids of texts that contain it.
     """
     directory = pathlib.Path(directory)
     pipeline, vocabulary = _described(tokenizer, directory / TOKENIZER_FILE)
@@ -70,11 +71,13 @@ def added_since(tokenizer, directory: str | pathlib.Path, before: dict[str, str]
 
 
 def _new_ids(vocabulary: list, last_first: list[int], before: str) -> set[int]:
-    """The last ids of a vocabulary without which it has a digest; none if that does not help."""
+    """Returns the last ids of a vocabulary that have to go for it to have the digest `before`;
+    empty if none do.
+    """
     start = hashlib.sha256(json.dumps(vocabulary[:2], sort_keys=True)[:-1].encode())
     for count in range(1, min(len(last_first), _MOST_ADDED) + 1):
         new = set(last_first[:count])
-        digest = start.copy()  # words and merges of a large vocabulary take a second
+        digest = start.copy()  # hashing words and merges of a large vocabulary takes a second
         for part in vocabulary[2:]:
             kept = [each for each in part if each[0] not in new]
             digest.update(f", {json.dumps(kept, sort_keys=True)}".encode())
@@ -85,7 +88,9 @@ def _new_ids(vocabulary: list, last_first: list[int], before: str) -> set[int]:
 
 
 def _padding(tokenizer, directory: pathlib.Path, ends: str, old: dict) -> tuple[bool, str | None]:
-    """The padding token with which a tokenizer has the ends of an identity, if there is one."""
+    """Returns whether a tokenizer with some padding token has the ends of an identity, and that
+    token.
+    """
     last = end_token_ids(tokenizer, directory)
     for index in (tokenizer.pad_token_id, None, *old):
         if _ends(tokenizer, index, last) == ends:
@@ -98,12 +103,12 @@ def _ends(tokenizer, pad_id: int | None, end_ids: tuple[int, ...]) -> str:
 
 
 def template_identity(template: str | dict | None) -> str:
-    """sha256 of a chat template; that of None says that there is none."""
+    """Returns the sha256 of a chat template; that of None says that there is none."""
     return _digest(template)
 
 
 def _described(tokenizer, file: pathlib.Path) -> tuple[object, object]:
-    """The pipeline and the vocabulary, as values that JSON can hold."""
+    """Returns the pipeline and the vocabulary as JSON values."""
     if file.is_file():
         text = load_package("tokenizers", "Tokenising").Tokenizer.from_file(str(file)).to_str()
     elif getattr(tokenizer, "is_fast", False):
@@ -120,7 +125,7 @@ def _described(tokenizer, file: pathlib.Path) -> tuple[object, object]:
     ids = {*(t[0] for t in added), *range(len(words))}
     more = sorted(item[::-1] for item in tokenizer.get_vocab().items() if item[1] not in ids)
     pipeline = {name: values[name] for name in _PIPELINE}
-    # Options that are off: not all versions write them.
+    # Without options that are off, which not all versions write.
     pipeline["model"] = {name: value for name, value in model.items() if value}
     return pipeline, [words, merges, added, more]
 

@@ -1,9 +1,9 @@
-"""Texts on which two tokenizers that differ anywhere most likely differ, and the comparison.
+"""Compares tokenizers on texts that reveal almost any difference.
 
-Normalizers, splitters, decoders and post-processors show on blanks, digits, capitals, newlines,
-accents, ligatures, other scripts, emoji, code, and around added tokens; a vocabulary on every token
-of it. Ids of these texts are part of what runs store (`tokenizer_identity`): a changed text makes
-every stored run look as if it had another tokenizer.
+Differences of normalizers, splitters, decoders and post-processors show on blanks, digits,
+capitals, newlines, accents, ligatures, other scripts, emoji, code, and around added tokens; those
+of a vocabulary on each of its tokens. Runs store a digest of the ids of these texts
+(`tokenizer_identity`): changing a text makes every stored run look as if its tokenizer had changed.
 """
 
 import os
@@ -32,11 +32,13 @@ TEXTS = (
     "“quoted” ‘it’s’ — … -- ... *** ### === ```",
 )
 WINDOW = 256  # tokens decoded at once
-SAMPLED = 24  # windows whose text is encoded again
+SAMPLED = 24  # windows whose text is re-encoded
 
 
 def probe_texts(added_tokens: dict) -> list[str]:
-    """The texts, and each added token alone, in the middle, and between blanks and letters."""
+    """Returns the texts, and texts with each added token alone, in the middle, and between blanks
+    and letters.
+    """
     texts = list(TEXTS)
     for _, token in sorted(added_tokens.items()):
         token = token.content
@@ -45,7 +47,8 @@ def probe_texts(added_tokens: dict) -> list[str]:
 
 
 def first_difference(tokenizer, own) -> str | None:
-    """In words, the first thing that a transformers tokenizer does otherwise than its file.
+    """Describes the first difference between a transformers tokenizer and its file; None if there
+    is none.
 
     Args:
       own: the `tokenizers.Tokenizer` of the file, without truncation and padding.
@@ -53,7 +56,8 @@ def first_difference(tokenizer, own) -> str | None:
     vocabulary = tokenizer.get_vocab()
     for token, index in sorted(own.get_vocab().items(), key=lambda item: item[1]):
         if vocabulary.get(token) != index:
-            return f"the token {token!r} has the id {vocabulary.get(token)}, in the file {index}"
+            got = vocabulary.get(token)
+            return f"the token {token!r} has the id {got}, but {index} in the file"
     known = sorted(own.get_vocab().values())
     spans = [known[start : start + WINDOW] for start in range(0, len(known), WINDOW)]
     sampled = spans[:: max(1, len(spans) // SAMPLED)]
@@ -71,12 +75,13 @@ def first_difference(tokenizer, own) -> str | None:
             text = decoded(tokenizer, ids, skip=skip)
             wanted = own.decode(ids, skip_special_tokens=skip)
             if text != wanted:
-                return f"the ids {shown(ids)} become {shown(text)}, by the file {shown(wanted)}"
+                return f"the ids {shown(ids)} become {shown(text)}, but {shown(wanted)} by the file"
     return None
 
 
 def sentencepiece_difference(tokenizer, processor) -> str | None:
-    """The same against a `SentencePieceProcessor`, which knows no control tokens in texts.
+    """Describes the first difference to a `SentencePieceProcessor`, which knows no control tokens
+    in texts.
 
     Without one (None), the texts are only tokenised.
     """
@@ -94,7 +99,7 @@ def decoded(tokenizer, ids, *, skip: bool) -> str:
 
 
 def shown(value) -> str:
-    """A text or ids, cut for a message of one line."""
+    """Shortens a text or ids for a message of one line."""
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}..."
     more = ", ..." if len(value) > 6 else ""
@@ -103,5 +108,5 @@ def shown(value) -> str:
 
 def _where(ids: list[int], wanted: list[int]) -> str:
     at = len(os.path.commonprefix([ids, wanted]))
-    start = f" from its token {at + 1} on" if at else ""
-    return f"becomes {shown(ids[at:])}{start}, by the file {shown(wanted[at:])}"
+    start = f" from token {at + 1} on" if at else ""
+    return f"becomes {shown(ids[at:])}{start}, but {shown(wanted[at:])} by the file"

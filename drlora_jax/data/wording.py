@@ -1,9 +1,9 @@
-"""How a run puts things into words: rows into documents, questions and turns into prompts.
+"""Writes rows as documents, and questions and turns as prompts.
 
-A `Wording` is what was resolved when a run was created, and what its config.json keeps. A `Writer`
-applies it. It is the only way to a prompt: training writes documents with it, and `generate`,
-`evaluate` and the adapter of lm-evaluation-harness ask with what `Writer.prompt` returns, which is
-the very text that training put in front of an answer.
+A `Wording` is resolved when a run is created, and stored in its config.json; a `Writer` applies it.
+Every prompt comes from here: training writes documents with it, and `generate`, `evaluate` and the
+adapter of lm-evaluation-harness use `Writer.prompt`, which returns exactly the text that training
+put before an answer.
 """
 
 import dataclasses
@@ -43,17 +43,17 @@ from drlora_jax.data.tokenize import encode_prompt
 from drlora_jax.errors import UserError
 from drlora_jax.system.text import did_you_mean
 
-TEXT, CHOICE = "text", "choice"  # formats whose texts are taken as they are
+TEXT, CHOICE = "text", "choice"  # formats whose texts no template changes
 
 
 class Wording(NamedTuple):
-    """What decides how rows of one layout are written; nothing in it is a request like `auto`."""
+    """The resolved settings for writing rows of one layout; nothing in it is `auto`."""
 
     format: str
     template: str
     fields: FieldNames = FieldNames()
     special_tokens: str = "keep"  # "split": control tokens come from the template only
-    date: str | None = None  # YYYY-MM-DD, of a chat template that reads the clock
+    date: str | None = None  # YYYY-MM-DD, for a chat template that reads the clock
 
     @property
     def is_as_is(self) -> bool:
@@ -64,23 +64,23 @@ class Wording(NamedTuple):
 
     @classmethod
     def from_json(cls, values: dict) -> "Wording":
-        """The inverse of `to_json`; names that this version does not know are passed over."""
+        """Inverts `to_json`; names that this version does not know are ignored."""
         known = {name: values[name] for name in cls._fields if name in values}
         fields = {n: v for n, v in values.get("fields", {}).items() if n in FieldNames._fields}
         return cls(**known | {"fields": FieldNames(**fields)})
 
 
 class Prompt(NamedTuple):
-    """What a model is asked with."""
+    """The input for the next answer of a model."""
 
-    text: str  # as a person reads it
-    segments: list[Segment]  # the same with control tokens of the user's text guarded
+    text: str  # readable, without guards
+    segments: list[Segment]  # the same text, with control tokens of the user's text guarded
     ids: list[int]
     unread: tuple[str, ...] = ()  # fields of a row that nothing has read
 
 
 def field_names(section: DataSection) -> FieldNames:
-    """The names that a config gives."""
+    """Returns the field names that a config sets."""
     return FieldNames(
         section.prompt_field, section.response_field, section.messages_field, section.text_field
     )
@@ -89,13 +89,13 @@ def field_names(section: DataSection) -> FieldNames:
 def resolve_wording(
     fields: dict, section: DataSection, tokenizer, *, date: str | None = None
 ) -> Wording:
-    """The wording of rows like the one with these fields.
+    """Returns the wording of rows like the one with these fields.
 
     Args:
-      date: of a template that reads the clock; None: `data.date`, which is today's for `auto`.
+      date: the date for a template that reads the clock; None: `data.date`, today for `auto`.
 
     Raises:
-      UserError: when the format cannot be told, or format and template do not go together.
+      UserError: if the format cannot be detected, or format and template do not fit together.
     """
     row_format, names = section.format, field_names(section)
     if row_format == "auto":
@@ -110,15 +110,18 @@ def resolve_wording(
 def named_wording(
     template: str, tokenizer, *, date: str | None = None, special_tokens: str = "split"
 ) -> Wording:
-    """The wording of single questions in a template that the user names; `none` takes texts as
-    they are.
+    """Returns the wording of single questions in a template that the user names; with `none` texts
+    are used as they are.
     """
     if template in ("none", AS_IS):
         return Wording(TEXT, AS_IS)
     if template not in (*PROMPT_TEMPLATES, *CHAT_TEMPLATES):
         known = (*PROMPT_TEMPLATES, *CHAT_TEMPLATES, "none")
-        hint = did_you_mean(template, known) or f"known: {', '.join(known)}."
-        raise UserError(f"--template {template}: there is no such template; {hint}")
+        near = did_you_mean(template, known)
+        hint = f"{near[0].upper()}{near[1:]} " if near else ""
+        raise UserError(
+            f"--template {template}: no such template. {hint}Known: {', '.join(known)}."
+        )
     row_format = "chat" if template in CHAT_TEMPLATES else "prompt_response"
     template = choose_template(template, row_format, tokenizer)
     date = _date(DataSection(), template, tokenizer, date)
@@ -141,10 +144,11 @@ class Writer:
         self.style = Style(wording.template, wording.special_tokens, wording.date)
 
     def documents(self, fields: dict) -> tuple[list[Written], Conversation]:
-        """A training row as documents, usually one, and what was read of the row.
+        """Writes a training row as documents, usually one; returns them and what was read of the
+        row.
 
         Raises:
-          BadRow: if the row lacks what it needs.
+          BadRow: if something is missing from the row.
         """
         row_format, names = self.wording.format, self.wording.fields
         if row_format == TEXT:
@@ -156,10 +160,12 @@ class Writer:
         return write(conversation, self.style, self.tokenizer), conversation
 
     def would_split(self, conversation: Conversation) -> bool:
-        """Whether `special_tokens=split` would find control tokens in a conversation's own text."""
+        """Returns whether `special_tokens=split` would find control tokens in a conversation's own
+        text.
+        """
         pattern = control_pattern(self.tokenizer)
         if not any(map(pattern.search, _texts(conversation))):
-            return False  # of nearly every row, without writing it once more
+            return False  # for nearly every row, without writing it again
         try:
             written = write(
                 conversation, self.style._replace(special_tokens="split"), self.tokenizer
@@ -169,8 +175,8 @@ class Writer:
         return any(GUARD in segment.text for each in written for segment in each.segments)
 
     def row_prompt(self, fields: dict, *, system: str | None = None) -> Prompt:
-        """What stands before the answer of a row like those of training; an answer that the row
-        has already is left out.
+        """Returns the prompt of a row like those of training; an answer that the row has is left
+        out.
         """
         row_format, names = self.wording.format, self.wording.fields
         if row_format == TEXT:
@@ -191,7 +197,7 @@ class Writer:
         system: str | None = None,
         shots: Sequence[tuple[str, str]] = (),
     ) -> Prompt:
-        """The prompt of one question, behind answered ones if there are `shots`.
+        """Returns the prompt of one question, after the answered `shots` if there are any.
 
         Args:
           extra: Alpaca's `input`.
@@ -208,9 +214,10 @@ class Writer:
         return self._made([*blocks, *prompt.segments])
 
     def turns(self, messages: Sequence[dict]) -> Prompt:
-        """The prompt of a conversation of roles and contents; its last turn is not answered yet.
+        """Returns the prompt of a conversation of roles and contents whose last turn is not
+        answered yet.
 
-        A template for single questions takes the turns before as answered examples.
+        A template for single questions treats the turns before it as answered examples.
         """
         messages = list(messages)
         if self.wording.template in CHAT_TEMPLATES or len(messages) < 3:
@@ -222,22 +229,24 @@ class Writer:
         return self.question(messages[-1]["content"], system=system, shots=shots)
 
     def prompt(self, conversation: Conversation) -> Prompt:
-        """What stands before the next answer of a conversation: the text, and its token ids.
+        """Returns the prompt for the next answer of a conversation: its text and its token ids.
 
         Raises:
-          UserError: for what the template does not write.
+          UserError: if the template cannot write the conversation.
         """
         if self.wording.is_as_is:
             return self._as_is(conversation)
         try:
             return self._made(write_prompt(conversation, self.style, self.tokenizer))
         except BadRow as error:
-            # Training sets what is an option of generate and evaluate.
+            # The config field data.template is the option --template of generate and evaluate.
             reason = str(error).replace("set data.template=", "give --template ")
             raise UserError(f"The prompt cannot be written: {reason}.") from error
 
     def as_is(self, text: str, is_response: bool = False) -> Segment:
-        """A text that no template writes; its control tokens are guarded if the wording says so."""
+        """Returns a text that no template writes; its control tokens are guarded if the wording
+        says so.
+        """
         if self.wording.special_tokens == "split":
             text = guard(text, self.tokenizer)
         return Segment(text, is_response)
@@ -245,8 +254,8 @@ class Writer:
     def _as_is(self, conversation: Conversation) -> Prompt:
         if len(conversation.messages) > 1 or conversation.extra:
             raise UserError(
-                "The prompt is taken as it is: there is no place for a system message, earlier "
-                "turns or an input. Name a template (--template NAME)."
+                "Without a template a prompt cannot have a system message, earlier turns or an "
+                "input; name a template (--template NAME)."
             )
         return self._made([self.as_is(conversation.messages[0]["content"])])
 
@@ -260,7 +269,7 @@ class Writer:
 
 
 def _texts(value) -> Iterator[str]:
-    """All texts in nested tuples, lists and objects, keys included."""
+    """Yields all texts in nested tuples, lists and objects, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -278,7 +287,7 @@ def _turns(question: str, answer: str) -> list[dict]:
 
 
 def _asked(text: str, before: Sequence[dict] = ()) -> Conversation:
-    """A question behind other turns."""
+    """Returns a conversation that ends with a question."""
     messages = (*before, {"role": "user", "content": text})
     return Conversation(messages, (False,) * len(messages))
 
@@ -287,7 +296,7 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
     if system is None:
         return conversation
     if any(message["role"] in ("system", "developer") for message in conversation.messages):
-        raise UserError("--system: the conversation has a system message of its own; leave it out.")
+        raise UserError("--system: the conversation already has a system message; omit --system.")
     return conversation._replace(
         messages=({"role": "system", "content": system}, *conversation.messages),
         is_learned=(False, *conversation.is_learned),
@@ -295,6 +304,6 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 
 def with_date(section: DataSection, date: str | None) -> DataSection:
-    """The section with a date that a run has settled."""
+    """Returns the section with the date that a run has settled on."""
     is_open = date is not None and section.date == "auto"
     return dataclasses.replace(section, date=date) if is_open else section

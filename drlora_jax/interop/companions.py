@@ -1,9 +1,9 @@
-"""What stands beside the weights of an exported model: the files that describe it or its tokenizer,
-by their known names, with `config.json` and `generation_config.json` true to what is exported.
+"""Writes the files next to the weights of an exported model: those that describe it or its
+tokenizer, with `config.json` and `generation_config.json` adapted to the export.
 
-A base model's directory holds other things too: adapters, states of trainings, indexes of weights
-in other formats, code. A reader of the export would take them for parts of it (transformers loads
-an adapter wherever adapter_config.json is), so they stay behind and are named.
+A base model's directory may contain other files: adapters, training states, indexes of weights in
+other formats, code. Readers of the export would treat them as parts of it (transformers loads an
+adapter wherever adapter_config.json is), so they are left out and named in a note.
 """
 
 import json
@@ -40,8 +40,8 @@ LICENSES = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)([-_.].*)?", re.IG
 WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|npz)|model\.safetensors\.index\.json"
 )
-SHOWN = 12  # names in the line of what was left out
-# Of config.json, where transformers 4 kept them: without generation_config.json they count.
+SHOWN = 12  # names in the note of files that were left out
+# Values of config.json, where transformers 4 kept them; used if there is no generation_config.json.
 GENERATION_VALUES = (
     "bos_token_id",
     "pad_token_id",
@@ -65,12 +65,12 @@ def write_companions(
     dtype: str | None = None,
     end_token_ids: Sequence[int] = (),
 ) -> list[str]:
-    """Writes the known files of `source` to `target`; returns what there is to say about it.
+    """Writes the known files of `source` to `target`; returns remarks on them.
 
     Args:
-      has_head: an output head of its own is among the exported tensors.
-      dtype: of all exported tensors; None: as in `source`.
-      end_token_ids: tokens that training taught as ends, the tokenizer's own first.
+      has_head: whether the exported tensors include an output head.
+      dtype: the dtype of all exported tensors; None: as in `source`.
+      end_token_ids: tokens that answers learned to end with, the tokenizer's own first.
     """
     for name in _companions(source):
         (target / name).parent.mkdir(exist_ok=True)
@@ -82,14 +82,14 @@ def write_companions(
     left_out = _left_out(source)
     if left_out:
         more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
-        notes.append(f"left out: {', '.join(left_out[:SHOWN])}{more} (no part of the model)")
+        notes.append(f"left out: {', '.join(left_out[:SHOWN])}{more} (not part of the model)")
     return notes
 
 
 def set_tokenizer(target: pathlib.Path, settings: Mapping[str, Any]) -> None:
-    """Writes settings into the tokenizer's files of an export, in place of what they say.
+    """Replaces settings in the tokenizer files of an export.
 
-    A chat template there replaces all that lie in files of their own.
+    A chat template there replaces all templates in separate files.
     """
     if not settings:
         return
@@ -110,7 +110,7 @@ def set_tokenizer(target: pathlib.Path, settings: Mapping[str, Any]) -> None:
 
 
 def _companions(source: pathlib.Path) -> list[str]:
-    """Names below `source`, of regular files."""
+    """Names the regular files of `source` that are copied."""
     licenses = [name for name in _names(source) if LICENSES.fullmatch(name)]
     folder = source / TEMPLATES
     templates = [f"{TEMPLATES}/{name}" for name in _names(folder) if _is_template(name)]
@@ -127,7 +127,7 @@ def _names(folder: pathlib.Path) -> list[str]:
 
 
 def _left_out(source: pathlib.Path) -> list[str]:
-    """What is neither written nor weights, folders with a slash."""
+    """Returns the names that are neither written nor weights; folders end in a slash."""
     written = {CONFIG, GENERATION, *_companions(source)}
     found = []
     for name in _names(source):
@@ -143,14 +143,13 @@ def _left_out(source: pathlib.Path) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# config.json and generation_config.json
+# ----------------------------------------------------------- config.json and generation_config.json
 
 
 def make_config(
     config: dict, *, has_head: bool, dtype: str | None, ends: Sequence[int]
 ) -> tuple[dict, list[str]]:
-    """The values of `config.json` for the exported tensors, and what changed in words."""
+    """Returns the values of `config.json` for the exported tensors, and remarks on what changed."""
     values, notes = dict(config), []
     nested = values.get("text_config")
     parts = [values]
@@ -158,13 +157,13 @@ def make_config(
         values["text_config"] = dict(nested)
         parts.append(values["text_config"])
     for part in parts:
-        # transformers 5 reads `dtype`, older versions and other readers `torch_dtype`.
+        # transformers 5 reads `dtype`, older versions and other programs `torch_dtype`.
         kind = part.get("dtype") or part.get("torch_dtype")
         kind = dtype if dtype and (kind or part is values) else kind
         part |= {"dtype": kind, "torch_dtype": kind} if kind else {}
     is_tied = not has_head
     if bool(values.get("tie_word_embeddings", False)) != is_tied:
-        there = "has its own" if has_head else "has no"
+        there = "has an" if has_head else "has no"
         notes.append(
             f"config.json: tie_word_embeddings={str(is_tied).lower()}, because the model {there} "
             "output head (lm_head.weight)"
@@ -195,13 +194,13 @@ def _write_generation(
     values["eos_token_id"] = config.get("eos_token_id")
     _add_ends(values, ends, GENERATION)
     if values["eos_token_id"] is None:
-        return []  # nothing ends a text: as in the base model
+        return []  # no end token, as in the base model
     _write_json(target / GENERATION, values)
     return []
 
 
 def _add_ends(values: dict, ends: Sequence[int], name: str) -> list[str]:
-    """Adds to `eos_token_id` the ends that it lacks; in words where it had others."""
+    """Adds the missing ends to `eos_token_id`; returns a remark if something changed."""
     found = values.get("eos_token_id")
     here = [] if found is None else list(found) if isinstance(found, list) else [found]
     missing = [end for end in _unique(ends) if end not in here]

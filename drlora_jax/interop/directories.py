@@ -1,4 +1,4 @@
-"""What a directory is that was given as a model or as a run, and what to give instead."""
+"""Recognises directories that were given as a model or a run, and says what to give instead."""
 
 import pathlib
 from typing import NamedTuple
@@ -13,15 +13,15 @@ _LEVELS = 3  # from a checkpoint's parts up to its run
 
 
 class Described(NamedTuple):
-    """A directory that is no model of its own, in words."""
+    """The description of a directory that is no model directory."""
 
     what: str  # "a run directory", ...
-    as_model: str  # what to give where a model is wanted
-    as_run: str  # and where a run is
+    as_model: str  # what to give if a model is expected
+    as_run: str  # what to give if a run is expected
 
 
 def is_run(values: dict) -> bool:
-    """Whether config.json has all that a run stores there."""
+    """Returns whether config.json has all that a run stores there."""
     config, steps = values.get("config"), values.get("schedule_steps")
     fingerprints = (values.get("base_fingerprint"), values.get("data_fingerprint"))
     return (
@@ -34,7 +34,7 @@ def is_run(values: dict) -> bool:
 
 
 def describe(directory: pathlib.Path) -> Described | None:
-    """What a directory is, if it is known and no model directory."""
+    """Describes a directory that is known and is no model directory; returns None for others."""
     finders = (_run, _adapter, _part_of_run, _cache, _other_weights, _folder, _empty)
     return next(filter(None, (find(directory) for find in finders)), None)
 
@@ -51,8 +51,8 @@ def _run(directory: pathlib.Path) -> Described | None:
     base = section.get("path") if isinstance(section, dict) else None
     return Described(
         "a run directory",
-        f"use it with --run; its base is {base or 'named in its config.json'}",
-        "give it as it is",
+        f"use it with --run; its base model is {base or 'named in its config.json'}",
+        "use it as it is",
     )
 
 
@@ -70,8 +70,8 @@ def _adapter(directory: pathlib.Path) -> Described | None:
         return None
     base = _values(file).get("base_model_name_or_path")
     named = isinstance(base, str) and base
-    what = f"a PEFT adapter of the base {base}" if named else "a PEFT adapter"
-    model = f"give that base ({base})" if named else "give its base"
+    what = f"a PEFT adapter of the base model {base}" if named else "a PEFT adapter"
+    model = f"give that base model ({base})" if named else "give its base model"
     return Described(
         what,
         f"{model}, or the adapter merged into it",
@@ -80,7 +80,7 @@ def _adapter(directory: pathlib.Path) -> Described | None:
 
 
 def _cache(directory: pathlib.Path) -> Described | None:
-    """A folder of the hub's cache, one level too high."""
+    """Recognises a folder of the hub's cache, one level too high."""
     commits = directory if directory.name == "snapshots" else directory / "snapshots"
     found = sorted(_folders(commits), key=lambda each: each.stat().st_mtime)
     if not found or not commits.parent.name.startswith("models--"):
@@ -97,8 +97,8 @@ def _other_weights(directory: pathlib.Path) -> Described | None:
     kinds = (
         ("*.gguf", "GGUF weights", "GGUF is not read; give the model's own safetensors directory"),
         ("consolidated*.pth", "weights in Meta's own format", "give the transformers version"),
-        ("*.bin", "pickle files", "these are not read; convert them to safetensors"),
-        ("*.pt", "pickle files", "these are not read; convert them to safetensors"),
+        ("*.bin", "pickle files", "pickles are not read; convert them to safetensors"),
+        ("*.pt", "pickle files", "pickles are not read; convert them to safetensors"),
     )
     if kind_of(directory / "config.json") != ABSENT:
         return None
@@ -114,7 +114,7 @@ def _other_weights(directory: pathlib.Path) -> Described | None:
 
 
 def _folder(directory: pathlib.Path) -> Described | None:
-    """A folder whose subfolders are what is wanted."""
+    """Recognises a folder whose subfolders are runs or models."""
     folders = _folders(directory)
     runs = [each for each in folders if _run(each)]
     models = [each for each in folders if is_model(each)]
@@ -151,19 +151,18 @@ def _folders(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _values(file: pathlib.Path) -> dict:
-    """The JSON object in a file; an empty one for whatever is no such file."""
+    """Returns the JSON object in a file; an empty one if there is none."""
     try:
         return read_json(file) if kind_of(file) == FILE else {}
     except UserError:
         return {}
 
 
-# ---------------------------------------------------------------------------------------------
-# runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def read_run(directory: pathlib.Path, shown: str) -> dict:
-    """The content of a run's config.json, for whoever reads a run; says what else it is.
+    """Returns the content of a run's config.json; explains what a directory is instead of a run.
 
     Args:
       shown: the directory as it was given, with its option.
@@ -180,16 +179,16 @@ def read_run(directory: pathlib.Path, shown: str) -> dict:
         return values
     if "config" in values:
         raise UserError(
-            f"{shown}: its config.json lacks what a run stores; is it damaged? {_WANTED}."
+            f"{shown} has a config.json that lacks values of a run. Is it damaged? {_WANTED}."
         )
     raise UserError(f"{shown} {why_no_run(directory)}.")
 
 
 def why_no_run(directory: pathlib.Path) -> str:
-    """What a directory is that is no run, and what to give."""
+    """Explains what a directory is instead of a run, and what to give."""
     if is_model(directory):
         return "is a model directory, not a run; use it with --model"
     described = describe(directory)
     if described is None:
-        return f"is no run: it has no config.json of one; {_WANTED}"
+        return f"is not a run: it has no config.json of one; {_WANTED}"
     return f"is {described.what}, not a run; {described.as_run}"

@@ -29,7 +29,7 @@ def read_exponents(
     file: str | None,
     estimator: Estimator,
 ) -> Exponents:
-    """The exponents of the model in `directory`.
+    """Returns the exponents of the model in `directory`.
 
     Args:
       layers: model layer indices of the layers with experts, the L axis.
@@ -54,7 +54,7 @@ def read_exponents(
 
 
 def _by_expert(chosen: Sequence[Found], experts: int) -> np.ndarray | None:
-    """[L, E], or None where there is an expert without a matrix of its own."""
+    """Returns exponents [L, E], or None if some expert has no matrix of its own."""
     alphas = [
         [[alpha for owner, alpha in found if owner == expert] for expert in range(experts)]
         for found in chosen
@@ -78,21 +78,20 @@ def _from_file(path: str, directory: pathlib.Path, layers: int, estimator: str) 
         ]
         of, by = stored["fingerprint"], stored["estimator"]
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise _refused(path, f"it can not be read as exponents ({error})") from error
+        raise _refused(path, f"it cannot be read as exponents ({error})") from error
     if not same_base({"base_fingerprint": of}, directory):
         here = fingerprint(directory)[:12]
-        raise _refused(path, f"it is of a model with fingerprint {of[:12]}, not {here}")
+        raise _refused(path, f"it was computed for fingerprint {of[:12]}, not {here}")
     if by != estimator:
-        raise _refused(path, f"its estimator is {by}, and allocation.alpha_estimator {estimator}")
+        raise _refused(path, f"its estimator is {by}, but allocation.alpha_estimator {estimator}")
     is_whole = len(found) == layers and all(found)
     if not is_whole or not all(np.isfinite(a) and a > 1 for layer in found for _, a in layer):
-        raise _refused(path, f"it must have exponents above 1 of {layers} layers")
+        raise _refused(path, f"it must have exponents above 1 for {layers} layers")
     return found
 
 
 def _refused(path: str, reason: str) -> UserError:
     return UserError(
-        f"allocation.alpha_file={path} can not be used: {reason}. Write it with python -m "
-        "drlora_jax.alpha MODEL --experts N --out FILE, or leave it out to have the exponents "
-        "computed."
+        f"allocation.alpha_file={path} cannot be used: {reason}. Write it with python -m "
+        "drlora_jax.alpha MODEL --experts N --out FILE, or omit it to compute the exponents."
     )

@@ -1,14 +1,14 @@
-"""What an export must show before it is kept: read back from its files it computes what the run
-computes, and something else than the base.
+"""Checks an export before it is kept: read back from its files, it must compute what the run
+computes, and something different from the base model.
 
-    base      the base's directory
-    adapted   the base, with factors and rank mask as the model applies them in training
-    exported  the base with the adapter's files added, or the merged directory alone
-    merged    the base plus A^T B in f32, and
-    rounded   the same rounded to the exported dtype: only where that is not f32
+    base      the base model's directory
+    adapted   the base model, with LoRA matrices and rank mask applied as in training
+    exported  the base model with the adapter's files added, or the merged directory alone
+    merged    the base model plus A^T B in f32, and
+    rounded   the same rounded to the exported dtype: only if that is not f32
 
-In f32 `exported` must be `adapted`. Otherwise `merged` must be `adapted` and `exported` must be
-`rounded`: the export may lose what the dtype loses and nothing else.
+In f32 `exported` must equal `adapted`. Otherwise `merged` must equal `adapted` and `exported` must
+equal `rounded`: the export may lose what the dtype loses and nothing else.
 """
 
 import pathlib
@@ -36,7 +36,7 @@ from drlora_jax.interop.verify import (
 from drlora_jax.models.architecture import Layer, ModelConfig
 from drlora_jax.models.placement import Placement
 
-MAX_KL = 1e-5  # nats a token
+MAX_KL = 1e-5  # nats per token
 MIN_CHANGE = 1e-6  # of some logit
 
 
@@ -47,15 +47,15 @@ class Trained(NamedTuple):
     adapter: Placement
     lora: dict
     gates: dict  # the collection rank_mask
-    updates: list[LayerUpdate]  # the same, as exports need it
+    updates: list[LayerUpdate]  # the same, in the form for exports
 
 
 class Measured(NamedTuple):
-    exported: Comparison  # with what it must be
-    merged: Comparison | None  # with `adapted`; None in f32
-    kl: float  # of `exported` from `adapted`, over all prompts
-    adapter_change: float  # of a logit, `adapted` from `base`
-    exported_change: float  # of a logit, `exported` from `base`
+    exported: Comparison  # `exported` against `rounded`, or `adapted` in f32
+    merged: Comparison | None  # `merged` against `adapted`; None in f32
+    kl: float  # largest KL(adapted || exported) over all prompts
+    adapter_change: float  # largest change of a logit from `base` to `adapted`
+    exported_change: float  # largest change of a logit from `base` to `exported`
     prompts: int
     tokens: int
     logits: tuple[np.ndarray, ...] = ()  # of `exported`, by prompt
@@ -73,8 +73,8 @@ def measure(
     """Runs all variants of the export in `target`.
 
     Args:
-      reader: of the base.
-      dtype: of the export: of all tensors, or None for f32 factors, or for the base's own dtypes.
+      reader: reads the base model.
+      dtype: of all exported tensors; None: f32 for adapters, the base model's dtypes for merged.
     """
     variants = {
         "base": Variant(reader.ends, lambda layer: {"params": reader.layer(layer)}),
@@ -82,8 +82,8 @@ def measure(
         "exported": _exported(trained.config, reader, target, is_merged=is_merged),
     }
     if not _is_exact(trained, reader, is_merged=is_merged, dtype=dtype):
-        rounded = _rounded_merge if is_merged else _rounded_factors
-        variants["merged"] = _merged(trained, reader, lambda params, factors: factors)
+        rounded = _rounded_merge if is_merged else _rounded_pairs
+        variants["merged"] = _merged(trained, reader, lambda params, update: update)
         variants["rounded"] = rounded(trained, reader, dtype)
     outputs = run_variants(trained.config, variants, prompts)
     return _measured(outputs, prompts)
@@ -104,15 +104,15 @@ def _measured(outputs: dict[str, Outputs], prompts: list[np.ndarray]) -> Measure
 
 
 def judge(measured: Measured) -> None:
-    """Raises RunError where the export is not what was trained, or changes nothing."""
+    """Raises RunError if the export is not what was trained, or changes nothing."""
     if not measured.adapter_change > MIN_CHANGE:
         raise RunError(
-            f"the adapter changes nothing: no logit differs from the base's by more than "
-            f"{MIN_CHANGE:g} on {measured.prompts} prompts. Export a later --step, or train on."
+            f"the adapter changes nothing: no logit differs from the base model's by more than "
+            f"{MIN_CHANGE:g} on {measured.prompts} prompts. Export a later --step, or train longer."
         )
     if not measured.exported_change > MIN_CHANGE:
         raise RunError(
-            "the exported model computes what the base computes, although the adapter changes "
+            "the exported model computes the same as the base model, although the adapter changes "
             f"logits by up to {measured.adapter_change:.3g}: rounding loses the update. Give "
             "--dtype float32."
         )
@@ -121,22 +121,23 @@ def judge(measured: Measured) -> None:
             continue
         if 2 * comparison.counted < measured.prompts:
             raise RunError(
-                "the export does not compute what was trained: other experts are chosen in "
+                "the export does not compute what was trained: different experts are chosen in "
                 f"{measured.prompts - comparison.counted} of {measured.prompts} prompts."
             )
         if not comparison.kl <= MAX_KL:  # a NaN is refused too
             raise RunError(
-                f"the export does not compute what was trained: KL {comparison.kl:.3g} nats a "
+                f"the export does not compute what was trained: KL {comparison.kl:.3g} nats per "
                 f"token, at most {MAX_KL:g} is allowed."
             )
 
 
-# ---------------------------------------------------------------------------------------------
-# variants
+# ----------------------------------------------------------------------------------------- variants
 
 
 def trained_variant(trained: Trained, reader: LayerReader) -> Variant:
-    """The model of the run: the base with factors and rank mask beside its weights."""
+    """Returns the model of the run: the base model with LoRA matrices and rank mask beside its
+    weights.
+    """
     collections = {"lora": trained.lora, "rank_mask": trained.gates}
 
     def variables(layer: Layer) -> dict:
@@ -179,7 +180,7 @@ def _round(array: np.ndarray, dtype) -> np.ndarray:
     return array.astype(dtype).astype(np.float32)
 
 
-def _rounded_factors(trained: Trained, reader: LayerReader, dtype: str) -> Variant:
+def _rounded_pairs(trained: Trained, reader: LayerReader, dtype: str) -> Variant:
     def change(params: dict, update: LayerUpdate) -> LayerUpdate:
         plain, experts = (
             {name: Pair(*(_round(part, dtype) for part in pair)) for name, pair in pairs.items()}
@@ -193,7 +194,7 @@ def _rounded_factors(trained: Trained, reader: LayerReader, dtype: str) -> Varia
         for path, growth_F in update.magnitudes.items():
             norms_F = column_norms(leaf_at(params, (*path.split("/"), "kernel")))
             magnitudes[path] = _round(norms_F + growth_F, dtype) - norms_F
-        return LayerUpdate(update.layer, plain, experts, router_DE, magnitudes)
+        return LayerUpdate(update.layer, update.matrices, plain, experts, router_DE, magnitudes)
 
     return _merged(trained, reader, change)
 

@@ -1,10 +1,10 @@
-"""What the files of an export must say, without any library that would open it.
+"""Checks the files of an export without opening it with other libraries.
 
     merged   every tensor has its dtype, `config.json` describes the base model's architecture, its
-             tie flag is that of the tensors, and the tokenizer gives the same ids
-    adapter  every pair has the rank that adapter_config.json names, and every target is there
+             tie flag matches the tensors, and the tokenizer gives the same ids
+    adapter  every pair has the rank that adapter_config.json names, and every target is present
 
-That names and shapes are those of the model is seen when the export is read back.
+Names and shapes of the model are checked when the export is read back.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def text_ids(tokenizer) -> list[list[int]]:
-    """Token ids of the texts that exports are compared on."""
+    """Returns the token ids of the texts that exports are compared on."""
     return [list(tokenizer(text, add_special_tokens=False).input_ids) for text in TEXTS]
 
 
@@ -43,7 +43,7 @@ def check_merged(
     if read_model_config(target) != read_model_config(base):
         raise RunError("config.json of the export does not describe the base model.")
     if parse_config(read_config_json(target)).tie_embeddings == (HEAD in after):
-        raise RunError("tie_word_embeddings of the export is not what its tensors are.")
+        raise RunError("tie_word_embeddings of the export does not match its tensors.")
     if text_ids(load_tokenizer(target)) != ids:
         raise RunError("the tokenizer of the export does not give the token ids of the run.")
 
@@ -67,7 +67,9 @@ def check_adapter(target: pathlib.Path) -> None:
         partner = key.removesuffix(side) + SUFFIXES[1 - SUFFIXES.index(side)]
         size = shape[SUFFIXES.index(side)]
         if partner not in tensors or size % rank:
-            raise RunError(f"{key} of the export has {size} rows, not of rank {rank}, or no pair.")
+            raise RunError(
+                f"{key} of the export has no partner, or its {size} rows are not of rank {rank}."
+            )
     for kind in ("target_modules", "target_parameters", "modules_to_save"):
         for wanted in values[kind] or []:
             module = wanted.rpartition(".")[0] if kind == "target_parameters" else wanted

@@ -1,5 +1,5 @@
-"""The files of a Hugging Face model directory: where it is, its `config.json`, the headers of its
-`.safetensors`, and a fingerprint of all. Nothing is executed.
+"""Reads the files of a Hugging Face model directory: finds it, reads `config.json` and the headers
+of its `.safetensors`, and computes a fingerprint of all. Nothing is executed.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ from drlora_jax.system.text import did_you_mean
 
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers of old files, derived from the config
 HEAD = "lm_head.weight"
-# Of config.json: who wrote it and how it is to be run, not what the model is.
+# Values of config.json that tell who wrote it and how to run it, not what the model is.
 UNRELATED_VALUES = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 STRETCHING = ("linear", "dynamic", "yarn")  # rope scalings by a factor of the original length
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Weights that lie beside those of a model, or in another directory than a model's.
+# Weights next to those of a model, or in directories that are no model.
 OTHER_WEIGHTS = {
     "adapter_model": "an adapter of PEFT",
     "optimizer": "the state of an optimizer",
     "consolidated": "the same weights in the format of their makers",
 }
 WHOLE_BYTES = 64 << 20  # files up to this size enter the fingerprint as a whole
-LARGEST_FACTOR = 1e6  # of rope scaling; more, or NaN, says nothing
-SAMPLES, SAMPLE_BYTES = 64, 65536  # of a larger file
+LARGEST_FACTOR = 1e6  # of rope scaling; larger ones and NaN are ignored
+SAMPLES, SAMPLE_BYTES = 64, 65536  # for a larger file
 
 
 class TensorInfo(NamedTuple):
@@ -56,12 +56,12 @@ class TensorInfo(NamedTuple):
 def find_model(
     path: str, *, option: str = "model.path", revision: str | None = None
 ) -> pathlib.Path:
-    """The directory that `model.path` means: a directory, `bundled:NAME`, or a hub name
+    """Returns the directory that `model.path` means: a directory, `bundled:NAME`, or a hub name
     (downloaded).
 
     Args:
-      option: that the path was given with, for messages.
-      revision: of a hub name, the commit (see `revision_of`); None: the newest.
+      option: the option or field of the path, for messages.
+      revision: the commit of a hub name (see `revision_of`); None: the newest.
     """
     shown = given(option, path)
     if path.startswith("bundled:"):
@@ -77,7 +77,7 @@ def find_model(
     if kind == DIRECTORY:
         return directory
     if kind != ABSENT:
-        raise UserError(f"{shown} is {kind}; give the directory that has config.json.")
+        raise UserError(f"{shown} is {kind}; give the directory that contains config.json.")
     names = _names_in(directory.parent)
     hint = did_you_mean(directory.name, names, show=lambda name: directory.parent / name)
     if path.count("/") != 1 or path.startswith((".", "/")):
@@ -86,7 +86,7 @@ def find_model(
 
 
 def revision_of(directory: pathlib.Path) -> str | None:
-    """The commit of a hub model that lies in the hub's cache; None for other directories."""
+    """Returns the commit of a hub model that is in the hub's cache; None for other directories."""
     commit, place = directory.name, directory.absolute().parent
     is_cached = place.name == "snapshots" and place.parent.name.startswith("models--")
     return commit if is_cached and re.fullmatch(r"[0-9a-f]{40}", commit) else None
@@ -100,22 +100,22 @@ def _names_in(folder: pathlib.Path) -> list[str]:
 
 
 def _download(name: str, shown: str, hint: str, revision: str | None) -> pathlib.Path:
-    huggingface_hub = load_package("huggingface_hub", f"{shown} is no directory; the hub")
+    huggingface_hub = load_package("huggingface_hub", f"{shown} is not a directory; the hub")
     # Weights, configs and tokenizer files only: nothing that could be executed.
     patterns = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja"]
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
         )
-    except Exception as error:  # the hub client raises many kinds; all mean: not to be had
+    except Exception as error:  # the hub client raises many types; all mean: not available
         raise UserError(
-            f"{shown} is no directory here, and the hub did not give it "
+            f"{shown} is not a local directory, and downloading it from the hub failed "
             f"({type(error).__name__}). Give a local directory{f'; {hint}' if hint else '.'}"
         ) from error
 
 
 def read_config_json(directory: pathlib.Path) -> dict:
-    """Refuses what is no model directory, and says what it is."""
+    """Reads a model's config.json; refuses a directory that is no model, and says what it is."""
     file = directory / "config.json"
     is_there = kind_of(file) != ABSENT
     values = read_json(file) if is_there else {}
@@ -127,7 +127,7 @@ def read_config_json(directory: pathlib.Path) -> dict:
             f"{directory} is {described.what}, not a model directory; {described.as_model}."
         )
     if not is_there:
-        raise UserError(f"{directory} has no config.json; is it a Hugging Face model directory?")
+        raise UserError(f"{directory} has no config.json; give a Hugging Face model directory.")
     raise UserError(
         f"{file} does not name a model_type, so it is not the config of a transformers model"
         f"{_keys_of(values)}; give the directory of one."
@@ -139,7 +139,7 @@ def _keys_of(values: dict) -> str:
 
 
 def read_model_config(directory: pathlib.Path) -> ModelConfig:
-    """The architecture, with `tie_embeddings` as the weights on disk have it, if there are any.
+    """Returns the architecture; `tie_embeddings` is set by the weights on disk, if there are any.
 
     A config may say tied although the file has a head of its own; then the file is right.
     """
@@ -150,8 +150,8 @@ def read_model_config(directory: pathlib.Path) -> ModelConfig:
 
 
 def longest_positions(directory: pathlib.Path) -> int | None:
-    """The positions that the model was made for, rope scaling counted; None where its config.json
-    does not say.
+    """Returns the number of positions that the model was trained for, rope scaling included; None
+    if its config.json does not say.
 
     With linear, dynamic and yarn scaling `max_position_embeddings` may be the length before or
     behind the scaling; with the other kinds it is the one behind it.
@@ -178,12 +178,11 @@ def _positive(value) -> int | None:
     return value if is_count else None
 
 
-# ---------------------------------------------------------------------------------------------
-# headers
+# ------------------------------------------------------------------------------------------ headers
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
-    """Every tensor of the directory; with an index, exactly the tensors and files it lists."""
+    """Reads every tensor of the directory; with an index, exactly the tensors that it lists."""
     tensors: dict[str, TensorInfo] = {}
     weight_map = _read_index(directory)
     for file in _weight_files(directory, weight_map):
@@ -201,7 +200,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, TensorInfo]:
 
 
 def _read_index(directory: pathlib.Path) -> dict[str, str] | None:
-    """Tensor name -> file name, as the index says; None where there is no index."""
+    """Returns the index, tensor name -> file name; None if there is no index."""
     index = directory / INDEX
     if kind_of(index) == ABSENT:
         return None
@@ -248,18 +247,18 @@ def _weight_files(directory: pathlib.Path, weight_map: dict[str, str] | None) ->
         raise UserError(_no_weights(directory))
     for file in files:
         kind = kind_of(file)
-        if kind != FILE:  # a named pipe would block for ever
+        if kind != FILE:  # a named pipe would block forever
             raise UserError(f"{file} must be a file with weights, but it is {kind}.")
     return files
 
 
 def _no_weights(directory: pathlib.Path) -> str:
-    """What a directory has instead of a model's weights."""
+    """Describes what a directory has instead of a model's weights."""
     for file in visible_weights(directory):
         if kind := _other_kind(file):
             return (
-                f"{directory} has no weights of a model: {file.name} is {kind}. Expected is "
-                f"{SINGLE}, or shards with their index."
+                f"{directory} has no weights of a model: {file.name} is {kind}. Give a directory "
+                f"with {SINGLE}, or shards with their index."
             )
     pickles = (directory.glob(suffix) for suffix in ("*.bin", "*.pt", "*.pth"))
     names = sorted(file.name for files in pickles for file in files)
@@ -268,12 +267,14 @@ def _no_weights(directory: pathlib.Path) -> str:
 
 
 def visible_weights(directory: pathlib.Path) -> list[pathlib.Path]:
-    """All .safetensors files; macOS and others leave hidden ones (._model.safetensors) beside."""
+    """Returns all .safetensors files except hidden ones (._model.safetensors), which macOS and
+    others leave.
+    """
     return sorted(file for file in directory.glob("*.safetensors") if file.name[0] != ".")
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether there are weight files, or an index that names them."""
+    """Returns whether there are weight files, or an index that names them."""
     is_indexed = kind_of(directory / INDEX) != ABSENT
     return is_indexed or any(_other_kind(file) is None for file in visible_weights(directory))
 
@@ -293,25 +294,26 @@ def open_weights(file: pathlib.Path) -> Iterator:
             f"{file} is not a complete safetensors file: {error}; copy it again."
         ) from error
     except OSError as error:
-        raise UserError(f"{file} can not be read: {error}.") from error
+        raise UserError(f"{file} cannot be read: {error}.") from error
 
 
-# ---------------------------------------------------------------------------------------------
-# identity
+# ----------------------------------------------------------------------------------------- identity
 
 
 def fingerprint(directory: pathlib.Path) -> str:
-    """sha256 over what config.json means and the sizes and bytes of the weight files.
+    """Returns a sha256 over the meaning of config.json and the sizes and bytes of the weight files.
 
-    Of a file above 64 MiB only the header (names, shapes, dtypes), the end and evenly spaced
-    samples enter, so that hundreds of gigabytes take seconds: enough to tell models apart, not to
-    find a flipped bit.
+    Files above 64 MiB contribute only the header (names, shapes, dtypes), the end and evenly spaced
+    samples, so that hundreds of gigabytes take seconds: enough to distinguish models, not to find a
+    flipped bit.
     """
     return _digest(directory, _meaning(read_model_config(directory)))
 
 
 def legacy_fingerprint(directory: pathlib.Path) -> str:
-    """What `fingerprint` was before: of the values of config.json, however they are laid out."""
+    """Returns the older kind of fingerprint, over the values of config.json regardless of their
+    layout.
+    """
     values = {
         key: value
         for key, value in read_config_json(directory).items()
@@ -321,7 +323,7 @@ def legacy_fingerprint(directory: pathlib.Path) -> str:
 
 
 def same_base(stored: dict, directory: pathlib.Path) -> bool:
-    """Whether a directory has the base of a run; `stored` is the run's config.json.
+    """Returns whether a directory has the base of a run; `stored` is the run's config.json.
 
     Runs without `resolved` may have the fingerprint of either kind.
     """
@@ -332,9 +334,9 @@ def same_base(stored: dict, directory: pathlib.Path) -> bool:
 
 
 def _meaning(value):
-    """A config as JSON that stays the same when fields are added to its classes: fields that equal
-    their defaults are left out, and equal numbers look alike, also where libraries
-    round the last digit otherwise.
+    """Returns a config as JSON that stays the same when fields are added to its classes: fields
+    that equal their defaults are left out, and equal numbers have one form, even if libraries round
+    the last digit differently.
     """
     if dataclasses.is_dataclass(value):
         return {

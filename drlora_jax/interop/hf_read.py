@@ -1,8 +1,8 @@
 """Reads the weights of a Hugging Face model directory.
 
-The key table is strict: a tensor that no rule maps, a rule without its tensor, a wrong shape or
-dtype each is an error that names the key. Weights are streamed leaf by leaf and layer by layer into
-device buffers.
+The key table is strict: a tensor that no rule maps, a rule without its tensor, and a wrong shape or
+dtype are errors that name the key. Weights are streamed leaf by leaf and layer by layer into device
+buffers.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ READABLE_DTYPES = ("F32", "BF16", "F16")
 def match_keys(
     config: ModelConfig, tensors: dict[str, TensorInfo], abstract: dict
 ) -> dict[str, Slot]:
-    """The slot of every tensor on disk, after checking names, shapes and dtypes.
+    """Returns the slot of every tensor on disk, after checking names, shapes and dtypes.
 
     Args:
       abstract: our parameter tree of `jax.ShapeDtypeStruct`.
@@ -59,7 +59,7 @@ def match_keys(
     if unmapped:
         places = sorted({tensors[key].file.name for key in unmapped})
         raise UserError(
-            f"The weights have tensors that {config.family} does not: {_some(unmapped)} (in "
+            f"The weights have tensors that {config.family} models lack: {_some(unmapped)} (in "
             f"{_some(places)})."
         )
     for key, slot in table.items():
@@ -70,7 +70,7 @@ def match_keys(
 def _check_tensor(key: str, info: TensorInfo, expected: tuple[int, ...]) -> None:
     if info.shape != expected:
         raise UserError(
-            f"{key} has shape {list(info.shape)} in {info.file.name}, config.json makes it "
+            f"{key} has shape {list(info.shape)} in {info.file.name}, but config.json implies "
             f"{list(expected)}."
         )
     if info.dtype not in READABLE_DTYPES:
@@ -89,18 +89,20 @@ def _passed_over(tensors: dict[str, TensorInfo]) -> str:
     if not others:
         return ""
     read = _some(sorted(file.name for file in files))
-    return f" Read was {read}; {_some(others)} beside it was not, without an index that names it."
+    return f" Only {read} was read; {_some(others)} was not, because no index names it."
 
 
 def _check_counts(config: ModelConfig, tensors: dict[str, TensorInfo], layout: str) -> None:
-    """Before a table of every name is made: a config may claim a million layers or experts."""
+    """Checks the counts before every name is listed: a config may claim a million layers or
+    experts.
+    """
     counts = {"layers": config.num_layers}
     if layout == "experts" and config.moe:
         counts["experts"] = config.moe.routing.num_experts
     for what, count in counts.items():
         if count > len(tensors):
             raise UserError(
-                f"config.json makes {count} {what}, but the weights have only {len(tensors)} "
+                f"config.json implies {count} {what}, but the weights have only {len(tensors)} "
                 "tensors."
             )
 
@@ -129,7 +131,7 @@ def _disk_shape(slot: Slot, abstract: dict) -> tuple[int, ...]:
 def load_model(
     path: str, *, dtype: str = "float32", adapter: Placement = NO_ADAPTER
 ) -> tuple[Decoder, dict]:
-    """A decoder and its `params` on one device, from whatever `model.path` may be."""
+    """Loads a decoder and its `params` onto one device, from any `model.path`."""
     directory = find_model(path)
     config = read_model_config(directory)
     model = Decoder(config, DecoderOptions(dtype=jnp.dtype(dtype), adapter=adapter))
@@ -147,11 +149,11 @@ def load_params(
     abstract: dict,
     done: Callable[[], None] = lambda: None,
 ) -> dict:
-    """The parameter tree with the weights of the directory.
+    """Loads the weights of the directory into a parameter tree.
 
     Args:
-      abstract: tree of `jax.ShapeDtypeStruct`; with `sharding` set, leaves are placed accordingly.
-      done: called after each tensor that was read.
+      abstract: a tree of `jax.ShapeDtypeStruct`; leaves are placed on its shardings, if set.
+      done: called after each tensor.
 
     The host holds one layer of one leaf at a time.
     """
@@ -198,7 +200,7 @@ def _load_leaf(leaf: jax.ShapeDtypeStruct, by_layer: dict, read) -> jax.Array:
 
 @functools.cache
 def _layer_writer(sharding: jax.sharding.Sharding | None):
-    """A function that writes one layer in place, and the sharding of such a layer."""
+    """Returns a function that writes one layer in place, and the sharding of such a layer."""
 
     def write_layer(buffer, layer, index):
         return jax.lax.dynamic_update_index_in_dim(buffer, layer, index, axis=0)
@@ -220,7 +222,8 @@ def _fill(host: np.ndarray, entries: list[tuple[str, Slot]], read, *, skip: int)
 
 
 def disk_view(leaf: np.ndarray, slot: Slot, *, skip: int = 0) -> np.ndarray:
-    """The part of a leaf that a tensor on disk holds, in the orientation of the disk; a view.
+    """Returns the part of a leaf that a tensor on disk holds, in the orientation of the disk; a
+    view.
 
     Args:
       skip: leading axes of the parameter tree's leaf that `leaf` has not (1: it is of one layer).

@@ -1,5 +1,5 @@
-"""Writes Hugging Face model directories: parameters in the hub's layout (one tensor an expert), or
-a copy of another directory in which some tensors are changed.
+"""Writes Hugging Face model directories: parameters in the hub's layout (one tensor per expert), or
+a copy of another directory with some tensors changed.
 """
 
 import contextlib
@@ -50,8 +50,7 @@ def write_model(
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------------------------
-# another directory with some tensors changed
+# ------------------------------------------------------ another directory with some tensors changed
 
 
 def rewrite_model(
@@ -67,15 +66,15 @@ def rewrite_model(
 ) -> list[str]:
     """Writes `source` to the directory `target` with `change(key, value)` for the changed tensors.
 
-    Names, layout, order, dtypes and shards stay; every other tensor is the same bytes. One shard is
-    in memory at a time, and one without a change is copied. Returns what there is to say about the
-    files beside the weights.
+    Names, layout, order, dtypes and shards stay, and so do the bytes of every other tensor. One
+    shard is in memory at a time, and shards without a change are copied. Returns notes about the
+    files next to the weights.
 
     Args:
-      dtype: of every tensor; None: each keeps its own. A changed value is rounded to it once.
-      max_shard_bytes: cut into files of at most this size; None: the files that `source` has.
+      dtype: the dtype of every tensor; None: each keeps its own. A changed value is rounded once.
+      max_shard_bytes: the largest size of a file; None: shards as in `source`.
       end_token_ids: tokens that end a text, for `generation_config.json` and `config.json`.
-      tokenizer_settings: of tokenizer_config.json, where others are to stand than in `source`.
+      tokenizer_settings: values of tokenizer_config.json that replace those of `source`.
     """
     tensors = read_headers(source)
     notes = write_companions(
@@ -97,7 +96,7 @@ def rewrite_model(
 
 
 def rewritten_bytes(source: pathlib.Path, dtype: str | None) -> int:
-    """The size of the weights that `rewrite_model` writes."""
+    """Returns the size of the weights that `rewrite_model` writes."""
     return _size(read_headers(source), dtype)
 
 
@@ -111,7 +110,7 @@ def _same_shards(tensors: dict[str, TensorInfo]) -> dict[str, list[str]]:
 
 
 def _cut_shards(tensors, dtype: str | None, limit: int) -> dict[str, list[str]]:
-    """Tensors in their order, in files of at most `limit` bytes (a larger tensor is alone)."""
+    """Groups tensors in order into files of at most `limit` bytes; a larger tensor is alone."""
     groups, size = [[]], 0
     for key, info in tensors.items():
         bytes_here = _bytes(info, dtype)
@@ -139,7 +138,7 @@ def _bytes(info: TensorInfo, dtype: str | None) -> int:
 
 
 def _disk_dtype(info: TensorInfo, dtype: str | None) -> np.dtype:
-    # Buffers that are ignored in reading may be of any kind; they are taken for F32.
+    # Buffers that reading ignores may have any dtype; they count as F32.
     return np.dtype(dtype) if dtype else NUMPY_DTYPES.get(info.dtype, np.dtype(np.float32))
 
 
@@ -160,17 +159,17 @@ def _write_shard(file, keys, tensors, changed, change, dtype: str | None) -> Non
 
 
 def cast(name: str, value: np.ndarray, dtype) -> np.ndarray:
-    """The value in `dtype`; refuses one that is too large for it, which would become infinite."""
+    """Casts a value to `dtype`; refuses one that would overflow to infinity."""
     if value.dtype == dtype:
         return value
-    with np.errstate(over="ignore"):  # said below, with the name
+    with np.errstate(over="ignore"):  # reported below, with the name
         rounded = value.astype(dtype, copy=False)
     is_lost = np.isinf(rounded) & np.isfinite(value)
     if is_lost.any():
         kind = np.dtype(dtype)
         largest = float(np.abs(value[is_lost]).max())
         raise RunError(
-            f"{name} has a value of {largest:.4g}, but {kind.name} ends at "
+            f"{name} has a value of {largest:.4g}, but the largest {kind.name} is "
             f"{float(ml_dtypes.finfo(kind).max):.4g}. Give --dtype bfloat16 or float32."
         )
     return rounded

@@ -1,4 +1,4 @@
-"""Reads a model directory one layer at a time, so that a model of any size can be looked at on one
+"""Reads a model directory one layer at a time, so that a model of any size can be inspected on one
 machine: the host holds a layer, not the stack.
 """
 
@@ -26,18 +26,20 @@ class LayerReader:
         self._last: tuple[int, dict] | None = None
 
     def dtype(self, key: str) -> str:
-        """Of a tensor on disk, as safetensors names it."""
+        """Returns the dtype of a tensor on disk, as safetensors names it."""
         return self._tensors[key].dtype
 
     def layer(self, layer: Layer) -> dict:
-        """The parameters of one layer, as its block takes them. The last one read is kept."""
+        """Returns the parameters of one layer as its block reads them. The last layer stays in
+        memory.
+        """
         if self._last is None or self._last[0] != layer.number:
             self._last = None
             self._last = layer.number, self._read(self.keys(layer), skip=1)
         return self._last[1]
 
     def keys(self, layer: Layer) -> dict[str, Slot]:
-        """The tensors on disk of one layer; paths begin below the layer."""
+        """Returns the tensors on disk of one layer; paths begin below the layer."""
         where = (layer.segment, layer.unit)
         return {
             key: slot._replace(path=slot.path[2:])
@@ -46,7 +48,7 @@ class LayerReader:
         }
 
     def ends(self) -> dict:
-        """What lies outside the layers: embedding, final norm and head."""
+        """Returns the parameters outside the layers: embedding, final norm and head."""
         outside = {key: slot for key, slot in self.table.items() if not slot.index}
         return self._read(outside, skip=0)
 

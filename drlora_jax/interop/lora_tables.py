@@ -1,15 +1,15 @@
-"""What a trained adapter adds to a base, layer by layer, as every export needs it.
+"""Tables of what a trained adapter adds to a base model, layer by layer, for every export.
 
 For a matrix W [D_in, D_out] the adapted one is W + A^T B with rank rows a [R, D_in], b [R, D_out].
-The scale of the run is folded into B, and rows of inactive ranks are zero in both, so nothing but
-these arrays is needed to rebuild the function: no mask, no rank, no alpha.
+The scale of the run is folded into B, and rows of inactive ranks are zero in both, so these arrays
+alone define the function, without mask, rank or alpha.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from drlora_jax.models.architecture import Layer, ModelConfig
+from drlora_jax.models.architecture import Layer, Matrix, ModelConfig
 from drlora_jax.models.placement import Placement
 
 ROUTER = "moe/router"
@@ -30,20 +30,28 @@ class LayerUpdate(NamedTuple):
     """What the adapter adds to one layer; all arrays f32."""
 
     layer: Layer
+    matrices: tuple[Matrix, ...]  # of the layer; paths begin below it
     plain: dict[str, Pair]  # by module path below the layer, such as attention/q
     experts: dict[str, Pair]  # by role: gate, up or gate_up, and down
-    router_DE: np.ndarray | None  # added to the router; None where it was not trained
-    # With DoRA, by the same paths: m less the norms of the base's columns, [D_out].
+    router_DE: np.ndarray | None  # added to the router; None if it was not trained
+    # With DoRA, by the same paths: m less the norms of the base model's columns, [D_out].
     magnitudes: dict[str, np.ndarray]
+
+    def matrices_in(self, leaf: tuple[str, ...], half: int | None = None) -> list[Matrix]:
+        """Returns the matrices of a leaf of the layer's parameters, or of one half of its columns;
+        none in a norm or a bias.
+        """
+        found = (matrix for matrix in self.matrices if matrix.leaf == leaf)
+        return [matrix for matrix in found if half is None or matrix.half == half]
 
 
 def layer_updates(
     config: ModelConfig, adapter: Placement, lora: dict, ranks_LE: np.ndarray
 ) -> list[LayerUpdate]:
-    """What the `lora` collection (host arrays) means with these ranks.
+    """Returns the update of every layer for the `lora` collection (host arrays) at these ranks.
 
-    Pairs of experts have as many rows as the most active expert of any layer has ranks: a prefix is
-    active, the rest of the allocated rows is left out.
+    Pairs of experts have as many rows as the largest active rank of any layer: each expert's active
+    rows are a prefix, and the other allocated rows are left out.
     """
     expert_layers = list(adapter.expert_layers(config))
     roles = {"/".join(adapter.expert_place(role)): role for role in adapter.expert_roles()}
@@ -63,12 +71,15 @@ def layer_updates(
                 plain[path] = _pair(leaf, layer.repeat, adapter.scale)
                 if "magnitude_delta" in leaf:
                     magnitudes[path] = np.asarray(leaf["magnitude_delta"][layer.repeat])
-        found.append(LayerUpdate(layer, plain, experts, router_DE, magnitudes))
+        matrices = tuple(layer.config.matrices(config.width))
+        found.append(LayerUpdate(layer, matrices, plain, experts, router_DE, magnitudes))
     return found
 
 
 def _modules(tree: dict, path: str = ""):
-    """(path, {a, b, ...}) of every pair below a layer, and (path, array) of a router delta."""
+    """Yields (path, {a, b, ...}) of every pair below a layer, and (path, array) of a router
+    delta.
+    """
     for name, node in tree.items():
         here = f"{path}/{name}" if path else name
         if not isinstance(node, dict) or node.keys() >= {"a", "b"}:
@@ -77,22 +88,25 @@ def _modules(tree: dict, path: str = ""):
             yield from _modules(node, here)
 
 
-def _pair(factors: dict, repeat: int, scale: float) -> Pair:
-    return Pair(np.asarray(factors["a"][repeat]), np.asarray(factors["b"][repeat]) * scale)
+def _pair(matrices: dict, repeat: int, scale: float) -> Pair:
+    return Pair(np.asarray(matrices["a"][repeat]), np.asarray(matrices["b"][repeat]) * scale)
 
 
 def _active(pair: Pair, ranks_E: np.ndarray, rows: int) -> Pair:
-    """Rows of inactive ranks are zero in both; a matrix that the experts share is repeated."""
+    """Zeroes the rows of inactive ranks in both matrices; a matrix that experts share is
+    repeated.
+    """
     is_active_ER1 = (np.arange(rows)[None] < ranks_E[:, None])[..., None]
     return Pair(*(np.where(is_active_ER1, part[:, :rows], np.float32(0)) for part in pair))
 
 
-# ---------------------------------------------------------------------------------------------
-# gate and up
+# -------------------------------------------------------------------------------------- gate and up
 
 
 def expert_pair(experts: dict[str, Pair], role: str) -> Pair | None:
-    """The pair of gate, up or down alone; None where the adapter leaves that matrix as it is."""
+    """Returns the pair of gate, up or down alone; None if the adapter leaves that matrix
+    unchanged.
+    """
     if role in experts or role == "down" or "gate_up" not in experts:
         return experts.get(role)
     a, b = experts["gate_up"]
@@ -101,10 +115,10 @@ def expert_pair(experts: dict[str, Pair], role: str) -> Pair | None:
 
 
 def fused_pair(experts: dict[str, Pair]) -> Pair | None:
-    """One pair for the columns [gate | up].
+    """Returns one pair for the columns [gate | up].
 
-    Separate pairs become one of both ranks: A rows below each other, B block-diagonal. Exact, where
-    adding the pairs' rows up would mix them.
+    Separate pairs become one with the sum of their ranks: A rows below each other, B
+    block-diagonal. This is exact, whereas adding the pairs' rows would mix them.
     """
     if "gate_up" in experts:
         return experts["gate_up"]

@@ -1,35 +1,32 @@
-"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, its columns given lengths."""
+"""Adds an adapter to base weights: W + A^T B, in f32; with DoRA, columns are then rescaled."""
 
 import numpy as np
 
 from drlora_jax.adapters.lora import SMALLEST_NORM
-from drlora_jax.interop.lora_tables import ROUTER, LayerUpdate, Pair, expert_pair
+from drlora_jax.interop.lora_tables import LayerUpdate, Pair, expert_pair
+from drlora_jax.models.architecture import EXPERTS, ROUTER
 from drlora_jax.models.families import Slot
-
-GATE_UP, DOWN = "moe/gate_up", "moe/down"
-HALVES = ("gate", "up")  # of a gate_up leaf
 
 
 def delta(update: LayerUpdate, path: tuple[str, ...], weight: np.ndarray) -> np.ndarray | None:
-    """What the adapter adds to one leaf of the layer, f32 in the orientation of our tree.
+    """Returns the adapter's update of one leaf of the layer, f32, oriented as in our tree.
 
     Args:
       path: of the leaf below the layer, such as ("attention", "q", "kernel") or ("moe", "down").
-      weight: the base's leaf.
+      weight: the base model's leaf.
     """
-    name = "/".join(path)
-    if name == ROUTER:
+    matrices = update.matrices_in(path)
+    if not matrices:
+        return None
+    if matrices[0].kind == ROUTER:
         return update.router_DE
-    if name == DOWN:
-        return _product(expert_pair(update.experts, "down"))
-    if name == GATE_UP:
-        gate, up = (_product(expert_pair(update.experts, role)) for role in HALVES)
-        if gate is None and up is None:
+    if matrices[0].kind == EXPERTS:
+        parts = [_product(expert_pair(update.experts, matrix.role)) for matrix in matrices]
+        like = next((part for part in parts if part is not None), None)
+        if like is None:
             return None
-        parts = [np.zeros_like(up) if gate is None else gate]
-        parts.append(np.zeros_like(gate) if up is None else up)
-        return np.concatenate(parts, axis=-1)
-    name = name.removesuffix("/kernel")
+        return np.concatenate([np.zeros_like(like) if p is None else p for p in parts], axis=-1)
+    name = matrices[0].path
     added = _product(update.plain.get(name))
     if name not in update.magnitudes:
         return added
@@ -39,7 +36,9 @@ def delta(update: LayerUpdate, path: tuple[str, ...], weight: np.ndarray) -> np.
 
 
 def column_norms(weight_DF: np.ndarray) -> np.ndarray:
-    """f64 [D_out]; above zero, so that a column of zeros may be divided by its own."""
+    """Returns the norms of columns, f64 [D_out]; above zero, so that a column of zeros may be
+    divided by its own.
+    """
     return np.maximum(np.linalg.norm(weight_DF.astype(np.float64), axis=0), SMALLEST_NORM)
 
 
@@ -48,24 +47,24 @@ def _product(pair: Pair | None) -> np.ndarray | None:
 
 
 def merge_layer(params: dict, update: LayerUpdate) -> dict:
-    """One layer's f32 parameters with the adapter added."""
+    """Returns one layer's f32 parameters with the adapter added."""
 
-    def walk(tree: dict, path: tuple[str, ...]) -> dict:
+    def visit(tree: dict, path: tuple[str, ...]) -> dict:
         merged = {}
         for name, node in tree.items():
             here = (*path, name)
             if isinstance(node, dict):
-                merged[name] = walk(node, here)
+                merged[name] = visit(node, here)
                 continue
             added = delta(update, here, node)
             merged[name] = node if added is None else node + added
         return merged
 
-    return walk(params, ())
+    return visit(params, ())
 
 
 def adapted_tensors(table: dict[str, Slot], updates: list[LayerUpdate]) -> dict[str, LayerUpdate]:
-    """The tensors on disk that the adapter changes, with what their layer gets."""
+    """Returns the tensors on disk that the adapter changes, with what their layer gets."""
     by_layer = {update.layer.key: update for update in updates}
     found = {}
     for key, slot in table.items():
@@ -76,23 +75,24 @@ def adapted_tensors(table: dict[str, Slot], updates: list[LayerUpdate]) -> dict[
 
 
 def _is_adapted(update: LayerUpdate, slot: Slot) -> bool:
-    name = "/".join(slot.path[2:])
-    if name == ROUTER:
-        return update.router_DE is not None
-    if name == DOWN or name == GATE_UP:
-        roles = ("down",) if name == DOWN else HALVES if slot.half is None else (HALVES[slot.half],)
-        return any(expert_pair(update.experts, role) is not None for role in roles)
-    return name.removesuffix("/kernel") in update.plain
+    for matrix in update.matrices_in(slot.path[2:], slot.half):
+        if matrix.kind == ROUTER and update.router_DE is not None:
+            return True
+        if matrix.kind == EXPERTS and expert_pair(update.experts, matrix.role) is not None:
+            return True
+        if matrix.path in update.plain:
+            return True
+    return False
 
 
 def merge_tensor(value: np.ndarray, slot: Slot, update: LayerUpdate) -> np.ndarray:
-    """An adapted tensor as it is on disk, with the adapter added: f32, unless nothing is added.
+    """Adds the adapter to a tensor as it is on disk; returns f32, unless the update is zero.
 
-    An expert without an active rank keeps its tensor as it is, bit by bit.
+    An expert without an active rank keeps its tensor unchanged, bit for bit.
     """
     if len(slot.index) > 1:  # of one expert
-        role = "down" if slot.half is None else HALVES[slot.half]
-        pair = expert_pair(update.experts, role)
+        (matrix,) = update.matrices_in(slot.path[2:], slot.half)
+        pair = expert_pair(update.experts, matrix.role)
         added = pair.a[slot.index[1]].T @ pair.b[slot.index[1]]
     else:
         base = np.swapaxes(value, -1, -2) if slot.transpose else value

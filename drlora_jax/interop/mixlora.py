@@ -1,13 +1,13 @@
-"""MixLoRA adapters as MoE-PEFT and the package `mixlora` store them, to and from the `lora` tree.
+"""Converts MixLoRA adapters of MoE-PEFT and the package `mixlora` to and from the `lora` tree.
 
-Their adapter is a flat dict of f32 tensors under `mixlora.layers.{l}`: one pair a matrix of
-attention (`self_attn.q_proj.lora_A.weight` [r, in], `lora_B` [out, r]), one pair an expert and FFN
+Their adapter is a flat dict of f32 tensors under `mixlora.layers.{l}`: one pair per attention
+matrix (`self_attn.q_proj.lora_A.weight` [r, in], `lora_B` [out, r]), one pair per expert and FFN
 projection (`mlp.up_proj.experts.{i}.lora_A.weight`), and a router (`mlp.moe_gate.weight` [E, in]).
-Every pair has the same rank. Here an expert may have fewer ranks than another: what lies behind its
-active ones is written as zeros, and zeros at the end are read as inactive ranks.
+Every pair has the same rank. Here experts may have different ranks: rows behind the active ones are
+written as zeros, and zeros at the end are read as inactive ranks.
 
-One table, `locations`, is used in both directions. Values are moved, never computed with, unless a
-scale has to be folded into B (see `alpha_of`).
+One table, `locations`, serves both directions. Values are moved unchanged, unless a scale has to be
+folded into B (see `alpha_of`).
 """
 
 import re
@@ -21,20 +21,20 @@ from drlora_jax.adapters.mixlora import MixLora
 from drlora_jax.config import AdapterSection
 from drlora_jax.errors import UserError
 from drlora_jax.interop.hf_read import leaf_at
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import ATTENTION_ROLES, FFN_ROLES, ModelConfig
 from drlora_jax.models.families import key_table
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model"
 NO_DROPOUT = 1e-6  # their loader refuses 0
 ROUTINGS = ("mixlora", "mixlora-dynamic")
-_ACTIVATIONS = {"swish": "silu"}  # other names of the same
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+_ACTIVATIONS = {"swish": "silu"}  # synonyms
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 _LEGACY_ROLES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
 _LEGACY = re.compile(r"(mixlora\.layers\.\d+)\.(?:gate|experts\.(\d+)\.(\w+?))(\..*)")
 
 
 class Location(NamedTuple):
-    """One tensor of a file, and the slice of a leaf of `lora` that it is."""
+    """One tensor of a file, and its slice of a leaf of `lora`."""
 
     key: str
     path: tuple[str, ...]  # of the leaf
@@ -49,7 +49,7 @@ class Location(NamedTuple):
 
 
 def locations(config: ModelConfig, adapter: MixLora) -> Iterator[Location]:
-    """Every tensor of an adapter."""
+    """Yields the location of every tensor of an adapter."""
     numbers = {layer.key: layer.number for layer in config.layers()}
     for key, slot in key_table(config, "experts").items():
         *module, leaf = slot.path
@@ -71,11 +71,11 @@ def locations(config: ModelConfig, adapter: MixLora) -> Iterator[Location]:
         yield Location(key, path, (layer.repeat,), layer.number, None, True)
 
 
-# --------------------------------------------------------------------------------------------- out
+# ---------------------------------------------------------------------------------------------- out
 
 
 def alpha_of(scale: float, rank: int) -> tuple[int, float]:
-    """lora_alpha, which must be whole, and what B is multiplied by: 1 where scale * rank is whole,
+    """Returns lora_alpha, a whole number, and what B is multiplied by: 1 if scale * rank is whole,
     as it is for every usual scale.
     """
     alpha = round(scale * rank)
@@ -85,11 +85,11 @@ def alpha_of(scale: float, rank: int) -> tuple[int, float]:
 def pack(
     config: ModelConfig, adapter: MixLora, lora: dict, ranks_LE: np.ndarray
 ) -> tuple[dict[str, np.ndarray], int]:
-    """The tensors of a file, f32, and their rank: the largest that any pair needs."""
+    """Returns the tensors of a file, f32, and their rank: the largest that any pair needs."""
     if not ranks_LE.all():
         raise UserError(
-            f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have no rank; these files "
-            "have the same experts in every layer, each with a rank."
+            f"{int((ranks_LE == 0).sum())} of {ranks_LE.size} experts have rank 0, but this format "
+            "needs the same experts in every layer, each with a rank of at least 1."
         )
     has_plain = any("/attention/" in path for path in adapter.paths)
     rank = max(int(ranks_LE.max()), adapter.rank if has_plain else 0)
@@ -111,9 +111,9 @@ def pack(
 def describe(
     config: ModelConfig, adapter: MixLora, section: AdapterSection, rank: int, base: str
 ) -> dict:
-    """The values of adapter_config.json."""
+    """Returns the values of adapter_config.json."""
     roles = {path.rpartition("/")[2] for path in adapter.paths}
-    own = adapter.own_routing  # whose numbers may come from adapter.experts_per_layer
+    own = adapter.own_routing  # its numbers may come from adapter.experts_per_layer
     routing = {"routing_strategy": "mixlora", "top_k": own.experts_per_token}
     if section.top_p is not None:
         routing = {"routing_strategy": "mixlora-dynamic", "top_p": section.top_p}
@@ -137,24 +137,24 @@ def _activation(config: ModelConfig) -> str:
     return config.layers()[0].config.ffn.activation
 
 
-# ---------------------------------------------------------------------------------------------- in
+# ----------------------------------------------------------------------------------------------- in
 
 
 class Described(NamedTuple):
-    """What an adapter_config.json says."""
+    """The content of an adapter_config.json."""
 
     section: AdapterSection  # rank: of attention, as stored
     expert_rank: int  # as stored
 
 
 def read_description(values: Mapping, *, accept_top_p: bool = False) -> Described:
-    """Checks what can be read; raises UserError for the rest."""
+    """Reads adapter_config.json; raises UserError for settings that cannot be converted."""
     routing = _routing_of(values)
     own = dict(values) | dict(values.get("expert_lora") or {})
     if values.get("use_dora") or own.get("use_dora"):
         raise UserError(
-            f"{CONFIG}: use_dora: such adapters are stored without their magnitudes, so what was "
-            "trained is not in the file."
+            f"{CONFIG}: use_dora: such adapters are stored without their magnitudes, so the "
+            "trained model cannot be restored from the file."
         )
     if routing == "mixlora-dynamic":
         _check_dynamic(values, accept_top_p)
@@ -190,7 +190,7 @@ def _routing_of(values: Mapping) -> str:
     routing = "mixlora" if routing == "mixtral" else routing  # its name until August 2024
     if kind != "MIXLORA" or routing not in ROUTINGS:
         raise UserError(
-            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} can not be read; "
+            f"{CONFIG}: peft_type {kind!r} with routing_strategy {routing!r} cannot be read; "
             f"MIXLORA with {' or '.join(ROUTINGS)} can."
         )
     return routing
@@ -205,30 +205,32 @@ def _dropout(values: Mapping) -> float:
 
 
 def check_activation(values: Mapping, config: ModelConfig) -> None:
-    """Refuses experts with another activation than the base, which is what they have here."""
+    """Refuses experts whose activation differs from the base model's, the only one that they can
+    have here.
+    """
     own, name = _activation(config), values.get("act_fn")
     if name is not None and _ACTIVATIONS.get(str(name), name) != own:
         raise UserError(
-            f"{CONFIG}: act_fn {name!r}: its experts were trained with another activation than the "
-            f"base's, {own}, which is the only one that they can have here."
+            f"{CONFIG}: act_fn {name!r}: experts can only have the base model's activation here, "
+            f"which is {own}."
         )
 
 
 def _check_dynamic(values: Mapping, accept_top_p: bool) -> None:
     if values.get("temperature"):
         raise UserError(
-            f"{CONFIG}: temperature {values['temperature']} divides probabilities, which is not "
-            "supported; only 0 is."
+            f"{CONFIG}: temperature must be 0, because others are not supported, got "
+            f"{values['temperature']}."
         )
     if not accept_top_p:
         raise UserError(
-            f"{CONFIG}: routing by top_p is not renormalised by MoE-PEFT and is here, so outputs "
-            "differ by the sum of the chosen probabilities. Say that this is meant: --accept-top-p."
+            f"{CONFIG}: top_p routing is renormalised here but not in MoE-PEFT, so outputs differ "
+            "by the sum of the chosen probabilities. To convert it anyway, add --accept-top-p."
         )
 
 
 def modern_key(key: str) -> str:
-    """A key of files older than August 2024 under today's name; others unchanged."""
+    """Renames a key of files older than August 2024 to today's name; other keys stay."""
     found = _LEGACY.fullmatch(key)
     if found is None:
         return key
@@ -241,21 +243,23 @@ def modern_key(key: str) -> str:
 def check_tensors(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: MixLora
 ) -> dict[str, np.ndarray]:
-    """The tensors by today's names in f32; every one is known and there."""
+    """Returns the tensors by today's names in f32, after checking that none is missing or
+    unknown.
+    """
     tensors = {modern_key(key): np.asarray(value, np.float32) for key, value in tensors.items()}
     wanted = {place.key for place in locations(config, adapter)}
     for what, keys in (("lacks", wanted - tensors.keys()), ("also has", tensors.keys() - wanted)):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise UserError(f"the adapter {what} {min(keys)}{more}: not an adapter of this base.")
+            raise UserError(f"the adapter {what} {min(keys)}{more}: it is for another base model.")
     return tensors
 
 
 def used_ranks(
     tensors: Mapping[str, np.ndarray], config: ModelConfig, adapter: MixLora
 ) -> tuple[int, np.ndarray]:
-    """Ranks up to the last that is not zero: of plain pairs together, and i32 [L, E], at least 1:
-    tokens choose an expert of zeros as well, and get the base's FFN.
+    """Returns ranks up to the last nonzero row: one for all plain pairs, and i32 [L, E], at least
+    1, because tokens also choose an expert of zeros and get the base model's FFN.
     """
     ranks_LE = np.ones((config.num_layers, adapter.own_routing.num_experts), np.int32)
     plain = 0
@@ -278,8 +282,8 @@ def unpack(
     adapter: MixLora,
     abstract: dict,
 ) -> dict:
-    """The `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank rows than
-    the file, where those left out are zero.
+    """Builds the `lora` tree of host arrays; `abstract` has its shapes, and may have fewer rank
+    rows than the file, where those left out are zero.
     """
     lora = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     for place in locations(config, adapter):
@@ -290,7 +294,9 @@ def unpack(
             is_right = value.shape == target.shape
         if not is_right:
             got = list(tensors[place.key].shape)
-            raise UserError(f"the adapter's {place.key} is {got}: not an adapter of this base.")
+            raise UserError(
+                f"the adapter's {place.key} has shape {got}: it is for another base model."
+            )
         rows = min(len(value), len(target))
         target[:rows] = value[:rows]
     return lora

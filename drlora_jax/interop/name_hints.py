@@ -1,9 +1,9 @@
-"""Why tensor names are not those of a model, where a wrapper changed all of them alike."""
+"""Explains tensor names that are not those of a model because a wrapper changed all of them."""
 
 from collections.abc import Collection
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
-# Parts that wrappers put into names -> what wrapped the model, and how to save it without.
+# Parts that wrappers insert into names -> the wrapper, and how to save the model without it.
 _WRAPPERS = {
     "base_model.model.": ("PEFT", "save model.merge_and_unload()"),
     "base_layer.": ("PEFT", "save model.merge_and_unload()"),
@@ -17,7 +17,7 @@ _WRAPPERS = {
 
 
 def explain_names(expected: Collection[str], found: Collection[str]) -> str:
-    """A sentence about what all names have in common, or "" where that explains little."""
+    """Explains what all names have in common, or returns "" if that explains little."""
     expected, found = set(expected), set(found)
     parts = [part for part in _WRAPPERS if any(f".{part}" in f".{name}" for name in found)]
     bare = {_without(name, parts): name for name in found}
@@ -30,14 +30,14 @@ def explain_names(expected: Collection[str], found: Collection[str]) -> str:
     sentences = [_about_wrapper(part, found) for part in parts]
     if prefix not in ("model.", None) and _shared(prefix, found):
         sentences.append(
-            f" Names begin with {_shared(prefix, found)!r}, as where the model was saved as a part "
-            "of another module; save that part alone, or rename its tensors."
+            f" Names begin with {_shared(prefix, found)!r}, probably because the model was saved "
+            "as a part of another module; save that part alone, or rename its tensors."
         )
     elif prefix not in ("model.", None):
         start = f"begin with {prefix!r}" if prefix else "do not begin with 'model.'"
         sentences.append(
-            f" Names {start}, as where the model was saved without the class of its head; save it "
-            "as AutoModelForCausalLM, or rename its tensors."
+            f" Names {start}, probably because the model was saved without its head; save it as "
+            "AutoModelForCausalLM, or rename its tensors."
         )
     return "".join(sentences) + _about_head(expected - bare.keys())
 
@@ -50,13 +50,15 @@ def _without(name: str, parts: Collection[str]) -> str:
 
 
 def _prefix(names: Collection[str]) -> str | None:
-    """What stands before the embedding's name, which every family has."""
+    """Returns the prefix of the embedding's name, which every family has."""
     place = next((name for name in names if f".{name}".endswith(f".{_EMBEDDING}")), None)
     return None if place is None else place.removesuffix(_EMBEDDING)
 
 
 def _shared(prefix: str, found: Collection[str]) -> str:
-    """What a module of some other name put before every tensor, the head's too; "" if none did."""
+    """Returns the prefix that some other wrapper put before every tensor, the head included; "" if
+    none did.
+    """
     outer = prefix.removesuffix("model.")
     is_whole = outer != prefix and all(name.startswith(outer) for name in found)
     return outer if is_whole and any(name == f"{outer}{_HEAD}" for name in found) else ""
@@ -71,7 +73,7 @@ def _renamed(name: str, prefix: str) -> str:
 def _about_wrapper(part: str, found: Collection[str]) -> str:
     what, way = _WRAPPERS[part]
     place = "begin with" if all(name.startswith(part) for name in found) else "contain"
-    return f" Names {place} {part!r}: {what} wrapped the model that was saved; {way}, or rename."
+    return f" Names {place} {part!r}: {what} wrapped the saved model; {way}, or rename the tensors."
 
 
 def _about_head(missing: Collection[str]) -> str:

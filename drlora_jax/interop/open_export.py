@@ -1,12 +1,12 @@
-"""Opens an export with `transformers`, and an adapter with `peft`, as anybody would:
+"""Opens an export with `transformers`, and an adapter with `peft`, as users would:
 
     python open_export.py REQUEST.json ANSWER.json LOGITS.npz
 
-A program of its own, started by `opened.py`: torch and jax bring libraries of the same names for
+`opened.py` starts it as a separate program: torch and jax bring libraries with the same names for
 accelerators, and a model that does not fit into memory ends this process only. It needs neither
-jax nor drlora_jax. The request has layout, base, export, prompts (lists of token ids) and texts;
-the answer says what was found, or `unavailable` (the libraries do not work here), or `failed` (they
-do not take the export).
+jax nor drlora_jax. The request has layout, base, export, prompts (lists of token ids), texts and
+ids; the answer has the findings, or `unavailable` (the libraries do not work here), or `failed`
+(they cannot open the export).
 """
 
 import json
@@ -29,7 +29,7 @@ def answer_to(request: dict, logits_file: str) -> dict:
     names = ["torch", "transformers", *(["peft"] if request["layout"] != MERGED else [])]
     try:
         versions = {name: __import__(name).__version__ for name in names}
-    except Exception as error:  # a library that does not match another raises anything
+    except Exception as error:  # incompatible versions of libraries can raise anything
         return {"unavailable": describe(error)}
     try:
         model, found = open_model(request)
@@ -43,7 +43,7 @@ def answer_to(request: dict, logits_file: str) -> dict:
 
 
 def open_model(request: dict):
-    """The model, and what transformers made of its directory."""
+    """Opens the export; returns the model, and what transformers read from its directory."""
     if request["layout"] != MERGED:
         from peft import PeftModel
 
@@ -80,7 +80,7 @@ def load(directory: str):
 
 
 def tokenize(directory: str, texts: list[str]):
-    """Token ids of every text, or in words why there are none."""
+    """Returns the token ids of every text, or the reason why there are none."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,8 +1,8 @@
-"""Has an export opened by the libraries that will use it, where they are installed.
+"""Opens an export with the libraries that will use it, if they are installed.
 
-`open_export.py` does it in a process of its own; here is decided whether it can be done, and what
-came back is compared with the run: the logits of a few short prompts, the tie of the output head,
-the end tokens and the tokenizer's ids. Where it cannot be done, a line says so.
+`open_export.py` does so in a separate process; this module decides whether that is possible, and
+compares the results with the run: the logits of a few short prompts, the tie of the output head,
+the end tokens and the tokenizer's ids. If it is not possible, a line says so.
 """
 
 import importlib.metadata
@@ -29,12 +29,12 @@ from drlora_jax.system.text import counted
 MERGED = open_export.MERGED
 PROMPTS, PROMPT_LENGTH = 3, 16
 MIN_PEFT = (0, 20)  # older ones raise TypeError with transformers 5.24
-# Of f32 weights: the parts of experts are joined while they are read.
+# Relative to f32 weights: the parts of experts are joined while they are read.
 MEMORY_FACTOR, MEMORY_START = 1.3, 1 << 30
 
 
 class Export(NamedTuple):
-    """An export that was written and has computed what it must, and what it is compared with."""
+    """A written and verified export, and the values to compare it with."""
 
     layout: str  # merged, peft or peft-2d
     base: pathlib.Path
@@ -46,23 +46,25 @@ class Export(NamedTuple):
 
 
 def check_opened(export: Export) -> list[str]:
-    """What there is to say; RunError where the libraries do not read what was exported."""
+    """Opens the export with the libraries and returns the lines to print; raises RunError if they
+    do not read what was exported.
+    """
     reason = why_not(export)
     if reason is None:
         answer, logits = _ask(export)
         reason = answer.get("unavailable")
     if reason is not None:
-        return [f"files    names, shapes, dtypes and settings were checked; not opened: {reason}"]
+        return [f"files    names, shapes, dtypes and settings are right; not opened: {reason}"]
     return judge_answer(export, answer, logits)
 
 
 def why_not(export: Export) -> str | None:
-    """Why the export cannot be opened here, in words; None where it can."""
+    """Returns the reason why the export cannot be opened here; None if it can."""
     peft = [] if export.layout == MERGED else ["peft"]
     for name in ("torch", "transformers", *peft):
         if importlib.util.find_spec(name) is None:
             readers = " and ".join(["transformers", *peft])
-            return f"{name} is not installed, so the model itself was not loaded by {readers}"
+            return f"{name} is not installed, so {readers} did not load the model"
     version = _version("peft") if peft else None
     if version and _numbers(version) < MIN_PEFT:
         wanted = ".".join(map(str, MIN_PEFT))
@@ -70,26 +72,28 @@ def why_not(export: Export) -> str | None:
     needed, free = _memory_needed(export), available_memory()
     if free is not None and needed > free:
         return (
-            f"the model takes {needed / 2**30:.1f} GiB in float32, and {free / 2**30:.1f} GiB of "
+            f"the model needs {needed / 2**30:.1f} GiB in float32, but {free / 2**30:.1f} GiB of "
             "memory are free"
         )
     return None
 
 
 def judge_answer(export: Export, answer: dict, logits: list[np.ndarray]) -> list[str]:
-    """The lines for an answer of open_export.py; RunError where it is not what it must be."""
+    """Returns the lines to print for an answer of open_export.py; raises RunError if the answer is
+    not the expected one.
+    """
     with_what = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
     if "failed" in answer:
         raise RunError(f"the export cannot be opened with {with_what}: {answer['failed']}")
     notes = _judge_merged(export, answer) if export.layout == MERGED else []
     ours = [array[:PROMPT_LENGTH] for array in export.logits[:PROMPTS]]
     kls = [float(token_kl(a, b).max()) for a, b in zip(ours, logits, strict=True)]
-    # The middle one: in one prompt a tie in the choice of experts may go the other way.
+    # The median: in one prompt a tie in the choice of experts may be broken differently.
     kl = sorted(kls)[len(kls) // 2]
     if not kl <= MAX_KL:
         raise RunError(
-            f"opened with {with_what}, the export computes something else: KL {kl:.3g} nats per "
-            f"token, at most {MAX_KL:g} is allowed."
+            f"opened with {with_what}, the export computes something different: KL {kl:.3g} nats "
+            f"per token, at most {MAX_KL:g} is allowed."
         )
     return [
         f"opened   with {with_what}: {counted(len(kls), 'prompt')}, KL {kl:.1e} per token",
@@ -120,7 +124,7 @@ def _judge_tokenizer(export: Export, answer: dict) -> list[str]:
         return []
     if theirs != answer["base_tokenizer"]:
         raise RunError(
-            "transformers reads another tokenizer from the export than from the base model: "
+            "transformers reads a different tokenizer from the export than from the base model: "
             f"{_first_difference(answer['base_tokenizer'], theirs)}"
         )
     return [
@@ -148,8 +152,7 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-# ---------------------------------------------------------------------------------------------
-# memory and the process
+# --------------------------------------------------------------------------- memory and the process
 
 
 def _memory_needed(export: Export) -> int:
@@ -162,7 +165,7 @@ def _memory_needed(export: Export) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process may take, as Linux says; None elsewhere."""
+    """Returns the bytes that a new process may allocate, as Linux says; None elsewhere."""
     found = []
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
@@ -180,7 +183,7 @@ def available_memory() -> int | None:
 
 
 def make_request(export: Export) -> dict:
-    """What open_export.py is asked."""
+    """Returns the request for open_export.py."""
     return {
         "layout": export.layout,
         "base": str(export.base.resolve()),
@@ -192,15 +195,15 @@ def make_request(export: Export) -> dict:
 
 
 def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
-    """The answer of open_export.py, and its logits by prompt."""
+    """Runs open_export.py; returns its answer and its logits by prompt."""
     with tempfile.TemporaryDirectory(prefix="drlora-export-") as name:
         folder = pathlib.Path(name)
         files = [folder / file for file in ("request.json", "answer.json", "logits.npz")]
         files[0].write_text(json.dumps(make_request(export)), encoding="utf-8")
-        # -P: the folder of the script has modules with common names.
+        # -P, because the folder of the script has modules with common names.
         command = [sys.executable, "-P", open_export.__file__, *map(str, files)]
         quiet = {
-            "CUDA_VISIBLE_DEVICES": "",  # the accelerator is jax's
+            "CUDA_VISIBLE_DEVICES": "",  # jax uses the accelerator
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -219,6 +222,6 @@ def _ask(export: Export) -> tuple[dict, list[np.ndarray]]:
 
 def _end_in_words(ended: subprocess.CompletedProcess) -> str:
     if ended.returncode < 0:
-        return f"the process that opened it was ended by signal {-ended.returncode} (memory?)"
+        return f"the process was ended by signal {-ended.returncode} (out of memory?)"
     lines = ended.stderr.strip().splitlines() or ["no message"]
-    return f"the process that opened it ended with {ended.returncode}: {lines[-1]}"
+    return f"the process ended with exit code {ended.returncode}: {lines[-1]}"

@@ -1,15 +1,15 @@
-"""Reads an adapter as peft documents its files, to check what was written.
+"""Reads an adapter as peft documents its files, to verify what was written.
 
-Nothing here knows how the adapter was made: names and shapes of the files say what is added to
-which tensor of the base. With alpha and r of the config,
+Nothing here knows how the adapter was built: names and shapes in the files determine what is added
+to which tensor of the base model. With alpha and r of the config,
 
     a module        W [D_out, D_in] += alpha / r * B A,            A [r, D_in], B [D_out, r]
     fused experts   W_e [D_out, D_in] += alpha / r * B[:, :, e] A[e]
                     with A [E * r, D_in] as [E, r, D_in] and B [D_out, r * E] as [D_out, r, E]
     a saved module  W is replaced
 
-With a magnitude vector m [D_out] beside a module's pair (use_dora) the sum's rows are then given
-these lengths: W <- m W / ||W||, the norm by row.
+With a magnitude vector m [D_out] beside a module's pair (use_dora) the rows of the sum are then
+rescaled to these lengths: W <- m W / ||W||, with the norm per row.
 """
 
 import pathlib
@@ -32,7 +32,7 @@ WRAPPER = ".base_layer"
 
 
 class Update(NamedTuple):
-    """What happens to one tensor of the base."""
+    """The update of one tensor of the base model."""
 
     name: str
     a: np.ndarray | None  # as in the file; None: `b` replaces the tensor
@@ -52,11 +52,11 @@ class PeftFiles:
         for update in self._read(directory / WEIGHTS):
             slot = self._table.get(update.name)
             if slot is None or not slot.index:
-                raise RunError(f"{directory}: {update.name} is no tensor of a layer of the base.")
+                raise RunError(f"{directory}: the base model has no tensor {update.name}.")
             self._updates.setdefault((*slot.path[:2], slot.index[0]), []).append(update)
 
     def apply(self, params: dict, layer: Layer) -> dict:
-        """A copy of one layer's f32 parameters with the adapter of the files added."""
+        """Returns a copy of one layer's f32 parameters with the adapter of the files added."""
         updates = self._updates.get((layer.segment, layer.unit, layer.repeat), [])
         changed = {self._table[update.name].path[2:] for update in updates}
         params = _copy(params, changed)
@@ -86,7 +86,7 @@ class PeftFiles:
             with safe_open(file, framework="numpy") as handle:
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{file} can not be read back: {error}") from error
+            raise RunError(f"{file} cannot be read back: {error}") from error
         updates = []
         for key, value in tensors.items():
             name = key.removeprefix(PREFIX)
@@ -100,7 +100,7 @@ class PeftFiles:
         return updates
 
     def _target(self, module: str) -> str:
-        """The tensor of the base that a pair under this name is added to."""
+        """Returns the tensor of the base model that a pair with this name is added to."""
         inner = module.removesuffix(WRAPPER)
         names = {f"{inner}.{leaf}" for leaf in ("gate_up_proj", "down_proj")} & self._table.keys()
         targeted = [name for name in names if name.endswith(tuple(self._parameters))]
@@ -112,7 +112,7 @@ class PeftFiles:
 
 
 def _copy(tree: dict, changed: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> dict:
-    """The tree with own copies of the changed leaves; the others are shared."""
+    """Returns the tree with own copies of the changed leaves; the others are shared."""
     copied = {}
     for name, node in tree.items():
         here = (*path, name)

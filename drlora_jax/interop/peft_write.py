@@ -1,14 +1,14 @@
-"""Writes an adapter as `peft` reads it (docs/design.md has the versions), in one of two layouts.
+"""Writes an adapter as `peft` reads it (docs/design.md lists the versions), in one of two layouts.
 
-    peft     experts are one 3-D parameter a layer, as transformers 5 holds them. A of all experts
-             is one matrix [E * r, D_in], expert after expert; of B [D_out, r * E] the expert is the
+    peft     experts are one 3-D parameter per layer, as in transformers 5. A of all experts is one
+             matrix [E * r, D_in], expert after expert; in B [D_out, r * E] the expert is the
              fastest index. gate and up are one parameter, so separate pairs become one.
-    peft-2d  one pair an expert and projection, [r, D_in] and [D_out, r], under the hub's names.
-             All three projections of all experts are there, because readers stack them.
+    peft-2d  one pair per expert and projection, [r, D_in] and [D_out, r], under the hub's names.
+             All three projections of all experts are written, because readers stack them.
 
 Every pair has the same rank r, padded with zeros, and lora_alpha = r: the scale is in B already.
-Ranks by name (`rank_pattern`) would take less room, but not every reader looks at them. A trained
-router is written whole, as a module to save; with DoRA so is the magnitude m beside each pair.
+Ranks by name (`rank_pattern`) would take less space, but not every reader supports them. A trained
+router is written whole, in modules_to_save; with DoRA the magnitude m is stored with each pair.
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.interop.lora_tables import LayerUpdate, Pair, expert_pair, fused_pair
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import EXPERTS, Matrix, ModelConfig
 from drlora_jax.models.families import Slot, key_table
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -30,9 +30,9 @@ FUSED, PER_EXPERT = "peft", "peft-2d"
 
 
 class Entry(NamedTuple):
-    """A pair and what it is added to."""
+    """A pair and its target."""
 
-    target: str  # name in the base: of a module, or of a parameter where experts are fused
+    target: str  # a module of the base model, or a parameter if experts are fused
     key: str  # the tensors are {key}.lora_A.weight and {key}.lora_B.weight
     pair: Pair  # [R, D_in] and [R, D_out], of a parameter with a leading [E]
     magnitude: np.ndarray | None = None  # of DoRA, [D_out]
@@ -43,14 +43,14 @@ class Entry(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What the two files of an adapter hold."""
+    """The content of an adapter's two files."""
 
     tensors: dict[str, np.ndarray]
     rank: int
     modules: list[str]
     parameters: list[str]
     saved_modules: list[str]
-    active_share: float  # of the stored rank rows, those that are not zero
+    active_share: float  # nonzero fraction of the stored rank rows
     is_dora: bool = False
 
 
@@ -61,11 +61,11 @@ def pack(
     layout: str,
     magnitudes: dict[tuple[int, str], np.ndarray] | None = None,
 ) -> Adapter:
-    """The adapter in one of the two layouts.
+    """Returns the adapter in one of the two layouts.
 
     Args:
-      routers: trained routers [D, E] by layer number, base and update added up.
-      magnitudes: of DoRA, m [D_out] by layer number and module path.
+      routers: trained routers [D, E] by layer number, base plus update.
+      magnitudes: DoRA's m [D_out] by layer number and module path.
     """
     magnitudes = magnitudes or {}
     fused = _names(key_table(config, "fused"))
@@ -75,7 +75,7 @@ def pack(
     tensors, saved = _tensors_of(entries, rank), []
     for update in updates:
         if update.layer.number in routers:
-            key = _name(fused, update, "moe", "router")  # of transformers 5 in both layouts
+            key = _name(fused, update, "moe", "router")  # transformers 5's name in both layouts
             tensors[PREFIX + key] = np.ascontiguousarray(routers[update.layer.number].T)
             saved.append(key.removesuffix(".weight"))
     used = sum(int(entry.pair.b.any(axis=-1).sum()) for entry in entries)
@@ -103,7 +103,7 @@ def _tensors_of(entries: list, rank: int) -> dict[str, np.ndarray]:
 
 
 def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[str, str]) -> None:
-    """Both files. `base` is what `base_model_name_or_path` says: a directory or a hub name."""
+    """Writes both files. `base` goes into `base_model_name_or_path`: a directory or a hub name."""
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -127,8 +127,7 @@ def write(directory: pathlib.Path, adapter: Adapter, base: str, metadata: dict[s
     save_file(adapter.tensors, directory / WEIGHTS, metadata={"format": "pt", **metadata})
 
 
-# ---------------------------------------------------------------------------------------------
-# arrays
+# ------------------------------------------------------------------------------------------- arrays
 
 
 def _pad(rows: np.ndarray, rank: int) -> np.ndarray:
@@ -138,19 +137,20 @@ def _pad(rows: np.ndarray, rank: int) -> np.ndarray:
 
 
 def pack_a(a: np.ndarray) -> np.ndarray:
-    """[R, D_in] as it is; [E, R, D_in] to [E * R, D_in], the expert slowest."""
+    """Reshapes [E, R, D_in] to [E * R, D_in], the expert slowest; [R, D_in] stays."""
     return np.ascontiguousarray(a.reshape(-1, a.shape[-1]))
 
 
 def pack_b(b: np.ndarray) -> np.ndarray:
-    """[R, D_out] to [D_out, R]; [E, R, D_out] to [D_out, R * E], the expert fastest."""
+    """Reshapes [R, D_out] to [D_out, R], and [E, R, D_out] to [D_out, R * E], the expert
+    fastest.
+    """
     if b.ndim == 2:
         return np.ascontiguousarray(b.T)
     return np.ascontiguousarray(b.transpose(2, 1, 0).reshape(b.shape[2], -1))
 
 
-# ---------------------------------------------------------------------------------------------
-# names
+# -------------------------------------------------------------------------------------------- names
 
 Names = dict[tuple, str]  # (segment, unit, repeat, path below the layer, expert, half) -> name
 
@@ -185,35 +185,35 @@ def _fused_entries(update: LayerUpdate, names: Names) -> Iterator[Entry]:
     gate_up, down = fused_pair(update.experts), update.experts.get("down")
     # peft wraps the module that holds both parameters twice, gate_up inside; a single wrapper is
     # outside whichever parameter it is for.
-    for leaf, pair, is_inside in (("gate_up", gate_up, down is not None), ("down", down, False)):
+    leaves = {matrix.half is not None: matrix.leaf for matrix in _experts(update)}
+    for leaf, pair, is_inside in (
+        (leaves[True], gate_up, down is not None),
+        (leaves[False], down, False),
+    ):
         if pair is not None:
-            parameter = _name(names, update, "moe", leaf)
+            parameter = _name(names, update, *leaf)
             module = parameter.rpartition(".")[0]
             yield Entry(parameter, f"{module}.base_layer" if is_inside else module, pair)
 
 
 def _expert_entries(update: LayerUpdate, names: Names) -> Iterator[Entry]:
-    pairs = {role: expert_pair(update.experts, role) for role in ("gate", "up", "down")}
-    moe, width = update.layer.config.ffn, _model_width(update.experts)
-    shapes = {"gate": (width, moe.expert_dim), "up": (width, moe.expert_dim)}
-    shapes["down"] = (moe.expert_dim, width)
-    for role, pair in pairs.items():
-        leaf, half = ("down", None) if role == "down" else ("gate_up", ("gate", "up").index(role))
-        for expert in range(moe.routing.num_experts):
-            zeros = Pair(*(np.zeros((1, size), np.float32) for size in shapes[role]))
+    for matrix in _experts(update):
+        pair = expert_pair(update.experts, matrix.role)
+        for expert in range(matrix.count):
+            sizes = (matrix.in_features, matrix.out_features)
+            zeros = Pair(*(np.zeros((1, size), np.float32) for size in sizes))
             own = zeros if pair is None else Pair(pair.a[expert], pair.b[expert])
-            module = _module(_name(names, update, "moe", leaf, expert=expert, half=half))
-            yield Entry(module, module, own)
+            name = _name(names, update, *matrix.leaf, expert=expert, half=matrix.half)
+            yield Entry(_module(name), _module(name), own)
 
 
-def _model_width(experts: dict[str, Pair]) -> int:
-    role, pair = next(iter(experts.items()))
-    return (pair.b if role == "down" else pair.a).shape[-1]
+def _experts(update: LayerUpdate) -> list[Matrix]:
+    return [matrix for matrix in update.matrices if matrix.kind == EXPERTS]
 
 
 def _shorten(targets: list[str], names: Names, parts: int) -> list[str]:
-    """Targets by their last `parts` names, as peft matches them; in full where that would match
-    others of the layout that are not adapted.
+    """Shortens targets to their last `parts` names, as peft matches them; a target stays whole
+    where its short name would also match something that is not adapted.
     """
 
     def tail(name: str) -> str:

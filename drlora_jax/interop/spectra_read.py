@@ -1,13 +1,11 @@
-"""The spectra of a model's weight matrices, read from its directory one matrix at a time, and a
-cache of them.
+"""Computes the spectra of a model's weight matrices, one matrix at a time, and caches them.
 
-Counted are the matrices of attention and of the FFN, each expert by itself: q, k, v, o, gate, up
-and down. Where a tensor holds several (experts fused into one, gate above up) it is taken apart.
-Routers, norms, biases, embedding and head are left out.
+The matrices are those of attention and of the FFN, each expert separately: q, k, v, o, gate, up and
+down. A tensor that holds several (fused experts, gate above up) is split. Routers, norms, biases,
+embedding and head are left out.
 
-The cache is a folder for each fingerprint of a model with a file for each layer, written when the
-layer is done: an analysis that was stopped goes on there. A file that is damaged or of something
-else counts as absent.
+The cache has a folder per model fingerprint with a file per layer, written when the layer is done,
+so that an interrupted analysis resumes. Damaged and foreign files count as absent.
 """
 
 import contextlib
@@ -34,15 +32,20 @@ from drlora_jax.interop.hf_files import (
     read_headers,
 )
 from drlora_jax.interop.hf_read import match_keys
-from drlora_jax.models.architecture import ModelConfig
+from drlora_jax.models.architecture import (
+    ATTENTION_ROLES,
+    FFN_ROLES,
+    ROUTER,
+    Matrix,
+    ModelConfig,
+)
 from drlora_jax.models.families import Slot
 from drlora_jax.models.options import DecoderOptions
 from drlora_jax.models.transformer import Decoder, abstract_params
 from drlora_jax.system.paths import cache_folder, local_path
 
 METHOD = "eigenvalues of the smaller Gram matrix, float64, version 1"
-HALVES = ("gate", "up")  # rows of a fused tensor, in this order
-ROLES = ("q", "k", "v", "o", *HALVES, "down")
+ROLES = (*ATTENTION_ROLES, *FFN_ROLES)
 SLOW = 2.0  # seconds; a layer that took longer is reported
 
 
@@ -70,11 +73,11 @@ class MatrixFit(NamedTuple):
 
 
 class LayerFit(NamedTuple):
-    """What is known of a layer."""
+    """The exponents of a layer."""
 
     layer: int
     matrices: list[MatrixFit]
-    is_cached: bool  # the spectra were there already
+    is_cached: bool  # whether the spectra came from the cache
 
     @property
     def alpha(self) -> float:
@@ -90,15 +93,16 @@ def fit_layers(
     cache: pathlib.Path | None = None,
     threads: int = 1,
 ) -> Iterator[LayerFit]:
-    """Every layer in order, each when it is done. The host holds one matrix a thread at a time.
+    """Yields every layer in order, each as soon as it is done. The host holds one matrix per thread
+    at a time.
 
     Args:
-      cache: a folder for the spectra of any number of models, which is made; none where None.
-      threads: matrices at once. More than one is of use where BLAS has one thread itself.
+      cache: a folder for the spectra of any number of models, created if needed; None: no cache.
+      threads: matrices computed at once. More than one helps if BLAS itself uses one thread.
 
     Raises:
-      UserError: weights that are not those of config.json, or a matrix without an exponent.
-      RunError: the cache can not be written.
+      UserError: if the weights do not match config.json, or a matrix has no exponent.
+      RunError: if the cache cannot be written.
     """
     by_layer = find_matrices(config, directory)
     identity = _identity(directory, cache)
@@ -117,7 +121,7 @@ def fit_layers(
 
 
 def with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]:
-    """The same, with a line on standard error for each that took a while."""
+    """Yields the layers, and prints a line to standard error for each that took a while."""
     start = time.monotonic()
     for fit in layers:
         seconds = time.monotonic() - start
@@ -132,48 +136,50 @@ def with_progress(layers: Iterator[LayerFit], total: int) -> Iterator[LayerFit]:
         start = time.monotonic()
 
 
-# ---------------------------------------------------------------------------------------------
-# matrices
+# ----------------------------------------------------------------------------------------- matrices
 
 
 def find_matrices(config: ModelConfig, directory: pathlib.Path) -> list[list[WeightMatrix]]:
-    """The matrices of every layer, after checking all names and shapes on disk."""
+    """Returns the matrices of every layer, after checking all names and shapes on disk."""
     tensors = read_headers(directory)
     abstract = abstract_params(Decoder(config, DecoderOptions()))
-    numbers = {layer.key: layer.number for layer in config.layers()}
-    by_layer: list[list[WeightMatrix]] = [[] for _ in numbers]
+    layers = {layer.key: layer for layer in config.layers()}
+    by_layer: list[list[WeightMatrix]] = [[] for _ in layers]
     for key, slot in match_keys(config, tensors, abstract).items():
         if slot.index:
-            layer = numbers[(*slot.path[:2], slot.index[0])]
-            by_layer[layer] += _matrices_in(key, slot, tensors[key], layer)
+            layer = layers[(*slot.path[:2], slot.index[0])]
+            matrices = [
+                matrix
+                for matrix in layer.config.matrices(config.width)
+                if matrix.kind != ROUTER and matrix.leaf == slot.path[2:]
+            ]
+            by_layer[layer.number] += _matrices_in(key, slot, tensors[key], layer.number, matrices)
     for found in by_layer:
         found.sort(key=lambda each: (each.expert or 0, ROLES.index(each.role)))
     return by_layer
 
 
-def _matrices_in(key: str, slot: Slot, info: TensorInfo, layer: int) -> Iterator[WeightMatrix]:
-    """The matrices of one tensor; none in a norm, a bias or a router."""
-    leaf = slot.path[-1]
-    if leaf == "kernel":
-        yield WeightMatrix(layer, slot.path[-2], None, key, info.file, (), info.shape)
-        return
-    if slot.path[-2] != "moe" or leaf not in ("gate_up", "down"):
+def _matrices_in(
+    key: str, slot: Slot, info: TensorInfo, layer: int, matrices: list[Matrix]
+) -> Iterator[WeightMatrix]:
+    """Yields the matrices of one tensor, of those in its leaf; none for a norm, bias or router."""
+    matrices = [each for each in matrices if slot.half is None or each.half == slot.half]
+    if not matrices:
         return
     *stacked, rows, columns = info.shape
-    is_fused = leaf == "gate_up" and slot.half is None
-    if is_fused:
-        rows //= 2
-        parts = {role: (slice(i * rows, (i + 1) * rows),) for i, role in enumerate(HALVES)}
-    else:
-        parts = {leaf if slot.half is None else HALVES[slot.half]: ()}
-    for expert in range(stacked[0]) if stacked else slot.index[1:]:
-        for role, part in parts.items():
+    rows //= len(matrices)
+    is_fused = len(matrices) > 1  # one above the other
+    parts = [(slice(i * rows, (i + 1) * rows),) if is_fused else () for i in range(len(matrices))]
+    for expert in range(stacked[0]) if stacked else slot.index[1:] or (None,):
+        for matrix, part in zip(matrices, parts, strict=True):
             index = (expert, *part) if stacked else part
-            yield WeightMatrix(layer, role, expert, key, info.file, index, (rows, columns))
+            yield WeightMatrix(layer, matrix.role, expert, key, info.file, index, (rows, columns))
 
 
 def read_matrix(matrix: WeightMatrix) -> np.ndarray:
-    """As on disk, [out, in]; of a tensor that holds several only this one is read."""
+    """Reads one matrix as on disk, [out, in]; of a tensor that holds several only this one is
+    read.
+    """
     with open_weights(matrix.file) as handle:
         return handle.get_slice(matrix.key)[matrix.index or slice(None)]
 
@@ -190,7 +196,7 @@ def _fit(matrix: WeightMatrix, eigenvalues_N: np.ndarray, estimator: Estimator) 
 
 @contextlib.contextmanager
 def _naming(matrix: WeightMatrix) -> Iterator[None]:
-    """Says which matrix it was that has no exponent."""
+    """Adds the name of the matrix to an error about its exponent."""
     try:
         yield
     except UserError as error:
@@ -199,12 +205,11 @@ def _naming(matrix: WeightMatrix) -> Iterator[None]:
         raise UserError(f"{matrix.file}, {matrix.key} ({place}): {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------
-# cache
+# -------------------------------------------------------------------------------------------- cache
 
 
 def _identity(directory: pathlib.Path, cache: pathlib.Path | None) -> str:
-    """The model's fingerprint: the older one where spectra are kept under it."""
+    """Returns the model's fingerprint; the older one if spectra are stored under it."""
     if cache:
         older = legacy_fingerprint(directory)
         if (cache / older[:32]).is_dir():
@@ -213,13 +218,13 @@ def _identity(directory: pathlib.Path, cache: pathlib.Path | None) -> str:
 
 
 def default_cache() -> pathlib.Path:
-    """Below the user's folder of caches."""
+    """Returns the default folder, below the user's cache folder."""
     return cache_folder("spectra")
 
 
 def open_cache(path: str | None) -> pathlib.Path | None:
-    """The folder, made. Without the default one the analysis goes on; one that was named must be
-    there.
+    """Returns the cache folder, created if needed. The analysis goes on without the default folder;
+    one that the user named must be writable.
     """
     folder = default_cache() if path is None else local_path(path, "--cache")
     try:
@@ -230,8 +235,8 @@ def open_cache(path: str | None) -> pathlib.Path | None:
     if reason is None:
         return folder
     if path is not None:
-        raise UserError(f"--cache {path} can not be written: {reason}; give another directory.")
-    print(f"no cache    {folder} can not be written: {reason}", file=sys.stderr)
+        raise UserError(f"--cache {path} cannot be written: {reason}; give another directory.")
+    print(f"no cache    {folder} cannot be written: {reason}", file=sys.stderr)
     return None
 
 
@@ -246,7 +251,7 @@ def _digest(spectra: dict[str, np.ndarray], identity: str) -> str:
 def _load(
     file: pathlib.Path, matrices: list[WeightMatrix], identity: str
 ) -> dict[str, np.ndarray] | None:
-    """The spectra of a layer, or None where the file does not hold exactly these, undamaged."""
+    """Returns the spectra of a layer, or None unless the file holds exactly these, undamaged."""
     try:
         with safe_open(file, framework="numpy") as handle:
             stored = (handle.metadata() or {}).get("sha256")
@@ -261,7 +266,7 @@ def _load(
 
 
 def _store(file: pathlib.Path, spectra: dict[str, np.ndarray], identity: str) -> None:
-    """Whole or not at all, also when two processes write the same."""
+    """Writes a file whole or not at all, also when two processes write the same one."""
     data = save(spectra, metadata={"sha256": _digest(spectra, identity)})
     draft = file.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -270,6 +275,6 @@ def _store(file: pathlib.Path, spectra: dict[str, np.ndarray], identity: str) ->
         os.replace(draft, file)
     except OSError as error:
         raise RunError(
-            f"{file} can not be written: {error.strerror}. The layers before it are kept; give "
+            f"{file} cannot be written: {error.strerror}. The layers before it are kept; give "
             "another --cache, or --no-cache."
         ) from error

@@ -1,8 +1,8 @@
-"""Compares models on text, layer by layer: what an export must show before it is kept.
+"""Compares models on text, layer by layer, to verify an export before it is kept.
 
-A `Variant` is a model as two functions that give its weights, of one layer at a time, in f32. All
-variants go through the stack together, so the memory is that of a layer of each, whatever the
-model's size. A prompt on which two variants choose other experts somewhere is told apart: between
+A `Variant` is a model given by two functions that return its weights, one layer at a time, in f32.
+All variants pass through the stack together, so memory holds one layer of each, whatever the
+model's size. Prompts on which two variants choose different experts are counted separately: between
 equal models that is a tie broken by rounding, and its logits say nothing.
 """
 
@@ -31,7 +31,7 @@ TEXTS = (
     '"Where have you been?" she asked. He put down his bag, and for a while he said nothing.',
     "Let f(x) = 2x + 1. Then f(f(3)) = 2 * 7 + 1 = 15. If f(x) = 9, what is x?",
 )
-LENGTH = 64  # tokens of a prompt at most
+LENGTH = 64  # largest number of tokens of a prompt
 
 
 class Variant(NamedTuple):
@@ -41,10 +41,10 @@ class Variant(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Of one variant, by prompt."""
+    """The outputs of one variant, by prompt."""
 
     logits: list[np.ndarray]  # f32 [T, V]
-    choices: list[np.ndarray]  # [L, E], how often each expert was chosen; [0] for a dense model
+    choices: list[np.ndarray]  # [L, E], assignments per expert; [0] for a dense model
 
 
 class Comparison(NamedTuple):
@@ -54,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 def make_prompts(tokenizer, vocabulary: int) -> list[np.ndarray]:
-    """Token ids of the texts, at most LENGTH each."""
+    """Returns the token ids of the texts, at most LENGTH each."""
     every = [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS]
     return [np.array([i for i in ids if i < vocabulary][:LENGTH], np.int32) for ids in every]
 
@@ -62,7 +62,9 @@ def make_prompts(tokenizer, vocabulary: int) -> list[np.ndarray]:
 def run_variants(
     config: ModelConfig, variants: dict[str, Variant], prompts: list[np.ndarray]
 ) -> dict[str, Outputs]:
-    """Logits and expert choices of every variant on every prompt, in f32 at full precision."""
+    """Computes logits and expert choices of every variant on every prompt, in f32 at full
+    precision.
+    """
     with jax.default_matmul_precision("highest"):
         hidden, choices = {}, {name: [[] for _ in prompts] for name in variants}
         for name, variant in variants.items():
@@ -102,7 +104,7 @@ def _block(config: ModelConfig, layer: LayerConfig, adapter: Placement):
 
 
 def _padded(rows: np.ndarray) -> np.ndarray:
-    """With zeros at the end up to LENGTH, so that a block is compiled once."""
+    """Pads with zeros up to LENGTH, so that a block is compiled once."""
     return np.pad(rows, [(0, LENGTH - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
@@ -115,8 +117,7 @@ def _logits(config: ModelConfig, ends: dict, hidden: list, prompts: list) -> lis
     return found
 
 
-# ---------------------------------------------------------------------------------------------
-# comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def compare(reference: Outputs, candidate: Outputs) -> Comparison:
@@ -133,7 +134,7 @@ def compare(reference: Outputs, candidate: Outputs) -> Comparison:
 
 
 def token_kl(logits_TV: np.ndarray, others_TV: np.ndarray) -> np.ndarray:
-    """KL(p || q) of every token in nats, in f64, for the logits of p and q."""
+    """Computes KL(p || q) of every token in nats, in f64, from the logits of p and q."""
     log_p, log_q = (_log_softmax(array.astype(np.float64)) for array in (logits_TV, others_TV))
     return np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
 
@@ -144,6 +145,6 @@ def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
 
 
 def largest_change(one: Outputs, other: Outputs) -> float:
-    """Largest difference of a logit."""
+    """Returns the largest difference of a logit."""
     pairs = zip(one.logits, other.logits, strict=True)
     return max(float(np.abs(a - b).max()) for a, b in pairs)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 ATTENTION_ROLES = ("q", "k", "v", "o")
 FFN_ROLES = ("gate", "up", "down")
 INTO_RESIDUAL = ("o", "down")  # roles whose output is added to the residual stream
+HALVES = ("gate", "up")  # of the fused matrix gate_up of an expert, in this order
 
 # What a matrix is part of.
 ATTENTION, FFN, EXPERTS, ROUTER = "attention", "ffn", "experts", "router"
@@ -84,6 +85,10 @@ class Matrix(NamedTuple):
     out_features: int
     count: int = 1
     active: int = 1  # of the `count`, those that one token is multiplied with
+    # The leaf of the layer's parameters that holds it, and which half of the leaf's columns it is
+    # where two matrices are fused.
+    leaf: tuple[str, ...] = ()
+    half: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -123,15 +128,17 @@ class LayerConfig:
                 yield _matrix(f"mlp/{role}", role, FFN, width, self.ffn.hidden_dim)
             return
         experts, chosen = self.ffn.routing.num_experts, self.ffn.routing.experts_per_token
-        yield Matrix("moe/router", "router", ROUTER, width, experts)
+        yield Matrix("moe/router", "router", ROUTER, width, experts, leaf=("moe", "router"))
         for role in FFN_ROLES:
             matrix = _matrix(f"moe/{role}", role, EXPERTS, width, self.ffn.expert_dim)
-            yield matrix._replace(count=experts, active=chosen)
+            half = HALVES.index(role) if role in HALVES else None
+            leaf = ("moe", role if half is None else "gate_up")
+            yield matrix._replace(count=experts, active=chosen, leaf=leaf, half=half)
 
 
 def _matrix(path: str, role: str, kind: str, width: int, inner: int) -> Matrix:
     shape = (inner, width) if role in INTO_RESIDUAL else (width, inner)
-    return Matrix(path, role, kind, *shape)
+    return Matrix(path, role, kind, *shape, leaf=(*path.split("/"), "kernel"))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from drlora_jax.models.architecture import AttentionConfig
 from drlora_jax.models.layers import Projection, RmsNorm, rotate
-from drlora_jax.models.options import DecoderOptions
-from drlora_jax.models.remat import keep
+from drlora_jax.models.options import DecoderOptions, keep
 from drlora_jax.models.routing import RoutingStats
 from drlora_jax.ops.attention.api import attend_cached
 

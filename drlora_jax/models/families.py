@@ -1,10 +1,10 @@
 """Model families as data: how to read a Hugging Face `config.json`, and which tensor on disk goes
 where.
 
-A `Slot` says where a tensor lies in our parameter tree: the leaf, the index into its leading axes
+A `Slot` says where a tensor is in our parameter tree: the leaf, the index into its leading axes
 (repeat, expert), the columns of a fused gate|up matrix, and whether the matrix is transposed (torch
 keeps (out, in)). The key table of a model maps every tensor name on disk to its slot, in one of two
-layouts: `experts` (one 2-D tensor an expert, as on the hub) and `fused` (one 3-D tensor a layer, as
+layouts: `experts` (a 2-D tensor per expert, as on the hub) and `fused` (a 3-D tensor per layer, as
 transformers 5 holds them in memory).
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import (
+    FFN_ROLES,
     AttentionConfig,
     DenseFfnConfig,
     LayerConfig,
@@ -65,7 +66,7 @@ class Family:
             return keys | self._moe_keys(layer.ffn, layout)
         return keys | {
             f"mlp.{role}_proj.weight": Slot(("mlp", role, "kernel"), transpose=True)
-            for role in ("gate", "up", "down")
+            for role in FFN_ROLES
         }
 
     def _moe_keys(self, moe: MoeConfig, layout: Layout) -> dict[str, Slot]:
@@ -156,7 +157,7 @@ def parse_config(values: dict) -> ModelConfig:
 
 
 def _check_types(values: dict) -> None:
-    """Refuses a field that can not be what its name says; null passes, as an absent field does."""
+    """Refuses a field that cannot be what its name says; null passes, as an absent field does."""
 
     def check(names, rule: str, is_right: Callable) -> None:
         for name in names:
@@ -370,6 +371,6 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Family(
         parse=_parse_olmoe,
         router="mlp.gate.weight",
-        experts={role: f"mlp.experts.{{e}}.{role}_proj.weight" for role in ("gate", "up", "down")},
+        experts={role: f"mlp.experts.{{e}}.{role}_proj.weight" for role in FFN_ROLES},
     ),
 }

@@ -5,8 +5,7 @@ import jax
 
 from drlora_jax.models.architecture import DenseFfnConfig
 from drlora_jax.models.layers import Projection
-from drlora_jax.models.options import DecoderOptions
-from drlora_jax.models.remat import keep
+from drlora_jax.models.options import DecoderOptions, keep
 from drlora_jax.models.routing import RoutingStats
 from drlora_jax.ops.experts.shared import ACTIVATIONS
 

@@ -1,18 +1,17 @@
-"""Routing: which experts a token goes to, with which weights, and what is counted of it.
+"""Routing: the experts of each token, their weights, and statistics of the choices.
 
 Routers run in f32 whatever the model's dtype: in bf16 several per cent of the tokens choose other
 experts. Routing statistics are plain outputs, summed over valid tokens, so that they add over
-micro-batches and shards. An expert may be closed: it is never chosen and has no part in the
-softmax, as if it were not there.
+micro-batches and shards. A logit of minus infinity is an expert that is not there.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from drlora_jax.models.architecture import RoutingConfig
-from drlora_jax.models.remat import keep
 
 
 class RoutingStats(NamedTuple):
@@ -27,7 +26,7 @@ class RoutingStats(NamedTuple):
 
 
 class Routing(NamedTuple):
-    expert_TK: jax.Array  # i32; the number of experts where a slot has none
+    expert_TK: jax.Array  # i32; the number of experts where an assignment has none
     weight_TK: jax.Array  # f32, what multiplies the expert's output
 
 
@@ -58,7 +57,7 @@ def choose_experts(
 
 def _highest(score_TE, count: int):
     """Indices of the highest scores, kept: to find them again takes longer than to read them."""
-    return keep(jax.lax.top_k(score_TE, count)[1], "expert")
+    return checkpoint_name(jax.lax.top_k(score_TE, count)[1], "expert")
 
 
 def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:
@@ -77,7 +76,7 @@ def _choose_top_p(score_TE, config: RoutingConfig) -> Routing:
 
 
 def _limit_to_groups(choice_TE, config: RoutingConfig):
-    """Keeps the scores of the best groups; the others can not be chosen."""
+    """Keeps the scores of the best groups; the others cannot be chosen."""
     grouped = choice_TE.reshape(choice_TE.shape[0], config.num_groups, -1)
     best = jax.lax.top_k(grouped, 1 if config.group_score == "max" else 2)[0]
     _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), config.top_groups)

@@ -27,10 +27,16 @@ from drlora_jax.models.attention import Attention
 from drlora_jax.models.ffn import DenseFfn
 from drlora_jax.models.layers import RmsNorm, kernel_init
 from drlora_jax.models.moe import ExpertStack, Moe
-from drlora_jax.models.options import DecoderOptions
-from drlora_jax.models.remat import keep, rematerialised
+from drlora_jax.models.options import KEPT, DecoderOptions, Remat, keep
 from drlora_jax.models.routing import RoutingStats, mean_stats
 from drlora_jax.ops import Ops, attend, expert_mlp
+
+CUDNN_FORWARD = "dot_product_attention_fwd"  # jax's primitive, whose statistics have no name
+
+
+def inside(options: DecoderOptions, name: str) -> DecoderOptions:
+    """The options of the module `name` in the one that has these."""
+    return replace(options, adapter=options.adapter.below(name))
 
 
 class Block(nn.Module):
@@ -52,7 +58,7 @@ class Block(nn.Module):
         def norm(name):
             return RmsNorm(epsilon, self.options.dtype, name=name)
 
-        options = self.options.below("attention")
+        options = inside(self.options, "attention")
         attention = Attention(self.layer.attention, options, epsilon, name="attention")
         attended_BTD, routed = attention(
             norm("attention_norm")(x_BTD), segment_ids_BT, positions_BT
@@ -64,8 +70,10 @@ class Block(nn.Module):
     def _ffn(self, x_BTD, segment_ids_BT, stack) -> tuple[jax.Array, list[RoutingStats]]:
         config = self.layer.ffn
         if isinstance(config, MoeConfig):
-            return Moe(config, self.options.below("moe"), name="moe")(x_BTD, segment_ids_BT, stack)
-        options = self.options.below("mlp")
+            return Moe(config, inside(self.options, "moe"), name="moe")(
+                x_BTD, segment_ids_BT, stack
+            )
+        options = inside(self.options, "mlp")
         ffn = options.adapter.ffn(config, options)
         if ffn is None:
             ffn = DenseFfn(config, options, name="mlp")
@@ -84,7 +92,7 @@ class Unit(nn.Module):
         stats = []
         for index, layer in enumerate(self.segment.unit):
             name = layer_name(index)
-            block = Block(self.config, self.options.below(name), layer, name=name)
+            block = Block(self.config, inside(self.options, name), layer, name=name)
             stack = ExpertStack(*stacks[name], repeat) if name in stacks else None
             x_BTD, layer_stats = block(x_BTD, segment_ids_BT, positions_BT, stack)
             if layer_stats is not None:
@@ -119,7 +127,7 @@ class Decoder(nn.Module):
                 length=segment.repeats,
             )
             name = segment_name(index)
-            run = scanned(config, self.options.below(name), segment, name=name)
+            run = scanned(config, inside(self.options, name), segment, name=name)
             inputs = (segment_ids_BT, positions_BT, self._expert_stacks(name))
             x_BTD, stats = run(x_BTD, *inputs, jnp.arange(segment.repeats))
             per_segment.append(stats)
@@ -143,6 +151,19 @@ class Decoder(nn.Module):
             for name, layer in layers
             if "moe" in layer
         }
+
+
+def rematerialised(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
+    """The module of a scanned unit with this policy for its backward pass."""
+    if remat == "none":
+        return module
+    policy = _is_kept if remat == "selective" else None
+    return nn.remat(module, prevent_cse=False, policy=policy)
+
+
+def _is_kept(primitive, *args, **params) -> bool:
+    by_name = jax.checkpoint_policies.save_only_these_names(*KEPT)
+    return primitive.name.startswith(CUDNN_FORWARD) or by_name(primitive, *args, **params)
 
 
 _PLAIN_OPS = Ops(

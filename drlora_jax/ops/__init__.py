@@ -1,5 +1,6 @@
 """Bundles the operations that have several implementations into one value for a model."""
 
+import operator
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -13,11 +14,6 @@ from drlora_jax.ops.experts.backends import Call, Experts, choose_backend
 from drlora_jax.ops.lora_deltas import deltas_of
 
 
-def look_up(table_VD, tokens_BT):
-    """Returns token embeddings [B, T, D]."""
-    return table_VD[tokens_BT]
-
-
 class Ops(NamedTuple):
     """Holds the operations of a model, by default those for one device; `parallel.sharded_ops`
     returns those for a mesh.
@@ -26,7 +22,7 @@ class Ops(NamedTuple):
     expert_mlp: Callable = expert_mlp
     attend: Callable = attend
     summed_nll: Callable = summed_nll
-    embed: Callable = look_up
+    embed: Callable = operator.getitem  # (table [V, D], tokens [B, T]) -> [B, T, D]
     expert_deltas: Callable = deltas_of
     # expert_mlp receives the weights of all layers, stacked, and the index of a layer.
     reads_stacks: bool = False

@@ -1,1 +1,1 @@
-"""The report of runs: read their logs, draw them, write one self-contained HTML page."""
+"""Reports on runs: reads their logs, draws them, and writes one self-contained HTML page."""

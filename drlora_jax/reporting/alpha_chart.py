@@ -1,6 +1,4 @@
-"""A chart of AlphaLoRA's choice as a whole SVG file: exponents of the layers above, the experts
-they were given below.
-"""
+"""Draws AlphaLoRA's allocation as an SVG file: the layers' exponents above, their experts below."""
 
 import html
 from collections.abc import Sequence
@@ -19,7 +17,7 @@ COLOUR = shade(0.4)
 
 
 def draw_layers(alpha_L: Sequence[float], experts_L: Sequence[int], *, title: str) -> str:
-    """The text of the file.
+    """Returns the SVG file as text.
 
     Args:
       title: any text, such as the name of the model.
@@ -56,7 +54,7 @@ def draw_layers(alpha_L: Sequence[float], experts_L: Sequence[int], *, title: st
 
 
 def _scale(y: Axis, label: str) -> list[str]:
-    """Horizontal lines at round values, with their numbers, and what they count."""
+    """Draws horizontal lines at round values, with their numbers and unit."""
     ticks = nice_ticks(y.low, y.high, 4)
     parts = [_text(LEFT, y.stop - 8, label, "")]
     for value, name in zip(ticks, distinct_labels(ticks), strict=True):

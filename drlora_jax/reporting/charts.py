@@ -1,5 +1,6 @@
-"""Line charts as inline SVG. The script of the page adds what the pointer shows; without it the
-charts are complete."""
+"""Draws line charts as inline SVG. The script of the page adds tooltips; the charts are complete
+without it.
+"""
 
 import html
 import json
@@ -10,8 +11,8 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 400, 230
 COMPACT_WIDTH, COMPACT_HEIGHT = 290, 180
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
-MOST_POINTS = 600  # drawn of a curve; the extremes of every stretch are kept
-SMOOTH_FROM = 60  # points: from here on a moving mean is drawn over the noise
+MOST_POINTS = 600  # per curve; the extremes of every stretch are kept
+SMOOTH_FROM = 60  # points from which a moving mean is drawn over the noise
 
 Points = Sequence[tuple[float, float]]
 
@@ -31,7 +32,7 @@ class Chart(NamedTuple):
     is_noisy: bool = False  # smoothed when there are many points
     is_stepped: bool = False  # values hold until the next point
     ticks_at: Sequence[float] = ()  # marked on the step axis
-    end: float | None = None  # of the step axis: also what is still to come
+    end: float | None = None  # end of the step axis, including future steps
     is_compact: bool = False
 
     @property
@@ -55,7 +56,7 @@ class Axis(NamedTuple):
 
 
 def draw(chart: Chart) -> str:
-    """A figure with a title, the newest value and the chart; empty without points."""
+    """Draws a figure with a title, the newest value and the chart; "" without points."""
     series = [each for each in chart.series if each.points]
     if not series:
         return ""
@@ -162,7 +163,9 @@ def _path(points: Points, x: Axis, y: Axis, is_stepped: bool = False) -> str:
 
 
 def thin(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most about `most` points: the lowest and the highest of every stretch, and both ends."""
+    """Keeps at most about `most` points: the lowest and the highest of every stretch, and both
+    ends.
+    """
     if len(points) <= most:
         return points
     size = math.ceil(2 * len(points) / most)
@@ -174,7 +177,7 @@ def thin(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def moving_mean(points: Points, half: int) -> Points:
-    """The mean of `half` points on both sides, of those there are at the ends."""
+    """Returns the mean over `half` points on both sides, fewer at the ends."""
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
@@ -186,7 +189,7 @@ def moving_mean(points: Points, half: int) -> Points:
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Round values in [low, high], about as many as asked for."""
+    """Returns round values in [low, high], about as many as requested."""
     rough = (high - low) / about
     if not rough > 0:
         return [low]
@@ -197,7 +200,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def distinct_labels(ticks: Sequence[float]) -> list[str]:
-    """As few digits as tell the ticks apart."""
+    """Formats ticks with as few digits as tell them apart."""
     for digits in range(4, 16):
         labels = [number(value, digits) for value in ticks]
         if len(set(labels)) == len(labels):
@@ -206,7 +209,7 @@ def distinct_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """Significant digits, thousands as k, M and G."""
+    """Formats significant digits, thousands as k, M and G."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
             unit = 1e3 if suffix == "k" else size

@@ -1,5 +1,5 @@
-"""Maps of layers x experts: ranks, saliency and routing, as data for the script of the page, and
-the last ranks as a table of numbers.
+"""Builds maps of layers x experts (ranks, saliency, routing) for the script of the page, and the
+table of the last ranks.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from drlora_jax.errors import UserError
 from drlora_jax.reporting.palette import shade
 from drlora_jax.reporting.read import Frame, RunLog, budgets, frames, is_matrix, layer_indices
 
-MOST_CELLS = 400_000  # of one map over all its steps; what is more is left out evenly
+MOST_CELLS = 400_000  # of one map over all its steps; beyond that, frames are dropped evenly
 PALETTE = [shade(index / 63) for index in range(64)]
 GRADIENT = ",".join(shade(index / 8) for index in range(9))
 
@@ -20,29 +20,29 @@ class HeatMap(NamedTuple):
     """One map over time."""
 
     title: str
-    unit: str  # of a value, for the pointer
+    unit: str  # of a value, for the tooltip
     layers: list[int]
     frames: list[Frame]
-    high: float  # of the colour scale, which begins at 0
-    scale: float = 1.0  # shown values are these times the logged ones
-    decimals: int = 0  # of the numbers in the cells
-    left_out: int = 0  # steps
+    high: float  # end of the colour scale, which begins at 0
+    scale: float = 1.0  # factor from logged to shown values
+    decimals: int = 0  # of shown values
+    left_out: int = 0  # steps without a frame
 
 
 def rank_map(run: RunLog, title: str, high: float | None = None) -> HeatMap | None:
-    """Active ranks; `high` joins the colour scales of several runs."""
+    """Returns the map of active ranks; `high` aligns the colour scales of several runs."""
     return _heat_map(run, title, "ranks", frames(run, "ranks"), high or highest_rank(run))
 
 
 def more_maps(run: RunLog) -> list[HeatMap]:
-    """Saliency, routing, and the ranks of placements besides the routed experts."""
+    """Returns the maps of saliency, routing, and ranks of matrices outside the routed experts."""
     shares = [
         Frame(step, [_shares(row) for row in values]) for step, values in frames(run, "saliency")
     ]
     maps = [
         _heat_map(run, "Saliency", "% of its layer", shares, None, 100, 1),
         _heat_map(run, "Routing load", "% of choices", frames(run, "routing_load"), None, 100, 1),
-        _heat_map(run, "Combine weight", "a token", frames(run, "routing_weight"), None, 1, 2),
+        _heat_map(run, "Combine weight", "per token", frames(run, "routing_weight"), None, 1, 2),
     ]
     names = sorted({name for row in run.events for name in _groups(row)})
     for name in names:
@@ -67,7 +67,7 @@ def _heat_map(
 
 
 def thin_frames(found: list[Frame], most: int) -> list[Frame]:
-    """At most `most` (two or more) of them, evenly over their number, with both ends."""
+    """Keeps at most `most` (two or more) frames, evenly spaced, including both ends."""
     if len(found) <= most:
         return found
     picks = {round(index * (len(found) - 1) / (most - 1)) for index in range(most)}
@@ -75,15 +75,15 @@ def thin_frames(found: list[Frame], most: int) -> list[Frame]:
 
 
 def scale_end(values: list[float], cells: int) -> float:
-    """The highest value, or of large maps the one that 1 % are above: few cells far above the rest
-    would leave no colours for it.
+    """Returns the highest value; for large maps the 99th percentile, since a few extreme cells
+    would leave no colours for the rest.
     """
     ordered = sorted(values)
     return ordered[int((1.0 if cells <= 200 else 0.99) * (len(ordered) - 1))] if ordered else 0.0
 
 
 def highest_rank(run: RunLog) -> float:
-    """Ranks that an expert can have: as recorded, as configured, or as seen."""
+    """Returns the largest rank that an expert can have: as recorded, as configured, or as seen."""
     known = run.facts.get("max_rank")
     if known is None:  # an older run
         with contextlib.suppress(UserError):
@@ -105,7 +105,7 @@ def _groups(row: dict) -> dict:
 
 
 def as_data(heat_map: HeatMap) -> dict:
-    """For the script: steps and values as logged."""
+    """Returns steps and values as logged, for the script."""
     return {
         "unit": heat_map.unit,
         "layers": heat_map.layers,
@@ -117,7 +117,7 @@ def as_data(heat_map: HeatMap) -> dict:
 
 
 def draw(heat_map: HeatMap, index: int) -> str:
-    """The place of a map on the page, with its colour scale."""
+    """Draws the placeholder of a map on the page, with its colour scale."""
     values = (value for _, rows in heat_map.frames for row in rows for value in row)
     highest = max(values, default=0.0)
     top = "≥ " if highest > heat_map.high else ""
@@ -125,19 +125,19 @@ def draw(heat_map: HeatMap, index: int) -> str:
     left_out = ""
     if heat_map.left_out:
         shown, every = len(heat_map.frames), len(heat_map.frames) + heat_map.left_out
-        left_out = f'<p class="quiet">{shown} of {every} steps are in this page.</p>'
+        left_out = f'<p class="quiet">This page has {shown} of {every} steps.</p>'
     is_wide = " wide" if max(map(len, heat_map.frames[-1].values)) > 24 else ""
     return (
         f'<figure class="map{is_wide}"><figcaption><span>{html.escape(heat_map.title)}</span>'
         f'<span class="unit">0<span class="scale" style="background:linear-gradient(to right,'
         f'{GRADIENT})"></span>{top} {html.escape(heat_map.unit)}</span></figcaption>'
-        f'<canvas data-map="{index}" role="img" aria-label="{html.escape(heat_map.title)}: layers '
-        f'down, experts across"></canvas>{left_out}</figure>'
+        f'<canvas data-map="{index}" role="img" aria-label="{html.escape(heat_map.title)} by layer '
+        f'(rows) and expert (columns)"></canvas>{left_out}</figure>'
     )
 
 
 def rank_table(run: RunLog) -> str:
-    """The last ranks as numbers, with the sum of every layer next to its budget."""
+    """Returns the last ranks as numbers, with the sum of every layer and its budget."""
     found = frames(run, "ranks")
     if not found:
         return ""

@@ -1,8 +1,7 @@
-"""The report: one HTML file with everything in it, of one run or of several next to each other.
+"""Writes the report: one self-contained HTML file about one run, or several side by side.
 
 It opens without a network: style, script and data are inline, and its content security policy
-forbids everything else. All text that comes from files is escaped; the data is JSON in which no `<`
-is left.
+forbids everything else. All text from files is escaped; the data is JSON without any `<`.
 """
 
 import base64
@@ -24,9 +23,9 @@ GIB = 2.0**30
 
 
 def write_report(directories: list[pathlib.Path], out: pathlib.Path) -> None:
-    """Reads the runs and writes the page in one go: a reader never sees half of it."""
+    """Reads the runs and replaces the page as a whole: readers never see half of it."""
     page = make_page([read_run(directory) for directory in directories])
-    # A name may have bytes that are not UTF-8; the page has a question mark for them.
+    # A name may have bytes that are not UTF-8; the page shows a question mark for them.
     replace_text(out, page, errors="replace")
 
 
@@ -64,7 +63,7 @@ def make_page(runs: list[RunLog]) -> str:
 
 
 def as_json(value) -> str:
-    """JSON that ends no script element and starts no comment."""
+    """Returns JSON that cannot end a script element or start a comment."""
     text = json.dumps(value, separators=(",", ":"))
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -72,7 +71,7 @@ def as_json(value) -> str:
 
 
 def distinct_names(runs: list[RunLog]) -> list[str]:
-    """Names of run directories; paths where two are called the same."""
+    """Returns the names of run directories; paths where two have the same name."""
     names = [run.name for run in runs]
     return [
         run.name if names.count(run.name) == 1 else str(run.directory.absolute()) for run in runs
@@ -97,14 +96,13 @@ def _head(runs: list[RunLog], names: list[str]) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------
-# curves
+# ------------------------------------------------------------------------------------------- curves
 
 
 def _learning(runs: list[RunLog], names: list[str]) -> list[Chart]:
     events = [row["step"] for row in runs[0].events] if len(runs) == 1 else []
     end = _end(runs)
-    nats = "nats a token"
+    nats = "nats per token"
     return [
         Chart("Training loss", nats, _all(runs, names, "loss"), is_noisy=True, end=end),
         Chart("Held-out loss", nats, _heldout(runs, names), ticks_at=events, end=end),
@@ -127,7 +125,7 @@ def _machine(runs: list[RunLog], names: list[str]) -> list[Chart]:
     rate, norm = _all(runs, names, "learning_rate"), _all(runs, names, "grad_norm")
     zero = {"from_zero": True, "end": end, "is_compact": True}
     return [
-        Chart("Speed", "tokens a second", speed, is_noisy=True, **zero),
+        Chart("Speed", "tokens per second", speed, is_noisy=True, **zero),
         Chart("MFU", "% of peak", _all(runs, names, "mfu", percent), is_noisy=True, **zero),
         Chart("Peak host memory", "GiB", host, **zero),
         Chart("Peak device memory", "GiB", device, **zero),
@@ -150,7 +148,7 @@ def _all(
 
 
 def _heldout(runs: list[RunLog], names: list[str]) -> list[Series]:
-    """The held-out loss, or, of pretraining, one line for each domain."""
+    """Returns the held-out loss; for pretraining, one line per domain."""
     series = _all(runs, names, "eval_loss")
     for run, name in zip(runs, names, strict=True):
         rows = [row for row in run.metrics if isinstance(row.get("heldout"), dict)]
@@ -162,7 +160,9 @@ def _heldout(runs: list[RunLog], names: list[str]) -> list[Series]:
 
 
 def _mean_ranks(runs: list[RunLog], names: list[str]) -> list[Series]:
-    """Active ranks over all experts, held from event to event, and the budget, dashed."""
+    """Returns the mean active rank of all experts, constant between events, and the budget,
+    dashed.
+    """
     series = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         points = []
@@ -194,12 +194,13 @@ def _charts(charts: list[Chart], runs: list[RunLog], names: list[str], kind: str
     return f'{legend}<div class="charts {kind}">{drawn}</div>' if drawn else ""
 
 
-# ---------------------------------------------------------------------------------------------
-# capacity and config
+# ------------------------------------------------------------------------------ capacity and config
 
 
 def _maps(runs: list[RunLog], names: list[str]) -> list[maps.HeatMap]:
-    """Ranks of every run on one colour scale; of a single run also saliency and routing."""
+    """Returns the rank maps of all runs on one colour scale; for a single run also saliency and
+    routing.
+    """
     high = max(map(maps.highest_rank, runs))
     if len(runs) == 1:
         ranks = [maps.rank_map(runs[0], "Active ranks", high)]
@@ -221,7 +222,7 @@ def _capacity(runs: list[RunLog], heat_maps: list[maps.HeatMap], steps: list[int
     )
     drawn = "".join(maps.draw(each, index) for index, each in enumerate(heat_maps))
     numbers = maps.rank_table(runs[0]) if len(runs) == 1 else ""
-    note = '<p class="quiet">Layers down, experts across. Move the slider through the run.</p>'
+    note = '<p class="quiet">Rows are layers, columns are experts. The slider selects a step.</p>'
     return f'{note}{slider if last else ""}<div class="maps">{drawn}</div>{numbers}'
 
 

@@ -1,7 +1,7 @@
-"""The colours of ranks, the same on a terminal and in the report.
+"""The colours of ranks, shared by the terminal and the report.
 
-Viridis: its lightness rises evenly, so the order of values survives grey print and colour-blind
-eyes. Nine anchors with straight lines between them are within a few units of the original.
+Viridis: its lightness rises evenly, so the order of values is visible in grey print and with colour
+blindness. Linear interpolation between nine anchors is within a few units of the original.
 """
 
 ANCHORS = (
@@ -18,7 +18,9 @@ ANCHORS = (
 
 
 def shade(fraction: float) -> str:
-    """`#rrggbb` of a value between 0 (dark) and 1 (bright); values outside are clipped."""
+    """Returns the `#rrggbb` of a value between 0 (dark) and 1 (bright); values outside are
+    clipped.
+    """
     place = min(max(fraction, 0.0), 1.0) * (len(ANCHORS) - 1)
     below = min(int(place), len(ANCHORS) - 2)
     part = place - below
@@ -27,5 +29,5 @@ def shade(fraction: float) -> str:
 
 
 def ink(fraction: float) -> str:
-    """`#rrggbb` of text that can be read on `shade(fraction)`."""
+    """Returns the `#rrggbb` of text that is legible on `shade(fraction)`."""
     return "#000000" if fraction > 0.55 else "#ffffff"

@@ -1,7 +1,7 @@
-"""What a run shows while it goes, and what it measures about itself: rate and memory.
+"""Shows the progress of a run, and measures its throughput and memory.
 
-On a terminal a progress bar, the newest figures and the map of ranks stay at the bottom while
-events and evaluations scroll by above them. Anywhere else everything is one plain line.
+On a terminal a progress bar, the newest figures and the rank map stay at the bottom while events
+and evaluations scroll by above them. Elsewhere each is printed as a plain line.
 """
 
 import pathlib
@@ -33,7 +33,7 @@ BAR = shade(0.6)
 
 
 def peak_flops(devices: int) -> float | None:
-    """Of that many devices together; None where the peak is not known."""
+    """Returns the peak of that many devices together; None if it is not known."""
     kind = jax.devices()[0].device_kind
     for name, peak in PEAK_FLOPS.items():
         if kind.startswith(name):
@@ -42,7 +42,9 @@ def peak_flops(devices: int) -> float | None:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes since the start: of this process, and of its fullest device if that is known."""
+    """Returns peak bytes since the start: of this process, and of its fullest device if that is
+    known.
+    """
     memory = {}
     host = _host_peak()
     if host is not None:
@@ -70,14 +72,14 @@ def _host_peak() -> int | None:
 
 
 class Throughput:
-    """Tokens a second of training: tokens and seconds of the same steps, without what comes between
-    steps (growth events, evaluations, checkpoints).
+    """Measures tokens per second over training steps, excluding the time between steps (growth
+    events, evaluations, checkpoints).
 
-    Time runs from `resume` to `pause`. Call `take` when the last step that was added is over and
-    before the next one's time counts.
+    The clock runs from `resume` to `pause`. Call `take` after the last added step has ended and
+    before the next one starts.
 
     Args:
-      clock: says the time in seconds.
+      clock: returns the time in seconds.
     """
 
     def __init__(self, flops_per_token: float, devices: int, clock=time.perf_counter):
@@ -85,7 +87,7 @@ class Throughput:
         self._devices = devices
         self._clock = clock
         self._tokens, self._seconds = 0, 0.0
-        self._since: float | None = None  # None: time does not count
+        self._since: float | None = None  # None: paused
 
     def pause(self) -> None:
         if self._since is not None:
@@ -100,7 +102,7 @@ class Throughput:
         self._tokens += tokens
 
     def take(self) -> dict:
-        """The rates of the steps since the last call."""
+        """Returns the rates over the steps since the last call."""
         if self._since is not None:
             now = self._clock()
             self._seconds, self._since = self._seconds + now - self._since, now
@@ -112,12 +114,12 @@ class Throughput:
 
 
 class Progress:
-    """Shows steps; `note` prints a line that stays. A context: on the way out the terminal is put
-    back in order, however the run ended.
+    """Shows steps; `note` prints a line that stays. Leaving its context restores the terminal,
+    however the run ended.
     """
 
     def __init__(self, total: int, done: int, console: Console | None = None):
-        # Told explicitly, because FORCE_COLOR would make rich draw into a file or a pipe.
+        # Explicit, because FORCE_COLOR would make rich draw into a file or a pipe.
         self._console = console or Console(force_terminal=sys.stdout.isatty(), highlight=False)
         self._total = total
         self._map: tuple | None = None
@@ -148,7 +150,7 @@ class Progress:
             self._bar.advance(self._task)
 
     def show(self, row: dict) -> None:
-        """A row of metrics.jsonl."""
+        """Shows a row of metrics.jsonl."""
         figures = "  ".join(_figures(row))
         if self._live is not None:
             self._newest |= row  # a figure stays until it is measured again
@@ -158,7 +160,7 @@ class Progress:
             self.note(f"step {row['step']}/{self._total}  {figures}")
 
     def show_ranks(self, ranks_LE: np.ndarray, max_rank: int, layers: tuple[int, ...]) -> None:
-        """The map at the bottom; nothing where the output is not a terminal."""
+        """Shows the rank map at the bottom; does nothing unless the output is a terminal."""
         if self._live is not None and ranks_LE.size:
             self._map = (ranks_LE.copy(), max_rank, layers)
             self._live.update(self._view())
@@ -195,7 +197,7 @@ def _figures(row: dict) -> list[str]:
 
 def describe_ranks(step: int, before_LE: np.ndarray, ranks_LE: np.ndarray) -> str:
     if (before_LE == ranks_LE).all():
-        return f"step {step}: ranks stay as they are, the budget is spent"
+        return f"step {step}: ranks unchanged, the budget is spent"
     low, high = ranks_LE.min(), ranks_LE.max()
-    how = "grow" if ranks_LE.sum() >= before_LE.sum() else "shrink"
-    return f"step {step}: ranks {how} to a mean of {ranks_LE.mean():.2f}, from {low} to {high}"
+    means = f"{before_LE.mean():.2f} -> {ranks_LE.mean():.2f}"
+    return f"step {step}: mean rank {means} (min {low}, max {high})"

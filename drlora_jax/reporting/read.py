@@ -1,8 +1,8 @@
 """Reads the files of a run directory for a report, whatever state they are in.
 
-A run may be going on, may have been killed in the middle of a line, or may have been made by an
-older version that logged less. What is there is used; a line that can not be read is skipped and
-counted. Only what is no run directory at all is refused.
+A run may still be going, may have been killed in the middle of a line, or may have been written by
+an older version that logged less. Everything readable is used; unreadable lines are skipped and
+counted. Only directories that are no run are refused.
 """
 
 import datetime
@@ -20,7 +20,7 @@ Matrix = list[list[float]]  # by layer and expert; layers may differ in experts
 
 
 class Frame(NamedTuple):
-    """A layers x experts map as it was from `step` on."""
+    """A layers x experts map that holds from `step` on."""
 
     step: int
     values: Matrix
@@ -39,7 +39,7 @@ class RunLog(NamedTuple):
 
 
 def read_run(directory: pathlib.Path) -> RunLog:
-    """Everything a report shows; raises UserError for what is no run directory."""
+    """Reads everything that a report shows; raises UserError if the directory is no run."""
     stored = _read_config(directory)
     metrics, bad_metrics = _read_rows(directory / "metrics.jsonl")
     events, bad_events = _read_rows(directory / "ranks.jsonl")
@@ -67,7 +67,7 @@ def _read_config(directory: pathlib.Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{directory} {why_no_run(directory)}.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} can not be read: {error}.") from error
+        raise UserError(f"{file} cannot be read: {error}.") from error
     sections = stored.get("config") if isinstance(stored, dict) else None
     if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
         raise UserError(f"{directory} {why_no_run(directory)}.")
@@ -75,22 +75,22 @@ def _read_config(directory: pathlib.Path) -> dict:
 
 
 def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
-    """The objects of a JSONL file that have a step, and the number of lines left out."""
+    """Returns the objects of a JSONL file that have a step, and the number of lines left out."""
     kind = kind_of(file)
     if kind == ABSENT:
         return [], 0
-    if kind != FILE:  # a pipe or a device could be read for ever
+    if kind != FILE:  # reading a pipe or a device might never end
         raise UserError(f"{file} is {kind}; a run's log is a regular file.")
     check_downloaded(file)
     try:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise UserError(f"{file} can not be read: {error.strerror}.") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     rows = []
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # the line that a kill cut short
+        except ValueError:  # a line that a kill cut short
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -98,7 +98,7 @@ def _read_rows(file: pathlib.Path) -> tuple[list[dict], int]:
 
 
 def _read_evaluations(file: pathlib.Path) -> list[dict]:
-    """Rows of task, metric and value; an object may hold them under any key, or be one."""
+    """Returns rows of task, metric and value; an object may hold them under any key, or be one."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -133,7 +133,7 @@ def is_number(value) -> bool:
 
 
 def is_matrix(value) -> bool:
-    """A list of one or more lists of finite numbers."""
+    """Returns whether a value is a list of one or more lists of finite numbers."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -142,12 +142,12 @@ def is_matrix(value) -> bool:
 
 
 def curve(run: RunLog, name: str) -> list[tuple[int, float]]:
-    """(step, value) of a figure of metrics.jsonl, where it was measured."""
+    """Returns (step, value) of a figure of metrics.jsonl, where it was measured."""
     return [(row["step"], row[name]) for row in run.metrics if is_number(row.get(name))]
 
 
 def frames(run: RunLog, name: str) -> list[Frame]:
-    """The maps of that name in the logs, by step. Ranks begin with what the run started from."""
+    """Returns the maps of that name in the logs, by step. Ranks begin with the initial ones."""
     by_step = {row["step"]: row[name] for row in run.metrics if is_matrix(row.get(name))}
     by_step |= {row["step"]: row[name] for row in run.events if is_matrix(row.get(name))}
     if name == "ranks" and is_matrix(run.facts.get("initial_ranks")):
@@ -156,7 +156,7 @@ def frames(run: RunLog, name: str) -> list[Frame]:
 
 
 def layer_indices(run: RunLog, count: int) -> list[int]:
-    """The model's layer index of every row of a map; 0, 1, ... where it was not logged."""
+    """Returns the model's layer index of every row of a map; 0, 1, ... if it was not logged."""
     for found in (run.events[-1].get("layers") if run.events else None, run.facts.get("layers")):
         if isinstance(found, list) and len(found) == count and all(map(is_number, found)):
             return found
@@ -164,7 +164,9 @@ def layer_indices(run: RunLog, count: int) -> list[int]:
 
 
 def budgets(run: RunLog, layers: int) -> list[int] | None:
-    """Active ranks that each layer has at the end; logged as one number where all have the same."""
+    """Returns the active ranks that each layer has at the end; logged as one number if all are
+    equal.
+    """
     found = run.events[-1].get("budget") if run.events else run.facts.get("budget")
     if is_number(found):
         return [found] * layers

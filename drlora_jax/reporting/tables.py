@@ -1,4 +1,4 @@
-"""The tables of a report: final figures, evaluation, config and provenance."""
+"""Writes the tables of a report: final figures, evaluation, config and provenance."""
 
 import html
 import json
@@ -22,14 +22,14 @@ from drlora_jax.system.text import format_bytes
 
 
 class Figure(NamedTuple):
-    """A final figure of a run, and what explains it."""
+    """A final figure of a run, and its explanation."""
 
     value: str
     detail: str = ""
 
 
 def figures(run: RunLog) -> dict[str, Figure]:
-    """The final figures by name; what was not logged is left out."""
+    """Returns the final figures by name; what was not logged is left out."""
     makers: dict[str, Callable[[RunLog], Figure | None]] = {
         "Steps": _steps,
         "Held-out loss": _eval_loss,
@@ -55,7 +55,7 @@ def _eval_loss(run: RunLog) -> Figure | None:
         return None
     best_step, best = min(losses, key=lambda point: point[1])
     lowest = "lowest" if best == losses[-1][1] else f"lowest {best:.4f} at step {best_step:,}"
-    return Figure(f"{losses[-1][1]:.4f}", f"{lowest}, from {losses[0][1]:.4f}, nats a token")
+    return Figure(f"{losses[-1][1]:.4f}", f"{lowest}, first {losses[0][1]:.4f}, nats per token")
 
 
 def _loss(run: RunLog) -> Figure | None:
@@ -64,7 +64,7 @@ def _loss(run: RunLog) -> Figure | None:
         return None
     tail = losses[-max(len(losses) // 10, 1) :]
     rows = f"mean of the last {len(tail)} logged steps" if len(tail) > 1 else "last logged step"
-    return Figure(f"{statistics.fmean(tail):.4f}", f"{rows}, nats a token")
+    return Figure(f"{statistics.fmean(tail):.4f}", f"{rows}, nats per token")
 
 
 def _ranks(run: RunLog) -> Figure | None:
@@ -74,7 +74,7 @@ def _ranks(run: RunLog) -> Figure | None:
         return None
     limits, experts = budgets(run, len(found[-1].values)), len(found[-1].values[0])
     of = f", budget {statistics.fmean(limits) / experts:.4g}" if limits and experts else ""
-    return Figure(f"{statistics.fmean(ranks):.2f}", f"from {min(ranks)} to {max(ranks)}{of}")
+    return Figure(f"{statistics.fmean(ranks):.2f}", f"min {min(ranks)}, max {max(ranks)}{of}")
 
 
 def _speed(run: RunLog) -> Figure | None:
@@ -83,7 +83,7 @@ def _speed(run: RunLog) -> Figure | None:
         return None
     mfu = [value for _, value in curve(run, "mfu")]
     used = f", MFU {statistics.median(mfu):.1%}" if mfu else ""
-    return Figure(f"{statistics.median(rates):,.0f}", f"tokens a second, median{used}")
+    return Figure(f"{statistics.median(rates):,.0f}", f"tokens per second, median{used}")
 
 
 def _memory(run: RunLog) -> Figure | None:
@@ -105,7 +105,7 @@ def tiles(run: RunLog) -> str:
 
 
 def figures_table(runs: list[RunLog], names: list[str]) -> str:
-    """Final figures side by side, a column a run."""
+    """Returns final figures side by side, one column per run."""
     found = [figures(run) for run in runs]
     rows = []
     for name in dict.fromkeys(name for each in found for name in each):
@@ -125,7 +125,7 @@ def _run_head(index: int, name: str) -> str:
 
 
 def evaluation_table(runs: list[RunLog], names: list[str]) -> str:
-    """The rows of eval.json with their 95 % intervals; empty without any."""
+    """Returns the rows of eval.json with their 95 % intervals; empty if there are none."""
     rows = []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
         for row in run.evaluations:
@@ -138,7 +138,7 @@ def evaluation_table(runs: list[RunLog], names: list[str]) -> str:
 
 
 def _interval(row: dict) -> str:
-    """As measured, or from the standard error."""
+    """Returns the interval as measured, or from the standard error."""
     ends, error = row.get("ci95"), row.get("stderr")
     if not (isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))):
         if not is_number(error):
@@ -148,7 +148,9 @@ def _interval(row: dict) -> str:
 
 
 def config_differences(runs: list[RunLog], names: list[str]) -> str:
-    """Of one run: what differs from the defaults. Of several: what differs between them."""
+    """Lists the fields of one run that differ from the defaults, or the fields in which several
+    runs differ.
+    """
     defaults = flat(to_dict(TrainConfig()))
     rows = []
     for name in dict.fromkeys([*defaults, *(each for run in runs for each in run.config)]):
@@ -170,7 +172,7 @@ def full_config(run: RunLog) -> str:
 
 
 def provenance(runs: list[RunLog], names: list[str]) -> str:
-    """Versions, devices and fingerprints, a column a run."""
+    """Returns versions, devices and fingerprints, one column per run."""
     found = [_facts(run) for run in runs]
     rows = [
         [html.escape(name), *(_text(each.get(name)) for each in found)]
@@ -195,7 +197,7 @@ def _facts(run: RunLog) -> dict[str, Any]:
 
 
 def _text(value) -> str:
-    """A value of JSON as escaped text; a list and a tuple are alike."""
+    """Returns a JSON value as escaped text; lists and tuples look alike."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "–"
     if value is None or value == "":
@@ -204,7 +206,7 @@ def _text(value) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], kind: str) -> str:
-    """A table of cells that are HTML already."""
+    """Returns a table of cells that are already HTML."""
     heads = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(
         f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"

@@ -1,8 +1,8 @@
-"""The map of ranks, layers x experts, as text.
+"""Draws the map of ranks, layers x experts, as text.
 
-A map that fits shows its numbers. A larger one shows means over groups of neighbouring experts
-and layers, one cell a group, and says so. Without colour a cell is its number or a character that
-is darker the higher the rank.
+A map that fits shows its numbers. A larger one shows means over groups of neighbouring experts and
+layers, one cell per group, with a legend. Without colour a cell is its number or a character that
+is darker for higher ranks.
 """
 
 from typing import NamedTuple
@@ -19,15 +19,15 @@ RAMP = ".:-=+*#%@"
 
 
 class Grid(NamedTuple):
-    """Group means of a map, and how large the groups are; the last ones may be smaller."""
+    """Group means of a map, and the sizes of the groups; the last groups may be smaller."""
 
     mean_LE: np.ndarray
-    layers: int  # in a row
-    experts: int  # in a column
+    layers: int  # per row
+    experts: int  # per column
 
 
 def group_means(values_LE: np.ndarray, max_rows: int, max_columns: int) -> Grid:
-    """`values_LE` in at most `max_rows` x `max_columns` cells."""
+    """Averages `values_LE` into at most `max_rows` x `max_columns` cells."""
     sizes = [
         _group_size(*pair) for pair in zip(values_LE.shape, (max_rows, max_columns), strict=True)
     ]
@@ -42,7 +42,9 @@ def group_means(values_LE: np.ndarray, max_rows: int, max_columns: int) -> Grid:
 
 
 def _group_size(length: int, most: int) -> int:
-    """The smallest group that gives at most `most` cells, or a near one that leaves no rest."""
+    """Returns the smallest group that gives at most `most` cells, or a near one that divides
+    evenly.
+    """
     needed = ceil_div(length, most)
     even = (size for size in range(needed, 2 * needed + 1) if length % size == 0)
     return next(even, needed)
@@ -57,7 +59,8 @@ def heat_map(
     max_rows: int = MAX_ROWS,
     has_colour: bool = True,
 ) -> Text:
-    """A row a layer (or group of layers), labelled with the model's layer index, and a legend.
+    """Draws one row per layer (or group of layers), labelled with the model's layer index, and a
+    legend.
 
     Args:
       ranks_LE: active ranks of every expert, or any values from 0 to `max_rank`.
@@ -81,7 +84,7 @@ def heat_map(
 
 
 def _cell(value: float, max_rank: int, width: int, has_number: bool, has_colour: bool):
-    """Text and style of one cell."""
+    """Returns text and style of one cell."""
     part = value / max(max_rank, 1)
     number = f"{value:.0f} ".rjust(width)
     if has_colour:
@@ -95,5 +98,5 @@ def _legend(grid: Grid, max_rank: int, has_numbers: bool, has_colour: bool) -> T
     scale = [(" ", f"on {shade(part / 11)}") for part in range(12)] if has_colour else [RAMP]
     sizes = {"experts": grid.experts, "layers": grid.layers}
     groups = " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
-    mean = f", a cell is the mean of {groups}" if groups else ""
+    mean = f", each cell is the mean over {groups}" if groups else ""
     return Text.assemble(("0 ", "dim"), *scale, (f" {max_rank} active ranks{mean}", "dim"))

@@ -1,4 +1,4 @@
-"""Rewrites a run's report while it trains, without making its steps wait."""
+"""Rewrites a run's report during training without delaying its steps."""
 
 import pathlib
 import sys
@@ -9,13 +9,13 @@ from drlora_jax.reporting.page import write_report
 
 
 class ReportWriter:
-    """A thread that writes `report.html` when asked; what is asked while it writes is written once,
-    after that. A context: on the way out the last request is finished.
+    """A thread that writes `report.html` on request; requests during a write cause one more write.
+    Leaving its context finishes the last request.
 
-    A report that can not be written never ends a run: it is said once, on standard error.
+    A report that cannot be written never ends a run: it is reported once, on standard error.
 
     Args:
-      writes: False where another process of the run writes it.
+      writes: False if another process of the run writes it.
     """
 
     def __init__(self, directory: pathlib.Path, *, writes: bool = True):
@@ -40,7 +40,7 @@ class ReportWriter:
         while not is_last:
             self._wanted.wait()
             self._wanted.clear()
-            is_last = self._ended  # read before writing: what comes later is written once more
+            is_last = self._ended  # read before writing: later requests cause one more write
             self._write()
 
     def _write(self) -> None:

@@ -1,14 +1,13 @@
-"""Orbax, and nothing but Orbax, on runs: what is saved, how many are kept, how a run finds its
-newest state.
+"""Saves and restores the checkpoints of a run with Orbax.
 
 A checkpoint is one pytree of arrays (the train state, or parameters and optimizer state in
-pretraining) and one small JSON of host values: ranks' history is in `ranks.jsonl`, positions and
-counters are here. Saving is asynchronous; Orbax renames a finished checkpoint into place, so a
-killed run leaves the previous one.
+pretraining) and one small JSON of host values: the history of ranks is in `ranks.jsonl`, positions
+and counters are here. Saving is asynchronous; Orbax renames a finished checkpoint into place, so a
+killed run keeps the previous one.
 
-The JSON also says which run and step the checkpoint is of, and has the checksums of all arrays
-(`checksums.py`). Every restore compares them. A checkpoint that does not hold what was saved is
-passed over for the next older one; a training also renames it to `damaged-STEP`.
+The JSON also names the run and step of the checkpoint, and has the checksums of all arrays
+(`checksums.py`). Every restore verifies them. A damaged checkpoint is skipped in favour of the next
+older one; a training also renames it to `damaged-STEP`.
 """
 
 import contextlib
@@ -38,7 +37,7 @@ from drlora_jax.runs.checkpoint_read import (
 from drlora_jax.runs.identity import identity_of
 from drlora_jax.system.paths import ABSENT, kind_of, read_json
 
-# What Orbax and TensorStore raise when a disk is full or a file can not be written.
+# Raised by Orbax and TensorStore when a disk is full or a file cannot be written.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
@@ -50,8 +49,8 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, *, keep_last: int):
         self._directory, self._keep_last = directory, keep_last
-        self._saving: Any = None  # Orbax's response of the save in flight
-        self._last: int | None = None  # the step that was saved last
+        self._saving: Any = None  # Orbax's response for the save in flight
+        self._last: int | None = None  # the last step that was saved
         self._losses = {step: eval_loss(directory, step) for step in saved_steps(directory)}
         self._checkpointer = self._open()
 
@@ -66,7 +65,7 @@ class Checkpoints:
         except WRITE_ERRORS as error:
             reason = reason_of(error)
             raise RunError(
-                f"The checkpoints in {self._directory} can not be looked at: {reason}"
+                f"Cannot open the checkpoint directory {self._directory}: {reason}"
             ) from error
 
     def latest_step(self) -> int | None:
@@ -77,8 +76,8 @@ class Checkpoints:
         return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
 
     def save(self, step: int, state: Any, host: dict, *, eval_loss: float | None = None) -> None:
-        """Copies the state to the host, then writes in the background; first waits for the save
-        before, and reports its failure.
+        """Copies the state to the host, then writes it in the background. First waits for the
+        previous save and reports its failure.
         """
         if step in self.steps():
             return
@@ -100,8 +99,8 @@ class Checkpoints:
                 saving.result()  # also ends Orbax's thread and event loop of this save
 
     def restore(self, step: int, abstract: Any, host_names: Sequence[str] = ()) -> tuple[Any, dict]:
-        """The state on the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and the host
-        values, of which `host_names` must be there.
+        """Restores the state onto the shardings of `abstract` (tree of `jax.ShapeDtypeStruct`), and
+        the host values, which must include `host_names`.
         """
         self.finish()
         found, _ = self._first_good([step], abstract, host_names, lambda state: step)
@@ -113,11 +112,11 @@ class Checkpoints:
         host_names: Sequence[str] = (),
         step_of: Callable[[Any], int] | None = None,
     ) -> Restored | None:
-        """The newest checkpoint that is whole; None if there is none at all. Newer ones that are
-        not are renamed.
+        """Restores the newest checkpoint that is intact; returns None if there is no checkpoint.
+        Newer ones that are damaged are renamed.
 
         Args:
-          step_of: takes the step out of a state, if it is in there.
+          step_of: reads the step from a state, if the state has it.
         """
         steps = self.steps()[::-1]
         if not steps:
@@ -142,8 +141,8 @@ class Checkpoints:
             if processes.is_main():
                 name = _rename_damaged(self._directory, step)
                 say(
-                    f"checkpoint {step} of {self._directory} is damaged ({reason}) and set aside "
-                    f"as {name}; the run goes on from checkpoint {used}"
+                    f"checkpoint {step} of {self._directory} is damaged ({reason}) and renamed to "
+                    f"{name}; the run resumes from checkpoint {used}"
                 )
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
@@ -174,18 +173,18 @@ class _Preservation(NamedTuple):
 
 @contextlib.contextmanager
 def _reporting(step: int | None) -> Iterator[None]:
-    """Inside, a failed write becomes one message that names the step it belongs to."""
+    """Turns a failed write into one message that names the step it belongs to."""
     try:
         yield
     except WRITE_ERRORS as error:
-        if processes.is_lost_peer(error):  # no failed write: the caller leaves with the others
+        if processes.is_lost_peer(error):  # not a failed write: the caller ends with the others
             raise
         reason = reason_of(error)
         raise RunError(f"The checkpoint of step {step} could not be written: {reason}") from error
 
 
 def _rename_damaged(directory: pathlib.Path, step: int) -> str:
-    """Renames a checkpoint to a name that is no step; returns it."""
+    """Renames a checkpoint to a name that is no step; returns the name."""
     place, count = directory / f"damaged-{step}", 1
     while place.exists():
         count += 1
@@ -201,7 +200,7 @@ def _rename_damaged(directory: pathlib.Path, step: int) -> str:
 
 
 def _hide_unreadable_metrics(directory: pathlib.Path) -> None:
-    """Renames files of older versions that Orbax would read, and fail: they are not needed."""
+    """Renames files of older versions that Orbax would fail to read: they are not needed."""
     if not processes.is_main():
         return
     for place in directory.glob("*/metrics"):

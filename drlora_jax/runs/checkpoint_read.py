@@ -1,9 +1,9 @@
-"""Reading checkpoints: nothing is created, cleaned up, renamed or locked, so a run that is going on
+"""Reads checkpoints without creating, cleaning up, renaming or locking anything, so that a live run
 is not disturbed.
 
-Every read compares what was restored with the checksums that were saved (`checksums.py`), and what
-the checkpoint says of its step and run with where it lies. One that does not hold what was saved is
-`Damaged`, and the next of the steps that were asked for is taken.
+Every read verifies the restored arrays against the saved checksums (`checksums.py`), and the step
+and run that the checkpoint names against its directory. A checkpoint that fails is `Damaged`, and
+the next of the requested steps is used.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from drlora_jax.runs.identity import find_difference, identity_of
 from drlora_jax.system.paths import check_downloaded, numbered_folders, read_json
 from drlora_jax.system.text import first_line
 
-OLD_NAMES = {"tokens"}  # host values of checkpoints from before there were checksums
+OLD_NAMES = {"tokens"}  # host values of checkpoints that are older than the checksums
 
 
 class Damaged(RunError):
-    """A checkpoint that does not hold what was saved; the message is the reason alone."""
+    """A checkpoint that differs from what was saved; the message is only the reason."""
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds, verified."""
+    """The verified content of a checkpoint."""
 
     step: int
     state: Any
@@ -49,8 +49,8 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
 
 
 def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[int, ...]:
-    """The step that `latest`, `best` (smallest held-out loss) or a number means; after the first
-    two, the older ones to fall back to. A sequence of steps stays as it is.
+    """Returns the step that `latest`, `best` (smallest held-out loss) or a number means; for the
+    first two, the older ones follow as fallbacks. A sequence of steps stays as it is.
     """
     if not isinstance(which, str):
         return tuple(which)
@@ -59,7 +59,8 @@ def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[i
         raise UserError(f"{directory} has no finished checkpoint.")
     if which not in ("latest", "best", *map(str, steps)):
         raise UserError(
-            f"--step {which}: {directory} has {', '.join(map(str, steps))}; or say latest or best."
+            f"--step {which}: {directory} has the steps {', '.join(map(str, steps))}; give one of "
+            "them, latest or best."
         )
     if which.isdigit():
         return (int(which),)
@@ -72,22 +73,21 @@ def choose_steps(directory: pathlib.Path, which: str | Sequence[int]) -> tuple[i
 
 
 def best_step(steps: Iterable[int], losses: dict[int, float | None]) -> int | None:
-    """The step with the smallest held-out loss; None where none was measured."""
+    """Returns the step with the smallest held-out loss; None if none was measured."""
     measured = [step for step in steps if losses.get(step) is not None]
     return min(measured, key=losses.get, default=None)
 
 
 def read_newest(directory: pathlib.Path, steps: Sequence[int], abstract: dict) -> Restored:
-    """Some arrays of the first of `steps` that is whole, on the shardings of `abstract` (a part of
-    its tree).
+    """Reads some arrays of the first of `steps` that is intact, onto the shardings of `abstract` (a
+    part of its tree).
     """
     found, damaged = first_good(
         directory, steps, lambda step: read(directory, step, abstract, is_part=True)
     )
     for step, reason in damaged.items():
         say(
-            f"checkpoint {step} of {directory} is damaged ({reason}); checkpoint {found.step} is "
-            "used"
+            f"checkpoint {step} of {directory} is damaged ({reason}); using checkpoint {found.step}"
         )
     return found
 
@@ -95,22 +95,22 @@ def read_newest(directory: pathlib.Path, steps: Sequence[int], abstract: dict) -
 def first_good(
     directory: pathlib.Path, steps: Sequence[int], read_step: Callable[[int], Restored]
 ) -> tuple[Restored, dict[int, str]]:
-    """The first of `steps` that `read_step` does not find damaged, and what is wrong with those
-    before it.
+    """Returns the first of `steps` that `read_step` does not find damaged, and what is wrong with
+    the steps before it.
     """
     damaged: dict[int, str] = {}
     for step in steps:
         try:
             return read_step(step), damaged
         except Damaged as error:
-            damaged[step] = str(error)  # not the error: its traceback would hold on to the arrays
+            damaged[step] = str(error)  # not the error: its traceback would keep the arrays alive
     first, *others = steps
     for file in sorted((directory / str(first)).rglob("*")):
         check_downloaded(file)
     more = f"; so are the older ones ({', '.join(map(str, others))})" if others else ""
     raise RunError(
-        f"Checkpoint {first} of {directory} is damaged or not whole: {damaged[first]}{more}. Put "
-        "it back from a copy, or take another step or run."
+        f"Checkpoint {first} of {directory} is damaged or incomplete: {damaged[first]}{more}. "
+        "Restore it from a copy, or use another step or run."
     )
 
 
@@ -122,18 +122,18 @@ def read(
     *,
     is_part: bool = False,
 ) -> Restored:
-    """A checkpoint, compared with its checksums; raises Damaged, on all processes."""
+    """Reads a checkpoint and verifies its checksums; raises Damaged on all processes."""
     path, wanted = (directory / str(step)).absolute(), without_empty(abstract)
     context = ocp.Context()
     context.pytree.loading.partial_load = is_part
-    # No process waits inside of Orbax for one that has met a damaged file.
+    # No process waits inside Orbax for one that has met a damaged file.
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
 
     def look():
         metadata = ocp.metadata(path, checkpointable_name="state")
         if metadata.metadata is None:
-            raise Damaged("its arrays can not be read")
+            raise Damaged("its arrays cannot be read")
         _check_leaves(metadata.metadata, wanted)
         host = metadata.custom_metadata or {}
         _check_host(directory, step, host, host_names)
@@ -145,22 +145,22 @@ def read(
     if checksums.SEAL in host:
         _together(lambda: _check_arrays(loaded, host["arrays"]))
     else:
-        say(f"checkpoint {step} of {directory} is from before there were checksums: not verified")
+        say(f"checkpoint {step} of {directory} has no checksums (older version): not verified")
     return Restored(step, _with_empty(loaded, abstract), host)
 
 
 def _together(work: Callable[[], Any]) -> Any:
-    """What `work` returns; raises Damaged on all processes if it fails on one."""
+    """Returns the result of `work`; raises Damaged on all processes if it fails on one."""
     result, reason = None, ""
     with _quietly(), _kept_young():
         try:
             result = work()
-        except Exception as error:  # for a file that is not whole, a dozen unrelated kinds
+        except Exception as error:  # an incomplete file raises one of a dozen unrelated types
             if _is_of_the_machine(error):
                 raise
             reason = reason_of(error)
         if reason:
-            gc.collect(0)  # what Orbax has left behind, while nobody listens
+            gc.collect(0)  # frees what Orbax has left, while warnings are silenced
             _close_abandoned()
     reasons = [each for each in processes.all_texts(reason) if each]
     if reasons:
@@ -169,21 +169,21 @@ def _together(work: Callable[[], Any]) -> Any:
 
 
 def _close_abandoned() -> None:
-    """Closes coroutines that Orbax has made and, where a read failed, not ended. Whatever holds
-    their traceback, such as a log record, would else free them later, each with a warning. Nothing
-    is saved while something is read, so none of them is about to go on.
+    """Closes coroutines that Orbax created and, after a failed read, did not finish. Otherwise
+    whatever holds their traceback, such as a log record, would free them later, each with a
+    warning. Nothing is saved during a read, so none of them will continue.
     """
     for generation in (0, 1):
         for each in gc.get_objects(generation):
             if type(each) is types.CoroutineType and "orbax" in each.cr_code.co_filename:
-                with contextlib.suppress(Exception):  # its own, or that it is running
+                with contextlib.suppress(Exception):  # the coroutine's own, or it is running
                     each.close()
 
 
 @contextlib.contextmanager
 def _kept_young() -> Iterator[None]:
-    """Inside, nothing is collected, so that all that is made stays in the youngest generation: to
-    look through the others takes seconds in a process that has compiled much.
+    """Pauses garbage collection, so that new objects stay in the youngest generation: searching the
+    others takes seconds in a process that has compiled much.
     """
     is_on = gc.isenabled()
     gc.disable()
@@ -196,7 +196,7 @@ def _kept_young() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Inside, nothing is said of the coroutines that Orbax abandons where a read fails."""
+    """Silences warnings about the coroutines that Orbax abandons when a read fails."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         with warnings.catch_warnings():
@@ -207,7 +207,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether an error says nothing about the files: no device memory, or a peer has gone."""
+    """Returns whether an error says nothing about the files: no device memory, or a lost peer."""
     is_full = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     return is_full or processes.is_lost_peer(error)
 
@@ -222,7 +222,7 @@ def _check_host(directory, step: int, host: dict, host_names: Sequence[str]) -> 
             raise Damaged("it has no checksums")
         return
     if not checksums.is_sealed(host):
-        raise Damaged("the values beside its arrays do not have their checksum")
+        raise Damaged("the checksum of its host values does not match")
     if host["step"] != step:
         raise Damaged(f"it holds step {host['step']}")
     difference = find_difference(directory.parent, host)
@@ -233,7 +233,7 @@ def _check_host(directory, step: int, host: dict, host_names: Sequence[str]) -> 
 def _check_arrays(state: Any, saved: dict) -> None:
     wrong = checksums.find_mismatch(state, saved)
     if wrong is not None:
-        raise Damaged(f"{wrong} does not have its checksum")
+        raise Damaged(f"the checksum of {wrong} does not match")
 
 
 def say(text: str) -> None:
@@ -242,11 +242,11 @@ def say(text: str) -> None:
 
 
 def eval_loss(directory: pathlib.Path, step: int) -> float | None:
-    """The held-out loss beside a checkpoint; None where none can be read."""
+    """Returns the held-out loss stored with a checkpoint; None if there is none."""
     place = directory / str(step)
     try:
         values = read_json(place / "_CHECKPOINT_METADATA")["custom_metadata"]
-        if checksums.SEAL not in values:  # as older versions have written it
+        if checksums.SEAL not in values:  # written by an older version
             values = read_json(place / "metrics" / "metrics")
         loss = values["eval_loss"]
     except (UserError, KeyError, TypeError):
@@ -255,12 +255,14 @@ def eval_loss(directory: pathlib.Path, step: int) -> float | None:
 
 
 def without_empty(tree: Any) -> Any:
-    """The tree without arrays of size 0, which Orbax refuses: a dense model has ranks [0, 0]."""
+    """Returns the tree without arrays of size 0, which Orbax refuses: a dense model has ranks [0,
+    0].
+    """
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
 def _with_empty(tree: Any, abstract: Any) -> Any:
-    """The inverse of `_without_empty`."""
+    """Inverts `without_empty`."""
 
     def leaf(wanted, found):
         return found if wanted.size else jnp.zeros(wanted.shape, wanted.dtype)
@@ -269,17 +271,19 @@ def _with_empty(tree: Any, abstract: Any) -> Any:
 
 
 def _check_leaves(saved: Any, abstract: Any) -> None:
-    """Orbax casts a leaf of another dtype silently, so dtypes and shapes are compared first."""
+    """Compares dtypes and shapes before loading, because Orbax silently casts a leaf of another
+    dtype.
+    """
     leaves = jax.tree.leaves_with_path(saved)
     found = {leaf_name(path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in leaves}
     for path, leaf in jax.tree.leaves_with_path(abstract):
         name, expected = leaf_name(path), (tuple(leaf.shape), str(leaf.dtype))
         if found.get(name) != expected:
-            raise Damaged(f"{name} is {found.get(name)}, this run needs {expected}")
+            raise Damaged(f"{name} is {found.get(name)}, but this run needs {expected}")
 
 
 def reason_of(error: Exception) -> str:
-    """Returns the first line, without the specification that TensorStore puts behind it."""
+    """Returns the first line of an error, without the specification that TensorStore appends."""
     first = first_line(error)
     for more in (" [tensorstore", " See full TensorStore"):
         first = first.partition(more)[0]

@@ -1,13 +1,13 @@
-"""Checksums of a checkpoint: made of the values that are written, compared with those restored.
+"""Checksums of a checkpoint, computed from the values written and compared with those restored.
 
-An array is saved in blocks, one for each part that the mesh cuts it into, and each block has the
-xxh3_128 of its bytes under the index range that it covers. The ranges, not the mesh, say what was
-hashed, so any other mesh and number of processes can compare: what a process holds of an array is
-cut, or put together, to the saved blocks. Where that leaves some process with a part of a block,
-the array is gathered to all hosts first.
+An array is saved in blocks, one per shard of the mesh, and each block has the xxh3_128 of its bytes
+under the index range that it covers. The ranges, not the mesh, define what was hashed, so any other
+mesh and number of processes can verify it: what a process holds of an array is cut or assembled to
+the saved blocks. If some process holds only a part of a block, the array is first gathered to all
+hosts.
 
-The small values beside the arrays are sealed: one more checksum over all of them, the checksums of
-the arrays included. All this finds faults of disks and memory, not attackers.
+The host values beside the arrays are sealed: one more checksum covers all of them, including the
+checksums of the arrays. All this detects faults of disks and memory, not attackers.
 """
 
 import itertools
@@ -27,7 +27,7 @@ Ranges = tuple[tuple[int, int], ...]  # (start, stop) by axis
 
 
 def leaf_name(path) -> str:
-    """A leaf's path as text, the same for dicts, tuples and named tuples."""
+    """Returns a leaf's path as text, the same for dicts, tuples and named tuples."""
     return "/".join(
         str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part))))
         for part in path
@@ -35,20 +35,21 @@ def leaf_name(path) -> str:
 
 
 def seal(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON values with their own checksum added."""
+    """Returns the JSON values with their own checksum added."""
     return {**values, SEAL: _hash_json(values)}
 
 
 def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether the values have a checksum and it is theirs."""
+    """Returns whether the values have a checksum that matches."""
     rest = {name: value for name, value in values.items() if name != SEAL}
     return values.get(SEAL) == _hash_json(rest)
 
 
 def hash_arrays(tree: Any) -> dict[str, dict[str, str]]:
-    """Checksums of all blocks of all arrays, the same on every process: {leaf: {ranges: digest}}.
+    """Returns the checksums of all blocks of all arrays, equal on every process: {leaf: {ranges:
+    digest}}.
 
-    A block that several devices hold is hashed once, where Orbax writes it from.
+    A block that several devices hold is hashed once, on the device from which Orbax writes it.
     """
     own = {}
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -65,9 +66,10 @@ def hash_arrays(tree: Any) -> dict[str, dict[str, str]]:
 
 
 def find_mismatch(tree: Any, saved: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The first array of which this process holds something else than was saved; None if none.
+    """Returns the first array of which this process holds something different from what was saved;
+    None if all match.
 
-    To be called on all processes: arrays are gathered where the meshes make it necessary.
+    All processes must call it: arrays are gathered if the meshes make it necessary.
     """
     wrong = []  # no early return: the others would wait for this process
     for path, leaf in jax.tree.leaves_with_path(tree):
@@ -83,14 +85,17 @@ def find_mismatch(tree: Any, saved: Mapping[str, Mapping[str, str]]) -> str | No
 
 
 def _held(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> list[tuple[Ranges, Any]]:
-    """What this process has of an array, by ranges; all of it if it had to be gathered."""
+    """Returns what this process holds of an array, by ranges; all of it if it had to be
+    gathered.
+    """
     if _cuts_a_block(leaf, blocks):
         return [(tuple((0, size) for size in leaf.shape), processes.to_host(leaf))]
     return [(_ranges(shard.index, leaf.shape), shard.data) for shard in leaf.addressable_shards]
 
 
 def _cuts_a_block(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> bool:
-    """Whether some process holds a part of a block, but not all of it; on all processes the same.
+    """Returns whether some process holds a part of a block but not all of it; equal on all
+    processes.
 
     Parts on different devices are equal or disjoint.
     """
@@ -107,7 +112,7 @@ def _cuts_a_block(leaf: jax.Array, blocks: Mapping[Ranges, str]) -> bool:
 
 
 def _is_intact(held: list[tuple[Ranges, Any]], block: Ranges, digest: str) -> bool:
-    """Whether every copy of a block that is held here has its checksum."""
+    """Returns whether every local copy of a block matches its checksum."""
     copies = [
         np.asarray(data)[_slices(block, ranges)]
         for ranges, data in held
@@ -117,7 +122,7 @@ def _is_intact(held: list[tuple[Ranges, Any]], block: Ranges, digest: str) -> bo
 
 
 def _put_together(held: list[tuple[Ranges, Any]], block: Ranges) -> Iterator[np.ndarray]:
-    """The block from its parts on several devices; nothing if none is here."""
+    """Yields the block assembled from its parts on several devices; nothing if no part is here."""
     parts = [(_overlap(ranges, block), ranges, data) for ranges, data in held]
     parts = [part for part in parts if _size(part[0])]
     if parts:
@@ -135,7 +140,7 @@ def _hash_json(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
-# ------------------------------------------------------------------------------------------ ranges
+# ------------------------------------------------------------------------------------------- ranges
 
 
 def _ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> Ranges:
@@ -152,7 +157,7 @@ def _size(ranges: Ranges) -> int:
 
 
 def _slices(ranges: Ranges, within: Ranges) -> tuple[slice, ...]:
-    """An index of what `within` covers that takes `ranges` out of it."""
+    """Returns an index that selects `ranges` from what `within` covers."""
     pairs = zip(ranges, within, strict=True)
     return tuple(slice(own[0] - outer[0], own[1] - outer[0]) for own, outer in pairs)
 
@@ -162,7 +167,7 @@ def _key(ranges: Ranges) -> str:
 
 
 def _parse(key: str) -> Ranges:
-    if not key:  # of a scalar
+    if not key:  # a scalar
         return ()
     pairs = (part.partition(":") for part in key.split(","))
     return tuple((int(start), int(stop)) for start, _, stop in pairs)

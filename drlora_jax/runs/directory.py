@@ -1,6 +1,7 @@
-"""The files of a run directory that are not checkpoints: config.json, metrics.jsonl, ranks.jsonl.
+"""Reads and writes the files of a run directory except checkpoints: config.json, metrics.jsonl,
+ranks.jsonl.
 
-The logs are append-only, one JSON object a line, readable after a kill at any moment. On resume
+The logs are append-only, one JSON object per line, readable after a kill at any moment. On resume
 they are cut back to the restored step, so that a resumed run leaves the same lines as an
 uninterrupted one.
 """
@@ -35,7 +36,7 @@ from drlora_jax.system.paths import (
 )
 from drlora_jax.system.text import format_bytes
 
-# What a run writes besides config.json, and would write over or mix with.
+# Files that a run writes besides config.json, and would overwrite or mix with existing ones.
 WRITTEN = ("metrics.jsonl", "ranks.jsonl", "checkpoints", "report.html", "eval.json", "tensorboard")
 
 
@@ -43,8 +44,7 @@ class RunDirectory:
     """Reads and writes the files of a run.
 
     Args:
-      writes: whether this process is the one that does; in the others what would write does
-        nothing.
+      writes: whether this process writes; in the others methods that write do nothing.
     """
 
     def __init__(self, path: str, *, writes: bool = True):
@@ -54,10 +54,12 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.ranks_file = self.path / "ranks.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.sinks: list[Sink] = []  # get copies of the rows
+        self.sinks: list[Sink] = []  # receive copies of the rows
 
     def stored(self) -> dict | None:
-        """The content of config.json, if a run was created here."""
+        """Returns the content of config.json if this run was started before and has a
+        checkpoint.
+        """
         kind = kind_of(self.path)
         if kind not in (ABSENT, DIRECTORY):
             raise UserError(f"run.dir={self.path} is {kind}; give a directory, or a new name.")
@@ -67,36 +69,38 @@ class RunDirectory:
         try:
             stored = read_json(self.config_file)
         except UserError as error:
-            raise UserError(f"{error} Mend it, or give a new run.dir.") from error
+            raise UserError(f"{error} Fix the file, or give a new run.dir.") from error
         if not is_run(stored):
             raise UserError(
-                f"run.dir={self.path} is not a run directory: its config.json is of something else "
-                "or damaged; give a new one."
+                f"run.dir={self.path} is not a run directory: its config.json belongs to something "
+                "else or is damaged; give a new directory."
             )
         if kind_of(self.checkpoints) not in (ABSENT, DIRECTORY):
             raise UserError(f"{self.checkpoints} must be a directory; give a new run.dir.")
-        # A run that was ended before its first checkpoint has nothing to be continued with.
+        # A run that ended before its first checkpoint cannot be resumed.
         return stored if self.has_checkpoint() else None
 
     def _check_unused(self) -> None:
-        """Refuses files that a new run would write over. Whatever else is there may stay: logs of
-        the launcher, what a file system or a desktop leaves behind.
+        """Refuses files that a new run would overwrite. Anything else may stay: logs of the
+        launcher, files of a file system or a desktop.
         """
         found = [name for name in WRITTEN if not _is_empty(self.path / name)]
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             raise UserError(
-                f"run.dir={self.path} holds {', '.join(found[:3])}{more} of something else and no "
-                "config.json; give a new directory, or move them away."
+                f"run.dir={self.path} has {', '.join(found[:3])}{more}, but no config.json of a "
+                "run; give a new directory, or move them away."
             )
 
     def check_place(self) -> None:
-        """Refuses a place that can not be written."""
+        """Refuses a directory that cannot be written."""
         place = self._place()
         kind, is_open = kind_of(place), os.access(place, os.W_OK | os.X_OK)
         if kind != DIRECTORY or not is_open:
             reason = "no permission" if kind == DIRECTORY else f"{place} is {kind}"
-            raise UserError(f"run.dir={self.path} can not be written: {reason}; give another.")
+            raise UserError(
+                f"run.dir={self.path} cannot be written: {reason}; give another directory."
+            )
 
     def check_room(self, checkpoint_bytes: int, keep_last: int) -> None:
         """Refuses a disk without room for the checkpoints: those kept, the best one, and the one
@@ -108,24 +112,24 @@ class RunDirectory:
         if free < needed:
             raise UserError(
                 f"run.dir={self.path} has {format_bytes(free)} of free space, but the run needs "
-                f"{format_bytes(needed)}: {count} checkpoints of "
-                f"{format_bytes(checkpoint_bytes)}. Make room, lower run.keep_last or give "
+                f"{format_bytes(needed)} for {count} checkpoints of "
+                f"{format_bytes(checkpoint_bytes)} each. Make room, lower run.keep_last or give "
                 "another run.dir."
             )
 
     def _place(self) -> pathlib.Path:
-        """The directory, or the nearest one above it that is there."""
+        """Returns the directory, or the nearest existing one above it."""
         return next(each for each in (self.path, *self.path.parents) if kind_of(each) != ABSENT)
 
     def locked(self) -> contextlib.AbstractContextManager:
-        """For whoever writes here: refuses while another live process does."""
+        """Holds the lock for writing; refuses while another live process holds it."""
         return hold_lock(self.path) if self._writes else contextlib.nullcontext()
 
     def has_checkpoint(self) -> bool:
         return bool(numbered_folders(self.checkpoints))
 
     def newest_step(self) -> int:
-        """Of the checkpoints; 0 if there is none."""
+        """Returns the newest step with a checkpoint; 0 if there is none."""
         return max(numbered_folders(self.checkpoints), default=0)
 
     def check_settings(self, stored: dict, config: TrainConfig) -> None:
@@ -133,7 +137,7 @@ class RunDirectory:
         resume.check_settings(self.path, stored, config)
 
     def check_first_ranks(self, stored: dict, config: TrainConfig, ranks_LE: np.ndarray) -> None:
-        """Refuses to resume with a file of ranks or exponents that gives other first ranks."""
+        """Refuses to resume with a file of ranks or exponents that gives other initial ranks."""
         resume.check_first_ranks(self.path, stored, config, ranks_LE.tolist())
 
     def check_same(
@@ -143,15 +147,15 @@ class RunDirectory:
         origin: dict[str, str],
         devices: dict | None = None,
     ) -> list[str]:
-        """Refuses to resume a run of another config, base or data; what to tell of changes that are
-        allowed.
+        """Refuses to resume a run with another config, base model or data; returns lines about
+        changes that are allowed.
         """
         resume.check_settings(self.path, stored, config)
         resume.check_content(self.path, stored, config, origin)
         return resume.changed_lines(stored, config, origin, devices)
 
     def last_rate(self, step: int) -> tuple[int, float] | None:
-        """The newest step up to `step` whose learning rate is logged, and the rate."""
+        """Returns the newest step up to `step` whose learning rate is logged, and the rate."""
         with contextlib.suppress(OSError):
             if kind_of(self.metrics_file) == FILE:
                 text = self.metrics_file.read_text(encoding="utf-8", errors="replace")
@@ -169,37 +173,37 @@ class RunDirectory:
         made_with: dict | None = None,
     ) -> None:
         """Writes config.json; `schedule_steps` fixes the growth schedule for good, `made_with` is
-        for the record.
+        only a record.
         """
         if not self._writes:
             return
         values = {
             "config": to_dict(config),
             **origin,
-            "run_id": secrets.token_hex(8),  # checkpoints of other runs are told apart by it
+            "run_id": secrets.token_hex(8),  # distinguishes the checkpoints of other runs
             "schedule_steps": schedule_steps,
             "version": drlora_jax.__version__,
             **(made_with or {}),
         }
-        if self.has_checkpoint():  # made after we had looked
+        if self.has_checkpoint():  # written after our check
             raise UserError(
-                f"run.dir={self.path} was started by another process meanwhile; the same command "
-                "goes on from its checkpoint."
+                f"run.dir={self.path} has meanwhile been started by another process; run the same "
+                "command again to resume from its checkpoint."
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             text = json.dumps(values, indent=2) + "\n"
-            # A list of numbers is one line; a line end is never inside a JSON string.
+            # Lists of numbers become one line; JSON strings never contain a line break.
             text = re.sub(r"\[\n[\d\s,]+\]", lambda found: " ".join(found[0].split()), text)
             replace_text(self.config_file, text)
         except OSError as error:
-            raise UserError(f"run.dir={self.path} can not be written: {error.strerror}.") from error
+            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror}.") from error
 
     def cut_back(self, step: int, log_every: int) -> list[str]:
-        """Drops the lines of both logs that are later than `step`; all of them for a start at 0.
+        """Drops the lines of both logs that are later than `step`; all of them if `step` is 0.
 
         Returns:
-          What to tell of lines that are lost.
+          Notes about lines that are lost.
         """
         if not self._writes:
             return []
@@ -208,22 +212,22 @@ class RunDirectory:
             kind = kind_of(file)
             if kind == ABSENT:
                 continue
-            if kind != FILE:  # a device could be read for ever
+            if kind != FILE:  # reading a device might never end
                 raise RunError(f"{file} must be a file, but it is {kind}; give a new run.dir.")
             try:
                 lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
                 kept = [line for line in lines if _is_kept(line, last)]
                 steps_before += filter(None, map(_step_of, lines))
                 if step and (count := sum(_step_of(line) is None for line in lines)):
-                    what = "lines that can not be read are" if count > 1 else "unreadable line is"
+                    what = "lines that cannot be read are" if count > 1 else "unreadable line is"
                     notes.append(f"{file}: {count} {what} dropped")
                 replace_text(file, "".join(line + "\n" for line in kept))
             except OSError as error:
-                message = f"{file} can not be cut back to step {step}: {error.strerror}."
+                message = f"{file} cannot be cut back to step {step}: {error.strerror}."
                 raise RunError(message) from error
         if not step and steps_before:
             notes.append(
-                f"{self.path} has no checkpoint: its log to step {max(steps_before)} is dropped"
+                f"{self.path} has no checkpoint: its log up to step {max(steps_before)} is dropped"
             )
         first = self._newest_row() + 1
         if step - first + 1 >= log_every:
@@ -232,7 +236,7 @@ class RunDirectory:
         return notes
 
     def _newest_row(self) -> int:
-        """The newest step of metrics.jsonl, after it was cut back; 0 if there is none."""
+        """Returns the newest step of metrics.jsonl after it was cut back; 0 if there is none."""
         if kind_of(self.metrics_file) == ABSENT:
             return 0
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
@@ -254,7 +258,7 @@ class RunDirectory:
         budget: int | Sequence[int],
         more: dict | None = None,
     ) -> None:
-        """A row of ranks.jsonl; `more` is added to it as it stands."""
+        """Appends a row to ranks.jsonl; the fields of `more` are added unchanged."""
         if not self._writes:
             return
         values = {
@@ -271,13 +275,15 @@ class RunDirectory:
 
 
 def _is_empty(path: pathlib.Path) -> bool:
-    """Whether nothing is there, or what a run leaves that is killed before it writes its config."""
+    """Returns whether nothing is there, or only what a run leaves that is killed before it writes
+    its config.
+    """
     kind = kind_of(path)
     if kind != DIRECTORY:
         return kind == ABSENT
     try:
         return not any(path.iterdir())
-    except OSError:  # no permission to look
+    except OSError:  # no permission to list it
         return False
 
 
@@ -287,7 +293,7 @@ def _is_kept(line: str, step: int) -> bool:
 
 
 def _step_of(line: str) -> int | None:
-    """None for a line that a kill cut short, or one that was never ours."""
+    """Returns the step of a line; None for a line that a kill cut short or that is not ours."""
     try:
         step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -300,4 +306,4 @@ def _append(file: pathlib.Path, values: dict) -> None:
         with file.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(values, allow_nan=False) + "\n")
     except OSError as error:
-        raise RunError(f"{file} can not be written: {error.strerror}.") from error
+        raise RunError(f"{file} cannot be written: {error.strerror}.") from error

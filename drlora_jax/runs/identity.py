@@ -1,7 +1,7 @@
-"""Which run a checkpoint is of: the run's id, and a digest of its stored config.
+"""Identifies the run of a checkpoint by the run's id and a digest of its stored config.
 
-The digest is of config.json as it is in the run directory, without what may change on a resume. The
-names that are left out are kept beside it, because versions differ in what may change.
+The digest covers config.json as it is in the run directory, without the fields that may change on
+a resume. The names of those are stored with it, because versions differ in what may change.
 """
 
 import json
@@ -17,7 +17,7 @@ from drlora_jax.system.paths import ABSENT, kind_of, read_json
 
 
 def identity_of(run_dir: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint keeps to tell whose it is; empty without a config.json."""
+    """Returns the identity that a checkpoint stores; empty without a config.json."""
     stored = _stored(run_dir)
     if stored is None:
         return {}
@@ -27,14 +27,16 @@ def identity_of(run_dir: pathlib.Path) -> dict[str, Any]:
 
 
 def find_difference(run_dir: pathlib.Path, found: Mapping[str, Any]) -> str | None:
-    """Why a checkpoint that keeps the identity `found` is not of this run; None if it is."""
+    """Returns why a checkpoint with the identity `found` belongs to another run; None if it does
+    not.
+    """
     stored = _stored(run_dir)
     if stored is None or "config" not in found:
         return None
     if found["run_id"] != stored.get("run_id"):
-        return "it is of another run"
+        return "it belongs to another run"
     if found["config"]["digest"] != _digest(stored["config"], found["config"]["without"]):
-        return f"it was saved under another config than {run_dir / 'config.json'} has"
+        return f"it was saved with a config different from {run_dir / 'config.json'}"
     return None
 
 

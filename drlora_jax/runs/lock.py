@@ -1,7 +1,7 @@
-"""One process at a time writes a run directory.
+"""Locks a run directory, so that one process at a time writes it.
 
-The lock is the kernel's (`flock`), so it ends with its process, however that ends. The file says
-who holds it, for the message. Where the file system has no locks, that content decides instead: a
+The lock is the kernel's (`flock`), so it ends with its process, however that ends. The file names
+its holder, for the message. If the file system has no locks, that content decides instead: a
 process that is alive on this host holds the directory, anything else is a leftover. Reading a run
 directory needs no lock.
 """
@@ -23,7 +23,7 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextlib.contextmanager
 def hold_lock(directory: pathlib.Path) -> Iterator[None]:
-    """Holds the directory's lock; refuses if another live process does, or if it can not be
+    """Holds the directory's lock; refuses if another live process holds it or it cannot be
     written.
     """
     file = directory / LOCK_NAME
@@ -34,12 +34,12 @@ def hold_lock(directory: pathlib.Path) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(_own()).encode(), 0)
     except OSError as error:
         raise UserError(
-            f"run.dir={directory} can not be written: {error.strerror}; give another run.dir."
+            f"run.dir={directory} cannot be written: {error.strerror}; give another run.dir."
         ) from error
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # before it is released: nobody can hold a file that is gone
+        file.unlink(missing_ok=True)  # before the release: nobody can hold a file that is gone
         os.close(descriptor)
 
 
@@ -54,7 +54,7 @@ def _acquire(file: pathlib.Path, directory: pathlib.Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(file), os.fstat(descriptor)):
                 return descriptor
-        os.close(descriptor)  # its last holder removed the file between our two calls: once more
+        os.close(descriptor)  # its last holder removed the file between our two calls: retry
 
 
 def _lock(descriptor: int, directory: pathlib.Path) -> None:
@@ -71,7 +71,7 @@ def _lock(descriptor: int, directory: pathlib.Path) -> None:
             return
     who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
     raise UserError(
-        f"run.dir={directory} is in use by {who}; wait for it or stop it, or give another run.dir."
+        f"run.dir={directory} is in use by {who}; wait for it, stop it, or give another run.dir."
     )
 
 
@@ -81,7 +81,9 @@ def _own() -> dict:
 
 
 def _owner(descriptor: int) -> dict:
-    """What the file says; empty where it says nothing, as in the moment before it is written."""
+    """Reads the owner from the file; empty if there is none, as in the moment before it is
+    written.
+    """
     try:
         values = json.loads(os.pread(descriptor, 4096, 0))
         return values if {"pid", "host", "started"} <= values.keys() else {}
@@ -90,20 +92,20 @@ def _owner(descriptor: int) -> dict:
 
 
 def _is_alive_here(owner: dict) -> bool:
-    """Whether that very process runs on this host: a number alone may have been given out again."""
+    """Returns whether that very process runs on this host: its number may have been reused."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner["pid"], int):
         return False
     try:
         os.kill(owner["pid"], 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # it is somebody else's
+    except PermissionError:  # it belongs to another user
         return True
     return owner["started"] == _start_time(owner["pid"])
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in the kernel's clock; empty where the system does not say."""
+    """Returns when a process started, in the kernel's clock; "" if the system does not say."""
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

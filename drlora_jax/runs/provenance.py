@@ -1,4 +1,4 @@
-"""What a run was made with: versions of the packages that decide its numbers, and its devices."""
+"""Records the versions of the packages that determine a run's numbers, and its devices."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,9 @@ PACKAGES |= {"orbax": "orbax-checkpoint", "transformers": "transformers"}
 
 
 def made_with(mesh, layers: tuple[int, ...], policy: Policy, max_rank: int) -> dict:
-    """What config.json keeps besides the config: versions, devices, and where the ranks start."""
+    """Returns what config.json stores besides the config: versions, devices, and the initial
+    ranks.
+    """
     return {
         "versions": versions(),
         "devices": devices(mesh),
@@ -30,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def devices(mesh) -> dict:
-    """Kind and number of the devices of a mesh, its axes, and the processes that drive it."""
+    """Returns kind and number of the devices of a mesh, its axes, and its number of processes."""
     return {
         "kind": jax.devices()[0].device_kind,
         "count": int(mesh.size),

@@ -1,10 +1,10 @@
-"""What a run was made with, as config.json keeps it: the block `resolved`.
+"""The block `resolved` of config.json: the settings that a run was actually trained with.
 
-A run stores what was found, not what was asked for: how its rows were written, which tokenizer and
-chat template wrote them, what ends an answer, which base it started from. Whoever uses the run
-later (resume, `generate`, `evaluate`, `export`) gets the same words, wherever rows and base are by
-then. Token ids that changed are refused. A chat template, end tokens or a date that changed are
-said, and those of the run are used.
+A run stores what was resolved, not what was requested: how its rows were written, which tokenizer
+and chat template wrote them, what ends an answer, which base model it started from. Later uses of
+the run (resume, `generate`, `evaluate`, `export`) write the same text, wherever rows and base model
+are by then. Changed token ids are refused. If the chat template, end tokens or date have changed,
+a note says so, and those of the run are used.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from drlora_jax.data.tokenizer_identity import added_since, template_identity
 from drlora_jax.data.wording import CHOICE, TEXT, Wording, Writer, field_names, named_wording
 from drlora_jax.errors import UserError
 
-LONGEST_SYSTEM = 2000  # characters of a system message that are kept
+LONGEST_SYSTEM = 2000  # characters; a longer system message is not stored
 
 
 class SystemMessages(NamedTuple):
-    """Of the training rows."""
+    """The system messages of the training rows."""
 
     rows: int  # that begin with one
-    of: int
-    text: str | None = None  # where all say the same
+    of: int  # all rows
+    text: str | None = None  # if it is the same in all
 
 
 class Resolved(NamedTuple):
@@ -38,14 +38,14 @@ class Resolved(NamedTuple):
     wordings: tuple[tuple[str, Wording], ...]  # (path, its wording) in the order of reading
     system: SystemMessages
     end_token_ids: tuple[int, ...]  # the first is the tokenizer's own
-    chat_template: str | dict | None  # of the tokenizer, where a wording uses it
+    chat_template: str | dict | None  # the tokenizer's, if a wording uses it
     model_revision: str | None  # of a hub name
     tokenizer: dict[str, str]  # sha256 of its parts
     base: str  # fingerprint
 
     @property
     def wording(self) -> Wording:
-        """Of the first path: what single prompts are written in."""
+        """The wording of the first path, which single prompts use."""
         return self.wordings[0][1]
 
     @property
@@ -53,14 +53,16 @@ class Resolved(NamedTuple):
         return next((each.date for _, each in self.wordings if each.date), None)
 
     def wording_of(self, fields: dict) -> Wording:
-        """The wording of the path whose rows look like this one; the first where none does."""
+        """Returns the wording of the path whose rows have these fields; the first if there is
+        none.
+        """
         for _, wording in self.wordings:
             if _fits(fields, wording):
                 return wording
         return self.wording
 
     def to_json(self) -> dict:
-        """The first path's wording at the top; `paths` only where they differ."""
+        """Returns JSON values: the first path's wording at the top, `paths` only if they differ."""
         values = self.wording.to_json() | {
             "system": self.system._asdict(),
             "end_token_ids": list(self.end_token_ids),
@@ -76,10 +78,10 @@ class Resolved(NamedTuple):
 
     @classmethod
     def from_json(cls, values: dict) -> "Resolved":
-        """The inverse of `to_json`.
+        """Inverts `to_json`.
 
         Raises:
-          UserError: for a block that is not complete.
+          UserError: if the block is incomplete.
         """
         try:
             paths = values.get("paths") or [{"path": "", **values}]
@@ -94,15 +96,16 @@ class Resolved(NamedTuple):
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                "config.json: the block `resolved` is not one that this version writes "
-                f"({error!r}); it was edited, or a newer version made the run."
+                "config.json: this version cannot read the block `resolved` "
+                f"({error!r}). If it was edited, restore it; if a newer version wrote it, use that "
+                "version."
             ) from error
 
 
 def resolve(
     report: Report, tokenizer, directory: pathlib.Path, *, vocab_size: int, revision, base: str
 ) -> Resolved:
-    """What a new run keeps about its words, base and tokenizer."""
+    """Returns what a new run stores about its wording, base model and tokenizer."""
     wordings = tuple(report.wordings.items())
     ends = list(end_token_ids(tokenizer, directory, vocab_size))
     for _, wording in wordings:
@@ -126,7 +129,7 @@ def resolve(
 
 
 def turn_end_ids(wording: Wording, tokenizer) -> list[int]:
-    """The control token that the template puts behind an answer, if it does."""
+    """Returns the control token that the template puts behind an answer, if any."""
     if wording.is_as_is:
         return []
     text = turn_end(Writer(wording, tokenizer).style, tokenizer)
@@ -136,24 +139,25 @@ def turn_end_ids(wording: Wording, tokenizer) -> list[int]:
 def as_trained(
     tokenizer, resolved: Resolved, directory: pathlib.Path, run_dir
 ) -> tuple[object, list[str]]:
-    """The tokenizer with the run's chat template and end token, and what to say about it.
+    """Returns the tokenizer with the run's chat template and end token, and lines about what
+    changed.
 
     Raises:
-      UserError: when it makes other token ids than the run was trained with.
+      UserError: if its token ids differ from those of the training.
     """
     now, then = tokenizer_identity(tokenizer, directory), resolved.tokenizer
     changed, notes = _without_additions(tokenizer, directory, run_dir, now, then)
-    for name, what in (("vocabulary", "vocabulary"), ("probe", "way to cut texts")):
+    for name, what in (("vocabulary", "vocabulary"), ("probe", "way to split texts")):
         if name in changed:
             raise UserError(
                 f"The tokenizer of {directory} is not the one that {run_dir} was trained with: its "
                 f"{what} has changed (sha256 {then[name][:12]}, got {now[name][:12]}), so texts "
-                "may have other token ids. Put the tokenizer files of the training back."
+                "may have different token ids. Restore the tokenizer files of the training."
             )
     if "normalizer" in changed:
         notes.append(
-            f"the tokenizer files of {directory} are written otherwise than at the training; the "
-            "token ids of a probe are the same"
+            f"the tokenizer files of {directory} have changed since the training; the token ids "
+            "of test texts are the same"
         )
     notes += _restore_template(tokenizer, resolved, "template" in changed, directory, run_dir)
     if "ends" in changed:
@@ -170,8 +174,8 @@ def as_trained(
 def _without_additions(
     tokenizer, directory: pathlib.Path, run_dir, now: dict, then: dict
 ) -> tuple[set[str], list[str]]:
-    """Which parts have changed otherwise than by control tokens that were added since, such as one
-    for padding, and what to say of those; the padding is set back.
+    """Returns which parts have changed for a reason other than control tokens added since, such as
+    one for padding, and lines about those tokens; the padding token is set back.
     """
     changed = {name for name in then if now.get(name) != then[name]}
     added = added_since(tokenizer, directory, then) if "vocabulary" in changed else None
@@ -181,8 +185,8 @@ def _without_additions(
         tokenizer.pad_token = added.pad_token
         changed -= {"ends"}
     note = (
-        f"{directory}: {token_names(added.tokens)} added since the training of {run_dir}, and not "
-        "used by it"
+        f"{directory}: {token_names(added.tokens)} added since the training of {run_dir}, which "
+        "does not use it"
     )
     return changed - {"vocabulary", "probe"}, [note]
 
@@ -197,27 +201,29 @@ def _restore_template(
     if has_changed and _had_no_chat_template(resolved):
         tokenizer.chat_template = None
         return [
-            f"{directory} has a chat template now and had none when {run_dir} was trained, which "
-            "goes on without one"
+            f"{directory} has a chat template now, but had none when {run_dir} was trained; it is "
+            "not used"
         ]
     return []
 
 
 def _had_no_chat_template(resolved: Resolved) -> bool:
-    """Whether rows of turns were written without one: `auto` would take the new one for them."""
+    """Returns whether turns were written without a chat template: `auto` would now use the new
+    one.
+    """
     then = resolved.tokenizer["template"]
     wordings = [wording for _, wording in resolved.wordings]
     return then == template_identity(None) and any(each.format == "chat" for each in wordings)
 
 
 def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wording:
-    """The wording of a run that has no block `resolved`, found again from base and rows.
+    """Returns the wording of a run without the block `resolved`, derived from base model and rows.
 
     Args:
-      data_fingerprint: of the documents that the run was trained with.
+      data_fingerprint: the digest of the documents that the run was trained with.
 
     Raises:
-      UserError: when rows or base are not what they were; it says what to give.
+      UserError: if rows or base model have changed; the message says which options to give.
     """
     section = dataclasses.replace(config.data, special_tokens="keep")
     if section.format != "auto":
@@ -232,26 +238,26 @@ def found_again(config: TrainConfig, data_fingerprint: str, tokenizer) -> Wordin
 
 
 def _given_wording(section, tokenizer) -> Wording:
-    """A format that was named needs no row."""
+    """Returns the wording for a format that the config names, without reading a row."""
     template = choose_template(section.template, section.format, tokenizer)
     return Wording(section.format, template, field_names(section), "keep")
 
 
 def _lost(why: str) -> UserError:
     return UserError(
-        "The run does not say how its prompts were written (an earlier version made it, or a "
-        f"converter), and {why}. Say it: --template NAME (plain, question_answer, alpaca, chatml, "
-        "tulu, tokenizer, or none for texts as they are) and, for rows, --format NAME."
+        "The run does not record how its prompts were written (an earlier version or a converter "
+        f"wrote it), and {why}. Give --template NAME (plain, question_answer, alpaca, chatml, "
+        "tulu, tokenizer, or none for unchanged texts) and, for rows, --format NAME."
     )
 
 
 def asked_wording(
     template: str | None, row_format: str | None, tokenizer, like: Wording | None
 ) -> Wording:
-    """The wording that `--template` and `--format` name, else one like the run's.
+    """Returns the wording that `--template` and `--format` name, else one like the run's.
 
     Args:
-      like: of the run; what is not named is taken from it.
+      like: the run's wording, for everything that the options do not name.
     """
     if template is None and row_format is None:
         return like
@@ -272,20 +278,20 @@ def asked_wording(
 
 
 def _may_have(row_format: str, wording: Wording) -> bool:
-    """Whether rows of this format can be written in that template."""
+    """Returns whether rows of this format can be written in that template."""
     if wording.template == AS_IS or row_format in (TEXT, CHOICE):
         return False
     return row_format != "chat" or wording.template in CHAT_TEMPLATES
 
 
 def system_note(resolved: Resolved | None) -> str | None:
-    """What to say when a prompt has no system message and the training rows had one."""
+    """Returns a note if the prompts have no system message and the training rows had one."""
     if resolved is None or not resolved.system.rows:
         return None
     system = resolved.system
     what = f" ({shortened(system.text)})" if system.text else ""
     return (
-        f"{system.rows} of {system.of} training rows began with a system message{what}; these "
+        f"{system.rows} of {system.of} training rows began with a system message{what}, but these "
         "prompts have none (--system TEXT)"
     )
 

@@ -1,8 +1,9 @@
-"""What may change when a run is resumed: all that does not change what is learned. Pure functions.
+"""Decides what may change when a run is resumed: everything that does not change what is learned.
 
-Places, what is kept and reported, evaluation, batch splits, memory policy, kernels and the mesh may
-change; of those that round otherwise a line says so. Settings of `data` are not compared, what they
-give is: the same training tokens are the same data, wherever and however they are read.
+Paths, checkpointing, reports, evaluation, micro-batches, rematerialisation, kernels and the mesh
+may change; a line reports those that change rounding. Instead of the settings of `data`, the
+resulting training tokens are compared: equal tokens are the same data, wherever and however they
+are read. Pure functions.
 """
 
 import math
@@ -14,16 +15,16 @@ from drlora_jax import config as config_lib
 from drlora_jax.config import TrainConfig, own_fields, to_dict
 from drlora_jax.errors import UserError
 
-# Where things are, what is reported, and how long the run is.
+# Paths, reports, and the length of the run.
 FREE = ("train.steps", "train.epochs", "model.path", "train.eval_every")
 HELDOUT = ("data.eval_path", "data.eval_split", "train.eval_batches")
-# How the same numbers are computed: the result differs by rounding.
+# Ways to compute the same numbers: the result differs by rounding.
 ROUNDING = ("train.micro_batches", "model.remat", "model.experts", "model.attention")
-# Files of policies: what they give is compared.
+# Files of policies: the resulting ranks are compared.
 RANK_FILES = tuple(name for name in config_lib.PLACES if name.startswith("allocation."))
-# Of data: the order of documents and their rows, which the training tokens do not show.
+# Of `data`: the order of documents and their rows, which the training tokens do not show.
 ORDER = ("data.shuffle", "data.pack")
-NAMED = 3  # of the changes that are refused, in a message
+NAMED = 3  # refused changes that a message names
 
 
 class Change(NamedTuple):
@@ -33,13 +34,13 @@ class Change(NamedTuple):
 
 
 def check_settings(where, stored: dict, config: TrainConfig) -> None:
-    """Refuses what would be another run, as far as settings show it; reads no data.
+    """Refuses settings that would make it another run; reads no data.
 
     Args:
       where: the run directory, for messages.
       stored: the content of its config.json.
     """
-    has_tokens = bool(stored["data_fingerprint"])  # a pretraining has no digest of them
+    has_tokens = bool(stored["data_fingerprint"])  # pretraining stores no digest of tokens
     refused = [
         change
         for change in _changes(stored, config)
@@ -48,50 +49,50 @@ def check_settings(where, stored: dict, config: TrainConfig) -> None:
     ]
     if refused:
         raise UserError(
-            f"run.dir={where} was made with {_listed(refused)}; undo it or give a new run.dir. On "
-            "resume train.steps, places, evaluation, train.micro_batches, model.remat, kernels and "
-            "the mesh may change."
+            f"run.dir={where} was created with {_listed(refused)}; undo the change or give a new "
+            "run.dir. On resume, train.steps, paths, evaluation, train.micro_batches, model.remat, "
+            "kernels and the mesh may change."
         )
 
 
 def check_content(where, stored: dict, config: TrainConfig, origin: dict[str, str]) -> None:
-    """Refuses another base model and other training tokens."""
+    """Refuses a different base model or different training tokens."""
     before, now = stored["base_fingerprint"], origin["base_fingerprint"]
     if before != now:
         raise UserError(
-            f"run.dir={where} was made with another base model than model.path="
-            f"{config.model.path} (base_fingerprint {before[:12]}, got {now[:12]}): its weights or "
-            "the values of its config.json differ; give the same base model or a new run.dir."
+            f"run.dir={where} was created with a base model different from model.path="
+            f"{config.model.path} (base_fingerprint {before[:12]}, got {now[:12]}): the weights or "
+            "the values of config.json differ; give the same base model or a new run.dir."
         )
     before, now = stored["data_fingerprint"], origin["data_fingerprint"]
     if before != now:
         changed = [each for each in _changes(stored, config) if _is_shown_by_tokens(each.name)]
         path = _shown(config.data.path)
-        what = _listed(changed) if changed else f"other data than data.path={path} gives now"
+        what = _listed(changed) if changed else f"data different from data.path={path} now"
         raise UserError(
-            f"run.dir={where} was made with {what}: the training tokens are not the same "
-            f"(data_fingerprint {before[:12]}, got {now[:12]}), so the rows, the tokenizer or how "
-            "rows are read differ; give the same or a new run.dir."
+            f"run.dir={where} was created with {what}: the training tokens differ "
+            f"(data_fingerprint {before[:12]}, got {now[:12]}) because rows, tokenizer or the "
+            "reading of rows have changed; restore them or give a new run.dir."
         )
 
 
 def check_first_ranks(where, stored: dict, config: TrainConfig, ranks: list) -> None:
-    """Refuses a file of ranks or exponents that is another one and gives other first ranks."""
+    """Refuses a different file of ranks or exponents if it gives other initial ranks."""
     changed = [each for each in _changes(stored, config) if each.name in RANK_FILES]
     if changed and stored.get("initial_ranks", ranks) != ranks:
         raise UserError(
-            f"run.dir={where} was made with {_listed(changed)}, which gives other ranks; give the "
-            "same file or a new run.dir."
+            f"run.dir={where} was created with {_listed(changed)}, which gives different ranks; "
+            "give the same file or a new run.dir."
         )
 
 
 def changed_lines(
     stored: dict, config: TrainConfig, origin: dict[str, str], devices: dict | None = None
 ) -> list[str]:
-    """What to tell of changes that are allowed.
+    """Returns the lines to print about changes that are allowed.
 
     Args:
-      devices: `kind` and `mesh` (axis: size) of this start; None: not to be compared.
+      devices: `kind` and `mesh` (axis: size) of this start; None: do not compare them.
     """
     changes = _changes(stored, config)
     rounding = [each for each in changes if each.name in ROUNDING or each.name == "mesh.exchange"]
@@ -100,7 +101,7 @@ def changed_lines(
     lines = []
     if rounding:
         listed = ", ".join(f"{c.name}={_shown(c.now)} (was {_shown(c.before)})" for c in rounding)
-        lines.append(f"resume      {listed}: the same run up to rounding, not bit for bit")
+        lines.append(f"resume      {listed}: equal up to rounding, not bit for bit")
     line = _heldout_line(stored, origin, changes)
     return [*lines, line] if line else lines
 
@@ -114,13 +115,15 @@ def rate_line(
     total: int,
     name: str = "train.steps",
 ) -> str | None:
-    """What to tell of a learning rate that does not go on as it went.
+    """Returns the line to print if the learning rate does not continue smoothly.
 
     Args:
       logged: the newest logged step and its rate.
-      schedule: steps done -> rate, as it is now.
-      done: steps that are done; first_total: of the run when it was created; total: now.
-      name: of the steps.
+      schedule: the current schedule, from completed steps to the rate.
+      done: completed steps.
+      first_total: total steps of the run when it was created.
+      total: total steps now.
+      name: the field that sets the steps.
     """
     if logged is None or done >= total:
         return None
@@ -128,9 +131,9 @@ def rate_line(
     if math.isclose(schedule(step - 1), before, rel_tol=1e-4, abs_tol=1e-12):
         return None
     now = schedule(done)
-    direction = "back to" if now > before else "to"
+    direction = "rises" if now > before else "drops"
     return (
-        f"resume      the learning rate goes from {before:.2e} at step {step} {direction} "
+        f"resume      the learning rate {direction} from {before:.2e} at step {step} to "
         f"{now:.2e} at step {done + 1} ({name} {first_total} -> {total}); warm-up is not "
         "repeated"
     )
@@ -138,24 +141,24 @@ def rate_line(
 
 def _heldout_line(stored: dict, origin: dict[str, str], changes: Sequence[Change]) -> str | None:
     before, now = stored.get("heldout_fingerprint"), origin.get("heldout_fingerprint", "")
-    if before is None:  # an older run: the settings say what may be
+    if before is None:  # an older run: only its settings can be compared
         is_another = any(change.name in HELDOUT for change in changes)
     else:
         is_another = before != now
     if not is_another:
         return None
     if not now:
-        return "resume      no held-out loss is measured from here on"
+        return "resume      no held-out loss is measured from now on"
     if before == "":
-        return "resume      held-out loss is measured from here on; the run began without"
+        return "resume      held-out loss is measured from now on; the run started without it"
     return (
-        "resume      the held-out set is not the one that the run began with: eval_loss is another "
-        "figure from here on, and the best checkpoint is chosen among both"
+        "resume      the held-out set has changed: eval_loss is not comparable with earlier "
+        "values, and the best checkpoint is chosen among both"
     )
 
 
 def _device_changes(before: dict, now: dict) -> list[Change]:
-    if not isinstance(before, dict):  # edited: it is only for the record
+    if not isinstance(before, dict):  # edited by hand: it is only a record
         return []
     found = []
     if before.get("kind") != now["kind"]:
@@ -170,7 +173,7 @@ def _device_changes(before: dict, now: dict) -> list[Change]:
 
 
 def _changes(stored: dict, config: TrainConfig) -> list[Change]:
-    # A field that is newer than the run had its default.
+    # Fields that are newer than the run had their defaults.
     known = {name: own_fields(name, fields) for name, fields in stored["config"].items()}
     before = _flat(to_dict(TrainConfig())) | _flat(known)
     now = _flat(to_dict(config))
@@ -188,7 +191,7 @@ def _may_change(change: Change, stored: dict, config: TrainConfig) -> bool:
 
 
 def free_names() -> list[str]:
-    """The fields that may change between the starts of one run, at least in some cases."""
+    """Returns the fields that may change when a run is resumed, at least in some cases."""
     return sorted(
         name
         for name in _flat(to_dict(TrainConfig()))
@@ -213,14 +216,14 @@ def _flat(config: dict) -> dict:
 
 
 def _listed(changes: Sequence[Change]) -> str:
-    """`name=before, got now` of each."""
+    """Lists the changes, each as `name=before, got now`."""
     named = [f"{c.name}={_shown(c.before)}, got {_shown(c.now)}" for c in changes[:NAMED]]
     more = len(changes) - len(named)
     return ", and with ".join(named) + (f" (and {more} more)" if more else "")
 
 
 def _shown(value) -> str:
-    """A value as it is written on the command line."""
+    """Returns a value as it is written on the command line."""
     if value is None:
         return "none"
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -1,7 +1,8 @@
-"""Other places that a run's figures go to, besides its own logs.
+"""Sends a run's figures to other places besides its own logs.
 
-The logs of the run directory are the truth; a sink gets copies of their rows as they are written.
-A logger of your own is a class with the three methods of `Sink` and a line in `open_sinks`:
+The logs of the run directory are authoritative; a sink receives copies of their rows as they are
+written. To add a logger, write a class with the three methods of `Sink`, and add it to
+`open_sinks`:
 
     class Printer:
         def metrics(self, row):
@@ -14,7 +15,7 @@ A logger of your own is a class with the three methods of `Sink` and a line in `
             pass
 
 Rows are the objects of metrics.jsonl and ranks.jsonl. A resumed run sends the steps after its last
-checkpoint again; a sink that can not overwrite a step is told by `start` where the run goes on.
+checkpoint again; `open_sinks` tells a sink that cannot overwrite a step where the run resumes.
 """
 
 import math
@@ -32,22 +33,22 @@ from drlora_jax.reporting.palette import shade
 
 class Sink(Protocol):
     def metrics(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl: a step and its figures."""
+        """Receives a row of metrics.jsonl: a step and its figures."""
 
     def ranks(self, row: Mapping[str, Any]) -> None:
-        """A row of ranks.jsonl: a step, ranks, saliency and budget."""
+        """Receives a row of ranks.jsonl: a step, ranks, saliency and budget."""
 
     def close(self) -> None:
-        """Writes out what is held back."""
+        """Writes out anything that is buffered."""
 
 
 def open_sinks(section: RunSection, directory: pathlib.Path, step: int) -> list[Sink]:
-    """The sinks that the config asks for, of a run that goes on after `step`."""
+    """Opens the sinks that the config requests, for a run that continues after `step`."""
     return [TensorBoard(directory / "tensorboard", step)] if section.tensorboard else []
 
 
 def check_sinks(section: RunSection) -> None:
-    """Refuses a sink whose package is not installed, before anything is started."""
+    """Refuses a sink whose package is not installed, before anything starts."""
     if section.tensorboard:
         _tensorboard()
 
@@ -72,7 +73,7 @@ class TensorBoard:
     def __init__(self, directory: pathlib.Path, step: int):
         self._events, self._summaries, writer = _tensorboard()
         self._writer = writer(str(directory))
-        # Tells TensorBoard to forget what an ended run had written beyond its checkpoint.
+        # Tells TensorBoard to discard what an ended run had written after its checkpoint.
         start = self._events.SessionLog(status=self._events.SessionLog.START)
         self._write(step + 1, session_log=start)
 
@@ -104,7 +105,7 @@ class TensorBoard:
 
 
 def heat_map_png(values: list[list[float]], highest: float, cell: int) -> bytes:
-    """A PNG of layers x experts in squares of `cell` pixels; short rows end in black."""
+    """Draws a PNG of layers x experts in squares of `cell` pixels; short rows end in black."""
     columns = max(map(len, values))
     lines = []
     for row in values:

@@ -1,4 +1,4 @@
-"""A run on disk: config, base, what it resolved, and a checkpoint; nothing is in memory yet."""
+"""Finds a run on disk: config, base model, resolved settings and checkpoint, loading nothing."""
 
 import pathlib
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from drlora_jax.system.paths import ABSENT, DIRECTORY, kind_of, local_path
 
 
 class RunSource(NamedTuple):
-    """What a run's model is made of, found and checked; nothing is read into memory yet."""
+    """The parts of a run's model, found and checked, but not loaded."""
 
     run_dir: pathlib.Path
     config: TrainConfig
-    directory: pathlib.Path  # of the base
+    directory: pathlib.Path  # of the base model
     base_fingerprint: str
     model_config: ModelConfig
     adapter: Placement
     checkpoints: pathlib.Path
-    steps: tuple[int, ...]  # the first that is not damaged is taken
+    steps: tuple[int, ...]  # the first that is not damaged is used
     data_fingerprint: str
-    resolved: Resolved | None  # None: the run was made by a version that did not keep it
+    resolved: Resolved | None  # None: written by a version that did not store it
 
     @property
     def step(self) -> int:
@@ -44,14 +44,14 @@ class RunSource(NamedTuple):
 def find_run(
     run_dir: str, *, step: str | Sequence[int] = "latest", model_path: str | None = None
 ) -> RunSource:
-    """A run and its base; refuses another base than the one it was trained with."""
+    """Finds a run and its base model; refuses a base model that it was not trained with."""
     stored = read_stored(run_dir)
     config = from_dict(stored["config"])
     resolved = Resolved.from_json(stored["resolved"]) if "resolved" in stored else None
     directory = _find_base(run_dir, resolved, config.model.path, model_path)
     if not same_base(stored, directory):
         raise UserError(
-            f"{directory} is not the base of {run_dir}: the run's base has fingerprint "
+            f"{directory} is not the base model of {run_dir}: the run's base model has fingerprint "
             f"{stored['base_fingerprint'][:12]}, this one {fingerprint(directory)[:12]}. Give the "
             "right directory with --model-path."
         )
@@ -74,29 +74,31 @@ def find_run(
 def _find_base(
     run_dir: str, resolved: Resolved | None, path: str, model_path: str | None
 ) -> pathlib.Path:
-    """The base that a run names, in the revision it had, or the one of `--model-path`."""
+    """Finds the base model that a run names, in its stored revision, or the one of
+    `--model-path`.
+    """
     if model_path is not None:
         return find_model(model_path, option="--model-path")
     try:
         return find_model(path, revision=resolved.model_revision if resolved else None)
     except UserError as error:
         is_relative = not pathlib.PurePath(path).is_absolute() and ":" not in path
-        where = ", relative to the folder it was started in" if is_relative else ""
+        where = ", relative to the folder where it was started" if is_relative else ""
         raise UserError(
-            f"{error} This is the base as the training of {run_dir} was given it{where}; say where "
-            "it is now with --model-path."
+            f"{error} This is the base model's path in the training of {run_dir}{where}; give its "
+            "present path with --model-path."
         ) from error
 
 
 def read_stored(run_dir: str) -> dict:
-    """The content of a run's config.json; says what a directory is that is no run."""
+    """Returns the content of a run's config.json; explains what a directory is that is no run."""
     directory = local_path(run_dir, "--run")
     stored = read_run(directory, f"--run {run_dir}")
     run = RunDirectory(str(directory))
     if kind_of(run.checkpoints) not in (ABSENT, DIRECTORY):
-        raise UserError(f"{run.checkpoints} must be a directory of checkpoints; is it damaged?")
+        raise UserError(f"{run.checkpoints} must be a directory of checkpoints. Is it damaged?")
     if not run.has_checkpoint():
         raise UserError(
-            f"{run_dir} has no finished checkpoint; give the run.dir of a training that saved one."
+            f"{run_dir} has no finished checkpoint; give the run.dir of a training that has one."
         )
     return stored

@@ -1,13 +1,12 @@
-"""Signals from the first moment on: SIGINT and SIGTERM end the process with one line, at once.
+"""Handles signals from the start: SIGINT and SIGTERM end the process at once, with one line.
 
-Left to Python, Ctrl-C is an exception wherever the main thread happens to be: a traceback inside an
-import, ignored inside a callback of jax's, late while C++ compiles. So each command installs these
+By default, Ctrl-C raises an exception wherever the main thread happens to be: a traceback inside an
+import, ignored inside a jax callback, late while C++ compiles. So each command installs these
 handlers before it imports anything large (see `drlora_jax/__init__.py`). They raise nothing: they
-say in one line what to do and leave. A thread does the same when the main thread is inside C++,
-where Python's handlers wait. Nothing is lost by that: a run directory survives kill -9 at any
-moment.
+print one line on what to do and exit. A thread does the same when the main thread is inside C++,
+where Python's handlers wait. Nothing is lost: a run directory survives kill -9 at any moment.
 
-Who can do better with a first signal (`stop_signals.py`: save, then stop) takes it with `hold`.
+Code that can do better with a first signal (`stop_signals.py`: save, then stop) uses `hold`.
 """
 
 import contextlib
@@ -21,12 +20,12 @@ from collections.abc import Callable, Iterator
 EXIT_RESUMABLE = 75  # as in errors.py: the same command can be started again
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 0.5  # seconds that the main thread has to answer a signal itself
-ADVICE = "the same command starts again; a training goes on from its last checkpoint"
+ADVICE = "run the same command again; training resumes from the last checkpoint"
 
 _is_installed = False
-_first: list[int] | None = None  # signals that the thread has left to the holder; None: no holder
+_first: list[int] | None = None  # signals that the thread left to the holder; None: no holder
 _undo: list[Callable[[], None]] = []
-_ending = threading.Lock()  # held for good by the thread that ends the process
+_ending = threading.Lock()  # acquired by the thread that ends the process, never released
 
 
 def install() -> None:
@@ -37,33 +36,35 @@ def install() -> None:
     os.set_blocking(writer, False)
     for number in NUMBERS:
         signal.signal(number, _hear)
-    # Written to at once, in C; the handlers above run when the main thread comes back from there.
+    # C writes to it at once; the handlers above run only when the main thread is back in Python.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     _is_installed = True
 
 
 def _open_standard_streams() -> None:
-    """What is closed becomes /dev/null: else the next files to be opened, checkpoints among them,
-    get these numbers, and whatever is printed ends up in them.
+    """Opens closed standard streams on /dev/null: otherwise the next files to be opened,
+    checkpoints among them, would get their numbers and receive whatever is printed.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # receives the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 def handler() -> Callable | None:
-    """The handler, for whoever has replaced it and puts it back; None if it was not installed."""
+    """Returns the handler, for callers that replace it and put it back; None if it is not
+    installed.
+    """
     return _hear if _is_installed else None
 
 
 @contextlib.contextmanager
 def hold() -> Iterator[None]:
-    """Inside, the thread leaves the first signal to the caller's own handlers."""
+    """Leaves the first signal to the caller's own handlers."""
     global _first
     _first = []
     try:
@@ -74,7 +75,7 @@ def hold() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undoing(undo: Callable[[], None]) -> Iterator[None]:
-    """Inside, a signal calls `undo` before it ends the process."""
+    """Calls `undo` if a signal ends the process inside this context."""
     _undo.append(undo)
     try:
         yield
@@ -84,7 +85,7 @@ def undoing(undo: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def raising() -> Iterator[None]:
-    """Inside, Ctrl-C is a KeyboardInterrupt, as where these handlers are not installed."""
+    """Raises KeyboardInterrupt on Ctrl-C inside this context, as without these handlers."""
     if not _is_installed:
         yield
         return
@@ -102,12 +103,12 @@ def end(number: int, *, is_second: bool = False) -> None:
         return
     name = signal.Signals(number).name
     if is_second:
-        line = f"stopped at once by a second signal ({name}), without saving: {ADVICE}\n"
+        line = f"stopped at once by a second signal ({name}) without saving: {ADVICE}\n"
     else:
         line = f"stopped by {name}: {ADVICE}\n"
     with contextlib.suppress(OSError):
         if os.isatty(2):
-            line = f"\r\n{line}"  # behind the ^C that the terminal shows
+            line = f"\r\n{line}"  # below the ^C that the terminal shows
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # a progress display hides the cursor
         os.write(2, line.encode())
@@ -118,7 +119,7 @@ def end(number: int, *, is_second: bool = False) -> None:
 
 
 def _hear(number: int, _frame: object) -> None:
-    with contextlib.suppress(Exception):  # the signal may have come inside of a write
+    with contextlib.suppress(Exception):  # the signal may have arrived inside a write
         sys.stdout.flush()
     end(number)
 

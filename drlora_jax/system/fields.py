@@ -1,7 +1,7 @@
-"""Fields of frozen dataclasses that are checked where they are made.
+"""Fields of frozen dataclasses that are checked when they are built.
 
 Sections of a config, policies and placements declare their fields with `option`: the default and
-one line on what the field means. `--help` and the config reference are written from that line.
+one line of meaning. `--help` and the config reference are generated from that line.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from drlora_jax.errors import UserError
 
-LARGEST_INT = 2**32 - 1  # of any field
-LARGEST_NUMBER = 1e38  # what a 32-bit float holds
+LARGEST_INT = 2**32 - 1  # for every field
+LARGEST_NUMBER = 1e38  # about the largest 32-bit float
 
 
 def option(default: Any, meaning: str, *, is_path: bool = False) -> Any:
@@ -28,7 +28,7 @@ def option(default: Any, meaning: str, *, is_path: bool = False) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@functools.cache  # it takes longer than all checks together
+@functools.cache  # slower than all checks together
 def field_types(cls: type) -> dict[str, Any]:
     """Returns the types of a dataclass's fields by name."""
     hints = typing.get_type_hints(cls)
@@ -36,7 +36,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 class Section:
-    """A part of the config: types are checked first, then what `check` of the section says."""
+    """A part of the config: types are checked first, then the section's own `check` runs."""
 
     def __post_init__(self):
         section = type(self).__name__.removesuffix("Section").lower()
@@ -48,7 +48,7 @@ class Section:
         """Refuses ranges and contradictions inside this section."""
 
 
-# ------------------------------------------------------------------------------------------ checks
+# ------------------------------------------------------------------------------------------- checks
 
 
 def require(ok: bool, message: str) -> None:
@@ -71,14 +71,14 @@ def fraction(section: str, values: dict[str, float]) -> None:
 
 
 def check_type(name: str, value: Any, kind: Any) -> None:
-    """Refuses a value that is not of a field's type, or too large for a device."""
+    """Refuses a value that is not of a field's type or is too large for a device."""
     if not any(_matches(value, each) for each in alternatives(kind)):
         raise UserError(f"{name} must be {type_name(kind)}, got {shown(value)}.{_why(value)}")
     if isinstance(value, int) and abs(value) > LARGEST_INT:
         raise UserError(f"{name} must be within +-{LARGEST_INT}, got {shown(value)}.")
 
 
-# ------------------------------------------------------------------------------------------- types
+# -------------------------------------------------------------------------------------------- types
 
 
 def alternatives(kind: Any) -> tuple:
@@ -87,7 +87,7 @@ def alternatives(kind: Any) -> tuple:
 
 
 def type_name(kind: Any) -> str:
-    """Returns a type as `--help` and messages write it."""
+    """Formats a type for `--help` and messages."""
     names = []
     for each in alternatives(kind):
         if typing.get_origin(each) is Literal:
@@ -115,24 +115,26 @@ def _matches(value: Any, kind: Any) -> bool:
 
 
 def _is_text(value: str) -> bool:
-    """No NUL, which no path may have, and no lone surrogate: bytes of a path that are not UTF-8."""
+    """Returns whether a text has no NUL, which no path may have, and no lone surrogate, which
+    stands for path bytes that are not UTF-8.
+    """
     return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _why(value: Any) -> str:
-    """Says what is wrong with a value of a type that looks right."""
+    """Explains what is wrong with a value whose type looks right."""
     if isinstance(value, int | float) and abs(value) > LARGEST_NUMBER:
-        return f" Numbers go up to {LARGEST_NUMBER:g}."
+        return f" The largest number is {LARGEST_NUMBER:g}."
     texts = value if isinstance(value, tuple) else (value,)
     if all(isinstance(text, str) for text in texts) and not all(map(_is_text, texts)):
-        return " It has a character that no UTF-8 text or path has."
+        return " It has a character that is not allowed in UTF-8 text or paths."
     return ""
 
 
 def shown(value: Any) -> str:
-    """Returns the value for a message, cut if it is very long."""
+    """Returns the value for a message, shortened if it is very long."""
     try:
         text = ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
     except ValueError:  # Python does not print integers of more than 4300 digits
-        text = "a number of thousands of digits"
+        text = "a number with thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,4 +1,4 @@
-"""Imports of heavy packages where they are needed: reading JSON lines needs none of them."""
+"""Imports heavy packages only where they are needed: reading JSON lines needs none of them."""
 
 import importlib
 import types
@@ -7,12 +7,12 @@ from drlora_jax.errors import UserError
 
 
 def load_package(name: str, purpose: str, install: str | None = None) -> types.ModuleType:
-    """Imports a package, or says which pip command gives it (`install`: what pip is asked for)."""
+    """Imports a package, or says which pip command installs it (`install` is pip's argument)."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
-        # The reason is kept: an installed package with a broken dependency fails here as well, and
-        # one with a broken shared library raises OSError.
+        # The message has the reason: an installed package with a broken dependency also fails
+        # here, and one with a broken shared library raises OSError.
         package = name.partition(".")[0]
         raise UserError(
             f"{purpose} needs the package {package} ({error}): pip install {install or package}"

@@ -1,4 +1,4 @@
-"""Whole numbers."""
+"""Integer arithmetic."""
 
 
 def ceil_div(number: int, divisor: int) -> int:

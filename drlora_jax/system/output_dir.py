@@ -2,8 +2,8 @@
 
 `--out` may be a new name, an empty directory, a link to one, a mount point or the current
 directory. A directory that exists cannot be replaced by a rename (a mount and the current directory
-not at all, a link becomes something else), so the draft is made inside it and its files move up at
-the end. A new name gets a draft beside it that is renamed. Either way both are on one file system.
+not at all, a link becomes something else), so the draft is created inside it and its files move up
+at the end. For a new name, a draft beside it is renamed. Either way both are on one file system.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from drlora_jax.errors import RunError, UserError
 from drlora_jax.system import early
 from drlora_jax.system.paths import ABSENT, DIRECTORY, kind_of, local_path
 
-DRAFT = ".partial-"  # and the number of the process
-# What file systems and desktops leave in directories that a user takes for empty.
+DRAFT = ".partial-"  # followed by the process number
+# Files that file systems and desktops leave in directories that a user considers empty.
 LEFTOVERS = re.compile(
     r"\.DS_Store|\._.*|\.nfs.*|\.Trash.*|\.Spotlight-V100|\.fseventsd|\.localized|lost\+found"
     rf"|Thumbs\.db|desktop\.ini|{re.escape(DRAFT)}\d+"
 )
-LAST = ("adapter_config.json", "config.json")  # moved last: without them nothing loads the rest
+LAST = ("adapter_config.json", "config.json")  # moved last: nothing loads the rest without them
 SHOWN = 3
 HEADROOM = 1 << 20  # bytes, for the small files
 
 
 def check_out(path: str) -> pathlib.Path:
-    """The directory to write, without links; refuses one that cannot be written."""
+    """Returns the directory to write, links resolved; refuses one that cannot be written."""
     if not path.strip():
         raise UserError("--out is empty; give a new directory.")
     out = local_path(path, "--out")
@@ -63,7 +63,7 @@ def check_space(out: pathlib.Path, size: int) -> None:
 
 
 def existing_part(path: pathlib.Path) -> pathlib.Path:
-    """The path itself or the nearest directory above it that exists."""
+    """Returns the path itself or the nearest directory above it that exists."""
     return next(part for part in (path, *path.parents) if kind_of(part) != ABSENT)
 
 
@@ -76,7 +76,7 @@ def _contents(out: pathlib.Path, path: str) -> list[str]:
 
 
 def _try_to_write(out: pathlib.Path, path: str) -> None:
-    """Makes and removes what is missing: permissions alone do not say what works."""
+    """Creates and removes what is missing: permissions alone do not tell what works."""
     place = existing_part(out)
     if kind_of(place) != DIRECTORY:
         raise UserError(f"--out {path} cannot be written: {place} is {kind_of(place)}.")
@@ -92,13 +92,14 @@ def _try_to_write(out: pathlib.Path, path: str) -> None:
         _remove_empty(made)
 
 
-# ---------------------------------------------------------------------------------------------
-# the draft
+# ---------------------------------------------------------------------------------------- the draft
 
 
 @contextlib.contextmanager
 def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A draft whose content is in `out` at the end; if anything fails, `out` is as it was."""
+    """Yields a draft directory whose content is in `out` at the end; if anything fails, `out` is
+    unchanged.
+    """
     is_inside = kind_of(out) == DIRECTORY
     name = f"{DRAFT}{os.getpid()}" if is_inside else f".{out.name[:40]}.{os.getpid()}.partial"
     draft = (out if is_inside else out.parent) / name
@@ -110,7 +111,7 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
     try:
         _make_parents(draft, made)
-        # Of a process that was killed and had this number: in a container numbers come again.
+        # A killed process with the same number may have left one: containers reuse numbers.
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir()
     except OSError as error:
@@ -133,7 +134,9 @@ def new_directory(out: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _make_parents(path: pathlib.Path, made: list[pathlib.Path]) -> None:
-    """Makes the directories above `path`; `made` gets those that were missing, outermost first."""
+    """Makes the directories above `path`; appends those that were missing to `made`, outermost
+    first.
+    """
     for part in [part for part in path.parents if kind_of(part) == ABSENT][::-1]:
         part.mkdir(exist_ok=True)
         made.append(part)
@@ -146,7 +149,7 @@ def _remove_empty(made: list[pathlib.Path]) -> None:
 
 
 def _let_others_read(draft: pathlib.Path) -> None:
-    """safetensors writes files that only their owner may read; new files get the umask's mode."""
+    """Gives files the umask's mode: safetensors writes files that only their owner may read."""
     mode = draft.stat().st_mode & 0o666
     for file in draft.rglob("*"):
         if file.is_file():
@@ -161,7 +164,7 @@ def _move_up(draft: pathlib.Path, out: pathlib.Path) -> None:
         for file in sorted(draft.iterdir(), key=lambda file: (file.name in LAST, file.name)):
             target = out / file.name
             if target.exists():
-                raise RunError(f"{target} was made by another process meanwhile; nothing is kept.")
+                raise RunError(f"Another process has created {target}; nothing is kept.")
             os.rename(file, target)
             moved.append(target)
     except BaseException:
@@ -171,7 +174,7 @@ def _move_up(draft: pathlib.Path, out: pathlib.Path) -> None:
 
 
 def _remove_old_drafts(out: pathlib.Path) -> None:
-    """Drafts that killed processes left in `out`."""
+    """Removes drafts that killed processes left in `out`."""
     for entry in out.iterdir():
         number = entry.name.removeprefix(DRAFT)
         if entry.name.startswith(DRAFT) and number.isdigit() and not _is_running(int(number)):

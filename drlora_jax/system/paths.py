@@ -1,10 +1,10 @@
-"""Looking at paths that a user names, before they are opened.
+"""Inspects paths that a user names, before they are opened.
 
-A path may be anything: an address, absent, a directory where a file is wanted, a named pipe that
-would block for ever, a name too long for the file system. `local_path` refuses addresses, whatever
-option has them; `kind_of` says in words what is at a path, without raising. JSON that decides what
-a run is (`config.json`, a weight index) is read by `read_json`. What a failed download left in the
-place of a file is named by `check_downloaded`.
+A path may be anything: a URL, absent, a directory where a file is expected, a named pipe that would
+block forever, a name too long for the file system. `local_path` refuses URLs for every option;
+`kind_of` describes what is at a path, without raising. `read_json` reads the JSON that a run
+depends on (`config.json`, a weight index). `check_downloaded` recognises what a failed download
+left in the place of a file.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from drlora_jax.errors import RunError, UserError
 FILE, DIRECTORY, ABSENT = "a file", "a directory", "absent"
 MAX_JSON_BYTES = 256 << 20  # an index of a million tensors takes about 100 MiB
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+)://", re.IGNORECASE)
-# With one slash, as a path library or a slip leaves it; of these schemes only, as C:/x is a path.
+# With one slash, as a path library or a typo leaves it; only these schemes, as C:/x is a path.
 _STORES = "gs|gcs|s3[an]?|hf|https?|ftps?|hdfs|abfss?|adl|az|wasbs?|oss|r2"
 _ONE_SLASH = re.compile(rf"({_STORES}):/", re.IGNORECASE)
 _FILE_ADDRESS = re.compile(r"file:(?://(?:localhost)?(?=/)|(?=/(?!/)))", re.IGNORECASE)
@@ -28,7 +28,7 @@ _POINTERS = (
     b"version https://git-lfs.github.com/spec/",
     b"version https://hawser.github.com/spec/",
 )
-# What servers answer with where a file was asked for, and a download kept as the file.
+# Answers of servers to requests for a file, which a download may have stored as the file.
 _PAGE = re.compile(
     rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*<(?:!doctype html|html)\b",
     re.I | re.S,
@@ -43,7 +43,7 @@ _ERROR_KEYS = frozenset(
     "error errors message msg status code detail details type success documentation_url path "
     "timestamp request_id requestId".split()
 )
-_ERROR_BYTES = 4096  # longer answers that are no web page are files
+_ERROR_BYTES = 4096  # anything longer that is no web page is a file
 _OTHER = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -53,7 +53,9 @@ _OTHER = (
 
 
 def kind_of(path: str | os.PathLike) -> str:
-    """FILE, DIRECTORY, ABSENT, or in words what else is there or why it can not be looked at."""
+    """Returns FILE, DIRECTORY, ABSENT, or a description of what else is there or why it cannot be
+    read.
+    """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -61,16 +63,16 @@ def kind_of(path: str | os.PathLike) -> str:
     except OSError as error:
         return f"out of reach ({error.strerror})"
     except ValueError:  # a NUL character
-        return "no possible name of a file"
+        return "not a valid file name"
     if stat.S_ISREG(mode):
         return FILE
     if stat.S_ISDIR(mode):
         return DIRECTORY
-    return next((words for is_kind, words in _OTHER if is_kind(mode)), "no regular file")
+    return next((words for is_kind, words in _OTHER if is_kind(mode)), "not a regular file")
 
 
 def expand_user(path: str) -> pathlib.Path:
-    """The path with ~ replaced; one with the name of no user stays as it is, and will be absent."""
+    """Replaces ~ in a path; an unknown user's ~ stays as it is, and the path will be absent."""
     try:
         return pathlib.Path(path).expanduser()
     except RuntimeError:
@@ -78,7 +80,7 @@ def expand_user(path: str) -> pathlib.Path:
 
 
 def local_path(text: str, option: str = "") -> pathlib.Path:
-    """The path that an option means: ~ replaced, `file://` decoded, other addresses refused.
+    """Returns the path that an option means: ~ replaced, `file://` decoded, other URLs refused.
 
     Args:
       option: names the option in the message, as in `--out` or `run.dir`.
@@ -89,35 +91,36 @@ def local_path(text: str, option: str = "") -> pathlib.Path:
 
 
 def check_local(text: str, option: str = "") -> None:
-    """Refuses an address (`gs://`, `https://`, ...): only paths of this machine are opened."""
+    """Refuses a URL (`gs://`, `https://`, ...): only paths of this machine are opened."""
     found = _ADDRESS.match(text)
     if not found and kind_of(expand_user(text)) == ABSENT:  # a folder may have such a name
         found = _ONE_SLASH.match(text)
     if not found or _FILE_ADDRESS.match(text):
         return
     scheme, rest = found[1].lower(), text[found.end() :]
-    what, way = "an address, and only local paths are opened", "download it and give its local path"
+    what, way = "a URL, but only local paths are opened", "download it and give its local path"
     if scheme == "file":
-        what, way = "no address of a file here", f"it has three slashes: file:///{rest.lstrip('/')}"
+        what = "not a URL of a local file"
+        way = f"write three slashes: file:///{rest.lstrip('/')}"
     elif scheme == "hf" or "huggingface.co/" in rest:
         way = f"{way}, or for a model or data set of the hub give its name, OWNER/NAME"
     elif scheme not in ("http", "https", "ftp"):
-        what = "an address, and buckets are neither read nor written"
+        what = "a URL, but buckets are neither read nor written"
         way = "mount it (launch/README.md, Buckets) and give the path where it is mounted"
     raise UserError(f"{given(option, text)} is {what}; {way}.")
 
 
 def given(option: str, text: str) -> str:
-    """What a user gave, as it was written: `run.dir=X`, `--out X`, or X alone."""
+    """Returns an option's value as the user wrote it: `run.dir=X`, `--out X`, or X alone."""
     return f"{option}{'=' if '.' in option else ' '}{text}" if option else text
 
 
 def check_downloaded(file: pathlib.Path, *, takes_pages: bool = False) -> None:
-    """Refuses what stands in the place of a file that did not come: the few lines of git-lfs, or a
+    """Refuses the remains of a failed download in the place of a file: a git-lfs pointer, or a
     server's web page or error.
 
     Args:
-      takes_pages: a web page may be what is meant.
+      takes_pages: whether the file may be a web page.
     """
     if kind_of(file) != FILE:
         return  # a named pipe would block
@@ -134,24 +137,24 @@ def check_downloaded(file: pathlib.Path, *, takes_pages: bool = False) -> None:
     what = None if takes_pages else _answer_of_a_server(head)
     if what:
         raise UserError(
-            f"{file} is {what}, not the file itself: download it again, with an address that gives "
-            "the file (and logged in where that is needed)."
+            f"{file} is {what}, not the file itself: download it again from the URL of the file "
+            "(logged in, if that is needed)."
         )
 
 
 def _answer_of_a_server(head: bytes) -> str | None:
-    """In words, the web page or error that a file begins with, if it is one."""
+    """Describes the web page or error that a file begins with, if it is one."""
     if _PAGE.match(head):
         return "a web page (HTML)"
     if len(head) > _ERROR_BYTES:
         return None
     is_error = _XML_ERROR.fullmatch(head) or _ERROR_WORDS.fullmatch(head) or _is_json_error(head)
     text = " ".join(head.decode("utf-8", "replace").split())
-    return f"the error of a server ({text[:100]!r})" if is_error else None
+    return f"the error message of a server ({text[:100]!r})" if is_error else None
 
 
 def _is_json_error(content: bytes) -> bool:
-    """Whether all of it is one object of an error, and of what stands beside one."""
+    """Returns whether the content is one JSON object that has only the keys of an error."""
     if not content.lstrip().startswith(b"{"):
         return False
     try:
@@ -167,28 +170,30 @@ def _is_json_error(content: bytes) -> bool:
 
 
 def read_json(file: pathlib.Path) -> dict:
-    """The JSON object in a file; refuses everything else, and names given twice."""
+    """Reads the JSON object in a file; refuses everything else, and duplicate names."""
     kind = kind_of(file)
     if kind != FILE:
         raise UserError(f"{file} must be a file with a JSON object, but it is {kind}.")
     check_downloaded(file)
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{file} has more than {MAX_JSON_BYTES >> 20} MiB: not such a file.")
+            raise UserError(
+                f"{file} must be JSON of at most {MAX_JSON_BYTES >> 20} MiB, but it is larger."
+            )
         text = file.read_bytes().decode("utf-8-sig")  # Windows editors write a byte order mark
         values = json.loads(text, object_pairs_hook=_unique)
     except OSError as error:
-        raise UserError(f"{file} can not be read: {error.strerror}.") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} is not JSON: byte {error.start} is not UTF-8; is it damaged?"
+            f"{file} is not JSON: byte {error.start} is not UTF-8. Is the file damaged?"
         ) from error
     except RecursionError as error:
-        raise UserError(f"{file} is not JSON that can be read: nested too deep.") from error
+        raise UserError(f"{file} cannot be read: its JSON is nested too deeply.") from error
     except _TwiceError as error:
         raise UserError(f"{file} has the name {error} twice; remove one.") from error
     except ValueError as error:  # a syntax error, a number of thousands of digits
-        raise UserError(f"{file} is not JSON: {error}; is it cut off?") from error
+        raise UserError(f"{file} is not JSON: {error}. Is the file truncated?") from error
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a JSON object, got {type(values).__name__}.")
     return values
@@ -206,14 +211,14 @@ def _unique(pairs: list) -> dict:
     return values
 
 
-# ---------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def replace_text(file: pathlib.Path, text: str, *, errors: str = "strict") -> None:
-    """Writes a file whole or not at all: whoever reads it never sees a part. Raises OSError.
+    """Writes a file whole or not at all, so that readers never see a part. Raises OSError.
 
     Args:
-      errors: as `open` has it, for characters that UTF-8 lacks.
+      errors: as for `open`, for characters that UTF-8 lacks.
     """
     draft = file.with_suffix(file.suffix + ".tmp")
     try:
@@ -226,26 +231,24 @@ def replace_text(file: pathlib.Path, text: str, *, errors: str = "strict") -> No
 
 
 def write_result(file: pathlib.Path, text: str) -> None:
-    """Writes a file as `replace_text` does, and its folder; raises RunError."""
+    """Writes a file like `replace_text`, and creates its folder; raises RunError."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_text(file, text)
     except OSError as error:
-        raise RunError(f"{file} can not be written: {error.strerror}.") from error
+        raise RunError(f"{file} cannot be written: {error.strerror}.") from error
 
 
-# ---------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------ folders
 
 
 def cache_folder(name: str) -> pathlib.Path:
-    """Returns where this user's caches of a name are kept; no absolute path for a user without a
-    home.
-    """
+    """Returns the folder of one of this user's caches; a relative path if the user has no home."""
     home = os.environ.get("XDG_CACHE_HOME") or expand_user("~/.cache")
     return pathlib.Path(home, "drlora_jax", name)
 
 
 def numbered_folders(folder: pathlib.Path) -> list[int]:
-    """Returns the numbers that folders in a folder have as names, in order."""
+    """Returns, in order, the numbers that are names of subfolders."""
     entries = folder.glob("*")
     return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())

@@ -12,10 +12,10 @@ from drlora_jax.system import early
 
 
 class StopSignals:
-    """SIGTERM and SIGINT ask for a stop at the next step; a second one ends the process at once.
+    """SIGTERM and SIGINT request a stop at the next step; a second one ends the process at once.
 
-    For the time in which there is something to save: before and after it `early` answers. With
-    several processes jax hears SIGTERM, tells the others, and all stop at the same step.
+    It is used while there is something to save; before and after that `early` handles signals.
+    With several processes jax receives SIGTERM, tells the others, and all stop at the same step.
     """
 
     def __init__(self):
@@ -51,7 +51,7 @@ class StopSignals:
         os.kill(os.getpid(), number)
 
     def reached(self, step: int) -> bool:
-        """Whether the run is to stop after this step; to be asked once after every step."""
+        """Returns whether the run stops after this step; call it once after every step."""
         if jax.process_count() == 1:
             return bool(self._numbers)
         return multihost_utils.reached_preemption_sync_point(step)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import math
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,7 @@ from drlora_jax.parallel.mesh import AXES, count_devices, describe_sizes, resolv
 from drlora_jax.parallel.mesh_checks import check_exchange, check_mesh
 from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.runs.resolved import Resolved, as_trained, resolve
+from drlora_jax.system.numbers import ceil_div
 from drlora_jax.training.passes import length_lines, passes_lines
 
 
@@ -57,7 +58,7 @@ class Job(NamedTuple):
     config: TrainConfig
     run_dir: RunDirectory
     is_new: bool
-    directory: object  # pathlib.Path of the base
+    directory: pathlib.Path  # of the base model
     origin: dict[str, str]  # fingerprints of base and training data
     model_config: ModelConfig
     adapter: Placement
@@ -77,108 +78,160 @@ class Job(NamedTuple):
         return self.adapter.expert_layers(self.model_config)
 
 
+class Before(NamedTuple):
+    """What is in the run directory: nothing, for a new run."""
+
+    run_dir: RunDirectory
+    stored: dict | None  # config.json
+    resolved: Resolved | None  # None for a run of a version that did not keep it, too
+
+
+class Setting(NamedTuple):
+    """The model, adapter and mesh of a run, checked; no row was read yet."""
+
+    config: TrainConfig  # with what was to be derived from the model
+    directory: pathlib.Path
+    model_config: ModelConfig
+    tokenizer: Any
+    notes: list[str]
+    adapter: Placement
+    shapes: CapacityShapes
+    mesh_sizes: tuple[int, ...]
+
+
+class Rows(NamedTuple):
+    """The rows of a run."""
+
+    loader: Loader
+    heldout: list[Batch]
+    reports: list[Report]  # of the training rows, and of held-out rows where there are any
+    total_steps: int
+
+
 def prepare(config: TrainConfig) -> Job:
-    """Reads and checks everything a run needs; raises UserError for what the user can mend.
+    """Reads and checks everything a run needs; raises UserError for what the user can fix.
 
     What costs little comes first: a mistake in a setting is found before rows are read.
     """
-    config = settled(config)
+    before = _look_before(settled(config))
+    stored, run_dir = before.stored, before.run_dir
+    setting = _read_setting(settled(config), before)
+    config, model_config = setting.config, setting.model_config
+    rows = _read_rows(setting, _reading(config.data, stored, before.resolved))
+    origin = _origin(setting.directory, stored, rows)
+    resume_lines = []
+    if stored is not None:
+        now = _devices_now(setting.mesh_sizes)
+        resume_lines = run_dir.check_same(stored, config, origin, now)
+    schedule_steps = stored["schedule_steps"] if stored else rows.total_steps
+    policy = _checked_policy(setting, rows.total_steps, schedule_steps)
+    if stored is not None:
+        run_dir.check_first_ranks(stored, config, policy.init().ranks_LE)
+    return Job(
+        config=config,
+        run_dir=run_dir,
+        is_new=stored is None,
+        directory=setting.directory,
+        origin=origin,
+        model_config=model_config,
+        adapter=setting.adapter,
+        policy=policy,
+        resolved=before.resolved or _resolve(setting, rows, origin["base_fingerprint"]),
+        loader=rows.loader,
+        eval_batches=rows.heldout,
+        mesh_sizes=setting.mesh_sizes,
+        total_steps=rows.total_steps,
+        schedule_steps=schedule_steps,
+        lines=[*_lines(setting, rows, policy), *resume_lines],
+    )
+
+
+def _look_before(config: TrainConfig) -> Before:
     run_dir = RunDirectory(config.run.dir, writes=processes_lib.is_main())
     stored = run_dir.stored()
     run_dir.check_place()
-    before = Resolved.from_json(stored["resolved"]) if stored and "resolved" in stored else None
-    directory = find_model(
-        config.model.path, revision=before.model_revision if before is not None else None
-    )
+    has_resolved = stored is not None and "resolved" in stored
+    resolved = Resolved.from_json(stored["resolved"]) if has_resolved else None
+    return Before(run_dir, stored, resolved)
+
+
+def _read_setting(config: TrainConfig, before: Before) -> Setting:
+    """Reads what a model directory says of itself, but no weights, and checks settings with it."""
+    revision = before.resolved.model_revision if before.resolved is not None else None
+    directory = find_model(config.model.path, revision=revision)
     model_config = read_model_config(directory)
     devices = count_devices()
     config = with_resolved_experts(with_resolved_dtype(config), model_config.num_layers)
     config = with_resolved_rank(config, model_config)
-    if stored is not None:
-        run_dir.check_settings(stored, config)
-    abstract = abstract_params(
-        Decoder(model_config, DecoderOptions(dtype=jnp.dtype(config.model.dtype)))
+    if before.stored is not None:
+        before.run_dir.check_settings(before.stored, config)
+    options = DecoderOptions(dtype=jnp.dtype(config.model.dtype))
+    match_keys(
+        model_config, read_headers(directory), abstract_params(Decoder(model_config, options))
     )
-    match_keys(model_config, read_headers(directory), abstract)
-    tokenizer, notes = _open_tokenizer(directory, before, config.run.dir)
-    vocab_size = model_config.vocab_size
-    without_row = check_vocabulary(tokenizer, vocab_size)
+    tokenizer, notes = _open_tokenizer(directory, before.resolved, config.run.dir)
+    without_row = check_vocabulary(tokenizer, model_config.vocab_size)
     notes += [f"note: {without_row}"] if without_row else []
     adapter = make_adapter(config, model_config)
     sizes = resolve_sizes(config.mesh, devices, jax.process_count())
     check_mesh(config, model_config, sizes)
     check_exchange(config.mesh.exchange, jax.devices()[0].platform)
     shapes = capacity_shapes(model_config, adapter)
-    _check_schedule(config, shapes, stored)
+    _check_schedule(config, shapes, before.stored)
+    return Setting(config, directory, model_config, tokenizer, notes, adapter, shapes, sizes)
 
-    reading = _reading(config.data, stored, before)
-    loader, heldout, reports = _read_data(config, reading, tokenizer, vocab_size)
-    total_steps = config.train.steps or math.ceil(
-        loader.total_rows(config.train.epochs) / config.train.batch_size
-    )
+
+def _read_rows(setting: Setting, reading: DataSection) -> Rows:
+    config = setting.config
+    vocab_size = setting.model_config.vocab_size
+    loader, heldout, reports = _read_data(config, reading, setting.tokenizer, vocab_size)
+    steps = config.train.steps
+    if steps is None:
+        steps = ceil_div(loader.total_rows(config.train.epochs), config.train.batch_size)
+    return Rows(loader, heldout, reports, steps)
+
+
+def _origin(directory: pathlib.Path, stored: dict | None, rows: Rows) -> dict[str, str]:
+    """Returns the fingerprints of the base model and of the data."""
     is_known = stored is not None and same_base(stored, directory)
-    base = stored["base_fingerprint"] if is_known else fingerprint(directory)
-    origin = {
-        "base_fingerprint": base,
-        "data_fingerprint": digest(loader.documents),
-        "heldout_fingerprint": _heldout_digest(heldout),
+    return {
+        "base_fingerprint": stored["base_fingerprint"] if is_known else fingerprint(directory),
+        "data_fingerprint": digest(rows.loader.documents),
+        "heldout_fingerprint": _heldout_digest(rows.heldout),
     }
-    resume_lines = []
-    if stored is not None:
-        resume_lines = run_dir.check_same(stored, config, origin, _devices_now(sizes))
-    schedule_steps = stored["schedule_steps"] if stored else total_steps
-    policy = _make_policy(config, shapes, schedule_steps, model_config, adapter, directory)
-    _check_balance(config, policy)
-    _check_events_fit(total_steps, policy)
-    if stored is not None:
-        run_dir.check_first_ranks(stored, config, policy.init().ranks_LE)
-    rows = coverage(model_config, adapter, config.adapter.targets)
-    resolved = before or resolve(
-        reports[0],
-        tokenizer,
-        directory,
-        vocab_size=vocab_size,
-        revision=revision_of(directory),
+
+
+def _resolve(setting: Setting, rows: Rows, base: str) -> Resolved:
+    return resolve(
+        rows.reports[0],
+        setting.tokenizer,
+        setting.directory,
+        vocab_size=setting.model_config.vocab_size,
+        revision=revision_of(setting.directory),
         base=base,
     )
-    lines = reports[0].lines()
-    for report in reports[1:]:
+
+
+def _lines(setting: Setting, rows: Rows, policy: Policy) -> list[str]:
+    """Returns what to tell before step 1."""
+    config, model_config, adapter = setting.config, setting.model_config, setting.adapter
+    lines = rows.reports[0].lines()
+    for report in rows.reports[1:]:
         lines += report.lines("held-out data")
-    lines += notes
-    if len(reports) == 1:
+    lines += setting.notes
+    if len(rows.reports) == 1:
         lines.append("data.eval_path is not set: no held-out loss is measured")
-    lines += [*passes_lines(loader, config.train, total_steps)]
-    lines += length_lines(loader, longest_positions(directory))
-    lines += [
-        "",
-        *coverage_lines(rows),
-        *adapter.notes(model_config),
-        "",
-        f"allocation  {policy.describe}",
-    ]
-    lines.append(f"mesh        {describe_sizes(sizes)} on {_devices_line()}, {config.model.dtype}")
-    lines += resume_lines
-    return Job(
-        config=config,
-        run_dir=run_dir,
-        is_new=stored is None,
-        directory=directory,
-        origin=origin,
-        model_config=model_config,
-        adapter=adapter,
-        policy=policy,
-        resolved=resolved,
-        loader=loader,
-        eval_batches=heldout,
-        mesh_sizes=sizes,
-        total_steps=total_steps,
-        schedule_steps=schedule_steps,
-        lines=lines,
-    )
+    lines += passes_lines(rows.loader, config.train, rows.total_steps)
+    lines += length_lines(rows.loader, longest_positions(setting.directory))
+    weights = coverage(model_config, adapter, config.adapter.targets)
+    lines += ["", *coverage_lines(weights), *adapter.notes(model_config)]
+    lines += ["", f"allocation  {policy.describe}"]
+    mesh = f"{describe_sizes(setting.mesh_sizes)} on {_devices_line()}"
+    return [*lines, f"mesh        {mesh}, {config.model.dtype}"]
 
 
 def _check_schedule(config: TrainConfig, shapes: CapacityShapes, stored: dict | None) -> None:
-    """Refuses an allocation that can not be, if the steps are known without the rows."""
+    """Refuses an impossible allocation, if the steps are known without the rows."""
     steps = stored["schedule_steps"] if stored else config.train.steps
     if steps is None:
         return
@@ -209,30 +262,25 @@ def _devices_line() -> str:
     return f"{jax.devices()[0].device_kind}{many}"
 
 
-def _make_policy(
-    config: TrainConfig,
-    shapes: CapacityShapes,
-    steps: int,
-    model_config: ModelConfig,
-    adapter: Placement,
-    directory,
-) -> Policy:
-    """Returns the policy, with the exponents of the base's weights where it asks for them."""
-    section = config.allocation
-    policy = _without_exponents(config, shapes, steps)
-    if not section.own.wants_exponents():
-        return policy  # else: what can not be is refused before the analysis
+def _checked_policy(setting: Setting, total_steps: int, schedule_steps: int) -> Policy:
+    """Returns the policy, with the exponents of the base model's weights where it asks for them."""
+    config, shapes = setting.config, setting.shapes
+    policy = _without_exponents(config, shapes, schedule_steps)
+    if config.allocation.own.wants_exponents():  # what cannot be is refused before the analysis
 
-    def exponents() -> Exponents:
-        return read_exponents(
-            model_config,
-            directory,
-            adapter.expert_layers(model_config),
-            file=section.alpha_file,
-            estimator=section.alpha_estimator,
-        )
+        def exponents() -> Exponents:
+            return read_exponents(
+                setting.model_config,
+                setting.directory,
+                setting.adapter.expert_layers(setting.model_config),
+                file=config.allocation.alpha_file,
+                estimator=config.allocation.alpha_estimator,
+            )
 
-    return make_policy(config, shapes, steps, exponents)
+        policy = make_policy(config, shapes, schedule_steps, exponents)
+    _check_balance(config, policy)
+    _check_events_fit(total_steps, policy)
+    return policy
 
 
 def _without_exponents(config: TrainConfig, shapes: CapacityShapes, steps: int) -> Policy:

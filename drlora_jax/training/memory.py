@@ -13,7 +13,7 @@ Only the largest arrays are counted; the compiled step is the reference. Letters
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 
@@ -26,11 +26,12 @@ from drlora_jax.models.architecture import (
     LayerConfig,
     ModelConfig,
 )
+from drlora_jax.models.options import Remat
 from drlora_jax.ops.cross_entropy import CHUNK_TOKENS
 from drlora_jax.ops.experts.api import READS_STACKS
 from drlora_jax.ops.native.library import parts
 
-POLICIES = ("none", "selective", "full")
+POLICIES = get_args(Remat)
 LOGIT_COPIES = 3  # f32 copies of a chunk: logits, exponentials, their gradient
 # One layer's backward pass, fitted to steps that were compiled for CPU. Numbers per token:
 # multiples of D (attention, norms, results and their gradients) and of F (a dense FFN, or experts

@@ -11,11 +11,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from drlora_jax.config import TrainConfig
 from drlora_jax.errors import RunError
 from drlora_jax.reporting.progress import Progress, Throughput, peak_memory
-from drlora_jax.training.optimizer import rate_at
+
+
+def rate_at(schedule: optax.Schedule, step: int) -> float:
+    """Returns the rate after `step` steps, for logs. It is computed on the CPU where possible: on
+    an accelerator it would wait for all queued steps.
+    """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names only the accelerator
+        host = None
+    with jax.default_device(host):
+        return float(schedule(step))
 
 
 class RowWriter:

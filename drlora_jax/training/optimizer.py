@@ -36,18 +36,6 @@ def make_schedule(
     return optax.join_schedules([rise, after], [warmup])
 
 
-def rate_at(schedule: optax.Schedule, step: int) -> float:
-    """Returns the rate after `step` steps, for logs. It is computed on the CPU where possible: on
-    an accelerator it would wait for all queued steps.
-    """
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names only the accelerator
-        host = None
-    with jax.default_device(host):
-        return float(schedule(step))
-
-
 def make_optimizer(
     section: TrainSection,
     total_steps: int,

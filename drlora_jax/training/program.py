@@ -5,7 +5,6 @@ Nothing is read or allocated here, so a step can be compiled for devices that ar
 """
 
 import functools
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -60,8 +59,7 @@ class Run(NamedTuple):
     reorder: Any
     abstract_params: dict
     abstract_state: TrainState
-    # Where the arrays [M, B, T] of a step's batch reside.
-    batch_sharding: jax.sharding.Sharding
+    abstract_batch: Batch  # of a step, [M, B, T]
     # The backend that computes experts, and the log line that names all implementations.
     experts: str
     backends: str
@@ -98,7 +96,7 @@ def build(job: Job, devices=None) -> Run:
         **_jitted(job, mesh, model, tx, state),
         abstract_params=params,
         abstract_state=state,
-        batch_sharding=mesh_lib.rows(mesh, leading=1),
+        abstract_batch=abstract_batch(job, mesh),
         experts=experts,
         backends=backend_line(job.model_config, attention, experts, device, dtype),
         forecast=memory_forecast(job.model_config, layout, params, state, config.model.remat),
@@ -204,13 +202,6 @@ def place_mask(run: Run, capacity: CapacityState) -> jax.Array:
     return processes.place(mask_LER, run.abstract_state.mask_LER.sharding)
 
 
-def compile_step(run: Run):
-    """Compiles the train step ahead of time; returns it and the seconds that compiling took."""
-    start = time.perf_counter()
-    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
-    return run.step.lower(*inputs).compile(), time.perf_counter() - start
-
-
 def memory_layout(job: Job, mesh, experts: str) -> Layout:
     """Returns the settings of a run that determine the memory of a step."""
     section, shape = job.config.train, mesh.shape
@@ -235,9 +226,10 @@ def memory_layout(job: Job, mesh, experts: str) -> Layout:
     )
 
 
-def abstract_batch(run: Run) -> Batch:
+def abstract_batch(job: Job, mesh) -> Batch:
     """Returns the shapes, dtypes and shardings of a step's batch [M, B, T]."""
-    section = run.job.config.train
+    section = job.config.train
     micro, length = section.batch_size // section.micro_batches, section.sequence_length
-    shape, sharding = (section.micro_batches, micro, length), run.batch_sharding
-    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=sharding) for kind in BATCH_DTYPES))
+    rows = mesh_lib.rows(mesh, leading=1)
+    shape = (section.micro_batches, micro, length)
+    return Batch(*(jax.ShapeDtypeStruct(shape, kind, sharding=rows) for kind in BATCH_DTYPES))

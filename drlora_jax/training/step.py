@@ -11,6 +11,7 @@ target tokens over the whole batch, in nats, however the batch is split into mic
 devices. Letters: M micro-batches, B rows, T positions; L, P, E, R as in `allocation.base`.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -348,3 +349,12 @@ def make_pretrain_step(
         return optax.apply_updates(params, updates), opt_state, metrics
 
     return step
+
+
+def compile_step(run) -> tuple[Callable, float]:
+    """Compiles the train step of a `program.Run` ahead of time; returns it, and the seconds that
+    it took.
+    """
+    start = time.perf_counter()
+    inputs = run.abstract_params, run.abstract_state, run.abstract_batch
+    return run.step.lower(*inputs).compile(), time.perf_counter() - start

@@ -183,7 +183,8 @@ def test_own_scale_and_dropout_of_experts(kind):
     positions_BT = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
     def model_with(**adapter):
-        return adapted(values, config_with(kind, ("up", "down"), num_experts=4, **adapter))
+        own = {"num_experts": 4} if kind == "mixlora" else {}
+        return adapted(values, config_with(kind, ("up", "down"), **own, **adapter))
 
     variables = init_variables(model_with(), jax.random.key(0))
     variables["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, variables["lora"])
@@ -231,7 +232,9 @@ def test_what_can_not_be():
         config_with(num_experts=2, experts_per_token=3)
     with pytest.raises(UserError, match="moe_sieve counts"):
         config_with(allocation=AllocationSection(kind="moe_sieve"))
-    with pytest.raises(UserError, match="always trains"):
+    with pytest.raises(
+        UserError, match="router=after_warmup is for kind=expert_lora .*, got kind=mixlora"
+    ):
         config_with(router="after_warmup")
 
 

@@ -206,7 +206,8 @@ def test_starts_as_its_base_and_counts_every_layer():
 def test_one_expert_of_attention_is_plain_lora():
     """Values and gradients; the FFN's projections are the same function."""
     routed = adapted(LLAMA, config_with(num_experts=1, experts_per_token=1))
-    place = routed.options.below("segment_0").below("layer_0").below("attention")
+    adapter = routed.options.adapter.below("segment_0").below("layer_0").below("attention")
+    place = dataclasses.replace(routed.options, adapter=adapter)
     plain = Lora(place.adapter.paths, scale=place.adapter.scale, rank=8)
     config = routed.config.segments[0].unit[0].attention
     x_BTD = drawn(jnp.zeros((2, 11, 16)))
@@ -266,7 +267,7 @@ def test_experts_per_layer(tmp_path):
         with pytest.raises(UserError, match=message):
             resolve_counts(text, 3)
     (tmp_path / "bad.json").write_text('{"layers": [1]}')
-    with pytest.raises(UserError, match="can not be read as the --out"):
+    with pytest.raises(UserError, match="cannot be read as the --out"):
         resolve_counts(str(tmp_path / "bad.json"), 3)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n"
     (tmp_path / "bad.json").write_text(pointer)
@@ -322,8 +323,8 @@ def test_what_can_not_be():
     with pytest.raises(UserError, match="without ranks are never chosen"):
         allocation = AllocationSection(r_init=0)
         TrainConfig(adapter=AdapterSection(kind="mola"), allocation=allocation)
-    with pytest.raises(UserError, match="adapters with experts of their own"):
-        AdapterSection(experts_per_layer="2468")
+    with pytest.raises(UserError, match="experts_per_layer=2468 is for kind=mixlora or mola"):
+        AdapterSection(kind="expert_lora", experts_per_layer="2468")
 
 
 # ------------------------------------------------------------------------------------- whole runs
@@ -420,7 +421,7 @@ def test_a_resumed_run_is_identical(finished):
     jax.tree.map(
         np.testing.assert_array_equal, resumed.variables["lora"], expected.variables["lora"]
     )
-    with pytest.raises(UserError, match="was made with adapter.experts_per_layer"):
+    with pytest.raises(UserError, match="was created with adapter.experts_per_layer"):
         changed = dataclasses.replace(config_of(folder).adapter, experts_per_layer="4,4")
         prepare(dataclasses.replace(config_of(folder), adapter=changed))
 

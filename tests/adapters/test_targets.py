@@ -102,7 +102,7 @@ def test_trained_counts_are_those_of_the_model(targets, router):
         ("expert_lora", ("q", "v"), "adapts no expert"),
         ("lora", (".*/moe/up",), "does not adapt experts"),
         ("expert_lora", ("(up",), "not a regular expression"),
-        ("expert_lora", ("gate_up", ".*/moe/gate"), "gate_up next to gate or up"),
+        ("expert_lora", ("gate_up", ".*/moe/gate"), "must name either gate_up or gate and up"),
         ("lora", ("up",), "matches no weight.* adapter.kind=expert_lora adapts it"),
     ],
 )

@@ -16,7 +16,7 @@ from drlora_jax.reporting.progress import describe_ranks
 from drlora_jax.runs.checkpoint import Checkpoints
 from drlora_jax.training.growth import reordered
 from drlora_jax.training.job import prepare
-from drlora_jax.training.program import abstract_batch, place_mask
+from drlora_jax.training.program import place_mask
 from drlora_jax.training.state import restore
 from tests.support import policies
 from tests.support.dr_lora import make_steps, run_accumulate
@@ -159,7 +159,7 @@ def pruned(folder):
     """A run over its three events, with the positions around each of them."""
     stepper = Stepper(folder, **SECTIONS)
     run = stepper.run
-    inputs = run.abstract_params, run.abstract_state, abstract_batch(run)
+    inputs = run.abstract_params, run.abstract_state, run.abstract_batch
     # One program, ahead of time: it refuses other shapes, dtypes and shardings.
     step = run.step.lower(*inputs).compile()
     inputs = run.abstract_params, run.abstract_state.lora, run.abstract_state.mask_LER
@@ -301,9 +301,7 @@ def test_rows_move_where_they_lie_on_a_mesh(folder):
 
 def test_a_note_says_that_ranks_shrink():
     before, after = np.full((1, 4), 4), np.array([[4, 2, 0, 2]])
-    assert describe_ranks(5, before, after) == (
-        "step 5: ranks shrink to a mean of 2.00, from 0 to 4"
-    )
+    assert describe_ranks(5, before, after) == "step 5: mean rank 4.00 -> 2.00 (min 0, max 4)"
 
 
 @pytest.mark.parametrize(

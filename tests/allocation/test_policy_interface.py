@@ -96,7 +96,7 @@ def test_what_a_measurement_opens_is_not_trained(stepper):
     """All ranks are let through, and the same two train."""
     everything = Measurement(
         "nothing",
-        lambda view: view.each_role(lambda own, grads: jnp.abs(grads["b"]).max(axis=-1)),
+        lambda view: view.each_role(lambda own, grads, _: jnp.abs(grads["b"]).max(axis=-1)),
         opens=lambda mask_LER, has_base_experts: jnp.ones_like(mask_LER),
     )
     seen = {

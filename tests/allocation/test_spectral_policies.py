@@ -100,12 +100,12 @@ def test_a_file_with_an_older_fingerprint_is_taken(folder, tmp_path):
     ("change", "message"),
     [
         (None, "it is absent"),
-        ("{", "can not be read as exponents"),
-        ("[]", "can not be read as exponents"),
-        ({"layers": [{}]}, "can not be read as exponents .'matrices'."),
-        ({"fingerprint": "f" * 64}, "of a model with fingerprint f{12}, not [0-9a-f]{12}"),
-        ({"estimator": "median"}, "its estimator is median, and allocation.alpha_estimator fix_f"),
-        ({"layers": []}, "must have exponents above 1 of 2 layers"),
+        ("{", "cannot be read as exponents"),
+        ("[]", "cannot be read as exponents"),
+        ({"layers": [{}]}, "cannot be read as exponents .'matrices'."),
+        ({"fingerprint": "f" * 64}, "was computed for fingerprint f{12}, not [0-9a-f]{12}"),
+        ({"estimator": "median"}, "its estimator is median, but allocation.alpha_estimator fix_f"),
+        ({"layers": []}, "must have exponents above 1 for 2 layers"),
         ({"layers": [{"matrices": [{"expert": 0, "alpha": 1.0}]}] * 2}, "exponents above 1"),
         ({"layers": [{"matrices": [{"expert": 0, "alpha": "nan"}]}] * 2}, "exponents above 1"),
     ],
@@ -116,7 +116,7 @@ def test_a_file_that_does_not_fit_is_refused(folder, tmp_path, change, message):
         file.write_text(json.dumps(json.loads((folder / "model.json").read_text()) | change))
     elif change:
         file.write_text(change)
-    match = rf"alpha_file=.*can not be used: .*{message}.* Write it with python -m drlora_jax.alpha"
+    match = rf"alpha_file=.*cannot be used: .*{message}.* Write it with python -m drlora_jax.alpha"
     with pytest.raises(UserError, match=match):
         exponents_of(folder / "model", str(file))
 

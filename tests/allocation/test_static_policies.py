@@ -173,14 +173,14 @@ def test_a_rank_shared_by_experts_of_the_adapter(tmp_path, kind, rule, expected)
     assert (job.policy.init().ranks_LE == expected).all() and job.adapter.max_rank == expected
     assert job.adapter.rank == 16
     adapter |= dict(experts_per_layer="2468")
-    with pytest.raises(UserError, match="layers have different ones"):
+    with pytest.raises(UserError, match="gives layers different numbers"):
         prepare(tiny_config(tmp_path, adapter=adapter, allocation=section))
 
 
 @pytest.mark.parametrize(
     ("allocation", "adapter", "message"),
     [
-        (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts a token = 0"),
+        (dict(r_target=1, rank_rule="per_top_k"), {}, "1 // 2 experts per token = 0"),
         (dict(kind="dr_lora", rank_rule="per_top_k"), {}, "is for kind=uniform, got kind=dr_"),
         (dict(rank_rule="per_expert"), dict(kind="lora"), "adapter.kind=lora does not have"),
         (dict(rank_rule="per_top_k"), dict(kind="mixlora", top_p=0.5), "adapter.top_p=0.5"),

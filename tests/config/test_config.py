@@ -267,7 +267,7 @@ def test_what_a_file_set_for_its_own_kind_is_dropped_with_a_line(write, capsys):
     config = load_config(file, ["allocation.kind=prilora", "allocation.r_target=6"])
     assert config.allocation == AllocationSection(kind="prilora", r_init=4, r_target=6)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == "note: allocation.kind=prilora does not have gamma=2.0 of the config file"
+    assert line == "note: allocation.kind=prilora does not use gamma=2.0 of the config file"
 
 
 def test_a_file_that_names_no_kind_may_set_a_field_for_the_command_line(write, capsys):

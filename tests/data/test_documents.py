@@ -23,7 +23,7 @@ def test_a_template_that_writes_a_token_without_an_embedding(tmp_path, special):
     token = rf"the token <\|im_end\|> \({size}\), but the model has {size} embedding rows; "
     message = f"data.template=chatml writes {token}use .* or another data.template"
     if special == "keep":  # then the text may have it, too
-        message = f"the text has {token}take it out, or set data.special_tokens=split"
+        message = f"the text has {token}remove it, or set data.special_tokens=split"
     with pytest.raises(UserError, match=message):
         load_documents(config, tokenizer, 64, vocab_size=size)
 
@@ -46,7 +46,9 @@ def test_data_set_and_its_report(tmp_path):
     assert (report.rows_read, report.rows_kept, report.documents) == (2, 2, 2)
     assert report.tokens == sum(len(each.tokens) for each in documents)
     assert report.target_tokens == sum(each.is_target.sum() for each in documents)
-    assert report.lines()[1] == "format prompt_response (found from the first row), template plain"
+    assert (
+        report.lines()[1] == "format prompt_response (detected from the first row), template plain"
+    )
     assert not any("warning" in line or "skipped" in line for line in report.lines())
 
 
@@ -130,7 +132,7 @@ def test_a_chat_template_that_is_passed_over_is_said(tmp_path, template, has_own
     path.write_text(json.dumps(GOOD) + "\n")
     config = DataSection(path=(str(path),), template=template, format="prompt_response")
     report = load_documents(config, make_tokenizer(chat_template=own), 64).report
-    said = " (the tokenizer has a chat template of its own: data.template=tokenizer)"
+    said = " (the tokenizer has its own chat template: data.template=tokenizer)"
     is_said = has_own and template in ("tulu", "chatml")
     assert report.lines()[1].endswith(said) == is_said
     if is_said:
@@ -177,7 +179,7 @@ def test_rows_of_two_formats_in_one_file(tmp_path):
         (GOOD, {}, "set data.prompt_field=prompt for rows like this one"),
         ({"text": "a"}, {}, "set data.format=auto for rows like this one"),
         ({"question": "a", "answer": "b"}, {}, "set data.prompt_field=question data.response_f"),
-        ({"data": [GOOD]}, {}, "'data' is a list of rows: write its objects one a line"),
+        ({"data": [GOOD]}, {}, "'data' is a list of rows: write one of its objects per line"),
         (GOOD, {"format": "text"}, "set data.format=auto data.prompt_field=prompt for rows"),
     ],
 )
@@ -235,5 +237,5 @@ def test_limits_and_sets(tmp_path):
 
 
 def test_format_not_found_names_the_row(tmp_path):
-    with pytest.raises(UserError, match="jsonl:1: data.format=auto cannot tell"):
+    with pytest.raises(UserError, match="jsonl:1: data.format=auto cannot detect"):
         _load(tmp_path, [{"a": "b"}])

@@ -73,7 +73,7 @@ def test_a_row_larger_than_any_document(tmp_path, monkeypatch):
         list(read_rows(fits))
     for name in ("x.jsonl", "x.jsonl.gz"):
         path = _write(tmp_path, name, b'{"a": 1}\n{"a": "' + b"x" * 100 + b'"}\n')
-        with pytest.raises(UserError, match=rf"{name}:2: a row of more than"):
+        with pytest.raises(UserError, match=rf"{name}:2: the row has more than"):
             list(read_rows(path))
     path = _write(tmp_path, "x.json", json.dumps([{"a": "x" * 300}]).encode())
     with pytest.raises(UserError, match="in one list; write it as .jsonl"):
@@ -87,26 +87,38 @@ def test_a_row_larger_than_any_document(tmp_path, monkeypatch):
         ("x.json", b'[{"a": 1},\n{"a": \xff}]', r"x.json:2: not UTF-8"),
         ("x.jsonl", b'{"a": 1}\n{"a" 2}\n', r"x.jsonl:2: not JSON at column 6 \(Expecting ':'"),
         ("x.json", b'[{"a": 1},\n {"a" 2}]', r"x.json:2: not JSON at column 7"),
-        ("x.jsonl", b"[" * 100_000, r"x.jsonl:1: not JSON that can be read"),
+        ("x.jsonl", b"[" * 100_000, r"x.jsonl:1: this JSON cannot be read"),
         ("x.jsonl", b'{"a": 1}\n[1]\n', r"x.jsonl:2: a row must be an object, got list"),
         ("x.json", b'[{"a": 1}, 3]', r"x.json row 2: a row must be an object, got int"),
         ("x.jsonl", b"\n\n", r"x.jsonl has no rows"),
         ("x.jsonl", b"", r"x.jsonl has no rows"),
         ("x.json", b"[]", r"x.json has no rows"),
-        ("x.jsonl", b'[{"a": 1}]\n', r"x.jsonl:1: a list, where .* call the file .json"),
-        ("x.jsonl", b'[\n{"a": 1}\n]\n', r"x.jsonl:1: only '\[', so the file is one JSON value"),
-        ("x.jsonl", b'{\n"a": 1\n}\n', r"x.jsonl:1: only '{', so the file is one JSON value"),
-        ("x.json", b'{\n"a": 1\n}\n', r"x.json: one JSON object over several lines; wrap it in"),
-        ("x.json", b'{"a": [1],\n"b": [2]}', r"x.json: one JSON .* has a \(list\), b \(list\)"),
-        ("x.txt", b"abc", r'x.txt: a text file does not say .* {"text": ...} a document'),
-        ("x.zip", b"abc", r"x.zip: unknown kind of file; known are .jsonl, .*\(also with .gz"),
-        ("x", b"abc", r"x: unknown kind of file"),
+        ("x.jsonl", b'[{"a": 1}]\n', r"x.jsonl:1: .* got a list; name the file .json"),
+        (
+            "x.jsonl",
+            b'[\n{"a": 1}\n]\n',
+            r"x.jsonl:1: the line is only '\[', so the file is one JSON value",
+        ),
+        (
+            "x.jsonl",
+            b'{\n"a": 1\n}\n',
+            r"x.jsonl:1: the line is only '{', so the file is one JSON value",
+        ),
+        (
+            "x.json",
+            b'{\n"a": 1\n}\n',
+            r"x.json is one JSON object over several lines, with a \(int\); wrap it in",
+        ),
+        ("x.json", b'{"a": [1],\n"b": [2]}', r"x.json is one JSON .* with a \(list\), b \(list\)"),
+        ("x.txt", b"abc", r'x.txt: a text file does not tell .* {"text": ...} per document'),
+        ("x.zip", b"abc", r"x.zip: unknown file type; known are .jsonl, .*\(also with .gz"),
+        ("x", b"abc", r"x: unknown file type"),
         ("x.csv", b"a;b\n1;2\n", r"x.csv:1: the names 'a;b' are not separated"),
         ("x.tsv", b"a,b\n1,2\n", r"x.tsv:1: the names 'a,b' are not separated"),
         ("x.csv", b"a,b\n1,2\n\n1\n", r"x.csv:4: 1 values, but the first line names 2: a, b"),
         ("x.csv", b"a,a\n1,2\n", r"x.csv:1: the first line has the name 'a' twice"),
         ("x.csv", b"a,\n1,2\n", r"x.csv:1: the first line has a column without a name"),
-        ("x.csv", b'a,b\n"1,2\n', r"x.csv:2: no such table: unexpected end of data"),
+        ("x.csv", b'a,b\n"1,2\n', r"x.csv:2: not a valid table: unexpected end of data"),
         ("x.csv", b"a,b\n\xff,2\n", r"x.csv: not UTF-8 after line 0, got byte 0xff"),
         ("x.csv", b"a,b\n", r"x.csv has no rows"),
     ],
@@ -128,7 +140,7 @@ def test_broken_containers(tmp_path):
     whole = gzip.compress(_lines(ROWS * 100))
     for content in (b"plain text", whole[: len(whole) // 2]):
         (tmp_path / "x.jsonl.gz").write_bytes(content)
-        with pytest.raises(UserError, match="x.jsonl.gz cannot be read: .* Is the file whole"):
+        with pytest.raises(UserError, match="x.jsonl.gz cannot be read: .* Is the file complete"):
             list(read_rows(str(tmp_path / "x.jsonl.gz")))
     (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="x.parquet cannot be read as Parquet"):

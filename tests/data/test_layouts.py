@@ -77,15 +77,15 @@ def test_own_names_are_not_replaced_by_usual_ones():
         ({"id": 1, "dialog": SHARE}, "data.messages_field=dialog to read"),
         ({"chosen": CHAT, "rejected": CHAT}, "data.messages_field=chosen to read"),
         ({"dialog": json.dumps(SHARE)}, "data.messages_field=dialog to read"),
-        ({"version": "1", "data": [{"prompt": "a"}]}, "'data' is a list of rows: write its"),
+        ({"version": "1", "data": [{"prompt": "a"}]}, "'data' is a list of rows: write one of its"),
         ({"train": [{"a": "b"}], "test": [{"a": "b"}]}, "'train', 'test' are lists of rows: "),
-        ({"a": "b", "c": "d", "tools": [{"e": 1}]}, "to your names of two texts"),
-        ({"a": "b", "c": "d"}, "to your names of two texts, or data.messages_field"),
-        ({}, "fields none; it looks"),
+        ({"a": "b", "c": "d", "tools": [{"e": 1}]}, "to the names of two text fields"),
+        ({"a": "b", "c": "d"}, "to the names of two text fields, or data.messages_field"),
+        ({}, "fields none; it needs"),
     ],
 )
 def test_what_cannot_be_told_names_the_setting(fields, help_):
-    with pytest.raises(UserError, match="cannot tell the format") as caught:
+    with pytest.raises(UserError, match="cannot detect the format") as caught:
         detect_format(fields)
     assert help_ in str(caught.value)
 
@@ -297,8 +297,18 @@ def _with(message: dict) -> dict:
             "not text",
             "message 1 has a part of type 'image'",
         ),
-        ("chat", _with(ANSWER | {"weight": 0.5}), "weight of a turn", "weight of message 2 is 0.5"),
-        ("chat", _with(ANSWER | {"train": "no"}), "weight of a turn", "train of message 2 is 'no'"),
+        (
+            "chat",
+            _with(ANSWER | {"weight": 0.5}),
+            "weight of a turn",
+            "weight of message 2 must be .* got 0.5",
+        ),
+        (
+            "chat",
+            _with(ANSWER | {"train": "no"}),
+            "weight of a turn",
+            r"train of message 2 must be .* got 'no'",
+        ),
         ("chat", _with(ANSWER | {"content": ""}), "empty response", r"message 2 \(assistant\)"),
         (
             "chat",

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drlora_jax.data.packing import OPEN_ROWS, fill_row, one_a_row, pack
+from drlora_jax.data.loader import fill_row
+from drlora_jax.data.packing import OPEN_ROWS, one_a_row, pack
 from drlora_jax.data.tokenize import Document
 
 LIMIT = 16

@@ -74,7 +74,7 @@ def test_datasets_rows_that_stop_coming(monkeypatch):
         raise ConnectionError("gone")
 
     _fake_datasets(monkeypatch, broken)
-    with pytest.raises(UserError, match="does not load: ConnectionError: gone"):
+    with pytest.raises(UserError, match="does not load as .*: ConnectionError: gone"):
         list(read_rows("owner/name"))
 
 
@@ -83,7 +83,9 @@ def test_datasets_name_without_network(monkeypatch):
         raise ConnectionError("no route\nlong trace")
 
     _fake_datasets(monkeypatch, fail)
-    with pytest.raises(UserError, match="does not load: ConnectionError: no route. Give a local"):
+    with pytest.raises(
+        UserError, match="does not load as .*: ConnectionError: no route. Give a local"
+    ):
         list(read_rows("owner/name"))
 
 
@@ -179,12 +181,15 @@ def test_splits_by_names_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["train.jsonl", "other.jsonl"], "of the split train, and of none .* such as other.jsonl"),
+        (
+            ["train.jsonl", "other.jsonl"],
+            "of the split train and files whose .* such as other.jsonl",
+        ),
         (["train.jsonl", "test.jsonl"], "no file of the split validation, only of test, train"),
-        (["a.jsonl", "a.csv"], r"several kinds \(.csv, .jsonl\), which may be the same rows"),
+        (["a.jsonl", "a.csv"], r"several kinds \(.csv, .jsonl\), which may hold the same rows"),
         (["README.md", "x.zip"], r"directory without data files. It has README.md, x.zip. Known"),
         (["config.json"], "It looks like a model directory or a run"),
-        ([], "directory without data files. It is empty. Known are .jsonl"),
+        ([], "directory without data files. It is empty. Known file types are .jsonl"),
     ],
 )
 def test_folders_that_say_too_little(tmp_path, names, message):
@@ -209,7 +214,9 @@ def test_a_folder_of_several_data_sets(tmp_path):
     _shards(tmp_path, "main/train.jsonl", "socratic/train.jsonl")
     card = "---\nconfigs:\n- config_name: main\n  data_files: x\n- config_name: 'socratic'\n---\n"
     (tmp_path / "README.md").write_text(card)
-    with pytest.raises(UserError, match=r"data sets \(main, socratic\).*one of them: .*/main"):
+    with pytest.raises(
+        UserError, match=r"data sets \(main, socratic\).*one of them, such as .*/main"
+    ):
         _files(tmp_path)
     assert _files(tmp_path / "main") == ["main/train.jsonl"]
 
@@ -231,9 +238,13 @@ def test_globs(tmp_path, monkeypatch):
     _shards(tmp_path, "d/[ab].jsonl")
     assert _files("d/[ab].jsonl") == ["d/[ab].jsonl"]  # a file of that very name
     (tmp_path / "d" / "notes.txt").write_text("")
-    with pytest.raises(UserError, match=r"d/\* also matches d/notes.txt, .* narrow it, .*\*.jsonl"):
+    with pytest.raises(
+        UserError, match=r"d/\* also matches d/notes.txt, .* narrow the glob, .*\*.jsonl"
+    ):
         find_sources("d/*")
-    with pytest.raises(UserError, match=r"e\*/x.jsonl matches no data file; known are .jsonl"):
+    with pytest.raises(
+        UserError, match=r"e\*/x.jsonl matches no data file; known types are .jsonl"
+    ):
         find_sources("e*/x.jsonl")
 
 
@@ -272,7 +283,7 @@ def test_an_address_of_a_file_is_a_path(tmp_path):
 def test_other_addresses_keep_their_slashes(url):
     with pytest.raises(UserError) as caught:
         find_sources(url)
-    assert str(caught.value).startswith(f"{url} is an address")
+    assert str(caught.value).startswith(f"{url} is a URL")
 
 
 def test_names_with_a_comma(tmp_path):

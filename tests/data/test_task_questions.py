@@ -151,7 +151,9 @@ def test_rows_that_are_none(dataset, fields, message):
 
 def test_words_of_the_answer_format():
     assert instruction_options(Row("r:1", PIQA)) == ("solution1", "solution2")
-    with pytest.raises(UserError, match="r:1: this protocol needs rows with an instruction"):
+    with pytest.raises(
+        UserError, match="r:1: this protocol needs rows with an answer and an instruction"
+    ):
         instruction_options(Row("r:1", {"question": "Q"}))
 
 

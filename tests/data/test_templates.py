@@ -65,7 +65,9 @@ def _render(fields, row_format, template, **options) -> str:
 def test_a_chat_template_that_draws_its_words_is_refused(use):
     conversation = read_row({"messages": CHAT}, "chat")
     tokenizer = make_tokenizer(chat_template=f"{{{{ {use} }}}}" + OWN)
-    with pytest.raises(UserError, match="writes other text each time .*the Jinja filter random"):
+    with pytest.raises(
+        UserError, match="writes different text each time .*the Jinja filter random"
+    ):
         write(conversation, Style("tokenizer"), tokenizer)
     assert write_prompt(conversation._replace(messages=tuple(CHAT[:2])), Style("chatml"), tokenizer)
     harmless = f"{{# {use} #}}| random{{{{ 'a | random' }}}}"
@@ -239,7 +241,7 @@ def test_automatic_template():
     [
         ("chat_ml", "chat", "'chat_ml' does not exist; did you mean chatml?"),
         ("zzz", "chat", "does not exist; known: plain, question_answer"),
-        ("tokenizer", "chat", "the tokenizer has no chat template; use chatml or tulu"),
+        ("tokenizer", "chat", "the tokenizer has none; use chatml or tulu"),
         ("tulu", "text", "template=tulu does not apply to data.format=text"),
         ("plain", "chat", "template=plain writes one prompt .* data.format=chat has messages"),
     ],

@@ -244,7 +244,7 @@ def test_a_word_without_an_embedding_is_refused():
     assert check_vocabulary(tokenizer, size) is None
     tokenizer.add_tokens(["<extra>"])
     with pytest.raises(
-        UserError, match=rf"{size} embedding rows, none for the token <extra> \({size}"
+        UserError, match=rf"{size} embedding rows, but none for the token <extra> \({size}"
     ):
         check_vocabulary(tokenizer, size)
 

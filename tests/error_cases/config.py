@@ -126,7 +126,7 @@ CONFIG_FILES = (
     _written(
         "an integer that Python does not print",
         IMPORT + "def get_config(): return TrainConfig(train=TrainSection(steps=10**5000))",
-        "got a number of thousands of digits",
+        "got a number with thousands of digits",
     ),
 )
 RANDOM = "allocation.kind=random"
@@ -175,7 +175,7 @@ FIELDS = (
         "'w1' matches no weight of this olmoe model.*Roles: down, gate, .*up, v, gate_up",
     ),
     _field("adapter.targets=q,v", "adapts no expert; add gate, up, down or gate_up"),
-    _field("adapter.targets=gate_up,up", "gate_up next to gate or up"),
+    _field("adapter.targets=gate_up,up", "must name either gate_up or gate and up"),
     _field("adapter.targets=(up", "'.up' is not a regular expression"),
     _field("adapter.kind=dora", "adapter.kind must be"),
     _field("adapter.kind=mixlora", "has experts of its own"),
@@ -218,7 +218,7 @@ FIELDS = (
     ),
     _field(
         "allocation.kind=alphalora",
-        "alpha_file=rows.jsonl can not be used: it can not be read as exponents",
+        "alpha_file=rows.jsonl cannot be used: it cannot be read as exponents",
         "allocation.alpha_file=rows.jsonl",
     ),
     _field("allocation.experts=9", "other kinds have a fixed number", "allocation.kind=alphalora"),
@@ -247,7 +247,7 @@ FIELDS = (
     _field("mesh.exchange=ragged", "is for TPUs, but the platform is cpu", "mesh.expert=2"),
     _field("allocation.interval=10", "no pruning event fits: warm-up ends at step 3", *PRUNING),
     _field("mesh.data=0", "mesh sizes must be positive"),
-    _field("mesh.data=-1", "at most one -1", "mesh.fsdp=-1"),
+    _field("mesh.data=-1", "at most one may be -1", "mesh.fsdp=-1"),
     _field("mesh.data=999", "data=999 .* does not fit the 8 devices"),
     _field("mesh.expert=3", "8 rows. must be a multiple of mesh.data x mesh.fsdp x mesh.expert"),
 )

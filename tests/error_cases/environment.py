@@ -177,7 +177,7 @@ def _damaged(what: str, message: str, damage, **options) -> Case:
         for step in ("10", "12"):
             damage(folder / "run" / "checkpoints" / step)
 
-    message = f"Checkpoint 12 of run/checkpoints is damaged or not whole: .*{message}"
+    message = f"Checkpoint 12 of run/checkpoints is damaged or incomplete: .*{message}"
     return _failed(what, message, running, make, "train.steps=20", **options)
 
 
@@ -226,7 +226,7 @@ CASES = (
     ),
     _refused(
         "no network, for a model on the hub",
-        r"model.path=owner/name is no directory here, and the hub did not give it",
+        r"model.path=owner/name is not a local directory, and downloading it from the hub failed",
         "model.path=owner/name",
         around=_raising("huggingface_hub.snapshot_download", ConnectionError("no route")),
     ),
@@ -241,30 +241,30 @@ CASES = (
         "jax finds no device .Unable to initialize backend 'cuda'.; check JAX_PLATFORMS",
         around=_raising("jax.device_count", RuntimeError("Unable to initialize backend 'cuda'")),
     ),
-    _refused("no permission at run.dir", "can not be written: no permission", around=_no_access),
+    _refused("no permission at run.dir", "cannot be written: no permission", around=_no_access),
     _refused(
         "no room for the checkpoints", "1000 B of free space, but the run needs", around=_no_room
     ),
     _refused(
         "a full disk as the run is created",
-        "run.dir=run can not be written: No space left on device",
+        "run.dir=run cannot be written: No space left on device",
         make=_full_config,
         around=running,
     ),
     _refused(
         "a run directory that can be read only",
-        "run.dir=run can not be written: Read-only file system",
+        "run.dir=run cannot be written: Read-only file system",
         around=lambda: _read_only(),
     ),
     IN_USE,
     _failed(
         "a full disk at metrics.jsonl",
-        "run/metrics.jsonl can not be written: No space left on device",
+        "run/metrics.jsonl cannot be written: No space left on device",
         _full_at("metrics.jsonl"),
     ),
     _failed(
         "a full disk at ranks.jsonl",
-        "run/ranks.jsonl can not be written: No space left on device",
+        "run/ranks.jsonl cannot be written: No space left on device",
         _full_at("ranks.jsonl"),
     ),
     _failed(
@@ -297,7 +297,7 @@ CASES = (
     _damaged(
         "a checkpoint with broken host values", "it has no 'tokens'", _junk("_CHECKPOINT_METADATA")
     ),
-    _damaged("a checkpoint with broken metadata", "can not be read", _junk("state/_METADATA")),
+    _damaged("a checkpoint with broken metadata", "cannot be read", _junk("state/_METADATA")),
     _damaged("an empty checkpoint", "PyTree", _emptied, varies=r"(?<=whole: ).*?(?=; so are)"),
 )
 

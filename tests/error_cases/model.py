@@ -183,13 +183,17 @@ def _swap(tensors: dict) -> None:
 
 PATHS = (
     _path("/no/such/model", "no such directory", "a directory that is not there"),
-    _path("modle", "hub did not give it|no such directory; did you mean model", "a typo"),
+    _path(
+        "modle",
+        "downloading it from the hub failed|no such directory; did you mean model",
+        "a typo",
+    ),
     _path("model/config.json", "is a file; give the directory", "a file"),
     _path("pipe", "is a named pipe", "a named pipe", lambda folder: os.mkfifo(folder / "pipe")),
     _path("x" * 300, "name too long", "a name too long for a directory"),
     _path("~nobody-of-that-name/a/b", "no such directory", "the home of nobody"),
-    _path("https://h/m", "model.path=https://h/m is an address", "a web address"),
-    _path("s3://b/m", "model.path=s3://b/m is an address, and buckets", "a bucket"),
+    _path("https://h/m", "model.path=https://h/m is a URL", "a web address"),
+    _path("s3://b/m", "model.path=s3://b/m is a URL, but buckets", "a bucket"),
     _path("empty", "is an empty directory", "nothing in it", lambda d: (d / "empty").mkdir()),
     _path(
         "owner/name",
@@ -199,13 +203,13 @@ PATHS = (
     ),
     _path(
         "adapter",
-        "is a PEFT adapter of the base owner/base, .* give that base",
+        "is a PEFT adapter of the base model owner/base, .* give that base model",
         "an adapter",
         _json("adapter/adapter_config.json", {"base_model_name_or_path": "owner/base"}),
     ),
     _path(
         "old",
-        "is a run directory, .* use it with --run; its base is owner/base",
+        "is a run directory, .* use it with --run; its base model is owner/base",
         "a run",
         _json("old/config.json", {"config": {"model": {"path": "owner/base"}}}),
     ),
@@ -222,7 +226,7 @@ CONFIGS = (
     _text("not UTF-8", "byte 0 is not UTF-8", b"\xff\xfe{}"),
     _text(
         "nested without end",
-        "nested too deep|is not JSON",
+        "nested too deeply|is not JSON",
         b"[" * 200_000,
         varies="(?<=is not JSON).*",
     ),
@@ -245,7 +249,7 @@ CONFIGS = (
     _text("a web page", "config.json is a web page .HTML., not the file itself: download", PAGE),
     _text(
         "an error of the hub",
-        "config.json is the error of a server .*Repository not found.*, not the file itself",
+        "config.json is the error message of a server .*Repository not found.*, not the file",
         b'{"error":"Repository not found"}',
     ),
     _values("a list as model_type", "is not supported", model_type=["olmoe"]),
@@ -269,12 +273,10 @@ CONFIGS = (
         num_attention_heads=1,
         num_key_value_heads=1,
     ),
-    _values(
-        "another width than the weights", r"has shape \[.*config.json makes it", hidden_size=48
-    ),
+    _values("another width than the weights", r"has shape \[.*config.json implies", hidden_size=48),
     _values("more layers than the weights", "The weights lack model.layers.2", num_hidden_layers=3),
     _values(
-        "fewer layers than the weights", "have tensors that olmoe does not", num_hidden_layers=1
+        "fewer layers than the weights", "have tensors that olmoe models lack", num_hidden_layers=1
     ),
     _values(
         "an activation that is not there", "hidden_act 'gelu' is not supported", hidden_act="gelu"
@@ -337,7 +339,7 @@ WEIGHT_FILES = (
     ),
     _case(
         "a tensor too many",
-        "have tensors that olmoe does not: lora.weight",
+        "have tensors that olmoe models lack: lora.weight",
         _tensors(lambda t: t.update({"lora.weight": np.zeros(3, np.float32)})),
     ),
     _case(
@@ -348,7 +350,7 @@ WEIGHT_FILES = (
     _case("a web page", "model.safetensors is a web page", _bytes(lambda content: PAGE)),
     _case(
         "an error of a bucket",
-        "model.safetensors is the error of a server .*AccessDenied.*: download it again",
+        "model.safetensors is the error message of a server .*AccessDenied.*: download it again",
         _bytes(lambda content: DENIED),
     ),
     _case(

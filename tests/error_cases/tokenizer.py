@@ -151,19 +151,19 @@ CASES = (
     ),
     _case(
         "a token that only added_tokens.json has",
-        "tokenizer.json disagree: .*'Tom.* Remove them there",
+        "tokenizer.json disagree: .*'Tom.* remove them there",
         _file("added_tokens.json", '{"Tom": 4095, "pears": 4096}'),
     ),
     _case("no end-of-text token", "has no eos token", _settings(eos_token=...)),
     _case(
         "a word behind the embedding",
-        r"4096 embedding rows, none for the token <new> \(4096\)",
+        r"4096 embedding rows, but none for the token <new> \(4096\)",
         _added_token,
     ),
-    _chat("a syntax error", "chat template is no valid Jinja", "{% if %}"),
+    _chat("a syntax error", "chat template is not valid Jinja", "{% if %}"),
     _chat(
         "words that it draws",
-        "rows.jsonl:1: .* writes other text each time it is used .the Jinja filter random",
+        "rows.jsonl:1: .* writes different text each time it is used .the Jinja filter random",
         "{{ ['a', 'b'] | random }}" + TURNS,
     ),
     _chat("an exception", "refuses the messages: no", "{{ raise_exception('no') }}"),
@@ -177,7 +177,7 @@ CASES = (
     ),
     _chat(
         "names, and none of them is default",
-        "chat templates are tool_use, and none of them is named default",
+        "has the chat templates tool_use, but none named default",
         [{"name": "tool_use", "template": TURNS}],
     ),
     _chat(
@@ -207,7 +207,7 @@ CASES = (
     ),
     _chat(
         "an answer that is not written behind the generation prompt",
-        "does not write message 2 behind its own generation prompt",
+        "does not write message 2 after its own generation prompt",
         THOUGHTLESS,
         messages=[USER, ANSWER | {"reasoning": "because"}],
     ),

@@ -137,5 +137,5 @@ def test_other_prompts_or_files_are_not_compared(tmp_path):
         compare.compare_files(first, str(tmp_path / "d.jsonl"))
     with pytest.raises(UserError, match="is not a file of samples"):
         compare.compare_files(first, str(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match=r"^gs://b/a\.jsonl is an address"):
+    with pytest.raises(UserError, match=r"^gs://b/a\.jsonl is a URL"):
         compare.compare_files(first, "gs://b/a.jsonl")

@@ -89,7 +89,7 @@ def test_all_left_out_are_named_where_they_are_few(base):
         (base / name).write_text("{}")
     _, notes = rewrite(base)
     assert notes == [
-        "left out: ._config.json, README.md, trainer_state.json (no part of the model)"
+        "left out: ._config.json, README.md, trainer_state.json (not part of the model)"
     ]
 
 

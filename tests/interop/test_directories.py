@@ -53,13 +53,13 @@ def place(tmp_path, monkeypatch):
 
 
 AS_MODEL = {
-    "runs/a": "runs/a is a run directory, .* use it with --run; its base is owner/base",
+    "runs/a": "runs/a is a run directory, .* use it with --run; its base model is owner/base",
     "runs/a/checkpoints": "is inside the run runs/a, .* use --run runs/a",
     "runs/a/checkpoints/5": "is inside the run runs/a, .* use --run runs/a",
     "runs/a/checkpoints/5/arrays": "is inside the run runs/a, .* use --run runs/a",
     "runs": r"a folder of runs \(a\), .* use --run with one of them",
-    "adapter": "a PEFT adapter of the base owner/base, .* give that base",
-    "runs/a/peft": "a PEFT adapter of the base owner/base, .* give that base",
+    "adapter": "a PEFT adapter of the base model owner/base, .* give that base model",
+    "runs/a/peft": "a PEFT adapter of the base model owner/base, .* give that base model",
     "no_base": "is a PEFT adapter, .* give its base",
     "gguf": r"a directory of GGUF weights \(model.Q4.gguf\), .* GGUF is not read",
     "pickles": r"pickle files \(pytorch_model.bin\), .* convert them to safetensors",
@@ -70,7 +70,7 @@ AS_MODEL = {
     "hub/models--owner--base": "the hub cache's folder of owner/base, .* give the name owner/base",
     "hub/models--owner--base/snapshots": "the hub cache's folder of owner/base, .*/snapshots/abc",
     "pipe": "does not name a model_type.*it has _class_name",
-    "other": "other has no config.json; is it a Hugging Face model directory",
+    "other": "other has no config.json; give a Hugging Face model directory",
 }
 AS_RUN = {
     "model": "--run model is a model directory, not a run; use it with --model",
@@ -80,7 +80,7 @@ AS_RUN = {
     "runs": "is a folder of runs .*give one of them, such as runs/a",
     "runs/a/peft": "a PEFT adapter .* give the run.dir that it was exported from",
     "empty": "an empty directory, not a run; give the run.dir of a training that saved",
-    "other": "is no run: it has no config.json of one; give the run.dir",
+    "other": "is not a run: it has no config.json of one; give the run.dir",
     "absent": "--run absent is absent; give the run.dir of a training",
 }
 
@@ -121,5 +121,7 @@ def test_models_and_runs_are_what_they_are(place):
 def test_a_damaged_config_is_no_run(place, changes):
     assert is_run(RUN) and not is_run(RUN | changes)
     write(place / "runs" / "a", config__json=RUN | changes)
-    with pytest.raises(UserError, match="its config.json lacks what a run stores; is it damaged"):
+    with pytest.raises(
+        UserError, match="has a config.json that lacks values of a run. Is it damaged"
+    ):
         read_run(pathlib.Path("runs/a"), "--run runs/a")

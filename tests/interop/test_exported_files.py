@@ -66,7 +66,7 @@ MERGED = [
     (lambda t: edit_tensors(t / "model.safetensors", halve), "norm.weight as .'F16'"),
     (lambda t: edit_tensors(t / "model.safetensors", add_head_shape), r"4095, 24.*4096, 24"),
     (lambda t: edit(t / "config.json", num_experts_per_tok=1), "does not describe the base"),
-    (lambda t: edit(t / "config.json", tie_word_embeddings=True), "not what its tensors are"),
+    (lambda t: edit(t / "config.json", tie_word_embeddings=True), "does not match its tensors"),
     (lower_case, "does not give the token ids"),
 ]
 
@@ -90,8 +90,8 @@ def alone(tensors: dict) -> None:
 
 
 ADAPTERS = [
-    (lambda t: edit_tensors(t / "adapter_model.safetensors", cut), "rows, not of rank"),
-    (lambda t: edit_tensors(t / "adapter_model.safetensors", alone), "or no pair"),
+    (lambda t: edit_tensors(t / "adapter_model.safetensors", cut), "rows are not of rank"),
+    (lambda t: edit_tensors(t / "adapter_model.safetensors", alone), "has no partner, or"),
     (lambda t: edit(t / "adapter_config.json", target_modules=["q_proj", "w"]), "names w, which"),
     (lambda t: edit(t / "adapter_config.json", modules_to_save=["proj"]), "names proj, which"),
     (

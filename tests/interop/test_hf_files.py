@@ -71,7 +71,9 @@ def test_hub_name_that_can_not_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mixtral").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"hub did not give it \(OSError\).*mean models/mixtral"):
+    with pytest.raises(
+        UserError, match=r"downloading it from the hub failed \(OSError\).*mean models/mixtral"
+    ):
         find_model("models/mixtrall")
 
 

@@ -85,7 +85,7 @@ def test_layer_that_the_config_does_not_have(model):
 
 def test_wrong_shape(model):
     change_weights(model, {DOWN: np.zeros((28, 36), np.float32)})
-    message = f"{DOWN} has shape .28, 36. in model.safetensors, config.json makes it .36, 28"
+    message = f"{DOWN} has shape .28, 36. in model.safetensors, but config.json implies .36, 28"
     with pytest.raises(UserError, match=message):
         check(model)
 

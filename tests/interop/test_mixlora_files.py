@@ -185,7 +185,7 @@ def test_experts_without_a_rank(oracle):
     _, ranks_LE = mixlora.used_ranks(closed, config, adapter)
     assert ranks_LE.tolist() == [[3, 3, 1, 3, 3]] * 2
     ranks_LE[1, 2] = 0
-    with pytest.raises(UserError, match="1 of 10 experts have no rank"):
+    with pytest.raises(UserError, match="1 of 10 experts have rank 0"):
         mixlora.pack(config, adapter, variables["lora"], ranks_LE)
 
 
@@ -210,7 +210,9 @@ def _import(folder):
 def test_experts_with_another_activation(oracle, tmp_path):
     values, tensors, *_ = oracle
     _write(tmp_path / "other", values | {"act_fn": "gelu"}, tensors)
-    with pytest.raises(UserError, match="act_fn 'gelu': .* than the base's, silu"):
+    with pytest.raises(
+        UserError, match="act_fn 'gelu': .* base model's activation here, which is silu"
+    ):
         _import(tmp_path / "other")
     _write(tmp_path / "same", values | {"act_fn": "swish"}, tensors)
     assert _import(tmp_path / "same") == 0
@@ -237,9 +239,9 @@ def test_weights_that_can_not_be_read(oracle, tmp_path, suffix):
         torch.save([1], others := io.BytesIO())
         file.unlink()
         file = file.with_suffix(".bin")
-        text = "cut off, damaged or holds more than tensors"
+        text = "truncated, damaged or contains more than tensors"
         contents = {b"": text, b"hello world": text, b"\x80\x02}q\x00X\x01\x00\x00\x00\xf8": text}
-        contents[others.getvalue()] = "tensors by name and nothing else"
+        contents[others.getvalue()] = "must be a dict of tensors by name"
     contents[b"version https://git-lfs.github.com/spec/v1\n"] = "git-lfs pointer"
     for content, message in contents.items():
         file.write_bytes(content)

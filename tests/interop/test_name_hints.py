@@ -64,11 +64,11 @@ WRAPPED = {
     ),
     "part of another module": (
         lambda name: f"net.{name}",
-        "begin with 'net.', as where the model was saved as a part of another module",
+        "begin with 'net.', probably because the model was saved as a part of another module",
     ),
     "part that is called as ours": (
         lambda name: f"model.{name}",
-        "begin with 'model.', as where the model was saved as a part of another module",
+        "begin with 'model.', probably because the model was saved as a part of another module",
     ),
     "no prefix": (
         lambda name: name.removeprefix("model."),
@@ -112,7 +112,7 @@ def test_files_that_were_not_read_are_named(base, tmp_path):
     norm = "model.norm.weight"
     model = renamed(base, tmp_path / "model", lambda name: None if name == norm else name)
     save_file({norm: load_file(base / WEIGHTS)[norm]}, model / "rest.safetensors")
-    with pytest.raises(UserError, match="Read was model.safetensors; rest.safetensors beside it"):
+    with pytest.raises(UserError, match="Only model.safetensors was read; rest.safetensors"):
         check(model)
 
 

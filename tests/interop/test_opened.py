@@ -121,16 +121,16 @@ MISTAKES = {
     "other settings": (
         MERGED,
         lambda made: edit(made, "config.json", num_experts_per_tok=1),
-        "computes something else",
+        "computes something different",
     ),
     "no head": (MERGED, lambda made: edit_tensors(made, without_head), "missing keys .* lm_head"),
     "no layer": (MERGED, lambda made: edit_tensors(made, without_a_layer), r"missing keys.*layers"),
     "no tokenizer": (
         MERGED,
         lambda made: (made.directory / "tokenizer.json").unlink(),
-        "another tokenizer from the export than from the base model",
+        "a different tokenizer from the export than from the base model",
     ),
-    "another tokenizer": (MERGED, other_ids, "another tokenizer .* becomes"),
+    "another tokenizer": (MERGED, other_ids, "a different tokenizer .* becomes"),
     "no end": (
         MERGED,
         lambda made: edit(made, "generation_config.json", eos_token_id=[5]),
@@ -140,7 +140,7 @@ MISTAKES = {
     "another scale": (
         "peft-2d",
         lambda made: edit(made, "adapter_config.json", lora_alpha=1),
-        "computes something else",
+        "computes something different",
     ),
     "fewer factors": ("peft", lambda made: edit_tensors(made, without_a_layer), "computes some"),
     "an unknown target": (
@@ -192,14 +192,14 @@ def test_a_library_that_is_not_there(written, monkeypatch, layout, missing):
     if missing == "peft" and layout == MERGED:
         assert line.endswith("not opened: asked")
     else:
-        assert f"not opened: {missing} is not installed, so the model itself was not loaded" in line
+        assert f"not opened: {missing} is not installed, so transformers" in line
 
 
 def test_a_model_that_does_not_fit_is_not_opened(written, monkeypatch):
     monkeypatch.setattr(opened.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(opened, "available_memory", lambda: 1 << 30)
     reason = why_not(written(MERGED))
-    assert reason == "the model takes 1.0 GiB in float32, and 1.0 GiB of memory are free"
+    assert reason == "the model needs 1.0 GiB in float32, but 1.0 GiB of memory are free"
     monkeypatch.setattr(opened, "available_memory", lambda: 2 << 30)
     assert why_not(written(MERGED)) is None
 
@@ -230,7 +230,7 @@ def test_a_process_that_ends_without_an_answer(written, monkeypatch, tmp_path, k
     monkeypatch.setattr(open_export, "__file__", str(tmp_path / "program.py"))
     monkeypatch.setattr(opened, "why_not", lambda made: None)
     (line,) = check_opened(written(MERGED))
-    assert "not opened: the process that opened it" in line and message in line
+    assert "not opened: the process" in line and message in line
 
 
 def test_libraries_that_do_not_work(written, monkeypatch, tmp_path):

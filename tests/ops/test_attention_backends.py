@@ -11,7 +11,8 @@ import pytest
 
 from drlora_jax.errors import UserError
 from drlora_jax.models.families import parse_config
-from drlora_jax.models.remat import keep, rematerialised
+from drlora_jax.models.options import keep
+from drlora_jax.models.transformer import rematerialised
 from drlora_jax.ops.attention import api
 from drlora_jax.ops.attention.api import Call, attend, cannot, choose_backend
 from drlora_jax.training.costs import attention_backends

@@ -108,7 +108,7 @@ def test_a_compiler_that_fails(tmp_path):
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no space" >&2; exit 1; }\n')
     broken.chmod(0o700)
     said = python(WHY_NOT, XDG_CACHE_HOME=str(tmp_path), CXX=str(broken)).stdout
-    assert said == "they can not be built or loaded: no space\n"
+    assert said == "they cannot be built or loaded: no space\n"
     assert not kept_in(tmp_path)
 
 

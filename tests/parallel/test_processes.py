@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -241,8 +242,7 @@ def check_resumed_by_one(runs, whole, mesh) -> str:
     name = "x".join(map(str, mesh.values()))
     runs.copy_cut("whole", name)
     here, there = restored(runs, name, {"data": 1} | mesh), restored(runs, name, {"expert": 4})
-    for one, other in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(here, there)
     assert train_lib.train(build(runs, name, {"data": 1} | mesh)) == EXIT_DONE
     np.testing.assert_allclose(runs.losses(name), whole, rtol=1e-5)
     events, expected = (

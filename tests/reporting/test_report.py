@@ -279,13 +279,13 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
         (lambda d: None, "no such directory"),
         (lambda d: d.mkdir(), "is an empty directory, not a run"),
         (lambda d: d.write_text("x"), "is a file"),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text("{")), "can not be read"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text("{")), "cannot be read"),
         (lambda d: (d.mkdir(), (d / "config.json").write_text(POINTER)), "a git-lfs pointer"),
         (
             lambda d: (d.mkdir(), (d / "config.json").write_text("[]")),
-            "is no run: it has no config.json of",
+            "is not a run: it has no config.json of",
         ),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text('{"config": 1}')), "is no run: "),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text('{"config": 1}')), "is not a run: "),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, make, message, capsys):

@@ -114,7 +114,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert saved_steps(folder) == [2, 4, 5]
     assert choose_steps(folder, "latest") == (5, 4, 2) and choose_steps(folder, "best") == (2,)
     assert choose_steps(folder, "4") == (4,) and choose_steps(folder, (5, 2)) == (5, 2)
-    with pytest.raises(UserError, match="--step 3: .* has 2, 4, 5; or say latest or best"):
+    with pytest.raises(
+        UserError, match="--step 3: .* has the steps 2, 4, 5; give one of them, latest or best"
+    ):
         choose_steps(folder, "3")
 
 

@@ -31,7 +31,7 @@ def test_what_a_run_would_write_over_is_named(tmp_path, name):
         (tmp_path / name).write_text("")
     else:
         (tmp_path / name / "5").mkdir(parents=True)
-    message = f"run.dir={tmp_path} holds {name} of something else and no config.json"
+    message = f"run.dir={tmp_path} has {name}, but no config.json"
     with pytest.raises(UserError, match=message):
         RunDirectory(str(tmp_path)).stored()
 
@@ -39,7 +39,9 @@ def test_what_a_run_would_write_over_is_named(tmp_path, name):
 def test_up_to_three_are_named(tmp_path):
     for name in ("metrics.jsonl", "ranks.jsonl", "report.html", "eval.json"):
         (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match="metrics.jsonl, ranks.jsonl, report.html and 1 more of"):
+    with pytest.raises(
+        UserError, match="metrics.jsonl, ranks.jsonl, report.html and 1 more, but no config.json"
+    ):
         RunDirectory(str(tmp_path)).stored()
 
 
@@ -87,7 +89,7 @@ def test_lost_lines_of_the_logs_are_told(tmp_path):
     file.write_bytes(b'{"step": 1}\n\xff\x00\n[]\n{"step": 2}\n')
     directory.ranks_file.write_text('{"step": 1}\n{"st')
     assert directory.cut_back(2, 1) == [
-        f"{file}: 2 lines that can not be read are dropped",
+        f"{file}: 2 lines that cannot be read are dropped",
         f"{directory.ranks_file}: 1 unreadable line is dropped",
     ]
     assert file.read_text() == whole
@@ -100,6 +102,6 @@ def test_lost_lines_of_the_logs_are_told(tmp_path):
     assert directory.cut_back(0, 1) == []
     file.write_text('{"step": 0}\n' + whole)  # somebody has removed the checkpoints
     assert directory.cut_back(0, 1) == [
-        f"{tmp_path} has no checkpoint: its log to step 2 is dropped"
+        f"{tmp_path} has no checkpoint: its log up to step 2 is dropped"
     ]
     assert file.read_text() == ""

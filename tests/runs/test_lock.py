@@ -93,6 +93,6 @@ def test_leftovers_where_there_are_no_locks(tmp_path, without_kernel_locks, cont
 
 def test_a_directory_in_the_place_of_the_lock(tmp_path):
     (tmp_path / LOCK_NAME).mkdir()
-    with pytest.raises(UserError, match="can not be written: Is a directory"):
+    with pytest.raises(UserError, match="cannot be written: Is a directory"):
         with hold_lock(tmp_path):
             pass

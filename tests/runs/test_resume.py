@@ -107,7 +107,9 @@ def test_everything_else_is_refused_and_named():
             continue
         if config == TrainConfig():
             continue
-        with pytest.raises(UserError, match=f"run.dir=run was made with {name}=.*, got .*undo it"):
+        with pytest.raises(
+            UserError, match=f"run.dir=run was created with {name}=.*, got .*undo the change"
+        ):
             resume.check_settings("run", stored_of(), config)
         refused.append(name)
     assert {"run.seed", "train.batch_size", "train.learning_rate", "data.pack"} <= set(refused)
@@ -117,7 +119,7 @@ def test_everything_else_is_refused_and_named():
 @pytest.mark.parametrize("name", BY_TOKENS)
 def test_other_tokens_are_refused_with_the_setting_that_gives_them(name):
     config = apply_overrides(TrainConfig(), [f"{name}={BY_TOKENS[name]}"])
-    message = f"was made with {name}=.*, got .*{BY_TOKENS[name]}: the training tokens are not"
+    message = f"was created with {name}=.*, got .*{BY_TOKENS[name]}: the training tokens differ"
     with pytest.raises(UserError, match=message) as error:
         resume.check_content("run", stored_of(), config, origin(data_fingerprint="e"))
     assert "base" not in str(error.value) and not set("('[") & set(
@@ -127,7 +129,7 @@ def test_other_tokens_are_refused_with_the_setting_that_gives_them(name):
 
 def test_a_pretraining_has_no_digest_of_its_tokens():
     config = apply_overrides(TrainConfig(), ["data.path=other.jsonl"])
-    with pytest.raises(UserError, match=r"made with data.path=, got other.jsonl"):
+    with pytest.raises(UserError, match=r"created with data.path=, got other.jsonl"):
         resume.check_settings("run", stored_of(data_fingerprint=""), config)
 
 
@@ -135,12 +137,12 @@ def test_another_held_out_set_is_said():
     config = TrainConfig()
     before = stored_of(heldout_fingerprint="h")
     (line,) = resume.changed_lines(before, config, origin(heldout_fingerprint="i"))
-    assert "eval_loss is another figure from here on" in line
+    assert "eval_loss is not comparable with earlier values" in line
     (line,) = resume.changed_lines(before, config, origin(heldout_fingerprint=""))
     assert "no held-out loss" in line
     assert resume.changed_lines(before, config, origin()) == []
     (line,) = resume.changed_lines(stored_of(heldout_fingerprint=""), config, origin())
-    assert "is measured from here on; the run began without" in line
+    assert "is measured from now on; the run started without" in line
     # A run from before the held-out set had a digest: its settings say what may be.
     config = apply_overrides(config, ["data.eval_path=other.jsonl"])
     (line,) = resume.changed_lines(stored_of(), config, origin())
@@ -167,7 +169,9 @@ def test_stored_fields_of_another_kind_are_no_change():
     before["config"]["allocation"] |= {"r_init": 4, "interval": 10}
     resume.check_settings("run", before, config)
     before["config"]["allocation"]["r_target"] = 8
-    with pytest.raises(UserError, match="made with allocation.r_target=8, got 16; undo it"):
+    with pytest.raises(
+        UserError, match="created with allocation.r_target=8, got 16; undo the change"
+    ):
         resume.check_settings("run", before, config)
 
 
@@ -178,12 +182,12 @@ def test_a_file_of_ranks_is_the_same_file_by_another_name(tmp_path, monkeypatch)
     moved = apply_overrides(config, [f"allocation.pattern={tmp_path / 'ranks.json'}"])
     resume.check_settings("run", stored_of(config), moved)
     moved = apply_overrides(config, ["allocation.pattern=new.json"])
-    with pytest.raises(UserError, match="made with allocation.pattern=ranks.json, got new.json"):
+    with pytest.raises(UserError, match="created with allocation.pattern=ranks.json, got new.json"):
         resume.check_settings("run", stored_of(config), moved)
     before = stored_of(config, initial_ranks=[[1, 2]])
     resume.check_settings("run", before, moved)
     resume.check_first_ranks("run", before, moved, [[1, 2]])
-    with pytest.raises(UserError, match="got new.json, which gives other ranks"):
+    with pytest.raises(UserError, match="got new.json, which gives different ranks"):
         resume.check_first_ranks("run", before, moved, [[2, 1]])
 
 
@@ -196,7 +200,8 @@ def test_a_rate_that_does_not_go_on_is_said(schedule):
     assert same is None
     longer = make_schedule(section, 40, 1e-3, first_total=20)
     line = resume.rate_line(logged, longer, done=20, first_total=20, total=40)
-    assert f"from {logged[1]:.2e} at step 20 back to {float(longer(20)):.2e} at step 21" in line
+    rates = f"{logged[1]:.2e} at step 20 to {float(longer(20)):.2e} at step 21"
+    assert f"the learning rate rises from {rates}" in line
     assert "train.steps 20 -> 40" in line and "warm-up is not repeated" in line
     # Already prolonged: it goes on as it did.
     logged = (30, float(longer(29)))
@@ -237,17 +242,17 @@ def test_another_batch_split_is_the_same_held_out_set(begun):
     job = prepare(tiny_config(begun, train=dict(micro_batches=2), model=dict(remat="full")))
     said = [line for line in job.lines if line.startswith("resume")]
     assert said == [
-        "resume      model.remat=full (was selective), train.micro_batches=2 (was 1): the same run "
-        "up to rounding, not bit for bit"
+        "resume      model.remat=full (was selective), train.micro_batches=2 (was 1): equal up to "
+        "rounding, not bit for bit"
     ]
 
 
 def test_another_held_out_file_is_said_before_work(begun):
     write_rows(begun / "others.jsonl", 9, seed=7)
     job = prepare(tiny_config(begun, data=dict(eval_path=(str(begun / "others.jsonl"),))))
-    assert any("eval_loss is another figure" in line for line in job.lines)
+    assert any("eval_loss is not comparable" in line for line in job.lines)
     job = prepare(tiny_config(begun, train=dict(eval_batches=1, micro_batches=8)))
-    assert any("eval_loss is another figure" in line for line in job.lines)
+    assert any("eval_loss is not comparable" in line for line in job.lines)
 
 
 def test_settings_are_compared_before_rows_are_read(begun, monkeypatch):
@@ -255,7 +260,7 @@ def test_settings_are_compared_before_rows_are_read(begun, monkeypatch):
         raise AssertionError("rows were read")
 
     monkeypatch.setattr("drlora_jax.training.job.load_documents", never)
-    with pytest.raises(UserError, match="made with allocation.gamma=1.2, got 2.0"):
+    with pytest.raises(UserError, match="created with allocation.gamma=1.2, got 2.0"):
         prepare(tiny_config(begun, allocation=dict(gamma=2.0)))
     with pytest.raises(UserError, match="no growth event fits"):
         prepare(tiny_config(begun, "new", allocation=dict(interval=11)))

@@ -49,7 +49,7 @@ def test_an_older_run_finds_its_base(place):
     change(place, base_fingerprint=older)
     assert find_run("run").base_fingerprint == older  # as results before had it
     change(place, resolved=resolved())
-    with pytest.raises(UserError, match="model is not the base of run.*with --model-path"):
+    with pytest.raises(UserError, match="model is not the base model of run.*with --model-path"):
         find_run("run")
 
 
@@ -75,7 +75,7 @@ def test_a_base_that_is_written_otherwise_is_the_same(place):
     file.write_text(json.dumps(values, indent=7))
     assert find_run("run").step == 5
     file.write_text(json.dumps(values | {"rope_parameters": {"rope_theta": 5e4}}))
-    with pytest.raises(UserError, match="model is not the base of run"):
+    with pytest.raises(UserError, match="model is not the base model of run"):
         find_run("run")
 
 
@@ -86,7 +86,7 @@ def test_a_relative_base_from_another_folder(place, monkeypatch):
         find_run("../run")
     message = str(caught.value)
     assert message.startswith("model.path=model: no such directory.")
-    assert "relative to the folder it was started in" in message and "--model-path" in message
+    assert "relative to the folder where it was started" in message and "--model-path" in message
     assert find_run("../run", model_path="../model").step == 5
     with pytest.raises(UserError, match="^--model-path nowhere: no such directory"):
         find_run("../run", model_path="nowhere")
@@ -127,7 +127,7 @@ def test_what_is_no_run_is_named_for_a_reader(place):
         ("run/checkpoints/5", "inside the run run, not a run; give run"),
         (".", "a folder of runs .run., not a run; give one of them, such as run"),
         ("absent", "--run absent is absent; give the run.dir of a training"),
-        ("gs://b/run", "--run gs://b/run is an address"),
+        ("gs://b/run", "--run gs://b/run is a URL"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             find_run(path)

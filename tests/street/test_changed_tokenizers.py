@@ -36,7 +36,7 @@ def test_changed_ids_are_refused(tmp_path):
     shutil.rmtree(tmp_path / "edited")
     lower = {"type": "Lowercase"}
     change = edited(run.base, tmp_path, "tokenizer.json", lambda v: v.update(normalizer=lower))
-    with pytest.raises(UserError, match="way to cut texts has changed"):
+    with pytest.raises(UserError, match="way to split texts has changed"):
         run.words(change)
 
 
@@ -50,7 +50,7 @@ def test_control_tokens_that_came_later_are_said_and_not_used(tmp_path):
     words = run.words(change)
     [note] = words.notes
     assert "the token [P] (" in note
-    assert note.endswith("added since the training of runs/it, and not used by it")
+    assert note.endswith("added since the training of runs/it, which does not use it")
     assert words.tokenizer.pad_token == pad
     [prompt] = asked(words, [chat_row()], tmp_path)
     assert prompt.ids == run.prefix()
@@ -78,7 +78,7 @@ def test_a_chat_template_that_came_later_is_not_used(tmp_path):
         run.base, tmp_path, "tokenizer_config.json", lambda v: v.update(chat_template=template)
     )
     words = run.words(other)
-    assert any("has a chat template now and had none" in note for note in words.notes)
+    assert any("has a chat template now, but had none" in note for note in words.notes)
     [prompt] = asked(words, [chat_row()], tmp_path)
     assert prompt.ids == run.prefix()
     file = tmp_path / "heldout.jsonl"

@@ -71,7 +71,7 @@ def test_a_generation_prompt_that_has_closed_the_block(tokenizers):
     assert opens_thinking(STYLE, tokenizer) == ""
     for more in ({"reasoning": THOUGHT}, {"content": f"<think>\n{THOUGHT}\n</think>\n\nIt is 2."}):
         row = {"messages": [user("1 + 1?"), answer("It is 2.") | more]}
-        with pytest.raises(BadRow, match="not write message 2 behind its own generation prompt"):
+        with pytest.raises(BadRow, match="not write message 2 after its own generation prompt"):
             write(read_row(row, "chat"), STYLE, tokenizer)
 
 

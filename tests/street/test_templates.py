@@ -210,9 +210,9 @@ def test_refusals_are_bad_rows(load, tokenizers):
     for name, messages in (("gemma", [SYSTEM, *turns(1)]), ("mistral", [user("a"), *turns(1)])):
         with pytest.raises(BadRow, match="refuses the messages"):
             write(read_row({"messages": messages}, "chat"), STYLE, tokenizers[name])
-    with pytest.raises(UserError, match="chat template is no valid Jinja"):
+    with pytest.raises(UserError, match="chat template is not valid Jinja"):
         write(conversation, STYLE, load("{% if %}"))
-    with pytest.raises(UserError, match="none of them is named default"):
+    with pytest.raises(UserError, match="none named default"):
         write(conversation, STYLE, load({"tool_use": QWEN2}))
 
 

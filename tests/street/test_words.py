@@ -185,7 +185,7 @@ def test_text_rows_are_asked_as_they_are(tmp_path):
     found = generate.Asker(words, arguments()).question(QUESTION)
     assert found.ids == words.tokenizer(QUESTION, add_special_tokens=False).input_ids
     assert words.tokenizer.decode(run.documents[0].tokens).startswith(QUESTION)
-    with pytest.raises(UserError, match="taken as it is"):
+    with pytest.raises(UserError, match="Without a template a prompt cannot have"):
         generate.Asker(words, arguments(system="Be short.")).question(QUESTION)
     with pytest.raises(UserError, match=r"'text' is missing.* read as text, the format of the run"):
         asked(words, [{"prompt": QUESTION}], tmp_path)
@@ -308,7 +308,7 @@ def test_rows_of_another_format_are_asked_with_its_name(tmp_path):
 
 @pytest.mark.parametrize("template", [5, [{"name": "default", "template": 5}]])
 def test_a_chat_template_that_is_no_text_is_refused(template, tmp_path):
-    with pytest.raises(UserError, match="chat_template of tokenizer_config.json must be a text"):
+    with pytest.raises(UserError, match="chat_template of tokenizer_config.json must be a string"):
         Run(tmp_path, "smollm2", template, [chat_row()])
     Run(tmp_path, "smollm2", template, [chat_row()], template="tulu")
 
@@ -316,7 +316,7 @@ def test_a_chat_template_that_is_no_text_is_refused(template, tmp_path):
 def test_system_messages_are_counted_and_missed(tmp_path):
     rows = [chat_row("You are a pirate."), chat_row("You are a pirate.")]
     run = Run(tmp_path, "smollm2", KINDS["qwen2"].template, rows)
-    assert any("system message in 2 of 2 rows" in line for line in run.report.lines())
+    assert any("system messages in 2 of 2 rows" in line for line in run.report.lines())
     words = run.words()
     [note] = generate.Asker(words, arguments()).notes()
     assert "2 of 2 training rows" in note and "You are a pirate." in note and "--system" in note
@@ -375,7 +375,7 @@ def test_control_tokens_come_from_the_template_only(kind, tmp_path):
 
 
 def test_prompts_are_written_in_one_place():
-    """Who calls what: chat templates are rendered in one function, prompts written by one class."""
+    """Chat templates are rendered in one function, prompts written by one class."""
     callers: dict[str, set[str]] = {}
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -4,9 +4,9 @@ import functools
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors.numpy import save_file
 
 from drlora_jax.interop.hf_files import find_model, read_headers, read_model_config
@@ -34,9 +34,7 @@ def load(path, dtype="float32"):
 
 
 def assert_bit_equal(params, others):
-    assert jax.tree.structure(params) == jax.tree.structure(others)
-    for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(others), strict=True):
-        np.testing.assert_array_equal(leaf, other, strict=True)
+    chex.assert_trees_all_equal(params, others, strict=True)
 
 
 def write_shards(folder, tensors, config: str, has_index: bool):

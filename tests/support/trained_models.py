@@ -85,7 +85,7 @@ def write_run(folder: pathlib.Path, *, size=0.3, dtype="float32") -> str:
         folder,
         model=dict(path=str(model), dtype=dtype),
         adapter=dict(targets=("gate", "up", "down", "q"), router="after_warmup", scale=SCALE),
-        allocation=dict(kind="uniform", r_target=MAX_RANK, r_init=1, r_max=MAX_RANK),
+        allocation=dict(kind="uniform", r_target=MAX_RANK, r_max=MAX_RANK),
     )
     job = prepare(config)
     run = train_lib.build(job)

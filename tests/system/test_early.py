@@ -39,7 +39,7 @@ def run_code(code: str, **more) -> subprocess.CompletedProcess:
 
 def check_stopped(code: int, errors: str) -> None:
     (line,) = errors.splitlines()
-    assert line.startswith("stopped ") and "the same command starts again" in line, errors
+    assert line.startswith("stopped ") and "run the same command again" in line, errors
     assert code == EXIT_RESUMABLE
 
 
@@ -136,7 +136,7 @@ def test_a_run_notes_the_first_and_ends_at_the_second():
     """)
     assert done.stdout == "True\n"
     check_stopped(done.returncode, done.stderr)
-    assert "at once by a second signal (SIGINT), without saving" in done.stderr
+    assert "at once by a second signal (SIGINT) without saving" in done.stderr
 
 
 def test_the_package_alone_sets_no_handlers():

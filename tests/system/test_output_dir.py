@@ -229,7 +229,7 @@ def test_a_draft_of_a_killed_process_with_our_number(tmp_path, is_there):
 
 
 def test_a_file_that_appears_meanwhile_is_kept_and_the_export_is_not(tmp_path):
-    with pytest.raises(RunError, match="made by another process"):
+    with pytest.raises(RunError, match="Another process has created"):
         with new_directory(check_out(str(tmp_path))) as draft:
             for name in ("a", "model.safetensors", "z"):
                 (draft / name).write_text("mine")

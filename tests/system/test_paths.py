@@ -35,7 +35,7 @@ def test_buckets_are_refused_as_they_were_given(url, option, shown):
     with pytest.raises(UserError) as caught:
         local_path(url, option)
     message = str(caught.value)
-    assert message.startswith(f"{shown}{url} is an address, and buckets are neither read nor")
+    assert message.startswith(f"{shown}{url} is a URL, but buckets are neither read nor")
     assert "launch/README.md, Buckets" in message
     assert "## Buckets" in (pathlib.Path(__file__).parents[2] / "launch/README.md").read_text()
 
@@ -58,7 +58,9 @@ def test_file_addresses_are_paths(tmp_path, name):
 
 
 def test_file_addresses_of_elsewhere(tmp_path):
-    with pytest.raises(UserError, match=r"--out file://a/b is no .* slashes: file:///a/b"):
+    with pytest.raises(
+        UserError, match=r"--out file://a/b is not a URL of .* slashes: file:///a/b"
+    ):
         local_path("file://a/b", "--out")
 
 
@@ -77,7 +79,7 @@ def test_a_path_that_looks_like_an_address(tmp_path, monkeypatch):
     (tmp_path / "gs:" / "b").mkdir(parents=True)
     assert local_path("gs:/b") == pathlib.Path("gs:/b")
     for url in ("gs:/b/x", "gs://b"):
-        with pytest.raises(UserError, match=f"{url} is an address"):
+        with pytest.raises(UserError, match=f"{url} is a URL"):
             local_path(url)
 
 
@@ -101,7 +103,7 @@ def test_no_field_is_forgotten():
 def test_every_field_that_names_a_path(tmp_path, name, more, url):
     file = tmp_path / "c.py"
     file.write_text("from drlora_jax.config import *\ndef get_config(): return TrainConfig()\n")
-    with pytest.raises(UserError, match=f"{name}={url} is an address"):
+    with pytest.raises(UserError, match=f"{name}={url} is a URL"):
         load_config(str(file), [f"{name}={url}", *more])
     assert apply_overrides(TrainConfig(), [f"{name}={url}", *more])  # a stored run may have it
 
@@ -147,7 +149,7 @@ def test_every_option_that_names_a_path(module, argv, option, url, tmp_path, mon
     with pytest.raises(SystemExit) as end:
         cli.run_and_exit(lambda: module.main(argv))
     lines = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and f"{url} is an address" in lines[-1], lines
+    assert end.value.code == 2 and f"{url} is a URL" in lines[-1], lines
     assert option in lines[-1] and list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +196,7 @@ FILES = (
 def test_answers_of_servers_are_no_files(tmp_path, content):
     file = tmp_path / "config.json"
     file.write_text(content)
-    what = r"a web page \(HTML\)" if content in PAGES else "the error of a server .'.*'."
+    what = r"a web page \(HTML\)" if content in PAGES else "the error message of a server .'.*'."
     for look in (check_downloaded, read_json):
         with pytest.raises(UserError, match=f"{file} is {what}, not the .*: download it again"):
             look(file)
@@ -213,7 +215,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UnicodeEncodeError):
         paths.replace_text(file, "\udc80")
     monkeypatch.setattr(paths.os, "replace", mock.Mock(side_effect=OSError(28, "disk is full")))
-    with pytest.raises(RunError, match="log.jsonl can not be written: disk is full"):
+    with pytest.raises(RunError, match="log.jsonl cannot be written: disk is full"):
         paths.write_result(file, "two")
     assert file.read_text() == "one" and [each.name for each in tmp_path.iterdir()] == [file.name]
 

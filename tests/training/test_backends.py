@@ -17,6 +17,7 @@ from drlora_jax.parallel.mesh import make_mesh, platform_of
 from drlora_jax.system.compilation import keep_compiled_programs
 from drlora_jax.training import costs, program
 from drlora_jax.training.job import prepare
+from drlora_jax.training.step import compile_step
 from tests.support.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -94,7 +95,7 @@ def test_a_step_that_became_dense_is_named(tmp_path, monkeypatch):
         config = tiny_config(tmp_path)
         model = dataclasses.replace(config.model, experts=experts)
         run = program.build(prepare(dataclasses.replace(config, model=model)), jax.devices()[:1])
-        compiled, _ = program.compile_step(run)
+        compiled, _ = compile_step(run)
         found = expansions().step_expansions(run, compiled.as_text())
         assert bool(found) == (experts == "ragged")
 
@@ -161,8 +162,8 @@ def test_what_may_travel():
     assert "experts of one shard" in reason("s32[1] bf16[2,4,24,16]")
     assert "experts of one shard" in reason("bf16[8,8,48]")  # over the expert axis only
     assert reason("f32[64,100]") == "logits"
-    assert reason("f32[1,8,2,16]") == "factors of all experts"
-    assert reason("f32[3,8,2,16]") == "factors of all experts"
+    assert reason("f32[1,8,2,16]") == "LoRA matrices of all experts"
+    assert reason("f32[3,8,2,16]") == "LoRA matrices of all experts"
 
 
 needs_libtpu = pytest.mark.skipif(

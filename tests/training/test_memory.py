@@ -17,7 +17,7 @@ from drlora_jax.training.memory import (
     compiled_bytes,
     predicted_step_bytes,
 )
-from drlora_jax.training.program import abstract_batch, memory_layout
+from drlora_jax.training.program import memory_layout
 
 ROOT = pathlib.Path(__file__).parents[2]
 abstract_job = runpy.run_path(ROOT / "benchmarks" / "jobs.py")["abstract_job"]
@@ -45,7 +45,7 @@ def build(remat, *overrides):
 def test_forecast(remat, rows, experts):
     """Within 15 % of the compiled step, everything counted."""
     run = build(remat, f"train.batch_size={rows}", f"model.experts={experts}")
-    inputs = (run.abstract_params, run.abstract_state, abstract_batch(run))
+    inputs = (run.abstract_params, run.abstract_state, run.abstract_batch)
     compiled = run.step.lower(*inputs).compile()
     analysis, measured = compiled.memory_analysis(), compiled_bytes(compiled).total
     parts = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes

@@ -15,7 +15,8 @@ from drlora_jax import train as train_lib
 from drlora_jax.reporting.progress import Throughput
 from drlora_jax.runs.directory import RunDirectory
 from drlora_jax.training.job import prepare
-from drlora_jax.training.optimizer import make_schedule, rate_at
+from drlora_jax.training.metrics_rows import rate_at
+from drlora_jax.training.optimizer import make_schedule
 from drlora_jax.training.state import start
 from tests.support.tiny import tiny_config
 

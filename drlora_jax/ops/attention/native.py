@@ -67,7 +67,7 @@ def _call(name: str, options: Options, results, *arguments):
     length = arguments[0].shape[1]
     window = length if options.window is None else min(options.window, length)
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
-    return jax.ffi.ffi_call(library.target(name), out, vmap_method="sequential")(
+    return jax.ffi.ffi_call(library.kernels().targets[name], out, vmap_method="sequential")(
         *arguments,
         scale=np.float32(options.scale),
         cap=np.float32(options.soft_cap or 0),

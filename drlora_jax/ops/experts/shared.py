@@ -30,15 +30,16 @@ class ExpertSpec(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Randomness that does not depend on how tokens are sorted or sharded: one stream per (role,
-    slot).
+    """Randomness that does not depend on how tokens are sorted or sharded: one stream per role and
+    (token, expert) assignment.
     """
 
     key: jax.Array
-    first_slot_T: jax.Array | None = None  # each token's first slot in the whole batch, if a part
+    # For a part of a batch: the number of each token's first assignment in the whole batch.
+    first_slot_T: jax.Array | None = None
 
     def slots(self, slots_B: jax.Array, per_token: int) -> jax.Array:
-        """Numbers in the whole batch of slots of these tokens."""
+        """The numbers, in the whole batch, of assignments of these tokens."""
         if self.first_slot_T is None:
             return slots_B
         return self.first_slot_T[slots_B // per_token] + slots_B % per_token
@@ -60,22 +61,16 @@ def _hash(x):
     return x ^ (x >> 16)
 
 
-def dropout_seeds(dropout: Dropout) -> jax.Array:
-    """Of rows and of columns, for each of `ROLES`: u32 [roles, 2]."""
-    roles = jnp.arange(len(ROLES))
-    return jax.vmap(lambda role: jax.random.bits(_role_key(dropout, role), (2,), jnp.uint32))(roles)
-
-
 def _role_key(dropout: Dropout, role: int | jax.Array):
     return jax.random.fold_in(dropout.key, role)
 
 
 def drop(x_BD, slots_B, role: str, spec: ExpertSpec, dropout: Dropout):
-    """Dropout of rows by their slot numbers; being linear, it is its own pullback."""
+    """Dropout of rows by the numbers of their assignments; linear, so it is its own pullback."""
     if spec.dropout == 0.0:
         return x_BD
     row_seed, column_seed = jax.random.bits(_role_key(dropout, ROLES.index(role)), (2,), jnp.uint32)
-    # A counter hash of (slot, column): jax.random inside the block loop takes twice as long to
+    # A hash of (assignment, column): jax.random inside the block loop takes twice as long to
     # compile, and a draw by block would depend on how the tokens are sorted.
     row_B = _hash(slots_B.astype(jnp.uint32) ^ row_seed)
     column_D = jnp.arange(x_BD.shape[1], dtype=jnp.uint32) * jnp.uint32(0x9E3779B9) + column_seed

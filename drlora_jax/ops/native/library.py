@@ -20,6 +20,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,25 +35,30 @@ LONGEST_BUILD = 300  # seconds
 MOST_PARTS = 16  # each takes memory for sums of its own over all tokens
 
 
+class Kernels(NamedTuple):
+    """The kernels of this machine."""
+
+    # `TARGETS` to the names under which XLA calls them. These change with the code, so that a
+    # program kept by jax's compilation cache never meets kernels of another version.
+    targets: dict[str, str]
+    reason: str | None = None  # why there are none
+
+
 def why_not() -> str | None:
-    """Why there are no compiled kernels here, or None. The first call builds and registers them."""
-    return _registered()[1]
+    """Returns why there are no compiled kernels here, or None."""
+    return kernels().reason
 
 
+@functools.cache
 def cannot(platform: str, dtype) -> str | None:
-    """Why the kernels can not compute in `dtype` in programs compiled for `platform`, or None."""
+    """Returns why the kernels cannot compute in `dtype` in programs compiled for `platform`, or
+    None.
+    """
     if platform != "cpu":
         return f"its kernels are for CPUs, not for {platform}"
     if dtype != jnp.float32:
         return f"its kernels compute in float32, not in {jnp.dtype(dtype).name}"
     return why_not()
-
-
-def target(name: str) -> str:
-    """The name under which XLA calls one of `TARGETS`. It changes with the code, so that a program
-    kept by jax's compilation cache never meets other kernels than its own.
-    """
-    return f"drlora_{name}_{_registered()[0]}"
 
 
 @functools.cache
@@ -66,13 +72,14 @@ def parts() -> int:
 
 
 @functools.cache
-def _registered() -> tuple[str, str | None]:
-    """(key of the build, why there is none)."""
+def kernels() -> Kernels:
+    """Builds and registers the kernels at the first call."""
     wanted = os.environ.get("CXX", "").strip()
     try:
         compiler = _compiler(wanted)
         if compiler is None:
-            return "", f"no C++ compiler was found ({f'CXX={wanted}' if wanted else _listed()})"
+            listed = f"CXX={wanted}" if wanted else _listed()
+            return Kernels({}, f"no C++ compiler was found ({listed})")
         command = _command(compiler)
         key = _key(compiler, command)
         library = _loaded(command, key)
@@ -80,11 +87,11 @@ def _registered() -> tuple[str, str | None]:
     except (OSError, subprocess.SubprocessError, ValueError, AttributeError) as error:
         said = getattr(error, "stderr", None) or str(error)
         said = said.decode(errors="replace") if isinstance(said, bytes) else said
-        return "", f"they can not be built or loaded: {' '.join(said.split())[:300]}"
-    for name, function in zip(TARGETS, functions, strict=True):
-        capsule = jax.ffi.pycapsule(function)
-        jax.ffi.register_ffi_target(f"drlora_{name}_{key}", capsule, platform="cpu")
-    return key, None
+        return Kernels({}, f"they cannot be built or loaded: {' '.join(said.split())[:300]}")
+    targets = {name: f"drlora_{name}_{key}" for name in TARGETS}
+    for target, function in zip(targets.values(), functions, strict=True):
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(function), platform="cpu")
+    return Kernels(targets)
 
 
 def _listed() -> str:

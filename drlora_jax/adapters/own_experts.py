@@ -1,4 +1,4 @@
-"""Shared parts of placements with LoRA matrices for experts, and of those with their own experts.
+"""The shared part of placements that bring their own experts to a dense model.
 
 An adapter's own expert may be inactive: without an active rank it is never chosen and has no part
 in the softmax, as if it were not there.
@@ -11,45 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from drlora_jax.adapters.expert_counts import experts_of_layers
-from drlora_jax.adapters.lora import Lora
+from drlora_jax.adapters.lora import ExpertOptions, WithExperts
 from drlora_jax.errors import UserError
 from drlora_jax.models.architecture import FFN, Matrix, ModelConfig, RoutingConfig
-from drlora_jax.models.placement import Coverage, PlacementOptions, Strength
+from drlora_jax.models.placement import Coverage
 from drlora_jax.models.routing import Routing, choose_experts
-from drlora_jax.system.fields import fraction, option, positive, require
-
-
-@dataclass(frozen=True)
-class ExpertOptions(PlacementOptions):
-    """The fields of all placements with experts."""
-
-    router_learning_rate: float | None = option(
-        None, "of routers that train; none: train.learning_rate"
-    )
-    freeze_a: bool = option(False, "only B trains (FFA-LoRA)")
-    freeze_idle_experts: bool = option(
-        True, "an expert without tokens in a step keeps its LoRA matrices and moments"
-    )
-
-    def check(self, section) -> None:
-        if self.router_learning_rate is not None:
-            positive("adapter", {"router_learning_rate": self.router_learning_rate})
-
-
-@dataclass(frozen=True)
-class BesideOptions(ExpertOptions):
-    """The fields of placements whose experts have plain LoRA beside them."""
-
-    expert_scale: float | None = option(
-        None, "scale of the experts, where plain LoRA beside them has another; none: the same"
-    )
-    expert_dropout: float | None = option(None, "dropout of the experts; none: the same")
-
-    def check(self, section) -> None:
-        super().check(section)
-        if self.expert_scale is not None:
-            positive("adapter", {"expert_scale": self.expert_scale})
-        fraction("adapter", {"expert_dropout": self.expert_dropout or 0.0})
+from drlora_jax.system.fields import option, positive, require
 
 
 @dataclass(frozen=True)
@@ -82,22 +49,6 @@ class OwnExpertOptions(ExpertOptions):
         require(
             self.top_p is None or 0 < self.top_p <= 1,
             f"adapter.top_p must be in (0, 1] or None, got {self.top_p}.",
-        )
-
-
-@dataclass(frozen=True)
-class WithExperts(Lora):
-    """LoRA matrices for experts, and plain LoRA on the other matrices that are adapted."""
-
-    expert_scale: float | None = None  # None: as for plain LoRA
-    expert_dropout: float | None = None
-
-    @property
-    def of_experts(self) -> Strength:
-        """The scale and dropout of the experts' LoRA."""
-        return Strength(
-            self.scale if self.expert_scale is None else self.expert_scale,
-            self.dropout if self.expert_dropout is None else self.expert_dropout,
         )
 
 
