@@ -210,7 +210,7 @@ def test_the_small_case_has_all_gradients(monkeypatch):
 def test_what_can_not_be_used_is_refused(monkeypatch, tiny_run):
     for experts, reason in {
         "tokamax": "it has kernels for TPU and NVIDIA, not for cpu",
-        "ragged": "no grouped kernel for float32 on cpu",
+        "ragged": "XLA has no grouped kernel for float32 on cpu",
     }.items():
         with pytest.raises(UserError, match=f"model.experts={experts} cannot .*: {reason}"):
             tiny_run(f"model.experts={experts}")
