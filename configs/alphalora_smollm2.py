@@ -8,8 +8,9 @@ weights have lighter tails; fine-tuned on ARC-Easy.
 
 150 experts are five per layer; MoLA's uniform placement of as many is
 adapter.experts_per_layer=5555. `--estimator median` depends less on single matrices
-(docs/design.md). Without the first command, adapter.experts_per_layer=none
-allocation.kind=alphalora allocation.experts=150 computes exponents when the run is prepared;
+(docs/design.md). Without the first command,
+adapter.experts_per_layer=none allocation.kind=alphalora allocation.experts=150
+computes exponents when the run is prepared;
 adapter.num_experts=20 is then what the largest layer needs. Trained parameters: 12,960,000 wherever
 the 150 experts are, of which 748,800 in routers. For local files, prompts, and plain LoRA with
 about as many parameters see configs/mixlora_smollm2.py. The authors use no balance loss. Measured

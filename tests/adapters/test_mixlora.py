@@ -230,7 +230,7 @@ def test_what_can_not_be():
         resolve_targets(parse_config(OLMOE), "mixlora", ("up",))
     with pytest.raises(UserError, match="experts_per_token must be from 1 to"):
         config_with(num_experts=2, experts_per_token=3)
-    with pytest.raises(UserError, match="moe_sieve counts"):
+    with pytest.raises(UserError, match="needs a trained router"):
         config_with(allocation=AllocationSection(kind="moe_sieve"))
     with pytest.raises(
         UserError, match="router=after_warmup is for kind=expert_lora .*, got kind=mixlora"

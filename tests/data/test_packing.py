@@ -53,7 +53,7 @@ def test_rows_left_open_are_bounded():
 
 
 def test_document_longer_than_a_row():
-    with pytest.raises(ValueError, match="Document 1 has 17 tokens, a row 16"):
+    with pytest.raises(ValueError, match="Document 1 has 17 tokens, but a row 16"):
         pack(np.array([3, 17]), LIMIT, np.arange(2))
 
 

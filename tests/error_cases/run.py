@@ -124,7 +124,7 @@ CASES = (
     _case("a name too long", "name too long", None, f"run.dir={'x' * 300}"),
     _case(
         "what a run would write over",
-        "run.dir=run has metrics.jsonl, checkpoints, report.html and 1 more .*no config.json",
+        "run.dir=run has metrics.jsonl, checkpoints, report.html and 1 more, but no config.json",
         _remains,
     ),
     _case(

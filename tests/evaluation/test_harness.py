@@ -197,7 +197,7 @@ def test_chat(lm_eval, loaded, tasks):
     assert prompt.startswith("<user>") and prompt.endswith("\n<assistant>")
     assert prompt.count("<assistant>") == 2  # the example was a turn
     with with_template(loaded.tokenizer, None):
-        with pytest.raises(UserError, match="no chat template"):
+        with pytest.raises(UserError, match="needs a chat template"):
             run_tasks(loaded, tasks, ["written"], Settings(chat=True))
 
 

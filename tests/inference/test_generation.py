@@ -271,7 +271,7 @@ def test_prompts_are_read_from_a_pipe_and_written_as_in_training(run, adapted, c
         (["--top-p", "1.5"], "--top-p must be above 0"),
         (["--top-k", "0"], "--top-k must be 1 or more"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more"),
-        (["--template", "chatmll"], "did you mean chatml"),
+        (["--template", "chatmll"], "Did you mean chatml"),
         (["--step", "9999"], "--step 9999"),
         (["--model-path", "/nowhere"], "/nowhere"),
     ],

@@ -78,7 +78,7 @@ def test_a_matrix_without_an_exponent_is_named(model):
     tensors = load_file(model / WEIGHTS)
     key = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     save_file(tensors | {key: np.zeros_like(tensors[key])}, model / WEIGHTS)
-    with pytest.raises(UserError, match=rf"{key} \(up of expert 2 in layer 1\): 0 of its"):
+    with pytest.raises(UserError, match=rf"{key} \(up of expert 2 in layer 1\): only 0 of its"):
         list(fit_layers(read_model_config(model), model))
 
 

@@ -81,8 +81,8 @@ def test_forecast_of_steps_compiled_for_tpus(case):
 def test_the_table_of_the_documentation_has_the_same_steps():
     """A row for each whose whole size is known: the model, its mesh, and GiB on each device."""
     pages = (page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
-    (page,) = (page for page in pages if "| GiB on each |" in page)
-    (table,) = (part for part in page.split("\n\n") if "| GiB on each |" in part)
+    (page,) = (page for page in pages if "| GiB per device |" in page)
+    (table,) = (part for part in page.split("\n\n") if "| GiB per device |" in part)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     found = {(row[0][:5], row[2], row[4]) for row in cells[2:] if row[4]}
     known = [case for case in FOR_TPUS if "on_each_gib" in case]
